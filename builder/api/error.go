@@ -1,0 +1,104 @@
+package api
+
+import (
+	"errors"
+	"net/http"
+)
+
+// Code is a stable word for why a build failed, for programs to branch on.
+type Code string
+
+const (
+	BadTar           Code = "bad_tar"
+	BadConfig        Code = "bad_config"
+	BadSecrets       Code = "bad_secrets"
+	BadEnvelope      Code = "bad_envelope"
+	BadBody          Code = "bad_body"
+	SlowUpload       Code = "slow_upload"
+	Unauthorized     Code = "unauthorized"
+	ImageForbidden   Code = "image_forbidden"
+	NotFound         Code = "not_found"
+	MethodNotAllowed Code = "method_not_allowed"
+	TooLarge         Code = "too_large"
+	BuildFailed      Code = "build_failed"
+	RegistryDenied   Code = "registry_denied"
+	Deadline         Code = "deadline"
+	Busy             Code = "busy"
+	NoDaemon         Code = "no_daemon"
+	DaemonLost       Code = "daemon_lost"
+	DaemonFull       Code = "daemon_full"
+	RegistryFailed   Code = "registry_failed"
+	RegistryTimeout  Code = "registry_timeout"
+	NoSpace          Code = "no_space"
+	NotReady         Code = "not_ready"
+	ShuttingDown     Code = "shutting_down"
+	Canceled         Code = "canceled"
+	Internal         Code = "internal"
+)
+
+// statuses is the one place where a code becomes an HTTP status. The queue
+// worker's retry list decides the choice: what would fail again is never 408,
+// 429 or 5xx, and what may pass later always is.
+var statuses = map[Code]int{
+	BadTar:           http.StatusBadRequest,
+	BadConfig:        http.StatusBadRequest,
+	BadSecrets:       http.StatusBadRequest,
+	BadEnvelope:      http.StatusBadRequest,
+	BadBody:          http.StatusBadRequest,
+	SlowUpload:       http.StatusBadRequest,
+	Unauthorized:     http.StatusUnauthorized,
+	ImageForbidden:   http.StatusForbidden,
+	NotFound:         http.StatusNotFound,
+	MethodNotAllowed: http.StatusMethodNotAllowed,
+	TooLarge:         http.StatusRequestEntityTooLarge,
+	BuildFailed:      http.StatusUnprocessableEntity,
+	RegistryDenied:   http.StatusUnprocessableEntity,
+	Deadline:         http.StatusUnprocessableEntity,
+	// Canceled has no reader: its client went away. The status is for the log.
+	Canceled:        http.StatusUnprocessableEntity,
+	Busy:            http.StatusTooManyRequests,
+	NoDaemon:        http.StatusServiceUnavailable,
+	DaemonLost:      http.StatusServiceUnavailable,
+	DaemonFull:      http.StatusServiceUnavailable,
+	RegistryFailed:  http.StatusServiceUnavailable,
+	RegistryTimeout: http.StatusServiceUnavailable,
+	NoSpace:         http.StatusServiceUnavailable,
+	NotReady:        http.StatusServiceUnavailable,
+	ShuttingDown:    http.StatusServiceUnavailable,
+	Internal:        http.StatusInternalServerError,
+}
+
+// HTTPStatus is the status of an answer that fails with c, when it is not a
+// stream. A code that is not in the table is a defect, so 500.
+func (c Code) HTTPStatus() int {
+	if s, ok := statuses[c]; ok {
+		return s
+	}
+	return http.StatusInternalServerError
+}
+
+// Error is a failure a client may be told of. Msg is for the client; Err, which
+// may be nil, is the cause, for the operator's log alone.
+type Error struct {
+	Code Code
+	Msg  string
+	Err  error
+}
+
+func (e *Error) Error() string {
+	if e.Err != nil {
+		return e.Msg + ": " + e.Err.Error()
+	}
+	return e.Msg
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// AsError finds the Error in err's chain. What has none is a defect here: its
+// text may hold what no client should see, so it becomes Internal.
+func AsError(err error) *Error {
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e
+	}
+	return &Error{Code: Internal, Msg: "internal error; the builder's log has the cause", Err: err}
+}

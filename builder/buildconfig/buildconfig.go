@@ -1,0 +1,227 @@
+// Package buildconfig reads com.openfaas.docker.config and says what is wrong
+// with it before anything is built.
+package buildconfig
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+
+	"handler/function/api"
+)
+
+// Config is a build config that can be solved.
+type Config struct {
+	// BuildConfig is as it was sent, but for empty platforms, which are
+	// dropped, and the others, which are normalised.
+	api.BuildConfig
+
+	// References are the image and then the tags, normalised: with a domain
+	// and a tag. Empty when there is no image.
+	References []reference.Named
+
+	// Warnings name what was ignored.
+	Warnings []string
+}
+
+// reserved begins the build arguments that change how the daemon builds, one
+// tenant's cache and another's isolation included.
+const reserved = "BUILDKIT_"
+
+// Parse reads one JSON object. Every error is an *api.Error of code bad_config
+// whose message names the key.
+func Parse(data []byte) (*Config, error) {
+	keys, err := objectKeys(data)
+	if err != nil {
+		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
+	}
+	c := &Config{}
+	for _, key := range keys {
+		if !slices.Contains(known, key) {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %q", api.ConfigFile, key))
+		}
+	}
+	if err := json.Unmarshal(data, &c.BuildConfig); err != nil {
+		if te, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+			return nil, bad(err, "reading %s: %q is a JSON %s, not %s", api.ConfigFile, te.Field, te.Value, wanted(te))
+		}
+		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
+	}
+	if c.Frontend != "" {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring %q: the Dockerfile frontend is always used", api.ConfigFile, "frontend"))
+	}
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// known are the keys of the contract's table.
+var known = []string{
+	"image", "buildArgs", "platforms", "skipPush", "tags", "target", "dockerfile",
+	"labels", "annotations", "noCache", "pull", "frontend",
+}
+
+func wanted(e *json.UnmarshalTypeError) string {
+	switch e.Type.Kind().String() {
+	case "map":
+		return "an object of strings"
+	case "slice":
+		return "a list of strings"
+	case "bool":
+		return "true or false"
+	}
+	return "a " + e.Type.String()
+}
+
+// objectKeys are data's keys, in order. A key that stands twice is an error:
+// two readers could take one each. So is one that differs from a known key in
+// case alone, which encoding/json would take for it.
+func objectKeys(data []byte) ([]string, error) {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	tok, err := dec.Token()
+	if err != nil {
+		return nil, syntax(err)
+	}
+	if tok != json.Delim('{') {
+		return nil, errors.New("not a JSON object")
+	}
+	var keys []string
+	seen := make(map[string]bool)
+	for dec.More() {
+		tok, err := dec.Token()
+		if err != nil {
+			return nil, syntax(err)
+		}
+		key := tok.(string)
+		folded := strings.ToLower(key)
+		if seen[folded] {
+			return nil, fmt.Errorf("key %q stands twice", key)
+		}
+		seen[folded] = true
+		keys = append(keys, key)
+		var skip json.RawMessage
+		if err := dec.Decode(&skip); err != nil {
+			return nil, syntax(err)
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return nil, syntax(err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, errors.New("more follows the JSON object")
+	}
+	return keys, nil
+}
+
+func syntax(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("the JSON ends too early")
+	}
+	return err
+}
+
+func (c *Config) check() error {
+	if c.Image == "" && !c.SkipPush {
+		return bad(nil, "%s: %q is missing; it is required unless skipPush is true", api.ConfigFile, "image")
+	}
+	if c.Image == "" && len(c.Tags) > 0 {
+		return bad(nil, "%s: %q need an image beside them", api.ConfigFile, "tags")
+	}
+	if c.Image != "" {
+		for i, s := range append([]string{c.Image}, c.Tags...) {
+			key := "image"
+			if i > 0 {
+				key = "tags"
+			}
+			named, err := parseReference(s)
+			if err != nil {
+				return bad(err, "%s: %q %q: %v", api.ConfigFile, key, s, err)
+			}
+			c.References = append(c.References, named)
+		}
+	}
+	var list []string
+	for _, p := range c.Platforms {
+		if strings.TrimSpace(p) == "" {
+			continue
+		}
+		spec, err := platforms.Parse(strings.TrimSpace(p))
+		if err != nil {
+			return bad(err, "%s: %q %q: not a platform such as \"linux/amd64\"", api.ConfigFile, "platforms", p)
+		}
+		if name := platforms.Format(platforms.Normalize(spec)); !slices.Contains(list, name) {
+			list = append(list, name)
+		}
+	}
+	c.Platforms = list
+	for name := range c.BuildArgs {
+		if strings.HasPrefix(strings.ToUpper(name), reserved) {
+			return bad(nil, "%s: %q %q: names that begin with %s are reserved", api.ConfigFile, "buildArgs", name, reserved)
+		}
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			return bad(nil, "%s: %q %q: not a name", api.ConfigFile, "buildArgs", name)
+		}
+	}
+	if err := checkDockerfile(c.Dockerfile); err != nil {
+		return bad(err, "%s: %q %q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
+	}
+	return nil
+}
+
+// parseReference normalises s as docker does: "alpine" is
+// docker.io/library/alpine:latest.
+func parseReference(s string) (reference.Named, error) {
+	named, err := reference.ParseNormalizedNamed(s)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := named.(reference.Digested); ok {
+		return nil, errors.New("a digest cannot be pushed to")
+	}
+	return reference.TagNameOnly(named), nil
+}
+
+func checkDockerfile(name string) error {
+	if name == "" {
+		return nil
+	}
+	if path.IsAbs(name) || strings.ContainsAny(name, "\x00\\") {
+		return errors.New("not a path inside the context")
+	}
+	if clean := path.Clean(name); clean == "." || clean == ".." || strings.HasPrefix(clean, "../") {
+		return errors.New("not a path inside the context")
+	}
+	return nil
+}
+
+// Allow refuses every reference outside prefixes: repositories such as
+// "ghcr.io/acme" or "docker.io/library/app", normalised, and compared segment
+// by segment. No prefixes allow any.
+func (c *Config) Allow(prefixes []string) error {
+	if len(prefixes) == 0 {
+		return nil
+	}
+	for _, ref := range c.References {
+		if !slices.ContainsFunc(prefixes, func(p string) bool { return within(ref.Name(), p) }) {
+			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is not allowed here", ref.String())}
+		}
+	}
+	return nil
+}
+
+func within(name, prefix string) bool {
+	return name == prefix || strings.HasPrefix(name, strings.TrimSuffix(prefix, "/")+"/")
+}
+
+func bad(cause error, format string, args ...any) error {
+	return &api.Error{Code: api.BadConfig, Msg: fmt.Sprintf(format, args...), Err: cause}
+}

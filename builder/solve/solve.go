@@ -1,0 +1,52 @@
+// Package solve is what passes between the HTTP side and the BuildKit side:
+// a verified request to build, and what came of it.
+package solve
+
+import (
+	"time"
+
+	"handler/function/buildconfig"
+	"handler/function/payload"
+)
+
+// Request is one build, its signature verified and its config checked.
+type Request struct {
+	// ID is for logs: the caller's X-Call-Id, or one made here.
+	ID      string
+	Config  *buildconfig.Config
+	Context *payload.Context
+
+	// Secrets are the unsealed build secrets, by the id that
+	// RUN --mount=type=secret names.
+	Secrets map[string][]byte
+
+	// SharedKey, Hostname and CacheMountNS keep this build apart from those of
+	// others; package isolation makes them.
+	SharedKey    string
+	Hostname     string
+	CacheMountNS string
+}
+
+// Log takes the contract's log lines as they come, each free of control
+// characters and of secrets. A call may block while the client is slow; it
+// returns at once when the build's context has ended.
+type Log func(lines ...string)
+
+// Outcome is a build that succeeded.
+type Outcome struct {
+	Digest    string   // of the image, or of the index of several
+	Tags      []string // further references pushed, as they were sent
+	Platforms []string // built, as "os/arch[/variant]"
+	Warnings  []string
+}
+
+// Stats is how a build went, for the log and the metrics, also of one that
+// failed. Durations are zero for what did not happen.
+type Stats struct {
+	Steps    int // vertices, those of the frontend not counted
+	Cached   int
+	Attempts int           // solves started: 2 when a daemon was lost on the way
+	Sent     int64         // bytes of context sent to the daemon
+	Transfer time.Duration // of the context to the daemon
+	Push     time.Duration
+}
