@@ -1,0 +1,172 @@
+package buildconfig_test
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"handler/function/api"
+	"handler/function/buildconfig"
+)
+
+func TestParse(t *testing.T) {
+	c, err := buildconfig.Parse([]byte(`{
+		"image": "alexellis2/hello:0.1",
+		"buildArgs": {"ADDITIONAL_PACKAGE": "", "GO111MODULE": "on"},
+		"platforms": ["linux/amd64", "linux/arm64", "linux/arm64/v8", ""],
+		"skipPush": true,
+		"tags": ["ghcr.io/acme/hello"],
+		"target": "ship",
+		"dockerfile": "sub/Dockerfile",
+		"labels": {"a": "b"},
+		"annotations": {"c": "d"},
+		"noCache": true,
+		"pull": true
+	}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refs []string
+	for _, r := range c.References {
+		refs = append(refs, r.String())
+	}
+	if want := []string{"docker.io/alexellis2/hello:0.1", "ghcr.io/acme/hello:latest"}; !slices.Equal(refs, want) {
+		t.Errorf("references %q, want %q", refs, want)
+	}
+	if want := []string{"linux/amd64", "linux/arm64"}; !slices.Equal(c.Platforms, want) {
+		t.Errorf("platforms %q, want %q", c.Platforms, want)
+	}
+	if want := map[string]string{"ADDITIONAL_PACKAGE": "", "GO111MODULE": "on"}; !maps.Equal(c.BuildArgs, want) {
+		t.Errorf("build args %q, want %q", c.BuildArgs, want)
+	}
+	if c.Image != "alexellis2/hello:0.1" || !c.SkipPush || c.Target != "ship" || c.Dockerfile != "sub/Dockerfile" ||
+		c.Labels["a"] != "b" || c.Annotations["c"] != "d" || !c.NoCache || !c.Pull || len(c.Warnings) != 0 {
+		t.Errorf("got %+v", c)
+	}
+}
+
+func TestParseWarns(t *testing.T) {
+	c, err := buildconfig.Parse([]byte(`{"image":"x","frontend":"dockerfile.v0","cacheFrom":[],"platforms":[""]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "cacheFrom") || !strings.Contains(c.Warnings[1], "frontend") {
+		t.Errorf("warnings %q", c.Warnings)
+	}
+	if len(c.Platforms) != 0 {
+		t.Errorf("platforms %q", c.Platforms)
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	for _, tt := range []struct{ name, config, names string }{
+		{"empty", ``, "too early"},
+		{"not JSON", `image: x`, "reading"},
+		{"a list", `[]`, "not a JSON object"},
+		{"cut", `{"image":"x"`, "too early"},
+		{"two objects", `{"image":"x"}{"image":"y"}`, "more follows"},
+		{"a key twice", `{"image":"x","image":"y"}`, `"image"`},
+		{"a key twice in another case", `{"image":"x","Image":"y"}`, `"Image"`},
+		{"no image", `{}`, `"image"`},
+		{"empty image", `{"image":""}`, `"image"`},
+		{"tags alone", `{"skipPush":true,"tags":["x"]}`, `"tags"`},
+		{"image of a wrong type", `{"image":1}`, `"image"`},
+		{"upper case repository", `{"image":"Docker.io/Acme/App"}`, "Acme"},
+		{"with a scheme", `{"image":"https://ghcr.io/acme/app"}`, `"image"`},
+		{"a digest", `{"image":"acme/app@sha256:` + strings.Repeat("0", 64) + `"}`, "digest"},
+		{"a newline", `{"image":"acme/app\nx"}`, `"image"`},
+		{"a comma", `{"image":"acme/app,ghcr.io/other/app"}`, `"image"`},
+		{"a bad tag", `{"image":"x","tags":["y:"]}`, `"tags"`},
+		{"build args of a wrong type", `{"image":"x","buildArgs":{"A":1}}`, `"buildArgs`},
+		{"a reserved build arg", `{"image":"x","buildArgs":{"BUILDKIT_SYNTAX":"y"}}`, "BUILDKIT_SYNTAX"},
+		{"a reserved build arg in lower case", `{"image":"x","buildArgs":{"buildkit_syntax":"y"}}`, "buildkit_syntax"},
+		{"a build arg with =", `{"image":"x","buildArgs":{"A=B":"y"}}`, "A=B"},
+		{"platforms of a wrong type", `{"image":"x","platforms":"linux/amd64"}`, `"platforms"`},
+		{"an odd platform", `{"image":"x","platforms":["linux/amd64/v1/x"]}`, "linux/amd64/v1/x"},
+		{"skipPush of a wrong type", `{"image":"x","skipPush":"yes"}`, `"skipPush"`},
+		{"an absolute Dockerfile", `{"image":"x","dockerfile":"/etc/passwd"}`, "/etc/passwd"},
+		{"a Dockerfile outside", `{"image":"x","dockerfile":"a/../../b"}`, "a/../../b"},
+		{"the context as a Dockerfile", `{"image":"x","dockerfile":"."}`, `"dockerfile"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, err := buildconfig.Parse([]byte(tt.config))
+			if err == nil {
+				t.Fatalf("parsed as %+v", c)
+			}
+			if c != nil {
+				t.Error("a config beside an error")
+			}
+			if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.BadConfig || !strings.Contains(e.Msg, tt.names) {
+				t.Errorf("error %v, want bad_config with %q", err, tt.names)
+			}
+		})
+	}
+}
+
+func TestAllow(t *testing.T) {
+	for _, tt := range []struct {
+		image    string
+		tags     string
+		prefixes []string
+		ok       bool
+	}{
+		{"acme/app", "", nil, true},
+		{"acme/app", "", []string{"docker.io/acme"}, true},
+		{"acme/app", "", []string{"docker.io/acme/app"}, true},
+		{"acme/app:v1", "", []string{"docker.io/acme/ap"}, false},
+		{"acme-evil/app", "", []string{"docker.io/acme"}, false},
+		{"ghcr.io/acme/app", "", []string{"docker.io/acme"}, false},
+		{"ghcr.io/acme/app", "", []string{"docker.io/acme", "ghcr.io"}, true},
+		{"ghcr.io.evil.example/acme/app", "", []string{"ghcr.io"}, false},
+		{"ghcr.io:22/acme/app", "", []string{"ghcr.io"}, false},
+		{"acme/app", "evil/app", []string{"docker.io/acme"}, false},
+	} {
+		config := `{"image":"` + tt.image + `"}`
+		if tt.tags != "" {
+			config = `{"image":"` + tt.image + `","tags":["` + tt.tags + `"]}`
+		}
+		c, err := buildconfig.Parse([]byte(config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.Allow(tt.prefixes)
+		if (err == nil) != tt.ok {
+			t.Errorf("%s under %q: %v", tt.image, tt.prefixes, err)
+		}
+		if e, ok := errors.AsType[*api.Error](err); err != nil && (!ok || e.Code != api.ImageForbidden) {
+			t.Errorf("%s under %q: %v, want image_forbidden", tt.image, tt.prefixes, err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(`{"image":"acme/app:v1","buildArgs":{"ADDITIONAL_PACKAGE":""},"platforms":[""]}`))
+	f.Add([]byte(`{"image":"localhost:5000/app","tags":["x"],"dockerfile":"a/../b"}`))
+	f.Add([]byte(`{"skipPush":true,"Image":"x","image":"y"}`))
+	f.Add([]byte(`{`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := buildconfig.Parse(data)
+		if err != nil {
+			if c != nil {
+				t.Error("a config beside an error")
+			}
+			return
+		}
+		for _, ref := range c.References {
+			again, err := buildconfig.Parse([]byte(`{"image":"` + ref.String() + `"}`))
+			if err != nil || again.References[0].String() != ref.String() {
+				t.Errorf("%q does not normalise to itself: %v", ref, err)
+			}
+		}
+		for name := range c.BuildArgs {
+			if strings.HasPrefix(name, "BUILDKIT_") {
+				t.Errorf("reserved build arg %q passed", name)
+			}
+		}
+		if strings.HasPrefix(c.Dockerfile, "/") {
+			t.Errorf("Dockerfile %q passed", c.Dockerfile)
+		}
+	})
+}
