@@ -1,0 +1,78 @@
+// Package sealed opens com.openfaas.secrets: build secrets sealed to this
+// builder's public key in the envelope of go-sdk's package seal.
+package sealed
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"regexp"
+
+	"github.com/openfaas/go-sdk/seal"
+	"golang.org/x/crypto/curve25519"
+
+	"handler/function/api"
+)
+
+// Limits of one envelope. MaxValue is BuildKit's own (session/secrets,
+// MaxSecretSize): a larger one would fail later and say less.
+const (
+	MaxSecrets = 64
+	MaxValue   = 500 * 1024
+)
+
+// validID holds no path separator and no white space: the id becomes a file
+// name under /run/secrets.
+var validID = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
+
+// Open unseals an envelope with the private key that faas-cli secret keygen
+// made, and returns the secrets by id. Its errors are *api.Error of code
+// bad_secrets and hold no value.
+func Open(privateKey, envelope []byte) (map[string][]byte, error) {
+	values, err := seal.Unseal(privateKey, envelope)
+	if err != nil {
+		return nil, bad(err, "unsealing %s: it was not sealed to this builder's public key, or is damaged", api.SecretsFile)
+	}
+	if len(values) > MaxSecrets {
+		return nil, bad(nil, "unsealing %s: %d secrets, over the limit of %d", api.SecretsFile, len(values), MaxSecrets)
+	}
+	for id, value := range values {
+		if !validID.MatchString(id) {
+			return nil, bad(nil, "unsealing %s: %.140q is not an id of letters, digits, '_', '.' and '-'", api.SecretsFile, id)
+		}
+		if len(value) > MaxValue {
+			return nil, bad(nil, "unsealing %s: %q has %d bytes, over the limit of %d", api.SecretsFile, id, len(value), MaxValue)
+		}
+	}
+	return values, nil
+}
+
+func bad(cause error, format string, args ...any) error {
+	return &api.Error{Code: api.BadSecrets, Msg: fmt.Sprintf(format, args...), Err: cause}
+}
+
+// PublicKey is the answer of /publickey, as faas-cli reads it.
+type PublicKey struct {
+	KeyID     string `json:"key_id"`
+	Algorithm string `json:"algorithm"`
+	PublicKey string `json:"public_key"`
+}
+
+// Public derives the public half of a private key.
+func Public(privateKey []byte) (PublicKey, error) {
+	raw, err := base64.StdEncoding.DecodeString(string(bytes.TrimSpace(privateKey)))
+	if err != nil || len(raw) != curve25519.ScalarSize {
+		return PublicKey{}, errors.New("the build-secrets key is not base64 of 32 bytes")
+	}
+	pub, err := curve25519.X25519(raw, curve25519.Basepoint)
+	if err != nil {
+		return PublicKey{}, fmt.Errorf("deriving the public key: %w", err)
+	}
+	text := base64.StdEncoding.EncodeToString(pub)
+	id, err := seal.DeriveKeyID([]byte(text))
+	if err != nil {
+		return PublicKey{}, fmt.Errorf("deriving the key id: %w", err)
+	}
+	return PublicKey{KeyID: id, Algorithm: seal.Algorithm, PublicKey: text}, nil
+}
