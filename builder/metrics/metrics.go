@@ -1,0 +1,115 @@
+// Package metrics is what /metrics tells an operator.
+package metrics
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"handler/function/api"
+	"handler/function/solve"
+)
+
+// Metrics are the builder's own, in a registry of their own.
+type Metrics struct {
+	registry *prometheus.Registry
+
+	builds   *prometheus.CounterVec
+	refused  *prometheus.CounterVec
+	received prometheus.Counter
+	sent     prometheus.Counter
+	steps    *prometheus.CounterVec
+	InFlight prometheus.Gauge
+	Waiting  prometheus.Gauge
+	duration *prometheus.HistogramVec
+	receive  prometheus.Histogram
+	wait     prometheus.Histogram
+	transfer prometheus.Histogram
+	push     prometheus.Histogram
+}
+
+// buckets fit builds: a cached one takes a fraction of a second, a long one
+// half an hour. In seconds.
+var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1200, 1800}
+
+// New makes the metrics. daemons is asked at each scrape; it must be quick.
+func New(daemons func() (reachable, total int)) *Metrics {
+	m := &Metrics{
+		registry: prometheus.NewRegistry(),
+		builds: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "builder_builds_total", Help: "Builds that ended, by status and code; a success has no code."},
+			[]string{"status", "code"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "builder_requests_refused_total", Help: "Requests that never became a build, by code."},
+			[]string{"code"}),
+		received: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "builder_received_bytes_total", Help: "Bytes of request bodies received."}),
+		sent: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "builder_context_sent_bytes_total", Help: "Bytes of build contexts sent to buildkitd."}),
+		steps: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "builder_steps_total", Help: "Build steps, by whether they came from the cache."},
+			[]string{"cached"}),
+		InFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "builder_builds_in_flight", Help: "Builds that hold a slot."}),
+		Waiting: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "builder_builds_waiting", Help: "Builds that wait for a slot."}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "builder_build_duration_seconds", Help: "From the request's acceptance to the verdict, by status.", Buckets: buckets},
+			[]string{"status"}),
+		receive:  histogram("builder_receive_seconds", "Receiving the body."),
+		wait:     histogram("builder_wait_seconds", "Waiting for a slot."),
+		transfer: histogram("builder_transfer_seconds", "Sending the context to buildkitd."),
+		push:     histogram("builder_push_seconds", "Pushing to the registry."),
+	}
+	gauge := func(name, help string, value func() int) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
+	}
+	m.registry.MustRegister(
+		m.builds, m.refused, m.received, m.sent, m.steps, m.InFlight, m.Waiting,
+		m.duration, m.receive, m.wait, m.transfer, m.push,
+		gauge("builder_daemons", "buildkitds configured.", func() int { _, n := daemons(); return n }),
+		gauge("builder_daemons_reachable", "buildkitds that answer.", func() int { n, _ := daemons(); return n }),
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	return m
+}
+
+func histogram(name, help string) prometheus.Histogram {
+	return prometheus.NewHistogram(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets})
+}
+
+// Handler serves the Prometheus text format.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
+}
+
+// Received counts a body of n bytes that took d to arrive.
+func (m *Metrics) Received(n int64, d time.Duration) {
+	m.received.Add(float64(n))
+	m.receive.Observe(d.Seconds())
+}
+
+// Refused counts a request that never became a build.
+func (m *Metrics) Refused(code api.Code) { m.refused.WithLabelValues(string(code)).Inc() }
+
+// Waited is how long a build waited for its slot.
+func (m *Metrics) Waited(d time.Duration) { m.wait.Observe(d.Seconds()) }
+
+// Built counts a build that ended. code is empty for a success.
+func (m *Metrics) Built(status api.Status, code api.Code, d time.Duration, stats solve.Stats) {
+	m.builds.WithLabelValues(string(status), string(code)).Inc()
+	m.duration.WithLabelValues(string(status)).Observe(d.Seconds())
+	m.sent.Add(float64(stats.Sent))
+	m.steps.WithLabelValues("true").Add(float64(stats.Cached))
+	m.steps.WithLabelValues("false").Add(float64(stats.Steps - stats.Cached))
+	if stats.Transfer > 0 {
+		m.transfer.Observe(stats.Transfer.Seconds())
+	}
+	if stats.Push > 0 {
+		m.push.Observe(stats.Push.Seconds())
+	}
+}
