@@ -1,0 +1,156 @@
+package redact
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+	"strings"
+)
+
+// keyLen bytes at the start of each pattern find it in the index.
+const keyLen = minPattern
+
+// index finds any of many patterns in a text. The patterns are sorted, so that
+// all that begin with one key are neighbours, and one binary search among these
+// finds the longest that a text begins with: the time depends little on how
+// many there are, whatever the text.
+type index struct {
+	patterns []string
+	// prefix is, for each pattern, the longest other pattern that it begins
+	// with, or -1.
+	prefix []int32
+	ranges map[uint32][2]int32
+	// filter has a bit set for each key's hash. It is sized to be mostly zero
+	// and to stay in the cache, as nearly every byte of a text ends here.
+	filter []uint64
+	shift  uint
+}
+
+// newIndex returns nil, which matches nothing, if there are no patterns. All of
+// them must have keyLen bytes or more.
+func newIndex(patterns []string) *index {
+	if len(patterns) == 0 {
+		return nil
+	}
+	slices.Sort(patterns)
+	patterns = slices.Compact(patterns)
+	ix := &index{
+		patterns: patterns,
+		prefix:   make([]int32, len(patterns)),
+		ranges:   make(map[uint32][2]int32),
+	}
+	bits := uint(9)
+	for 1<<bits < 32*len(patterns) {
+		bits++
+	}
+	ix.filter = make([]uint64, 1<<bits/64)
+	ix.shift = 32 - min(bits, 32)
+	for i, p := range patterns {
+		// A pattern's prefixes come before it, and what lies between them
+		// begins with them too.
+		j := int32(i) - 1
+		for j >= 0 && !strings.HasPrefix(p, patterns[j]) {
+			j = ix.prefix[j]
+		}
+		ix.prefix[i] = j
+
+		key := binary.LittleEndian.Uint32([]byte(p[:keyLen]))
+		r, ok := ix.ranges[key]
+		if !ok {
+			r[0] = int32(i)
+		}
+		r[1] = int32(i) + 1
+		ix.ranges[key] = r
+		h := ix.hash(key)
+		ix.filter[h/64] |= 1 << (h % 64)
+	}
+	return ix
+}
+
+// hash is Knuth's multiplicative one.
+func (ix *index) hash(key uint32) uint32 {
+	return key * 2654435769 >> ix.shift
+}
+
+// mask returns text with all matches masked. It may reuse text.
+func (ix *index) mask(text []byte) []byte {
+	if ix == nil {
+		return text
+	}
+	out, _ := ix.appendMasked(make([]byte, 0, len(text)), text, len(text), 0)
+	return out
+}
+
+// appendMasked appends text[:n] to dst with a mask for each run of bytes that
+// are part of a match, the first hidden bytes among them. A match may reach
+// beyond n: it returns by how much.
+func (ix *index) appendMasked(dst, text []byte, n, hidden int) ([]byte, int) {
+	if ix == nil {
+		return append(dst, text[:n]...), 0
+	}
+	end := hidden // of the last run
+	if hidden > 0 {
+		dst = append(dst, mask...)
+	}
+	for i := 0; i < n && i+keyLen <= len(text); i++ {
+		key := binary.LittleEndian.Uint32(text[i:])
+		h := ix.hash(key)
+		if ix.filter[h/64]&(1<<(h%64)) == 0 {
+			continue
+		}
+		length := ix.match(key, text[i:])
+		if length == 0 || i+length <= end {
+			continue
+		}
+		if i > end || end == 0 {
+			dst = append(dst, text[end:i]...)
+			dst = append(dst, mask...)
+		}
+		end = i + length
+	}
+	if end < n {
+		return append(dst, text[end:n]...), 0
+	}
+	return dst, end - n
+}
+
+// match returns the length of the longest pattern that text, which begins with
+// key, begins with, or 0.
+func (ix *index) match(key uint32, text []byte) int {
+	r, ok := ix.ranges[key]
+	if !ok {
+		return 0
+	}
+	text = text[:min(len(text), maxPattern)]
+	bucket := ix.patterns[r[0]:r[1]]
+	// The last pattern that is not greater than text begins with every pattern
+	// that text begins with.
+	at, found := slices.BinarySearchFunc(bucket, text, func(p string, text []byte) int {
+		return bytes.Compare([]byte(p), text)
+	})
+	if found {
+		return len(text)
+	}
+	i := r[0] + int32(at) - 1
+	if i < r[0] {
+		return 0
+	}
+	common := commonPrefix(ix.patterns[i], text)
+	for i >= 0 && len(ix.patterns[i]) > common {
+		i = ix.prefix[i]
+	}
+	if i < 0 {
+		return 0
+	}
+	return len(ix.patterns[i])
+}
+
+func commonPrefix(a string, b []byte) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return n
+}
