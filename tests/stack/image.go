@@ -1,0 +1,256 @@
+package stack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"golang.org/x/sys/unix"
+)
+
+// Pull returns the image that a reference names now.
+func Pull(ctx context.Context, ref string) (v1.Image, error) {
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	return remote.Image(r, remote.WithContext(ctx), remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}))
+}
+
+// Files returns the headers and contents of an image's root file system, all
+// layers applied, by path without a leading slash.
+func Files(img v1.Image) (map[string]*File, error) {
+	r := mutate.Extract(img)
+	defer r.Close()
+	files := map[string]*File{}
+	for tr := tar.NewReader(r); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			return files, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		b, err := io.ReadAll(tr)
+		if err != nil {
+			return nil, err
+		}
+		files[path.Clean(h.Name)] = &File{Header: h, Content: b}
+	}
+}
+
+// File is one entry of an image.
+type File struct {
+	*tar.Header
+	Content []byte
+}
+
+// Container is an image that runs under runc, in a network of its own that
+// holds only loopback.
+type Container struct {
+	dir  string
+	proc *process
+}
+
+// Run unpacks an image and starts it as its config says, or with other args.
+// env is added to the image's. It is killed with the stack.
+func (s *Stack) Run(ctx context.Context, img v1.Image, env []string, args ...string) (*Container, error) {
+	dir, err := os.MkdirTemp(s.Dir, "container-")
+	if err != nil {
+		return nil, err
+	}
+	rootfs := filepath.Join(dir, "rootfs")
+	if err := os.Mkdir(rootfs, 0o755); err != nil {
+		return nil, err
+	}
+	files := mutate.Extract(img)
+	defer files.Close()
+	unpack := exec.CommandContext(ctx, "tar", "-x", "-p", "--numeric-owner", "-C", rootfs)
+	unpack.Stdin = files
+	if out, err := unpack.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("unpacking the image: %w\n%s", err, out)
+	}
+	cgroup := filepath.Base(s.Dir) + "-" + filepath.Base(dir)
+	if err := s.writeSpec(ctx, dir, cgroup, img, env, args); err != nil {
+		return nil, err
+	}
+	// The network is made here and not by runc, so that it is there, and can be
+	// entered, before the container is.
+	cmd := namespaced("busybox ip link set lo up &&", s.Tools.Runc, "--root", filepath.Join(dir, "runc"), "run", "--bundle", dir, cgroup)
+	cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	c := &Container{dir: dir}
+	if c.proc, err = startProcess("container", c.LogFile(), cmd); err != nil {
+		return nil, err
+	}
+	s.onClose(func() { c.Kill(); removeCgroups(cgroup) })
+	return c, nil
+}
+
+// writeSpec turns the image's config into the config.json that runc reads.
+func (s *Stack) writeSpec(ctx context.Context, dir, cgroup string, img v1.Image, env, args []string) error {
+	if out, err := exec.CommandContext(ctx, s.Tools.Runc, "spec", "--bundle", dir).CombinedOutput(); err != nil {
+		return fmt.Errorf("writing a runc spec: %w\n%s", err, out)
+	}
+	file := filepath.Join(dir, "config.json")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var spec struct {
+		Version  string           `json:"ociVersion"`
+		Process  map[string]any   `json:"process"`
+		Root     map[string]any   `json:"root"`
+		Hostname string           `json:"hostname"`
+		Mounts   []map[string]any `json:"mounts"`
+		Linux    map[string]any   `json:"linux"`
+	}
+	if err := json.Unmarshal(text, &spec); err != nil {
+		return err
+	}
+	config, err := img.ConfigFile()
+	if err != nil {
+		return err
+	}
+	if len(args) == 0 {
+		args = append(append(args, config.Config.Entrypoint...), config.Config.Cmd...)
+	}
+	var uid, gid int
+	if user := config.Config.User; user != "" {
+		if n, _ := fmt.Sscanf(user, "%d:%d", &uid, &gid); n == 0 {
+			return fmt.Errorf("running the image: its user %q is not a number", user)
+		}
+	}
+	spec.Process["terminal"] = false
+	spec.Process["args"] = args
+	spec.Process["env"] = append(append([]string{}, config.Config.Env...), env...)
+	spec.Process["cwd"] = path.Join("/", config.Config.WorkingDir)
+	spec.Process["user"] = map[string]int{"uid": uid, "gid": gid}
+	spec.Root["readonly"] = false
+	spec.Linux["cgroupsPath"] = "/" + cgroup
+	spec.Linux["namespaces"] = []map[string]string{{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}
+	if text, err = json.Marshal(spec); err != nil {
+		return err
+	}
+	return os.WriteFile(file, text, 0o644)
+}
+
+// LogFile is the path of what the container prints.
+func (c *Container) LogFile() string { return filepath.Join(c.dir, "log") }
+
+// Output waits for the container to end and returns what it printed. The error
+// tells an exit code other than 0.
+func (c *Container) Output(ctx context.Context) (string, error) {
+	state, err := c.proc.wait(ctx)
+	if err != nil {
+		return "", err
+	}
+	out, err := os.ReadFile(c.LogFile())
+	if err != nil {
+		return "", err
+	}
+	if !state.Success() {
+		return string(out), fmt.Errorf("the container ended with %v:\n%s", state, tail(c.LogFile(), 4<<10))
+	}
+	return string(out), nil
+}
+
+// Get asks the container's HTTP server on a port until it answers 200.
+func (c *Container) Get(ctx context.Context, port int, path string) (string, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: c.dial}
+	client := &http.Client{Transport: transport}
+	var body bytes.Buffer
+	err := c.proc.ready(ctx, func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
+		if err != nil {
+			return err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		body.Reset()
+		if _, err := io.Copy(&body, io.LimitReader(resp.Body, 16<<20)); err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", resp.Status, strings.TrimSpace(body.String()))
+		}
+		return nil
+	})
+	return body.String(), err
+}
+
+// dial connects inside the container's network.
+func (c *Container) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", c.proc.cmd.Process.Pid))
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	dialled := make(chan result, 1)
+	go func() {
+		// Never unlocked: the thread has left this process's network and must
+		// end with the goroutine.
+		runtime.LockOSThread()
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			dialled <- result{nil, err}
+			return
+		}
+		// net.Dialer may go on in another goroutine, and so in another thread.
+		conn, err := dialTCP(addr)
+		dialled <- result{conn, err}
+	}()
+	r := <-dialled
+	return r.conn, r.err
+}
+
+// dialTCP connects to an IPv4 host:port in the calling thread.
+func dialTCP(addr string) (net.Conn, error) {
+	to, err := net.ResolveTCPAddr("tcp4", addr)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), addr)
+	defer f.Close()
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: to.Port, Addr: [4]byte(to.IP.To4())}); err != nil {
+		return nil, fmt.Errorf("connecting to %s: %w", addr, err)
+	}
+	return net.FileConn(f)
+}
+
+// Kill ends the container at once.
+func (c *Container) Kill() { c.proc.kill() }
+
+// Ended reports whether the container has ended within d.
+func (c *Container) Ended(d time.Duration) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	_, err := c.proc.wait(ctx)
+	return !errors.Is(err, context.DeadlineExceeded)
+}

@@ -1,0 +1,146 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// process is a daemon of the stack. It dies with the process that started it,
+// however that ends.
+type process struct {
+	name string
+	log  string // path of its stdout and stderr
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+}
+
+// startProcess runs cmd in a process group of its own, so that a Ctrl-C at the
+// terminal reaches only the one who is to stop it in order.
+func startProcess(name, log string, cmd *exec.Cmd) (*process, error) {
+	out, err := os.OpenFile(log, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+
+	p := &process{name: name, log: log, cmd: cmd, done: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		// Pdeathsig is sent when the thread that forked ends, not the process.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+			close(p.done)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("starting %s: %w", name, err)
+	}
+	return p, nil
+}
+
+// namespaced returns a command that is process 1 of a process namespace, with
+// private mounts: all that it starts or mounts ends with it.
+func namespaced(setup, name string, args ...string) *exec.Cmd {
+	// The shell becomes the command, so that the pid seen from outside is the
+	// command's own.
+	cmd := exec.Command("/bin/sh", append([]string{"-c", "mount -t proc proc /proc && " + setup + ` exec "$0" "$@"`, name}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:   syscall.CLONE_NEWPID,
+		Unshareflags: syscall.CLONE_NEWNS, // os/exec makes the mounts private
+	}
+	return cmd
+}
+
+// ready polls until check succeeds, the process ends or ctx does.
+func (p *process) ready(ctx context.Context, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	for {
+		attempt, done := context.WithTimeout(ctx, 5*time.Second)
+		err := check(attempt)
+		done()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("%s ended with %v; its log ends:\n%s", p.name, p.cmd.ProcessState, tail(p.log, 4<<10))
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for %s: %w; its log ends:\n%s", p.name, err, tail(p.log, 4<<10))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// signal sends sig to the process alone, as a kubelet does.
+func (p *process) signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
+
+// wait returns once the process has ended; ctx bounds the wait.
+func (p *process) wait(ctx context.Context) (*os.ProcessState, error) {
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for %s to end: %w", p.name, ctx.Err())
+	}
+}
+
+// kill ends the process and its group, and waits. A second call does nothing.
+func (p *process) kill() {
+	if p == nil {
+		return
+	}
+	err := syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	if err != nil && !errors.Is(err, syscall.ESRCH) {
+		p.cmd.Process.Kill()
+	}
+	<-p.done
+}
+
+// freePort returns a loopback port that is free now and that no outgoing
+// connection gets, so that a daemon can be stopped and come back to it.
+func freePort() (int, error) {
+	for range 100 {
+		port := 20000 + rand.IntN(12000) // Linux hands out 32768 and up
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+		if err == nil {
+			return port, l.Close()
+		}
+	}
+	return 0, errors.New("finding a free port: none in 100 tries")
+}
+
+// tail returns the last n bytes of a file, or the reason there are none.
+func tail(path string, n int64) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err.Error()
+	}
+	n = min(n, info.Size())
+	b := make([]byte, n)
+	m, _ := f.ReadAt(b, info.Size()-n)
+	return string(b[:m])
+}

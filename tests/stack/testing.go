@@ -1,0 +1,98 @@
+package stack
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var shared *Stack
+
+// Main is what TestMain of a package of end-to-end tests calls: it runs the
+// tests with one stack for all of them, and ends the process.
+func Main(m *testing.M) {
+	os.Exit(runMain(m))
+}
+
+func runMain(m *testing.M) (code int) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	s, err := Start(ctx, Config{Log: os.Stderr})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	context.AfterFunc(ctx, func() {
+		s.Close()
+		os.Exit(130)
+	})
+	defer func() {
+		if err := s.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "closing the stack:", err)
+			code = 1
+		}
+	}()
+	shared = s
+	return m.Run()
+}
+
+// Shared returns the stack that Main started. When the test fails, the end of
+// buildkitd's log is shown.
+func Shared(t testing.TB) *Stack {
+	t.Helper()
+	if shared == nil {
+		t.Fatal("no shared stack: TestMain must call stack.Main")
+	}
+	showLog(t, "buildkitd", shared.Buildkitd.LogFile())
+	return shared
+}
+
+// Test returns a function on the shared stack for this test alone, which is
+// killed at its end. When the test fails, the ends of the logs are shown.
+func Test(t testing.TB, c FunctionConfig) (*Stack, *Function) {
+	t.Helper()
+	s := Shared(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	f, err := s.Function(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		f.Kill()
+		if log, err := f.Log(); err == nil && strings.Contains(log, "DATA RACE") {
+			t.Errorf("the function raced:\n%s", log)
+		}
+		os.RemoveAll(f.dir)
+	})
+	showLog(t, "function", f.LogFile())
+	return s, f
+}
+
+// Context writes files into a directory of the test and returns it.
+func Context(t testing.TB, files map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := WriteContext(dir, files); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// showLog shows what a daemon has logged since the test began, if it fails.
+func showLog(t testing.TB, name, path string) {
+	var before int64
+	if info, err := os.Stat(path); err == nil {
+		before = info.Size()
+	}
+	t.Cleanup(func() {
+		if info, err := os.Stat(path); err == nil && t.Failed() && info.Size() > before {
+			t.Logf("%s logged:\n%s", name, tail(path, min(info.Size()-before, 8<<10)))
+		}
+	})
+}

@@ -1,0 +1,191 @@
+package stack
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+	"golang.org/x/sys/unix"
+)
+
+// Tools are the paths of the real daemons.
+type Tools struct {
+	Buildkitd, Buildctl, Runc, Registry string
+}
+
+// toolModules pin the daemons' versions, each in a module of its own under
+// tests/tools, because their dependencies do not agree.
+var toolModules = []struct {
+	module, pkg, name string
+	flags             []string
+	cgo               string
+}{
+	{module: "buildkit", pkg: "github.com/moby/buildkit/cmd/buildkitd", name: "buildkitd", cgo: "0"},
+	{module: "buildkit", pkg: "github.com/moby/buildkit/cmd/buildctl", name: "buildctl", cgo: "0"},
+	// runc refuses a seccomp profile, which buildkitd always gives it, when it
+	// was built without libseccomp.
+	{module: "runc", pkg: "github.com/opencontainers/runc", name: "runc", flags: []string{"-tags", "seccomp"}, cgo: "1"},
+	{module: "registry", pkg: "github.com/distribution/distribution/v3/cmd/registry", name: "registry", cgo: "0"},
+}
+
+// BuildTools builds what is missing in the cache and says so on log: it takes
+// ten minutes on a fresh machine with two cores, and nothing afterwards. The
+// environment variable STACK_BIN names a directory of ready-made ones instead.
+func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) {
+	paths := map[string]string{}
+	unlock, err := lockCache(repo)
+	if err != nil {
+		return Tools{}, err
+	}
+	defer unlock()
+	for _, t := range toolModules {
+		if dir := os.Getenv("STACK_BIN"); dir != "" {
+			paths[t.name] = filepath.Join(dir, t.name)
+			if _, err := os.Stat(paths[t.name]); err != nil {
+				return Tools{}, fmt.Errorf("finding a tool in STACK_BIN: %w", err)
+			}
+			continue
+		}
+		src := filepath.Join(repo, "tests", "tools", t.module)
+		key := sha256.New()
+		fmt.Fprintln(key, runtime.Version(), runtime.GOARCH, t.flags, t.cgo)
+		for _, name := range []string{"go.mod", "go.sum"} {
+			b, err := os.ReadFile(filepath.Join(src, name))
+			if err != nil {
+				return Tools{}, err
+			}
+			key.Write(b)
+		}
+		bin := filepath.Join(repo, ".cache", "bin", fmt.Sprintf("%s-%.6x", t.name, key.Sum(nil)))
+		paths[t.name] = bin
+		if _, err := os.Stat(bin); err == nil {
+			continue
+		}
+		began := time.Now()
+		fmt.Fprintf(log, "building %s (once; minutes on a fresh machine)\n", t.name)
+		args := append([]string{"build", "-trimpath", "-buildvcs=false", "-o", bin + ".tmp"}, t.flags...)
+		if err := goCommand(ctx, src, append(args, t.pkg), "CGO_ENABLED="+t.cgo, "GOWORK=off"); err != nil {
+			if t.name == "runc" {
+				err = fmt.Errorf("%w\nrunc needs gcc, pkg-config and libseccomp-dev: apt-get install gcc libc6-dev pkg-config libseccomp-dev", err)
+			}
+			return Tools{}, fmt.Errorf("building %s: %w", t.name, err)
+		}
+		if err := os.Rename(bin+".tmp", bin); err != nil {
+			return Tools{}, err
+		}
+		fmt.Fprintf(log, "built %s in %s\n", t.name, time.Since(began).Round(time.Second))
+	}
+	return Tools{paths["buildkitd"], paths["buildctl"], paths["runc"], paths["registry"]}, nil
+}
+
+// BuildHandler puts the builder together with the template as faas-cli does and
+// compiles it to out as the template's Dockerfile does.
+func (s *Stack) buildHandler(ctx context.Context, out string) error {
+	unlock, err := lockCache(s.Repo)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// One directory for all runs, so that the compiler's cache is hit.
+	dir, err := assemble(s.Repo, filepath.Join(s.Repo, ".cache", "build"), "builder", filepath.Join(s.Repo, "builder"))
+	if err != nil {
+		return err
+	}
+	args, env := []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", out}, "CGO_ENABLED=0"
+	if s.race {
+		args, env = append(args, "-race"), "CGO_ENABLED=1"
+	}
+	if err := goCommand(ctx, dir, append(args, "."), env); err != nil {
+		return fmt.Errorf("building the function: %w", err)
+	}
+	return nil
+}
+
+// Assemble writes the build context that faas-cli makes of a function folder
+// for lang golang-middleware, and returns its directory.
+func (s *Stack) Assemble(name, handler string) (string, error) {
+	dir, err := os.MkdirTemp(s.Dir, "assembled-")
+	if err != nil {
+		return "", err
+	}
+	return assemble(s.Repo, dir, name, handler)
+}
+
+func assemble(repo, buildDir, name, handler string) (string, error) {
+	dir, err := builder.CreateBuildContext(name, handler, "golang-middleware", nil,
+		builder.WithBuildDir(buildDir), builder.WithTemplateDir(filepath.Join(repo, "template")))
+	if err != nil {
+		return "", fmt.Errorf("assembling %s from %s: %w", name, handler, err)
+	}
+	return dir, nil
+}
+
+// goCommand runs the go command in dir. Its error holds what go printed.
+func goCommand(ctx context.Context, dir string, args []string, env ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), cmp.Or(ctx.Err(), err), out)
+	}
+	return nil
+}
+
+// lockCache keeps test binaries that run at once from building the same thing.
+func lockCache(repo string) (unlock func(), err error) {
+	dir := filepath.Join(repo, ".cache")
+	if err := os.MkdirAll(filepath.Join(dir, "bin"), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// findRepo walks up from the working directory to the one that holds stack.yml
+// or, in a tree without it, builder/go.mod.
+func findRepo() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "builder", "go.mod")); err == nil {
+			return d, nil
+		}
+		if d == filepath.Dir(d) {
+			return "", fmt.Errorf("finding the repository: no builder/go.mod above %s", dir)
+		}
+	}
+}
+
+// builtWithRace reports whether this program has the race detector in it.
+func builtWithRace() bool {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return false
+	}
+	for _, s := range info.Settings {
+		if s.Key == "-race" {
+			return s.Value == "true"
+		}
+	}
+	return false
+}
