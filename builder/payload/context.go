@@ -3,35 +3,82 @@ package payload
 import (
 	"io"
 	"io/fs"
+	"sort"
 )
 
 // Context is a build context that lies in a spooled tar. It does not change,
-// and may be read from many goroutines at once, until its Payload is closed.
+// and may be read from many goroutines at once, until its Spool is closed.
 type Context struct {
 	entries []Entry
+	inodes  []inode
 	data    io.ReaderAt
 }
 
 // Entry is a file, directory or symlink of a context.
 type Entry struct {
-	Path    string      // slash-separated, relative to the context, clean
-	Mode    fs.FileMode // with setuid, setgid and sticky
-	Size    int64       // of a regular file that is not a link
-	ModTime int64       // ns since 1970; of a regular file, a group time
+	Path string      // slash-separated, relative to the context, clean, valid UTF-8
+	Mode fs.FileMode // with setuid, setgid and sticky
+
+	// inode is an index into Context.inodes, the same for all of a regular
+	// file's hard links; noInode for what has no content.
+	inode int32
+
+	Size    int64 // as lstat gives it; 0 for a directory and a hard link
+	ModTime int64 // ns since 1970; of a regular file, a group time
 
 	// Linkname is a symlink's target as it was sent, or, for a regular file,
 	// the path of the entry before this one that it is a hard link to.
 	Linkname string
-
-	offset int64
 }
 
-// Entries are in the order that fsutil wants ('/' sorts before every other
-// byte), each after its parent directory; parents the tar left out are there.
-// The caller must not change them.
+const noInode = -1
+
+// inode is where a regular file's content lies in the tar.
+type inode struct {
+	offset, size int64
+}
+
+// Entries are in the order of [ComparePath], each after its parent directory;
+// parents that the tar leaves out are there. The caller must not change them.
 func (c *Context) Entries() []Entry { return c.entries }
 
-// Open reads a regular file's content.
+// Find looks an entry up by its Path; nil when there is none.
+func (c *Context) Find(path string) *Entry {
+	i, ok := sort.Find(len(c.entries), func(i int) int {
+		return ComparePath(path, c.entries[i].Path)
+	})
+	if !ok {
+		return nil
+	}
+	return &c.entries[i]
+}
+
+// Open reads a regular file's content, a hard link's too. Of anything else it
+// reads nothing.
 func (c *Context) Open(e *Entry) *io.SectionReader {
-	return io.NewSectionReader(c.data, e.offset, e.Size)
+	if e.inode == noInode {
+		return io.NewSectionReader(c.data, 0, 0)
+	}
+	n := c.inodes[e.inode]
+	return io.NewSectionReader(c.data, n.offset, n.size)
+}
+
+// ComparePath is the order in which fsutil walks a tree: '/' sorts before every
+// other byte, so that a directory is followed by what is in it. It returns a
+// number below, at or above 0.
+func ComparePath(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		x, y := a[i], b[i]
+		switch {
+		case x == y:
+		case x == '/':
+			return -1
+		case y == '/':
+			return 1
+		default:
+			return int(x) - int(y)
+		}
+	}
+	return len(a) - len(b)
 }

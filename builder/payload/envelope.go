@@ -1,0 +1,410 @@
+package payload
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"unicode/utf16"
+	"unicode/utf8"
+
+	"handler/function/api"
+)
+
+const (
+	maxKeys   = 64
+	maxString = 1024 // bytes of a key, a signature or a number
+	maxDepth  = 32
+)
+
+// envelope is the text form of a body:
+//
+//	{"signature":"sha256=…","tar":"<base64>"}
+//
+// Its keys come in any order. Others are ignored.
+type envelope struct {
+	signature string
+}
+
+// read writes the decoded tar to w as it comes. Each of its errors is an
+// *api.Error. It needs no more memory than a few chunks: encoding/json would
+// hold the whole string.
+func (v *envelope) read(t *tap, w io.Writer) error {
+	err := v.readObject(&jsonReader{t: t}, w)
+	if err == nil {
+		return nil
+	}
+	if e, ok := errors.AsType[*api.Error](err); ok {
+		return e
+	}
+	msg := err.Error()
+	if errors.Is(err, io.EOF) {
+		msg = "it is cut short"
+	}
+	return &api.Error{Code: api.BadEnvelope, Msg: "reading envelope: " + msg, Err: err}
+}
+
+func (v *envelope) readObject(r *jsonReader, w io.Writer) error {
+	keys := map[string]bool{}
+	err := r.object(func(key string) error {
+		if keys[key] {
+			return fmt.Errorf("the key %q is there twice", key)
+		}
+		if keys[key] = true; len(keys) > maxKeys {
+			return fmt.Errorf("more than %d keys", maxKeys)
+		}
+		switch key {
+		case "signature":
+			s, err := r.shortString()
+			if err != nil {
+				return fmt.Errorf("%q: %w", key, err)
+			}
+			v.signature = s
+			return nil
+		case "tar":
+			d := &base64Writer{w: w}
+			if err := r.string(true, d.write); err != nil {
+				return fmt.Errorf("%q: %w", key, err)
+			}
+			if err := d.close(); err != nil {
+				return fmt.Errorf("%q: %w", key, err)
+			}
+			return nil
+		}
+		return r.skip(1)
+	})
+	if err != nil {
+		return err
+	}
+	if !keys["tar"] {
+		return errors.New(`no key "tar"`)
+	}
+	if _, err := r.token(); err != io.EOF {
+		return errors.New("something else follows it")
+	}
+	return nil
+}
+
+// jsonReader reads JSON from a stream without holding it.
+type jsonReader struct{ t *tap }
+
+// token is the first byte that is not white space. It is read.
+func (r *jsonReader) token() (byte, error) {
+	for {
+		b, err := r.t.ReadByte()
+		if err != nil {
+			return 0, err
+		}
+		switch b {
+		case ' ', '\t', '\r', '\n':
+		default:
+			return b, nil
+		}
+	}
+}
+
+// peek is the next token, not read.
+func (r *jsonReader) peek() (byte, error) {
+	b, err := r.token()
+	if err == nil {
+		r.unread(b)
+	}
+	return b, err
+}
+
+// unread takes back the byte that was read last.
+func (r *jsonReader) unread(b byte) {
+	// It may have been the last of its chunk, whose memory is still held: a tap
+	// lets go of one when it needs the next.
+	r.t.rest = r.t.c.buf[len(r.t.c.buf)-len(r.t.rest)-1:]
+}
+
+func (r *jsonReader) expect(want byte) error {
+	b, err := r.token()
+	if err != nil {
+		return err
+	}
+	if b != want {
+		return fmt.Errorf("%q where %q should be", b, want)
+	}
+	return nil
+}
+
+// object calls member after each key and its colon, to read the value.
+func (r *jsonReader) object(member func(key string) error) error {
+	if err := r.expect('{'); err != nil {
+		return err
+	}
+	if b, err := r.peek(); err != nil {
+		return err
+	} else if b == '}' {
+		return r.expect('}')
+	}
+	for {
+		key, err := r.shortString()
+		if err != nil {
+			return err
+		}
+		if err := r.expect(':'); err != nil {
+			return err
+		}
+		if err := member(key); err != nil {
+			return err
+		}
+		b, err := r.token()
+		if err != nil {
+			return err
+		}
+		switch b {
+		case '}':
+			return nil
+		case ',':
+		default:
+			return fmt.Errorf("%q where ',' or '}' should be", b)
+		}
+	}
+}
+
+// skip reads one value of any type.
+func (r *jsonReader) skip(depth int) error {
+	if depth > maxDepth {
+		return fmt.Errorf("values nested deeper than %d", maxDepth)
+	}
+	b, err := r.peek()
+	if err != nil {
+		return err
+	}
+	switch b {
+	case '"':
+		return r.string(false, func([]byte) error { return nil })
+	case '{':
+		return r.object(func(string) error { return r.skip(depth + 1) })
+	case '[':
+		return r.skipArray(depth)
+	}
+	return r.skipLiteral()
+}
+
+func (r *jsonReader) skipArray(depth int) error {
+	if err := r.expect('['); err != nil {
+		return err
+	}
+	if b, err := r.peek(); err != nil {
+		return err
+	} else if b == ']' {
+		return r.expect(']')
+	}
+	for {
+		if err := r.skip(depth + 1); err != nil {
+			return err
+		}
+		b, err := r.token()
+		if err != nil {
+			return err
+		}
+		switch b {
+		case ']':
+			return nil
+		case ',':
+		default:
+			return fmt.Errorf("%q where ',' or ']' should be", b)
+		}
+	}
+}
+
+// skipLiteral reads a number, true, false or null.
+func (r *jsonReader) skipLiteral() error {
+	var lit []byte
+	for {
+		b, err := r.t.ReadByte()
+		if err != nil {
+			return err
+		}
+		if bytes.IndexByte([]byte(" \t\r\n,:]}[{\""), b) >= 0 {
+			r.unread(b)
+			break
+		}
+		if lit = append(lit, b); len(lit) > maxString {
+			return fmt.Errorf("a value over %d bytes", maxString)
+		}
+	}
+	if !json.Valid(lit) {
+		return fmt.Errorf("%q is no JSON value", shorten(string(lit)))
+	}
+	return nil
+}
+
+func (r *jsonReader) shortString() (string, error) {
+	var s []byte
+	err := r.string(false, func(p []byte) error {
+		if s = append(s, p...); len(s) > maxString {
+			return fmt.Errorf("a string over %d bytes", maxString)
+		}
+		return nil
+	})
+	return string(s), err
+}
+
+// string calls emit with the pieces of a string, unescaped. Line breaks that
+// are not escaped, which JSON forbids, pass if lines is set: who wraps base64
+// by hand leaves them there.
+func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
+	if b, err := r.token(); err != nil {
+		return err
+	} else if b != '"' {
+		return fmt.Errorf("%q where a string should begin", b)
+	}
+	for {
+		if err := r.t.fill(); err != nil {
+			return err
+		}
+		n := 0
+		for n < len(r.t.rest) {
+			b := r.t.rest[n]
+			if b == '"' || b == '\\' || b < ' ' && !(lines && (b == '\n' || b == '\r')) {
+				break
+			}
+			n++
+		}
+		if n > 0 {
+			if err := emit(r.t.rest[:n]); err != nil {
+				return err
+			}
+			r.t.rest = r.t.rest[n:]
+			continue
+		}
+		switch b, _ := r.t.ReadByte(); b {
+		case '"':
+			return nil
+		case '\\':
+			p, err := r.escape()
+			if err != nil {
+				return err
+			}
+			if err := emit(p); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("%q in a string", b)
+		}
+	}
+}
+
+// escape reads what follows a backslash.
+func (r *jsonReader) escape() ([]byte, error) {
+	b, err := r.t.ReadByte()
+	if err != nil {
+		return nil, err
+	}
+	switch b {
+	case '"', '\\', '/':
+		return []byte{b}, nil
+	case 'b':
+		return []byte{'\b'}, nil
+	case 'f':
+		return []byte{'\f'}, nil
+	case 'n':
+		return []byte{'\n'}, nil
+	case 'r':
+		return []byte{'\r'}, nil
+	case 't':
+		return []byte{'\t'}, nil
+	case 'u':
+		c, err := r.hex4()
+		if err != nil {
+			return nil, err
+		}
+		// No key of ours has a character that needs two of these, so the
+		// halves of a pair need not be put together.
+		if utf16.IsSurrogate(c) {
+			c = utf8.RuneError
+		}
+		return utf8.AppendRune(nil, c), nil
+	}
+	return nil, fmt.Errorf("%q after a backslash", b)
+}
+
+func (r *jsonReader) hex4() (rune, error) {
+	var c rune
+	for range 4 {
+		b, err := r.t.ReadByte()
+		if err != nil {
+			return 0, err
+		}
+		switch {
+		case '0' <= b && b <= '9':
+			b -= '0'
+		case 'a' <= b|0x20 && b|0x20 <= 'f':
+			b = b | 0x20 - 'a' + 10
+		default:
+			return 0, fmt.Errorf(`%q after \u`, b)
+		}
+		c = c<<4 | rune(b)
+	}
+	return c, nil
+}
+
+// base64Writer decodes standard base64, with or without padding, with line
+// breaks anywhere.
+type base64Writer struct {
+	w    io.Writer
+	in   []byte // not decoded yet
+	out  []byte
+	n    int // characters but padding
+	pads int
+}
+
+// base64Block is how many characters are decoded at once: whole quanta.
+const base64Block = 32 << 10
+
+func (d *base64Writer) write(p []byte) error {
+	if d.in == nil {
+		d.in = make([]byte, 0, base64Block)
+		d.out = make([]byte, base64.RawStdEncoding.DecodedLen(base64Block))
+	}
+	for len(p) > 0 {
+		// The usual input is one long run without anything special.
+		n := min(len(p), base64Block-len(d.in))
+		if i := bytes.IndexAny(p[:n], "=\r\n"); i >= 0 {
+			n = i
+		}
+		if n > 0 {
+			if d.pads > 0 {
+				return errors.New("base64 goes on after its padding")
+			}
+			d.in = append(d.in, p[:n]...)
+			d.n += n
+			p = p[n:]
+			if len(d.in) == base64Block {
+				if err := d.decode(); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		if p[0] == '=' {
+			d.pads++
+		}
+		p = p[1:]
+	}
+	return nil
+}
+
+func (d *base64Writer) close() error {
+	if d.pads > 2 || d.pads > 0 && (d.n+d.pads)%4 != 0 {
+		return errors.New("wrong base64 padding")
+	}
+	return d.decode()
+}
+
+func (d *base64Writer) decode() error {
+	n, err := base64.RawStdEncoding.Decode(d.out, d.in)
+	if err != nil {
+		return errors.New("not base64")
+	}
+	d.in = d.in[:0]
+	_, err = d.w.Write(d.out[:n])
+	return err
+}
