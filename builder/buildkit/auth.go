@@ -1,0 +1,109 @@
+package buildkit
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"slices"
+	"sync"
+
+	"github.com/moby/buildkit/session/auth"
+	"golang.org/x/crypto/nacl/sign"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"handler/function/api"
+	"handler/function/registry"
+)
+
+// authServer answers the daemon's questions about registries, for one build.
+//
+// The daemon keeps the tokens it was given and would use them for any other
+// session that holds the same key, so each build has a key of its own.
+type authServer struct {
+	auth.UnimplementedAuthServer
+	build *registry.Build
+	seed  []byte
+
+	mu       sync.Mutex
+	failures []*api.Error
+}
+
+func newAuthServer(build *registry.Build) *authServer {
+	seed := make([]byte, sha256.Size)
+	rand.Read(seed)
+	return &authServer{build: build, seed: seed}
+}
+
+// Register makes authServer a session.Attachable.
+func (s *authServer) Register(server *grpc.Server) { auth.RegisterAuthServer(server, s) }
+
+// Credentials is asked where a registry wants Basic authentication, and for
+// whether this build may use what another one has logged in with.
+func (s *authServer) Credentials(ctx context.Context, req *auth.CredentialsRequest) (*auth.CredentialsResponse, error) {
+	user, password, err := s.build.Basic(ctx, req.Host)
+	if err != nil {
+		return nil, s.fail(err)
+	}
+	return &auth.CredentialsResponse{Username: user, Secret: password}, nil
+}
+
+func (s *authServer) FetchToken(ctx context.Context, req *auth.FetchTokenRequest) (*auth.FetchTokenResponse, error) {
+	tok, err := s.build.Token(ctx, registry.TokenRequest{
+		Host: req.Host, Realm: req.Realm, Service: req.Service, Scopes: req.Scopes,
+	})
+	if err != nil {
+		return nil, s.fail(err)
+	}
+	return &auth.FetchTokenResponse{
+		Token:     tok.Value,
+		ExpiresIn: max(int64(tok.Expires.Sub(tok.IssuedAt).Seconds()), 1),
+		IssuedAt:  tok.IssuedAt.Unix(),
+	}, nil
+}
+
+// GetTokenAuthority must be answered: without a key, the daemon asks for the
+// credentials themselves and fetches tokens with them.
+func (s *authServer) GetTokenAuthority(_ context.Context, req *auth.GetTokenAuthorityRequest) (*auth.GetTokenAuthorityResponse, error) {
+	key := s.key(req.Host, req.Salt)
+	return &auth.GetTokenAuthorityResponse{PublicKey: key.Public().(ed25519.PublicKey)}, nil
+}
+
+func (s *authServer) VerifyTokenAuthority(_ context.Context, req *auth.VerifyTokenAuthorityRequest) (*auth.VerifyTokenAuthorityResponse, error) {
+	var key [ed25519.PrivateKeySize]byte
+	copy(key[:], s.key(req.Host, req.Salt))
+	return &auth.VerifyTokenAuthorityResponse{Signed: sign.Sign(nil, req.Payload, &key)}, nil
+}
+
+func (s *authServer) key(host string, salt []byte) ed25519.PrivateKey {
+	mac := hmac.New(sha256.New, s.seed)
+	mac.Write(salt)
+	mac.Write([]byte(host))
+	return ed25519.NewKeyFromSeed(mac.Sum(nil))
+}
+
+// fail keeps err, with its cause, and gives the daemon its message, by which
+// it is found again in what the daemon says.
+func (s *authServer) fail(err error) error {
+	e, ok := errors.AsType[*api.Error](err)
+	if !ok {
+		return status.Error(codes.Unknown, "authentication failed")
+	}
+	s.mu.Lock()
+	s.failures = append(s.failures, e)
+	s.mu.Unlock()
+	return status.Error(codes.PermissionDenied, e.Msg)
+}
+
+// failed are the errors so far, the last one first.
+func (s *authServer) failed() []*api.Error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := slices.Clone(s.failures)
+	slices.Reverse(list)
+	return list
+}

@@ -1,0 +1,410 @@
+// Package buildkit solves requests on a BuildKit daemon. It is the only package
+// that imports BuildKit: the session and its attachables, the frontend's and the
+// exporter's attributes, the status stream and the daemon's errors end here.
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/secrets/secretsprovider"
+	"github.com/rs/zerolog"
+	"github.com/tonistiigi/fsutil"
+
+	"handler/function/api"
+	"handler/function/redact"
+	"handler/function/registry"
+	"handler/function/solve"
+)
+
+// Config says which daemon solves, and for how long it may.
+type Config struct {
+	Addr       string // tcp://host:port or unix:///path
+	ServerName string // in the daemon's certificate
+
+	// CAFile, CertFile and KeyFile are PEM, read again when they change. All
+	// empty, or a unix address: no TLS.
+	CAFile, CertFile, KeyFile string
+
+	BuildTimeout time.Duration // until the push begins; zero is none
+	PushTimeout  time.Duration // from then on, its retries included; zero is none
+
+	// DefaultPlatform is that of a request that names none. Empty is the
+	// daemon's own.
+	DefaultPlatform string
+
+	// AllowSyntax follows a Dockerfile's "# syntax=" line.
+	AllowSyntax bool
+
+	Credentials *registry.Credentials
+	Log         zerolog.Logger
+}
+
+// Solver solves on one daemon, over one connection.
+type Solver struct {
+	cfg       Config
+	daemon    *daemon
+	pushWaits []time.Duration // before each retry of a push that was told to wait
+}
+
+// New dials nothing.
+func New(cfg Config) *Solver {
+	return &Solver{
+		cfg: cfg,
+		daemon: &daemon{
+			addr:       cfg.Addr,
+			serverName: cfg.ServerName,
+			files:      [3]string{cfg.CAFile, cfg.CertFile, cfg.KeyFile},
+			log:        cfg.Log,
+		},
+		// BuildKit keeps a registry's Retry-After to itself.
+		pushWaits: []time.Duration{2 * time.Second, 5 * time.Second, 15 * time.Second},
+	}
+}
+
+// Close closes the connection, after the last Solve that uses it.
+func (s *Solver) Close() error { return s.daemon.close() }
+
+// Daemons says how many of the daemons answer. It takes a few seconds when one
+// does not.
+func (s *Solver) Daemons(ctx context.Context) (reachable, total int) {
+	c, _, err := s.daemon.get()
+	if err != nil {
+		return 0, 1
+	}
+	err = c.check(ctx)
+	s.daemon.release(c, err != nil && ctx.Err() == nil)
+	if err != nil {
+		return 0, 1
+	}
+	return 1, 1
+}
+
+// Solve builds req and pushes it. It returns when ctx ends, and nothing is read
+// from req.Context after that; log is called from one goroutine.
+//
+// # Errors
+//
+// Every error is an *api.Error: build_failed, registry_denied, registry_failed,
+// registry_timeout, deadline, daemon_lost, daemon_full, no_daemon or internal;
+// when ctx ended, its cause if that is one, and else canceled.
+func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+	return s.solve(ctx, req, newContextFS(req.Context), log)
+}
+
+func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS, log solve.Log) (solve.Outcome, solve.Stats, error) {
+	defer files.close()
+	b := s.newBuild(req, files, log)
+	ctx, stop := b.limits.start(ctx)
+	defer stop()
+
+	outcome, err := b.run(ctx)
+	b.stats.Steps, b.stats.Cached = b.progress.counts()
+	b.stats.Sent = b.fs.sent.Load()
+	b.stats.Transfer += b.progress.transfer
+	b.stats.Push = b.limits.pushed()
+	if err != nil {
+		return solve.Outcome{}, b.stats, err
+	}
+	return outcome, b.stats, nil
+}
+
+// build is one request on its way, over all its attempts.
+type build struct {
+	solver   *Solver
+	req      *solve.Request
+	redact   *redact.Redactor
+	log      solve.Log
+	fs       *contextFS
+	limits   *limits
+	progress *progress // of the current attempt
+	stats    solve.Stats
+	warnings []string
+}
+
+func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *build {
+	b := &build{
+		solver: s,
+		req:    req,
+		redact: redact.New(req.Secrets),
+		log:    log,
+		fs:     files,
+		limits: &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout},
+	}
+	b.progress = newProgress(log, b.redact, b.limits.pushing)
+	if syntax := syntaxLine(b.fs, req.Config.Dockerfile); syntax != "" && !s.cfg.AllowSyntax {
+		b.warnings = append(b.warnings, fmt.Sprintf("the Dockerfile's line syntax=%s is not followed: the daemon's own frontend is used", b.redact.Line(syntax)))
+	}
+	return b
+}
+
+// run solves, a second time when the daemon was lost: it pushes last, so that
+// nothing is done twice. A registry that wants the push to wait gets it again.
+func (b *build) run(ctx context.Context) (solve.Outcome, error) {
+	for _, w := range b.warnings {
+		b.progress.warn(w)
+	}
+	lost, pushes := false, 0
+	for {
+		outcome, err := b.attempt(ctx)
+		if err == nil {
+			return outcome, nil
+		}
+		if ended := b.ended(ctx); ended != nil {
+			return solve.Outcome{}, ended
+		}
+		switch e := api.AsError(err); {
+		case e.Code == api.DaemonLost && !lost:
+			lost = true
+			b.solver.cfg.Log.Warn().Err(err).Str("call_id", b.req.ID).Msg("solving again: buildkitd was lost")
+			b.progress.warn("the connection to buildkitd was lost: building again")
+		case errors.Is(err, errPushLater) && pushes < len(b.solver.pushWaits):
+			wait := b.solver.pushWaits[pushes]
+			pushes++
+			b.progress.warn(fmt.Sprintf("the registry takes no more requests for now: pushing again in %v", wait))
+			select {
+			case <-ctx.Done():
+				return solve.Outcome{}, b.ended(ctx)
+			case <-time.After(wait):
+			}
+		case e.Code == api.NoDaemon && lost:
+			return solve.Outcome{}, &api.Error{Code: api.NoDaemon, Msg: "buildkitd was lost while building, and cannot be reached again", Err: e.Err}
+		default:
+			return solve.Outcome{}, e
+		}
+		b.stats.Transfer += b.progress.transfer
+		b.progress = newProgress(b.log, b.redact, b.limits.pushing)
+	}
+}
+
+// ended is the error of a build whose ctx has, or nil.
+func (b *build) ended(ctx context.Context) error {
+	if ctx.Err() == nil {
+		return nil
+	}
+	cause := context.Cause(ctx)
+	switch {
+	case errors.Is(cause, errBuildTimeout):
+		msg := fmt.Sprintf("the build did not end within %v (build_timeout)", b.solver.cfg.BuildTimeout)
+		if step := b.progress.running(); step != "" {
+			msg += "; it was at " + step
+		}
+		return &api.Error{Code: api.Deadline, Msg: msg}
+	case errors.Is(cause, errPushTimeout):
+		return &api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the push did not end within %v (push_timeout)", b.solver.cfg.PushTimeout)}
+	}
+	if e, ok := errors.AsType[*api.Error](cause); ok {
+		return e
+	}
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return &api.Error{Code: api.Deadline, Msg: "the deadline passed", Err: cause}
+	}
+	return &api.Error{Code: api.Canceled, Msg: "the build was canceled", Err: cause}
+}
+
+// attempt solves once, with a Ref of its own: BuildKit looks a finished one up
+// in its history.
+func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
+	d := b.solver.daemon
+	c, err := d.acquire(ctx)
+	if err != nil {
+		return solve.Outcome{}, noDaemon(err)
+	}
+	b.stats.Attempts++
+	end := c.ends.next()
+	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.req.Config.References))
+	status := make(chan *client.SolveStatus)
+	var drained sync.WaitGroup
+	drained.Go(func() { b.progress.drain(status) })
+	resp, err := c.client.Solve(ctx, nil, b.solveOpt(c, auths), status)
+	drained.Wait()
+	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
+	d.release(c, gone)
+	switch {
+	case gone:
+		return solve.Outcome{}, daemonLost(err)
+	case err != nil:
+		return solve.Outcome{}, (&failure{
+			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(), auths: auths.failed(),
+		}).classify()
+	}
+	outcome := solve.Outcome{
+		Digest:    resp.ExporterResponse["containerimage.digest"],
+		Platforms: b.platforms(),
+		Warnings:  b.warnings,
+	}
+	if len(outcome.Platforms) == 0 && c.defaultPlatform() != "" {
+		outcome.Platforms = []string{c.defaultPlatform()}
+	}
+	if b.pushes() {
+		outcome.Tags = b.req.Config.Tags
+	}
+	return outcome, nil
+}
+
+func (b *build) pushes() bool { return !b.req.Config.SkipPush }
+
+// platforms are those asked for; none are the daemon's own.
+func (b *build) platforms() []string {
+	if list := b.req.Config.Platforms; len(list) > 0 {
+		return list
+	}
+	if p := b.solver.cfg.DefaultPlatform; p != "" {
+		return []string{p}
+	}
+	return nil
+}
+
+func (b *build) solveOpt(c *conn, auths *authServer) client.SolveOpt {
+	attachables := []session.Attachable{auths}
+	if len(b.req.Secrets) > 0 {
+		attachables = append(attachables, secretsprovider.FromMap(b.req.Secrets))
+	}
+	return client.SolveOpt{
+		Ref:           identity.NewID(),
+		Frontend:      "dockerfile.v0",
+		FrontendAttrs: b.frontendAttrs(),
+		LocalMounts:   map[string]fsutil.FS{"context": b.fs, "dockerfile": b.fs},
+		SharedKey:     b.req.SharedKey,
+		Session:       attachables,
+		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: b.exporterAttrs()}},
+	}
+}
+
+func (b *build) frontendAttrs() map[string]string {
+	cfg := b.req.Config
+	attrs := make(map[string]string)
+	for k, v := range cfg.BuildArgs {
+		attrs["build-arg:"+k] = v
+	}
+	for k, v := range cfg.Labels {
+		attrs["label:"+k] = v
+	}
+	if cfg.Dockerfile != "" {
+		attrs["filename"] = path.Clean(cfg.Dockerfile)
+	}
+	if cfg.Target != "" {
+		attrs["target"] = cfg.Target
+	}
+	if p := b.platforms(); len(p) > 0 {
+		attrs["platform"] = strings.Join(p, ",")
+	}
+	if cfg.NoCache {
+		attrs["no-cache"] = ""
+	}
+	if cfg.Pull {
+		attrs["image-resolve-mode"] = "pull"
+	}
+	if b.req.Hostname != "" {
+		attrs["hostname"] = b.req.Hostname
+	}
+	if b.req.CacheMountNS != "" {
+		attrs["build-arg:BUILDKIT_CACHE_MOUNT_NS"] = b.req.CacheMountNS
+	}
+	// The frontend takes this for the command line of a foreign one that has
+	// already been started, and looks for no syntax line.
+	if !b.solver.cfg.AllowSyntax {
+		attrs["cmdline"] = "dockerfile.v0"
+	}
+	return attrs
+}
+
+// exporterAttrs name no image that is not pushed, so that the daemon keeps
+// nothing of it but its cache. It is exported all the same, for its digest.
+func (b *build) exporterAttrs() map[string]string {
+	cfg := b.req.Config
+	attrs := make(map[string]string)
+	for k, v := range cfg.Annotations {
+		attrs["annotation."+k] = v
+		if len(b.platforms()) > 1 {
+			attrs["annotation-index."+k] = v
+		}
+	}
+	if b.pushes() {
+		names := make(map[string]bool)
+		var list []string
+		for _, ref := range cfg.References {
+			if name := ref.String(); !names[name] {
+				names[name] = true
+				list = append(list, name)
+			}
+		}
+		attrs["name"] = strings.Join(list, ",")
+		attrs["push"] = "true"
+	}
+	return attrs
+}
+
+// limits end a build that takes too long. The push has a limit of its own: a
+// registry is not the build's fault.
+type limits struct {
+	build, push time.Duration
+
+	mu     sync.Mutex
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+	began  time.Time // when the push did
+}
+
+var (
+	errBuildTimeout = errors.New("build_timeout passed")
+	errPushTimeout  = errors.New("push_timeout passed")
+)
+
+func (l *limits) start(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cancel = cancel
+	if l.build > 0 {
+		l.timer = time.AfterFunc(l.build, func() { cancel(errBuildTimeout) })
+	}
+	return ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.timer != nil {
+			l.timer.Stop()
+		}
+		cancel(nil)
+	}
+}
+
+// pushing is told of every sign of a push; the first one counts.
+func (l *limits) pushing() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.began.IsZero() {
+		return
+	}
+	l.began = time.Now()
+	// A build timer that has fired has the last word.
+	if l.timer != nil && !l.timer.Stop() {
+		return
+	}
+	if l.push > 0 {
+		l.timer = time.AfterFunc(l.push, func() { l.cancel(errPushTimeout) })
+	}
+}
+
+func (l *limits) isPushing() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.began.IsZero()
+}
+
+func (l *limits) pushed() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.began.IsZero() {
+		return 0
+	}
+	return time.Since(l.began)
+}

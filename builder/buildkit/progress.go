@@ -1,0 +1,273 @@
+package buildkit
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/moby/buildkit/client"
+	digest "github.com/opencontainers/go-digest"
+
+	"handler/function/redact"
+	"handler/function/solve"
+)
+
+// progress turns the daemon's status stream into the contract's log lines, and
+// keeps of it what the outcome and the errors need. It is used by one goroutine
+// at a time.
+type progress struct {
+	log     solve.Log
+	redact  *redact.Redactor
+	pushing func() // called for each status of a push, before it is logged
+
+	vertices map[digest.Digest]*vertex
+	order    []*vertex
+	statuses map[statusKey]*client.VertexStatus
+	streams  map[streamKey]*redact.Stream
+
+	transfer time.Duration // of what local sources took
+	lines    []string      // of the current message
+}
+
+// vertex is what was last said of one; the daemon may report it more than once,
+// and an exporter runs twice, to export and to push.
+type vertex struct {
+	name      string
+	started   *time.Time
+	completed *time.Time
+	cached    bool
+	err       string
+	streams   []streamKey
+}
+
+// end is a line to print after the output that came with it.
+type end struct {
+	v    *vertex
+	line string
+}
+
+type statusKey struct {
+	vertex digest.Digest
+	id     string
+}
+
+type streamKey struct {
+	vertex digest.Digest
+	stream int
+}
+
+func newProgress(log solve.Log, r *redact.Redactor, pushing func()) *progress {
+	return &progress{
+		log:      log,
+		redact:   r,
+		pushing:  pushing,
+		vertices: make(map[digest.Digest]*vertex),
+		statuses: make(map[statusKey]*client.VertexStatus),
+		streams:  make(map[streamKey]*redact.Stream),
+	}
+}
+
+// drain takes every message, also when the log is slow: a solve does not end
+// before its status channel has been read.
+func (p *progress) drain(ch <-chan *client.SolveStatus) {
+	for s := range ch {
+		p.handle(s)
+	}
+	for _, st := range p.streams {
+		st.Flush()
+	}
+	p.send()
+}
+
+func (p *progress) send() {
+	if len(p.lines) > 0 {
+		p.log(p.lines...)
+		p.lines = nil
+	}
+}
+
+func (p *progress) line(format string, args ...any) {
+	p.lines = append(p.lines, fmt.Sprintf(format, args...))
+}
+
+func (p *progress) handle(s *client.SolveStatus) {
+	for _, st := range s.Statuses {
+		if isPush(st.ID) {
+			p.pushing()
+			break
+		}
+	}
+	var ended []end
+	for _, v := range s.Vertexes {
+		known := p.vertices[v.Digest]
+		if known == nil {
+			known = &vertex{}
+			p.vertices[v.Digest] = known
+			p.order = append(p.order, known)
+		}
+		started := v.Started != nil && !sameTime(known.started, v.Started)
+		completed := v.Started != nil && v.Completed != nil && (started || !sameTime(known.completed, v.Completed))
+		known.name, known.cached, known.err = v.Name, v.Cached, v.Error
+		known.started, known.completed = v.Started, v.Completed
+		name := timestamp(v.Started) + " " + p.redact.Line(v.Name)
+		if started {
+			// It may have ended and begun again since the last message.
+			ended = slices.DeleteFunc(ended, func(e end) bool {
+				if e.v == known {
+					p.line("%s", e.line)
+				}
+				return e.v == known
+			})
+			// One that came from the cache takes no time: its end says all.
+			if !(completed && v.Cached) {
+				p.line("v: %s", name)
+			}
+		}
+		if completed {
+			ended = append(ended, end{known, "v: " + name + ending(known)})
+		}
+	}
+	for _, st := range s.Statuses {
+		p.status(st)
+	}
+	for _, l := range s.Logs {
+		p.output(l)
+	}
+	for _, e := range ended {
+		for _, key := range e.v.streams {
+			p.streams[key].Flush()
+		}
+		p.line("%s", e.line)
+	}
+	for _, w := range s.Warnings {
+		p.warning(w)
+	}
+	p.send()
+}
+
+func ending(v *vertex) string {
+	took := fmt.Sprintf(" %.2fs", max(v.completed.Sub(*v.started), 0).Seconds())
+	switch {
+	case v.cached:
+		return " CACHED"
+	case strings.HasSuffix(v.err, "context canceled"):
+		return took + " CANCELED"
+	case v.err != "":
+		return took + " ERROR"
+	}
+	return took
+}
+
+// status prints a status when it begins and when it ends, not what is between:
+// a pull or a push reports every few kilobytes.
+func (p *progress) status(st *client.VertexStatus) {
+	key := statusKey{st.Vertex, st.ID}
+	known := p.statuses[key]
+	p.statuses[key] = st
+	began := known == nil || known.Completed != nil && st.Completed == nil
+	ended := st.Completed != nil && (known == nil || !sameTime(known.Completed, st.Completed))
+	text := p.redact.Line(strings.TrimSuffix(st.ID, ":"))
+	if began {
+		p.line("s: %s %s", timestamp(startOf(st)), text)
+	}
+	if !ended {
+		return
+	}
+	size := ""
+	if n := max(st.Total, st.Current); n > 0 {
+		size = " " + units.HumanSize(float64(n))
+	}
+	took := max(st.Completed.Sub(*startOf(st)), 0)
+	if strings.HasPrefix(st.ID, "transferring ") {
+		p.transfer += took
+	}
+	p.line("s: %s %s%s %.2fs", timestamp(startOf(st)), text, size, took.Seconds())
+}
+
+func startOf(st *client.VertexStatus) *time.Time {
+	if st.Started != nil {
+		return st.Started
+	}
+	return &st.Timestamp
+}
+
+func (p *progress) output(l *client.VertexLog) {
+	key := streamKey{l.Vertex, l.Stream}
+	st := p.streams[key]
+	if st == nil {
+		st = p.redact.Stream(func(line string) { p.line("l: %s", line) })
+		p.streams[key] = st
+		if v := p.vertices[l.Vertex]; v != nil {
+			v.streams = append(v.streams, key)
+		}
+	}
+	st.Write(l.Data)
+}
+
+func (p *progress) warning(w *client.VertexWarning) {
+	text := p.redact.Line(string(w.Short))
+	if w.URL != "" {
+		text += " (" + p.redact.Line(w.URL) + ")"
+	}
+	p.line("w: %s", text)
+}
+
+// warn prints one of our own.
+func (p *progress) warn(text string) {
+	p.line("w: %s", p.redact.Line(text))
+	p.send()
+}
+
+// counts are the steps of the Dockerfile, as far as they were reached.
+func (p *progress) counts() (steps, cached int) {
+	for _, v := range p.order {
+		if v.started == nil || !isStep(v.name) {
+			continue
+		}
+		steps++
+		if v.cached {
+			cached++
+		}
+	}
+	return steps, cached
+}
+
+// running is the name of a step that has not ended, the one begun last.
+func (p *progress) running() string {
+	for _, v := range slices.Backward(p.order) {
+		if v.started != nil && v.completed == nil && isStep(v.name) {
+			return p.redact.Line(v.name)
+		}
+	}
+	return ""
+}
+
+// name is that of the vertex with the given digest, or empty.
+func (p *progress) name(d string) string {
+	if v := p.vertices[digest.Digest(d)]; v != nil {
+		return p.redact.Line(v.name)
+	}
+	return ""
+}
+
+// isStep tells the steps of a Dockerfile from what BuildKit adds.
+func isStep(name string) bool {
+	return !strings.HasPrefix(name, "[internal]") && !isExport(name)
+}
+
+func isExport(name string) bool { return strings.HasPrefix(name, "exporting to ") }
+
+func isPush(status string) bool { return strings.HasPrefix(status, "pushing ") }
+
+func sameTime(a, b *time.Time) bool {
+	return a == b || a != nil && b != nil && a.Equal(*b)
+}
+
+func timestamp(t *time.Time) string {
+	if t == nil {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02T15:04:05Z")
+}

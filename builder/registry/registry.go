@@ -1,0 +1,230 @@
+// Package registry holds the credentials of registries and turns them into
+// short-lived tokens for one build at a time. It knows Docker's config.json,
+// credential helpers and the distribution token protocol, not BuildKit.
+package registry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"sync"
+
+	"github.com/distribution/reference"
+	"github.com/docker/cli/cli/config/configfile"
+	"github.com/docker/cli/cli/config/credentials"
+	"github.com/docker/cli/cli/config/types"
+	"github.com/rs/zerolog"
+)
+
+// Config says where credentials come from and where they may go.
+type Config struct {
+	// File is a Docker config.json, read again when it changes. Empty or
+	// absent: every registry is used without credentials.
+	File string
+
+	// TokenHosts are hosts, or hosts with a port, whose token service may
+	// have a private address or speak plain http. A token service is named by
+	// the registry that a Dockerfile names, so every other must be public.
+	TokenHosts []string
+
+	// CAFiles are PEM files of further root CAs, by the registry's host as
+	// image names have it. Each counts for the tokens of that registry alone.
+	CAFiles map[string]string
+
+	// AllowBasic lets the daemon have user name and password where a registry
+	// asks for Basic authentication.
+	AllowBasic bool
+
+	Log zerolog.Logger
+}
+
+// Credentials are those of all registries.
+type Credentials struct {
+	cfg        Config
+	tokenHosts map[string]bool
+	caFiles    map[string]string
+
+	mu      sync.Mutex
+	raw     []byte // of the file that parsed last
+	bad     []byte // of the file that did not parse, once logged
+	current *configfile.ConfigFile
+	logged  map[string]bool // helpers whose failure was logged for this file
+}
+
+// New reads nothing yet.
+func New(cfg Config) *Credentials {
+	c := &Credentials{cfg: cfg, tokenHosts: make(map[string]bool), caFiles: make(map[string]string)}
+	for _, h := range cfg.TokenHosts {
+		c.tokenHosts[lower(h)] = true
+	}
+	for h, f := range cfg.CAFiles {
+		c.caFiles[serverHost(h)] = f
+	}
+	return c
+}
+
+// Docker Hub goes by three names: in image names, on the wire, and in
+// config.json.
+const (
+	hubDomain = "docker.io"
+	hubHost   = "registry-1.docker.io"
+	hubIndex  = "index.docker.io"
+	hubKey    = "https://index.docker.io/v1/"
+)
+
+// serverHost is the host that is asked for images of domain.
+func serverHost(domain string) string {
+	switch domain = lower(domain); domain {
+	case hubDomain, hubIndex, hubKey:
+		return hubHost
+	}
+	return domain
+}
+
+// configKeys are the names that config.json may have for host, the one that a
+// helper is asked for first.
+func configKeys(host string) []string {
+	switch host = lower(host); host {
+	case hubDomain, hubHost, hubIndex:
+		return []string{hubKey, hubDomain, hubIndex, hubHost}
+	}
+	keys := []string{host}
+	// An image name may leave the port of https out.
+	if h, port, err := net.SplitHostPort(host); err == nil && port == "443" {
+		keys = append(keys, h)
+	}
+	return keys
+}
+
+// load is the config file as it is now. A file that does not parse leaves the
+// last one in use that did: it may be half written.
+func (c *Credentials) load() (*configfile.ConfigFile, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cfg.File == "" {
+		return configfile.New(""), nil
+	}
+	raw, err := os.ReadFile(c.cfg.File)
+	if errors.Is(err, fs.ErrNotExist) {
+		raw, err = nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading registry config: %w", err)
+	}
+	if c.current != nil && bytes.Equal(raw, c.raw) {
+		return c.current, nil
+	}
+	file := configfile.New(c.cfg.File)
+	if err := file.LoadFromReader(bytes.NewReader(raw)); err != nil {
+		err = fmt.Errorf("reading registry config: %w", err)
+		if c.current == nil {
+			return nil, err
+		}
+		if !bytes.Equal(raw, c.bad) {
+			c.bad = raw
+			c.cfg.Log.Error().Err(err).Msg("keeping the registry credentials read before")
+		}
+		return c.current, nil
+	}
+	c.raw, c.bad, c.current, c.logged = raw, nil, file, make(map[string]bool)
+	return file, nil
+}
+
+// lookup finds what is configured for host. Nothing configured is no error. A
+// helper named for this host alone must work; a global one that does not
+// leaves what the file itself holds.
+func (c *Credentials) lookup(ctx context.Context, host string) (types.AuthConfig, error) {
+	file, err := c.load()
+	if err != nil {
+		return types.AuthConfig{}, err
+	}
+	keys := configKeys(host)
+	for _, key := range keys {
+		if helper := file.CredentialHelpers[key]; helper != "" {
+			return askHelper(ctx, helper, keys[0])
+		}
+	}
+	if helper := file.CredentialsStore; helper != "" {
+		auth, err := askHelper(ctx, helper, keys[0])
+		if err == nil && auth != (types.AuthConfig{}) {
+			return auth, nil
+		}
+		if ctx.Err() != nil {
+			return types.AuthConfig{}, context.Cause(ctx)
+		}
+		if err != nil {
+			c.logHelper(file, helper, err)
+		}
+	}
+	store := credentials.NewFileStore(file)
+	for _, key := range keys {
+		auth, err := store.Get(key)
+		if err != nil {
+			return types.AuthConfig{}, err
+		}
+		if auth.Username != "" || auth.IdentityToken != "" || auth.RegistryToken != "" {
+			return auth, nil
+		}
+	}
+	return types.AuthConfig{}, nil
+}
+
+// logHelper says once for each content of the file that helper failed.
+func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.current != file || c.logged[helper] {
+		return
+	}
+	c.logged[helper] = true
+	c.cfg.Log.Warn().Err(err).Str("credsStore", helper).Msg("using the credentials in the registry config itself")
+}
+
+// Build are the credentials as one build may use them: it pushes to the given
+// repositories and pulls from any other. Tokens are kept in it, so that none
+// outlives the build or serves another. It may be used from many goroutines.
+func (c *Credentials) Build(pushes []reference.Named) *Build {
+	b := &Build{
+		creds:  c,
+		pushes: make(map[string]bool),
+		auths:  make(map[string]func() (types.AuthConfig, error)),
+		tokens: make(map[string]Token),
+	}
+	for _, ref := range pushes {
+		b.pushes[serverHost(reference.Domain(ref))+"/"+reference.Path(ref)] = true
+	}
+	return b
+}
+
+// Build answers for one build.
+type Build struct {
+	creds  *Credentials
+	pushes map[string]bool // by server host, a slash and the repository
+
+	mu     sync.Mutex
+	auths  map[string]func() (types.AuthConfig, error)
+	tokens map[string]Token
+}
+
+// auth is lookup once for each host, so that a build runs a helper once.
+func (b *Build) auth(ctx context.Context, host string) (types.AuthConfig, error) {
+	b.mu.Lock()
+	get := b.auths[host]
+	if get == nil {
+		get = sync.OnceValues(func() (types.AuthConfig, error) { return b.creds.lookup(ctx, host) })
+		b.auths[host] = get
+	}
+	b.mu.Unlock()
+	auth, err := get()
+	if err != nil && ctx.Err() == nil {
+		// The next call may ask again: the first caller may have gone away.
+		b.mu.Lock()
+		delete(b.auths, host)
+		b.mu.Unlock()
+	}
+	return auth, err
+}

@@ -1,0 +1,522 @@
+package registry
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/docker/cli/cli/config/types"
+
+	"handler/function/api"
+)
+
+const (
+	tokenTimeout     = 15 * time.Second // of one fetch, its retries included
+	tokenAttempts    = 3
+	tokenBackoff     = 500 * time.Millisecond // doubles
+	maxTokenResponse = 1 << 20                // bytes
+
+	// defaultExpiry is what the token specification says where a response
+	// has no expires_in.
+	defaultExpiry = 60 * time.Second
+
+	// earlyExpiry is the part of a token's life after which it is not handed
+	// out again.
+	earlyExpiry = 0.8
+
+	clientID = "openfaas-builder"
+)
+
+// TokenRequest is a registry's Bearer challenge.
+type TokenRequest struct {
+	Host    string   // of the registry, as it is asked
+	Realm   string   // URL of the token service
+	Service string   // as the challenge names it
+	Scopes  []string // such as "repository:library/alpine:pull"
+}
+
+// Token is a Bearer token.
+type Token struct {
+	Value    string
+	IssuedAt time.Time
+	Expires  time.Time
+}
+
+// Basic is the user name and password for host, both empty when there are
+// none that may be handed out.
+func (b *Build) Basic(ctx context.Context, host string) (username, password string, err error) {
+	auth, err := b.auth(ctx, lower(host))
+	if err != nil {
+		return "", "", unreadable(host, err)
+	}
+	// An identity token is for the token service alone.
+	if auth.Username == "" || auth.Password == "" || auth.IdentityToken != "" {
+		return "", "", nil
+	}
+	if !b.creds.cfg.AllowBasic {
+		return "", "", &api.Error{
+			Code: api.RegistryDenied,
+			Msg:  fmt.Sprintf("registry %s: it asks for Basic authentication, which allow_basic=false forbids", host),
+		}
+	}
+	return auth.Username, auth.Password, nil
+}
+
+// Token answers a challenge with a token for the scopes that this build needs:
+// to push where it pushes, and to pull. Every error is an *api.Error.
+func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
+	scopes, err := b.grant(req.Host, req.Scopes)
+	if err != nil {
+		return Token{}, err
+	}
+	realm, trusted, err := b.creds.checkRealm(req.Host, req.Realm)
+	if err != nil {
+		return Token{}, err
+	}
+	auth, err := b.auth(ctx, lower(req.Host))
+	if err != nil {
+		return Token{}, unreadable(req.Host, err)
+	}
+	if auth.RegistryToken != "" {
+		now := time.Now()
+		return Token{Value: auth.RegistryToken, IssuedAt: now, Expires: now.Add(defaultExpiry)}, nil
+	}
+
+	key := strings.Join(append([]string{lower(req.Host), realm.String(), req.Service}, scopes...), "\n")
+	b.mu.Lock()
+	tok, ok := b.tokens[key]
+	b.mu.Unlock()
+	if ok && time.Since(tok.IssuedAt) < time.Duration(float64(tok.Expires.Sub(tok.IssuedAt))*earlyExpiry) {
+		return tok, nil
+	}
+
+	ctx, cancel := context.WithTimeout(ctx, tokenTimeout)
+	defer cancel()
+	f := &fetch{host: req.Host, realm: realm, service: req.Service, scopes: scopes, auth: auth}
+	f.client, err = b.creds.client(req.Host, realm, trusted)
+	if err != nil {
+		return Token{}, err
+	}
+	defer f.client.CloseIdleConnections()
+	tok, err = f.run(ctx)
+	if err != nil {
+		return Token{}, err
+	}
+	b.mu.Lock()
+	b.tokens[key] = tok
+	b.mu.Unlock()
+	return tok, nil
+}
+
+// grant leaves of scopes what this build may do at host.
+func (b *Build) grant(host string, scopes []string) ([]string, error) {
+	var granted []string
+	for _, list := range scopes {
+		for _, scope := range strings.Fields(list) {
+			resource, actions, ok := cutLast(scope, ":")
+			kind, name, ok2 := strings.Cut(resource, ":")
+			// "repository(plugin)" is a repository as well.
+			if kind, _, _ = strings.Cut(kind, "("); !ok || !ok2 || kind != "repository" {
+				continue
+			}
+			var may []string
+			for action := range strings.SplitSeq(actions, ",") {
+				if action == "pull" || action == "push" && b.pushes[serverHost(host)+"/"+name] {
+					may = append(may, action)
+				}
+			}
+			if len(may) > 0 {
+				slices.Sort(may)
+				granted = append(granted, resource+":"+strings.Join(slices.Compact(may), ","))
+			}
+		}
+	}
+	if len(granted) == 0 && len(scopes) > 0 {
+		return nil, &api.Error{
+			Code: api.RegistryDenied,
+			Msg:  fmt.Sprintf("registry %s: it asks for more than this build may do there: %q", host, strings.Join(scopes, " ")),
+		}
+	}
+	slices.Sort(granted)
+	return slices.Compact(granted), nil
+}
+
+func cutLast(s, sep string) (before, after string, ok bool) {
+	if i := strings.LastIndex(s, sep); i >= 0 {
+		return s[:i], s[i+len(sep):], true
+	}
+	return s, "", false
+}
+
+// checkRealm says whether a token service may be asked at all, and whether it
+// is one of Config.TokenHosts.
+func (c *Credentials) checkRealm(host, realm string) (u *url.URL, trusted bool, err error) {
+	refuse := func(why string) error {
+		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("registry %s: its token service %q is refused: %s", host, cutURL(realm), why)}
+	}
+	u, err = url.Parse(realm)
+	if err != nil || u.Hostname() == "" {
+		return nil, false, refuse("not a URL")
+	}
+	if u.User != nil {
+		return nil, false, refuse("a user name in a URL")
+	}
+	trusted = c.tokenHosts[lower(u.Host)] || c.tokenHosts[lower(u.Hostname())]
+	switch {
+	case u.Scheme == "https", u.Scheme == "http" && trusted:
+	default:
+		return nil, false, refuse("not https, and not one of token_hosts")
+	}
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !trusted && !public(ip) {
+		return nil, false, refuse("not a public address, and not one of token_hosts")
+	}
+	u.Fragment = ""
+	return u, trusted, nil
+}
+
+// cutURL is a realm without what may be secret in it.
+func cutURL(s string) string {
+	s, _, _ = strings.Cut(s, "?")
+	if u, err := url.Parse(s); err == nil {
+		u.User = nil
+		s = u.String()
+	}
+	return s[:min(len(s), 200)]
+}
+
+var errAddress = errors.New("not a public address")
+
+// client is for one fetch: TLS and address rules differ from registry to
+// registry, so nothing of a transport is shared.
+func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.Client, error) {
+	roots, err := c.roots(host, realm)
+	if err != nil {
+		return nil, err
+	}
+	dialer := &net.Dialer{Timeout: 10 * time.Second}
+	t := &http.Transport{
+		DialContext:            dialer.DialContext,
+		TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout:    10 * time.Second,
+		ResponseHeaderTimeout:  tokenTimeout,
+		MaxResponseHeaderBytes: 64 << 10,
+		DisableKeepAlives:      true,
+		Proxy:                  http.ProxyFromEnvironment,
+	}
+	if !trusted {
+		// Behind a proxy the address dialled is the proxy's, and whom it may
+		// reach is the proxy's own rule. Without one it is the token service's,
+		// after every look-up of its name.
+		proxy, err := http.ProxyFromEnvironment(&http.Request{URL: realm})
+		if err != nil {
+			return nil, &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its token service cannot be reached", host), Err: err}
+		}
+		if proxy == nil {
+			dialer.ControlContext = func(_ context.Context, _, address string, _ syscall.RawConn) error {
+				ap, err := netip.ParseAddrPort(address)
+				if err != nil || !public(ap.Addr()) {
+					return errAddress
+				}
+				return nil
+			}
+		}
+	}
+	return &http.Client{
+		Transport:     t,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}, nil
+}
+
+// roots are the system's CAs and those configured for the registry or for its
+// token service. Nil are the system's alone.
+func (c *Credentials) roots(host string, realm *url.URL) (*x509.CertPool, error) {
+	var pool *x509.CertPool
+	for _, h := range []string{serverHost(host), lower(realm.Host)} {
+		name := c.caFiles[h]
+		if name == "" {
+			continue
+		}
+		pem, err := os.ReadFile(name)
+		if err != nil {
+			return nil, &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its CA file cannot be read", host), Err: err}
+		}
+		if pool == nil {
+			if pool, err = x509.SystemCertPool(); err != nil {
+				pool = x509.NewCertPool()
+			}
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its CA file holds no certificate", host), Err: fmt.Errorf("reading %q: no PEM certificate", name)}
+		}
+	}
+	return pool, nil
+}
+
+// special are the ranges of IANA's special-purpose registries that netip has
+// no method for.
+var special = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"),
+	netip.MustParsePrefix("100.64.0.0/10"), // carrier-grade NAT
+	netip.MustParsePrefix("192.0.0.0/24"),
+	netip.MustParsePrefix("198.18.0.0/15"), // benchmarks
+	netip.MustParsePrefix("240.0.0.0/4"),
+	netip.MustParsePrefix("64:ff9b:1::/48"), // local NAT64
+	netip.MustParsePrefix("fec0::/10"),      // site local, deprecated
+}
+
+// embedding are the ranges of IPv6 that carry an IPv4 address, and at which
+// byte.
+var embedding = []struct {
+	prefix netip.Prefix
+	at     int
+}{
+	{netip.MustParsePrefix("::/96"), 12},
+	{netip.MustParsePrefix("64:ff9b::/96"), 12}, // NAT64
+	{netip.MustParsePrefix("2002::/16"), 2},     // 6to4
+}
+
+// public says whether ip is one that anybody on the internet could have.
+func public(ip netip.Addr) bool {
+	ip = ip.Unmap().WithZone("")
+	if !ip.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsPrivate() ||
+		ip.IsLinkLocalUnicast() || ip.IsMulticast() {
+		return false
+	}
+	for _, p := range special {
+		if p.Contains(ip) {
+			return false
+		}
+	}
+	for _, e := range embedding {
+		if e.prefix.Contains(ip) {
+			b := ip.As16()
+			v4, _ := netip.AddrFromSlice(b[e.at : e.at+4])
+			return public(v4)
+		}
+	}
+	return true
+}
+
+// fetch asks one token service.
+type fetch struct {
+	host    string
+	realm   *url.URL
+	service string
+	scopes  []string
+	auth    types.AuthConfig
+	client  *http.Client
+}
+
+// run tries GET, which every token service has, before POST, but for an
+// identity token, which only POST can carry.
+func (f *fetch) run(ctx context.Context) (Token, error) {
+	if f.auth.IdentityToken != "" {
+		return f.retry(ctx, f.post)
+	}
+	tok, err := f.retry(ctx, f.get)
+	var st *statusError
+	if errors.As(err, &st) && (st.code == http.StatusNotFound || st.code == http.StatusMethodNotAllowed) && f.auth.Username != "" {
+		return f.retry(ctx, f.post)
+	}
+	return tok, err
+}
+
+func (f *fetch) retry(ctx context.Context, do func(context.Context) (*http.Request, error)) (Token, error) {
+	wait := tokenBackoff
+	for attempt := 1; ; attempt++ {
+		tok, err := f.once(ctx, do)
+		if err == nil {
+			return tok, nil
+		}
+		if attempt == tokenAttempts || !transient(err) || ctx.Err() != nil {
+			return Token{}, f.explain(err)
+		}
+		select {
+		case <-ctx.Done():
+			return Token{}, f.explain(err)
+		case <-time.After(wait):
+		}
+		wait *= 2
+	}
+}
+
+func transient(err error) bool {
+	var st *statusError
+	if errors.As(err, &st) {
+		return st.code >= 500 || st.code == http.StatusTooManyRequests
+	}
+	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse)
+}
+
+// statusError is an answer other than 200.
+type statusError struct{ code int }
+
+func (e *statusError) Error() string { return fmt.Sprintf("status %d", e.code) }
+
+var errResponse = errors.New("no token in its answer")
+
+// explain makes err one for the client. Neither side's text holds what was
+// sent.
+func (f *fetch) explain(err error) error {
+	e := &api.Error{Code: api.RegistryFailed}
+	why := "cannot be reached"
+	var st *statusError
+	switch {
+	case errors.As(err, &st):
+		why = fmt.Sprintf("answered with status %d", st.code)
+		if st.code < 500 && st.code != http.StatusTooManyRequests {
+			e.Code = api.RegistryDenied
+		}
+		if st.code == http.StatusUnauthorized || st.code == http.StatusForbidden {
+			why = fmt.Sprintf("refused the credentials (%d)", st.code)
+			if f.anonymous() {
+				why = fmt.Sprintf("wants credentials, and none are configured for it (%d)", st.code)
+			}
+		}
+	case errors.Is(err, errAddress):
+		e.Code = api.RegistryDenied
+		why = "is refused: not a public address, and not one of token_hosts"
+	case errors.Is(err, errResponse):
+		why = "answered with something that is no token"
+	case errors.Is(err, context.DeadlineExceeded):
+		why = fmt.Sprintf("did not answer within %v", tokenTimeout)
+	}
+	e.Msg = fmt.Sprintf("registry %s: its token service %s %s", f.host, f.realm.Host, why)
+	// The URL of a GET holds the scopes and the account, which may be logged,
+	// but a realm may have a query of its own.
+	var ue *url.Error
+	if errors.As(err, &ue) {
+		err = ue.Err
+	}
+	e.Err = err
+	return e
+}
+
+func (f *fetch) anonymous() bool { return f.auth.Username == "" && f.auth.IdentityToken == "" }
+
+func (f *fetch) get(ctx context.Context) (*http.Request, error) {
+	u := *f.realm
+	q := u.Query()
+	if f.service != "" {
+		q.Set("service", f.service)
+	}
+	for _, s := range f.scopes {
+		q.Add("scope", s)
+	}
+	if f.auth.Username != "" {
+		q.Set("account", f.auth.Username)
+	}
+	u.RawQuery = q.Encode()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	if f.auth.Username != "" {
+		req.SetBasicAuth(f.auth.Username, f.auth.Password)
+	}
+	return req, nil
+}
+
+func (f *fetch) post(ctx context.Context) (*http.Request, error) {
+	form := url.Values{"client_id": {clientID}, "access_type": {"online"}}
+	if f.service != "" {
+		form.Set("service", f.service)
+	}
+	if len(f.scopes) > 0 {
+		form.Set("scope", strings.Join(f.scopes, " "))
+	}
+	if f.auth.IdentityToken != "" {
+		form.Set("grant_type", "refresh_token")
+		form.Set("refresh_token", f.auth.IdentityToken)
+	} else {
+		form.Set("grant_type", "password")
+		form.Set("username", f.auth.Username)
+		form.Set("password", f.auth.Password)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, f.realm.String(), strings.NewReader(form.Encode()))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+	return req, nil
+}
+
+func (f *fetch) once(ctx context.Context, do func(context.Context) (*http.Request, error)) (Token, error) {
+	req, err := do(ctx)
+	if err != nil {
+		return Token{}, err
+	}
+	req.Header.Set("User-Agent", clientID)
+	req.Header.Set("Accept", "application/json")
+	resp, err := f.client.Do(req)
+	if err != nil {
+		return Token{}, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return Token{}, &statusError{resp.StatusCode}
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenResponse+1))
+	if err != nil {
+		return Token{}, err
+	}
+	if len(body) > maxTokenResponse {
+		return Token{}, fmt.Errorf("%w: more than %d bytes", errResponse, maxTokenResponse)
+	}
+	return readToken(body, time.Now())
+}
+
+// readToken takes both forms of the answer: GET's has "token", POST's
+// "access_token", and some services send either for both.
+func readToken(body []byte, now time.Time) (Token, error) {
+	var r struct {
+		Token       string    `json:"token"`
+		AccessToken string    `json:"access_token"`
+		ExpiresIn   int64     `json:"expires_in"` // seconds
+		IssuedAt    time.Time `json:"issued_at"`
+	}
+	// The decoder's error may quote the answer.
+	if err := json.Unmarshal(body, &r); err != nil {
+		return Token{}, errResponse
+	}
+	value := r.AccessToken
+	if r.Token != "" {
+		value = r.Token
+	}
+	if value == "" {
+		return Token{}, errResponse
+	}
+	life := defaultExpiry
+	if r.ExpiresIn > 0 {
+		life = time.Duration(min(r.ExpiresIn, 24*60*60)) * time.Second
+	}
+	// Its clock may differ from ours: what counts is how long the token lives.
+	if !r.IssuedAt.IsZero() && r.IssuedAt.Before(now) {
+		if left := r.IssuedAt.Add(life).Sub(now); left > 0 && left < life {
+			life = left
+		}
+	}
+	return Token{Value: value, IssuedAt: now, Expires: now.Add(life)}, nil
+}
+
+func unreadable(host string, err error) error {
+	if _, ok := errors.AsType[*api.Error](err); ok {
+		return err
+	}
+	return &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its credentials cannot be read; the builder's log has the cause", host), Err: err}
+}
+
+func lower(s string) string { return strings.ToLower(s) }
