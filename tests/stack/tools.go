@@ -88,7 +88,7 @@ func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) 
 	return Tools{paths["buildkitd"], paths["buildctl"], paths["runc"], paths["registry"]}, nil
 }
 
-// BuildHandler puts the builder together with the template as faas-cli does and
+// buildHandler puts the builder together with the template as faas-cli does and
 // compiles it to out as the template's Dockerfile does.
 func (s *Stack) buildHandler(ctx context.Context, out string) error {
 	unlock, err := lockCache(s.Repo)
@@ -101,11 +101,24 @@ func (s *Stack) buildHandler(ctx context.Context, out string) error {
 	if err != nil {
 		return err
 	}
-	args, env := []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", out}, "CGO_ENABLED=0"
-	if s.race {
-		args, env = append(args, "-race"), "CGO_ENABLED=1"
+	// As the Dockerfile does, which has no go.work: main.go becomes a package of
+	// the function's module.
+	main, err := os.ReadFile(filepath.Join(dir, "main.go"))
+	if err != nil {
+		return err
 	}
-	if err := goCommand(ctx, dir, append(args, "."), env); err != nil {
+	function := filepath.Join(dir, "function")
+	if err := os.Mkdir(filepath.Join(function, "_main"), 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(function, "_main", "main.go"), main, 0o644); err != nil {
+		return err
+	}
+	args, cgo := []string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, "CGO_ENABLED=0"
+	if s.race {
+		args, cgo = append(args, "-race"), "CGO_ENABLED=1"
+	}
+	if err := goCommand(ctx, function, append(args, "./_main"), cgo, "GOWORK=off"); err != nil {
 		return fmt.Errorf("building the function: %w", err)
 	}
 	return nil
