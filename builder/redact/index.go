@@ -1,7 +1,6 @@
 package redact
 
 import (
-	"bytes"
 	"encoding/binary"
 	"slices"
 	"strings"
@@ -121,17 +120,18 @@ func (ix *index) match(key uint32, text []byte) int {
 	if !ok {
 		return 0
 	}
-	text = text[:min(len(text), maxPattern)]
-	bucket := ix.patterns[r[0]:r[1]]
 	// The last pattern that is not greater than text begins with every pattern
 	// that text begins with.
-	at, found := slices.BinarySearchFunc(bucket, text, func(p string, text []byte) int {
-		return bytes.Compare([]byte(p), text)
-	})
-	if found {
-		return len(text)
+	i, end := r[0], r[1]
+	for i < end {
+		mid := i + (end-i)/2
+		if greater(ix.patterns[mid], text) {
+			end = mid
+		} else {
+			i = mid + 1
+		}
 	}
-	i := r[0] + int32(at) - 1
+	i--
 	if i < r[0] {
 		return 0
 	}
@@ -143,6 +143,12 @@ func (ix *index) match(key uint32, text []byte) int {
 		return 0
 	}
 	return len(ix.patterns[i])
+}
+
+// greater reports whether p sorts after text.
+func greater(p string, text []byte) bool {
+	n := commonPrefix(p, text)
+	return n < len(p) && (n == len(text) || p[n] > text[n])
 }
 
 func commonPrefix(a string, b []byte) int {

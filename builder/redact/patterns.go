@@ -2,10 +2,13 @@ package redact
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"maps"
 	"net/url"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -20,30 +23,35 @@ const (
 	// maxPattern bounds how much of a line a Stream must see beyond a cut, and
 	// how much of a long value can be shown when only a part of it is printed.
 	maxPattern = 256
-	// maxEncoded is the longest value that is looked for in hex, URLs and JSON
-	// too, and each of whose lines is encoded by itself. It bounds the index of
-	// secrets of 2 MiB in all to about 20 MiB.
+	// maxEncoded is how many bytes of values are looked for in hex, URLs and JSON
+	// too, and by each line's own base64. These forms take up to a hundred times
+	// the value's size; the others take ten.
 	maxEncoded = 64 << 10
 )
 
 // patterns returns the texts to mask, each of minPattern to maxPattern bytes,
 // in no order and some of them twice.
 func patterns(values map[string][]byte) []string {
+	// The shortest come first: passwords and tokens, which end up in URLs and
+	// JSON more often than what is long.
+	sorted := slices.SortedFunc(maps.Values(values), func(a, b []byte) int {
+		return cmp.Or(cmp.Compare(len(a), len(b)), bytes.Compare(a, b))
+	})
 	var ps patternSet
-	for _, v := range values {
-		if len(v) >= minValue {
-			ps.addValue(v)
+	budget := maxEncoded
+	for _, v := range sorted {
+		if len(v) < minValue || len(bytes.TrimSpace(v)) == 0 {
+			continue
 		}
+		budget -= len(v)
+		ps.addValue(v, budget >= 0)
 	}
 	return ps
 }
 
 type patternSet []string
 
-func (ps *patternSet) addValue(v []byte) {
-	if len(bytes.TrimSpace(v)) == 0 {
-		return
-	}
+func (ps *patternSet) addValue(v []byte, allForms bool) {
 	sources := [][]byte{v}
 	// A shell's $(cat …) drops trailing newlines.
 	if t := bytes.TrimRight(v, "\r\n"); len(t) < len(v) && len(t) >= minValue {
@@ -64,10 +72,10 @@ func (ps *patternSet) addValue(v []byte) {
 			continue
 		}
 		long = true
-		if len(v) <= maxEncoded && len(line) < len(v) {
+		if allForms && len(line) < len(v) {
 			sources = append(sources, line)
 		}
-		if len(v) <= maxEncoded && len(trimmed) < len(line) && len(trimmed) >= minValue {
+		if allForms && len(trimmed) < len(line) && len(trimmed) >= minValue {
 			sources = append(sources, trimmed)
 		}
 	}
@@ -78,7 +86,7 @@ func (ps *patternSet) addValue(v []byte) {
 	}
 	for _, s := range sources {
 		ps.addBase64(s)
-		if len(s) <= maxEncoded {
+		if allForms {
 			ps.addEncoded(s)
 		}
 	}

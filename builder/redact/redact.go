@@ -31,8 +31,9 @@ type Redactor struct {
 // Masked are the value itself and each line of it of 8 bytes and more (of 4 and
 // more where it has no longer line), either as they are or as base64 in both
 // alphabets, also inside a longer base64 text and wrapped at 64 or 76 columns.
-// So are their forms in hex, URLs and JSON strings, unless the value is longer
-// than 64 KiB. Text longer than 256 bytes is matched in pieces of that size.
+// So are their forms in hex, URLs and JSON strings, for the shortest values up
+// to 64 KiB in all; of longer ones, the lines have no base64 of their own. Text
+// longer than 256 bytes is matched in pieces of that size.
 func New(values map[string][]byte) *Redactor {
 	return &Redactor{index: newIndex(patterns(values))}
 }
