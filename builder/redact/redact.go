@@ -70,7 +70,6 @@ type Stream struct {
 	raw    []byte // the start of a rune or an escape sequence that has not ended
 	line   []byte // the current line, clean but not masked
 	hidden int    // leading bytes of line that are part of a match before the cut
-	cut    bool   // the start of the current line has been emitted
 	out    []byte // scratch
 }
 
@@ -126,15 +125,15 @@ func (s *Stream) end(newline bool) {
 	for len(s.line) > cutAt {
 		s.emitPart()
 	}
-	if len(s.line) > 0 || newline && !s.cut {
+	if len(s.line) > 0 || newline {
 		s.out, _ = s.index.appendMasked(s.out[:0], s.line, len(s.line), s.hidden)
 		s.emit(string(s.out))
 	}
-	s.line, s.hidden, s.cut = s.line[:0], 0, false
+	s.line, s.hidden = s.line[:0], 0
 }
 
-// emitPart emits the first cutAt bytes of the line, or up to three fewer so as
-// not to split a rune.
+// emitPart emits the first cutAt bytes of the line, which is longer, or up to
+// three fewer so as not to split a rune.
 func (s *Stream) emitPart() {
 	n := cutAt
 	for !utf8.RuneStart(s.line[n]) {
@@ -143,5 +142,4 @@ func (s *Stream) emitPart() {
 	s.out, s.hidden = s.index.appendMasked(s.out[:0], s.line, n, s.hidden)
 	s.emit(string(s.out))
 	s.line = append(s.line[:0], s.line[n:]...)
-	s.cut = true
 }

@@ -115,6 +115,7 @@ func TestMask(t *testing.T) {
 		{"base64 at 2", token, inBase64("ab", "c"), "YWJ***mM="},
 		{"URL base64", "\xff\xfe\xfdpassword", "__79cGFzc3dvcmQ=", "***"},
 		{"long", long, "a" + long + "b", "a***b"},
+		{"short last piece", strings.Repeat("0123456789", 26)[:maxPattern+3], strings.Repeat("0123456789", 26)[:maxPattern+3], "***"},
 		{"long base64", long, long64, "***"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -131,6 +132,26 @@ func TestMask(t *testing.T) {
 			if got := r.Line(string(line)); got != "***" && len(line) >= minValue {
 				t.Errorf("base64 at %d columns: got %q for %q", columns, got, line)
 			}
+		}
+	}
+}
+
+func TestMaskBudget(t *testing.T) {
+	value := func(c string, n int) []byte { return []byte(strings.Repeat(c, n) + "\nanother line " + c) }
+	r := New(map[string][]byte{"a": value("abc", 12000), "b": value("xyz", 12000), "c": value("short", 3)})
+	for _, tc := range []struct{ in, want string }{
+		{"another line xyz", "***"},
+		{hex.EncodeToString(value("short", 3)), "***"},
+		{base64.StdEncoding.EncodeToString([]byte("another line short")), "***"},
+		{hex.EncodeToString(value("abc", 12000)), "***"},
+		// Beyond the budget, and shown to be so.
+		{hex.EncodeToString([]byte("another line xyz")), hex.EncodeToString([]byte("another line xyz"))},
+		{hex.EncodeToString(value("xyz", 100)), hex.EncodeToString(value("xyz", 100))},
+		{base64.StdEncoding.EncodeToString([]byte("another line xyz")), base64.StdEncoding.EncodeToString([]byte("another line xyz"))},
+		{base64.StdEncoding.EncodeToString(value("xyz", 12000)), "***"},
+	} {
+		if got := r.Line(tc.in); got != tc.want {
+			t.Errorf("got %.100q for %.100q, want %q", got, tc.in, tc.want)
 		}
 	}
 }
@@ -210,6 +231,7 @@ func TestStream(t *testing.T) {
 		{"as long as can be", []string{dots + "\n"}, []string{dots}},
 		{"value across a cut", []string{dots[6:] + token + "\n"}, []string{dots[6:] + "***", "***"}},
 		{"value across a cut in chunks", []string{dots[6:] + "corr", "ect ho", "rse.\n"}, []string{dots[6:] + "***", "***."}},
+		{"value across a cut of many", []string{dots[6:] + token + dots + "\n"}, []string{dots[6:] + "***", "***" + dots[7:], dots[:7]}},
 		{"value at a cut", []string{dots + token + "\n"}, []string{dots, "***"}},
 		{"rune across a cut", []string{dots[1:] + "€\n"}, []string{dots[1:], "€"}},
 		{"more after a flush", []string{dots + "a\n", "b\n"}, []string{dots, "a", "b"}},
@@ -240,12 +262,13 @@ func TestStreamLive(t *testing.T) {
 
 func TestStreamMemory(t *testing.T) {
 	r := New(map[string][]byte{"id": bytes.Repeat([]byte("long"), 10000)})
-	for _, in := range []string{"x", "\x1b]0;", "\xe2", "\xff", "long", "\x00"} {
+	for _, in := range []string{"x", "\x1b]0;", "\xe2", "\xff", "long", "\x00", "\x1b[", "\x1b]\x1b\\"} {
 		s := r.Stream(func(line string) {
 			if len(line) > MaxLine {
 				t.Errorf("%q: line of %d bytes", in, len(line))
 			}
 		})
+		s.Write([]byte("\x1b]"))
 		s.Write(bytes.Repeat([]byte(in), 1<<20))
 		if held := cap(s.raw) + cap(s.line) + cap(s.out); held > 80<<10 {
 			t.Errorf("%q: a stream holds %d bytes", in, held)
