@@ -32,8 +32,8 @@ type Buildkitd struct {
 // BuildkitdConfig changes how a daemon is run. The zero value is the shipped
 // buildkit/buildkitd.toml with the stack's registry as a mirror.
 type BuildkitdConfig struct {
-	Args []string // further flags of buildkitd
-	TOML string   // appended to its configuration
+	Args []string                 // further flags of buildkitd, which overrule the file
+	Edit func(toml string) string // changes the file
 }
 
 // NewBuildkitd starts a daemon of its own beside the stack's first one. It
@@ -56,9 +56,12 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 		args:   c.Args,
 		tools:  s.Tools,
 	}
-	toml, err := b.config(s, c.TOML)
+	toml, err := b.config(s)
 	if err != nil {
 		return nil, err
+	}
+	if c.Edit != nil {
+		toml = c.Edit(toml)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "buildkitd.toml"), []byte(toml), 0o644); err != nil {
 		return nil, err
@@ -75,24 +78,21 @@ var ociWorkerTable = regexp.MustCompile(`(?m)^\[worker\.oci\][^\n]*\n`)
 
 // config is the shipped file with what only this machine can know. Flags
 // overrule the file, so only what has no flag is written here.
-func (b *Buildkitd) config(s *Stack, extra string) (string, error) {
+func (b *Buildkitd) config(s *Stack) (string, error) {
 	shipped, err := os.ReadFile(filepath.Join(s.Repo, "buildkit", "buildkitd.toml"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		return "", err
 	}
-	toml := string(shipped)
-	cgroup := fmt.Sprintf("defaultCgroupParent = %q\n", b.cgroup)
-	if ociWorkerTable.MatchString(toml) {
-		toml = ociWorkerTable.ReplaceAllString(toml, "${0}"+cgroup)
-	} else {
-		toml += "\n[worker.oci]\n" + cgroup
+	if !ociWorkerTable.Match(shipped) {
+		return "", errors.New("changing buildkitd.toml: it has no [worker.oci]")
 	}
+	toml := ociWorkerTable.ReplaceAllString(string(shipped), fmt.Sprintf("${0}defaultCgroupParent = %q\n", b.cgroup))
 	if s.Standins != nil {
 		for _, host := range []string{"docker.io", "ghcr.io"} {
 			toml += fmt.Sprintf("\n[registry.%q]\nmirrors = [%q]\n", host, s.Registry.Addr)
 		}
 	}
-	return toml + "\n" + extra, nil
+	return toml, nil
 }
 
 // Start runs the daemon again, with its state and address, after Kill, and

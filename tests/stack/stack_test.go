@@ -141,3 +141,36 @@ func processes(t *testing.T, marks ...string) (lines []string) {
 	}
 	return lines
 }
+
+// TestContainer runs a server and a program that ends, both from an image of
+// the registry.
+func TestContainer(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	s, err := stack.Start(ctx, stack.Config{Log: t.Output()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	img, err := stack.Pull(ctx, s.Registry.Image("library/busybox:latest"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := s.Run(ctx, img, []string{"GREETING=hello"}, "sh", "-c", "echo $GREETING; exit 3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := c.Output(ctx); err == nil || !strings.Contains(err.Error(), "exit status 3") || out != "hello\n" {
+		t.Errorf("got %q, %v, want hello and exit status 3", out, err)
+	}
+	c, err = s.Run(ctx, img, nil, "sh", "-c", "mkdir /www && echo served > /www/index.html && exec httpd -f -p 8080 -h /www")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := c.Get(ctx, 8080, "/"); err != nil || out != "served\n" {
+		t.Errorf("got %q, %v", out, err)
+	}
+	if c.Ended(0) {
+		t.Error("the server has ended")
+	}
+}

@@ -1,0 +1,95 @@
+# What is here runs on a Debian or Ubuntu with Go, git, gcc and make. The stack
+# needs root, because buildkitd and runc do: use sudo -E make. `.ci/run` installs
+# whatever else is missing.
+
+SHELL := /bin/bash -euo pipefail -c
+.DEFAULT_GOAL := help
+
+FUNCTION ?=
+IMAGE ?=
+REGISTRY_CONFIG ?=
+STANDINS ?= auto
+DIR ?= certs
+FUZZTIME ?= 20s
+
+# Where make was called from, so that FUNCTION and the like can be relative.
+abs = $(if $(1),$(abspath $(1)))
+# Not go run, which would not pass SIGTERM on.
+stack = go -C tests build -o ../.cache/bin/stack ./cmd/stack && exec .cache/bin/stack
+flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(call abs,$(REGISTRY_CONFIG)))
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: root ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
+	@$(stack) run $(flags) $(if $(FUNCTION),-function=$(call abs,$(FUNCTION))) $(if $(IMAGE),-image=$(IMAGE))
+
+.PHONY: up
+up: root ## start the builder with its daemons and leave them running until Ctrl-C
+	@$(stack) up $(flags)
+
+.PHONY: publish
+publish: root ## build the builder's own image with itself and push it: IMAGE=ref [REGISTRY_CONFIG=config.json]
+	@$(stack) publish $(flags) -image=$(IMAGE)
+
+.PHONY: test
+test: test-unit test-e2e ## every test but the fuzz targets
+
+# Without cgo, as in the image build, and with the race detector.
+.PHONY: test-unit
+test-unit: ## the function's and the template's own tests: no root, no network, no daemon
+	CGO_ENABLED=0 go -C builder test -timeout 5m ./...
+	go -C builder test -race -timeout 10m ./...
+	go -C template/golang-middleware test -race -timeout 5m ./... ./function/...
+
+# One package at a time: each has a stack of its own, and some measure time.
+.PHONY: test-e2e
+test-e2e: root ## end-to-end tests against real daemons
+	go -C tests test -race -c -o /dev/null ./...
+	go -C tests test -race -p 1 -timeout 25m ./...
+
+.PHONY: test-fuzz
+test-fuzz: ## every fuzz target for FUZZTIME each
+	@found=0; for pkg in $$(go -C builder list ./...); do \
+		for target in $$(go -C builder test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			found=1; echo "$$pkg $$target"; \
+			go -C builder test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done; \
+	[ $$found = 1 ] || { echo 'no fuzz target found'; exit 1; }
+
+.PHONY: bench
+bench: root ## time the function against buildctl and the BuildKit client
+	go -C tests run ./cmd/bench
+
+.PHONY: certs
+certs: ## the CA and both certificates for buildkitd and the function: DIR=certs, FORCE=1 replaces
+	buildkit/certs.sh $(DIR)
+
+.PHONY: lint
+lint: vuln ## gofmt, go vet and govulncheck
+	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
+	go -C builder vet ./...
+	go -C tests vet ./...
+	go -C template/golang-middleware vet ./... ./function/...
+
+# govulncheck asks vuln.go.dev for what is known of each module.
+.PHONY: vuln
+vuln: ## govulncheck alone
+	@if curl -sSf -m 20 -o /dev/null https://vuln.go.dev/index/db.json; then \
+		bin=$$(mktemp); trap 'rm -f $$bin' EXIT; \
+		go -C tests/tools/govulncheck build -o $$bin golang.org/x/vuln/cmd/govulncheck; \
+		for module in builder tests; do echo "govulncheck of $$module"; (cd $$module && $$bin ./...); done; \
+	else echo 'NOT CHECKED for vulnerabilities: vuln.go.dev cannot be reached'; fi
+
+.PHONY: clean
+clean: ## remove what was built; the next run takes minutes again
+	rm -rf .cache
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo 'this needs root, for buildkitd and runc: sudo -E make $(MAKECMDGOALS)'; exit 1; }
+	@for c in gcc pkg-config openssl busybox; do command -v $$c >/dev/null || { echo "$$c is missing: apt-get install gcc libc6-dev pkg-config libseccomp-dev openssl busybox-static, or .ci/run"; exit 1; }; done
+	@pkg-config --exists libseccomp || { echo 'libseccomp is missing: apt-get install libseccomp-dev, or .ci/run'; exit 1; }
