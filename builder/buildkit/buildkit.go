@@ -164,7 +164,7 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 		switch e := api.AsError(err); {
 		case e.Code == api.DaemonLost && !lost:
 			lost = true
-			b.solver.cfg.Log.Warn().Err(err).Str("call_id", b.req.ID).Msg("solving again: buildkitd was lost")
+			b.solver.cfg.Log.Warn().Err(e.Err).Str("call_id", b.req.ID).Msg("solving again: buildkitd was lost")
 			b.progress.warn("the connection to buildkitd was lost: building again")
 		case errors.Is(err, errPushLater) && pushes < len(b.solver.pushWaits):
 			wait := b.solver.pushWaits[pushes]
@@ -180,8 +180,6 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 		default:
 			return solve.Outcome{}, e
 		}
-		b.stats.Transfer += b.progress.transfer
-		b.progress = newProgress(b.log, b.redact, b.limits.pushing)
 	}
 }
 
@@ -218,7 +216,10 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	if err != nil {
 		return solve.Outcome{}, noDaemon(err)
 	}
-	b.stats.Attempts++
+	if b.stats.Attempts++; b.stats.Attempts > 1 {
+		b.stats.Transfer += b.progress.transfer
+		b.progress = newProgress(b.log, b.redact, b.limits.pushing)
+	}
 	end := c.ends.next()
 	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.req.Config.References))
 	status := make(chan *client.SolveStatus)
@@ -233,7 +234,8 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		return solve.Outcome{}, daemonLost(err)
 	case err != nil:
 		return solve.Outcome{}, (&failure{
-			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(), auths: auths.failed(),
+			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(),
+			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
 	}
 	outcome := solve.Outcome{

@@ -66,30 +66,36 @@ type failure struct {
 	step    func(digest string) string // name of a vertex
 	pushing bool                       // the push had begun
 	auths   []*api.Error               // what the daemon was told of registries, the last first
+
+	anonymous []string // hosts that were asked without credentials
 }
 
-// classify makes an *api.Error of it, or one of the errors above.
+// classify makes an *api.Error of it, with errPushLater beside it where that
+// applies.
 func (f *failure) classify() error {
-	text := f.err.Error()
-
+	text := strings.TrimPrefix(f.err.Error(), "failed to solve: ")
 	if exit, ok := errors.AsType[*gatewayapi.ExitError](f.err); ok {
-		return f.buildFailed(f.exitText(exit.ExitCode))
+		return f.buildFailed(exitText(exit.ExitCode))
 	}
 	for _, e := range f.auths {
 		if strings.Contains(text, e.Msg) {
 			return &api.Error{Code: e.Code, Msg: f.redact.Line(e.Msg), Err: errors.Join(e.Err, f.err)}
 		}
 	}
+	// A registry may say that its own disk is full.
+	if e := f.registryStatus(text); e != nil {
+		return e
+	}
 	if grpcerrors.Code(f.err) == codes.ResourceExhausted || strings.Contains(text, "no space left on device") {
 		return &api.Error{Code: api.DaemonFull, Msg: "buildkitd has no space left on its disk", Err: f.err}
 	}
-	if e := f.registry(text); e != nil {
+	if e := f.registryTrouble(text); e != nil {
 		return e
 	}
-	return f.buildFailed(trimWrapping(text))
+	return f.buildFailed(plain(text))
 }
 
-func (f *failure) exitText(code uint32) string {
+func exitText(code uint32) string {
 	text := fmt.Sprintf("exit code %d", code)
 	if code == 137 {
 		text += ": killed, probably because memory ran out"
@@ -114,50 +120,76 @@ func (f *failure) buildFailed(what string) error {
 }
 
 // Forms of containerd's resolver and of BuildKit's push and pull. The daemon's
-// errors lose their types on the way here.
+// errors have lost their types when they come here.
 var (
-	unexpectedStatus = regexp.MustCompile(`unexpected status(?: code)?(?: from \w+ request to)? \S*?: (\d{3})\b`)
-	registryContext  = regexp.MustCompile(`failed to push (\S+): |failed to resolve source metadata for (\S+): |failed to (?:copy|do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
-	unreachable      = regexp.MustCompile(`connection refused|no such host|i/o timeout|connection reset by peer|network is unreachable|no route to host|TLS handshake timeout|tls: |x509: |\bEOF$|: EOF\b|server misbehaving|context deadline exceeded|broken pipe|use of closed network connection`)
-	denied           = regexp.MustCompile(`insufficient_scope|\bdenied\b|authorization failed|no basic auth credentials|401 Unauthorized|403 Forbidden|failed to find supported auth scheme|name unknown|NAME_UNKNOWN|: not found$|not found: not found|pull access denied|push access denied|missing username or secret|invalid authorization|invalid_token`)
+	pushed           = regexp.MustCompile(`failed to push (\S+): `)
+	unexpectedStatus = regexp.MustCompile(`unexpected status(?: code)?(?: from \w+ request to)? \S+: (\d{3})\b`)
+	registryContext  = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
+	denied           = regexp.MustCompile(`insufficient_scope|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
+	unreachable      = regexp.MustCompile(`connection refused|no such host|server misbehaving|i/o timeout|context deadline exceeded|TLS handshake timeout|connection reset by peer|broken pipe|network is unreachable|no route to host|tls: |x509: |server gave HTTP response|: EOF\b`)
 )
 
-// registry is the error of a registry, or nil when text is about none.
-func (f *failure) registry(text string) error {
-	if !registryContext.MatchString(text) && !f.pushing {
+func (f *failure) aboutRegistry(text string) bool {
+	return f.pushing || registryContext.MatchString(text)
+}
+
+// registryStatus is the error of a registry that answered with a status, or
+// nil.
+func (f *failure) registryStatus(text string) error {
+	m := unexpectedStatus.FindStringSubmatch(text)
+	if m == nil || !f.aboutRegistry(text) {
 		return nil
 	}
-	doing := "pulling"
-	if f.pushing {
-		doing = "pushing"
-	}
-	msg := f.redact.Line(trimWrapping(text))
-	e := func(code api.Code) error { return &api.Error{Code: code, Msg: doing + ": " + msg, Err: f.err} }
-	if m := unexpectedStatus.FindStringSubmatch(text); m != nil {
-		switch status, _ := strconv.Atoi(m[1]); {
-		case status == 429 && f.pushing:
-			return fmt.Errorf("%w: %w", errPushLater, e(api.RegistryFailed))
-		case status == 429, status >= 500:
-			return e(api.RegistryFailed)
-		case status >= 400:
-			return e(api.RegistryDenied)
-		}
-	}
-	switch {
-	case denied.MatchString(text):
-		return e(api.RegistryDenied)
-	case unreachable.MatchString(text):
-		return e(api.RegistryFailed)
-	case f.pushing:
-		return e(api.RegistryFailed)
+	switch status, _ := strconv.Atoi(m[1]); {
+	case status == 429 && f.pushing:
+		return fmt.Errorf("%w: %w", errPushLater, f.registryError(api.RegistryFailed, text))
+	case status == 429, status >= 500:
+		return f.registryError(api.RegistryFailed, text)
+	case status >= 400:
+		return f.registryError(api.RegistryDenied, text)
 	}
 	return nil
 }
 
-// trimWrapping drops what BuildKit's client puts before every error.
-func trimWrapping(text string) string {
-	for _, prefix := range []string{"failed to solve: ", "rpc error: ", "code = Unknown desc = "} {
-		text = strings.TrimPrefix(text, prefix)
+// registryTrouble is the error of a registry that said no in other words, or
+// that could not be asked, or nil.
+func (f *failure) registryTrouble(text string) error {
+	switch {
+	case !f.aboutRegistry(text):
+		return nil
+	case denied.MatchString(text):
+		return f.registryError(api.RegistryDenied, text)
+	case f.pushing, unreachable.MatchString(text):
+		return f.registryError(api.RegistryFailed, text)
 	}
-	return text
+	return nil
+}
+
+func (f *failure) registryError(code api.Code, text string) *api.Error {
+	// A pull's text begins with the image's name.
+	what := "pulling "
+	if m := pushed.FindStringSubmatch(text); m != nil {
+		what = "pushing " + m[1] + ": "
+	} else if f.pushing {
+		what = "pushing: "
+	}
+	msg := what + plain(text)
+	if code == api.RegistryDenied {
+		for _, host := range f.anonymous {
+			if strings.Contains(text, host) {
+				msg += fmt.Sprintf(" (no credentials are configured for %s)", host)
+				break
+			}
+		}
+	}
+	return &api.Error{Code: code, Msg: f.redact.Line(msg), Err: f.err}
+}
+
+// noise is what BuildKit puts around the words that help.
+var noise = regexp.MustCompile(`^rpc error: code = Unknown desc = |` +
+	`failed to compute cache key: |failed to load cache key: |failed to calculate checksum of ref \S+: |` +
+	`failed to resolve source metadata for \S+: |^failed to push \S+: | on \S+:53\b`)
+
+func plain(text string) string {
+	return noise.ReplaceAllString(text, "")
 }

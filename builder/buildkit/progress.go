@@ -38,15 +38,19 @@ type vertex struct {
 	started   *time.Time
 	completed *time.Time
 	cached    bool
-	err       string
+	canceled  bool
 	streams   []streamKey
 }
 
 // end is a line to print after the output that came with it.
 type end struct {
 	v    *vertex
+	took time.Duration
 	line string
 }
+
+// shortRun is what is not worth two lines.
+const shortRun = 10 * time.Millisecond
 
 type statusKey struct {
 	vertex digest.Digest
@@ -109,24 +113,31 @@ func (p *progress) handle(s *client.SolveStatus) {
 		}
 		started := v.Started != nil && !sameTime(known.started, v.Started)
 		completed := v.Started != nil && v.Completed != nil && (started || !sameTime(known.completed, v.Completed))
-		known.name, known.cached, known.err = v.Name, v.Cached, v.Error
+		known.name, known.cached = v.Name, v.Cached
 		known.started, known.completed = v.Started, v.Completed
+		known.canceled = isCanceled(v)
 		name := timestamp(v.Started) + " " + p.redact.Line(v.Name)
 		if started {
-			// It may have ended and begun again since the last message.
+			again := false
+			// It may have ended and begun again since the last message: every
+			// local source does so at once, and is shown as one.
 			ended = slices.DeleteFunc(ended, func(e end) bool {
-				if e.v == known {
+				if e.v != known {
+					return false
+				}
+				if again = e.took < shortRun; !again {
 					p.line("%s", e.line)
 				}
-				return e.v == known
+				return true
 			})
 			// One that came from the cache takes no time: its end says all.
-			if !(completed && v.Cached) {
+			if !again && !(completed && v.Cached) {
 				p.line("v: %s", name)
 			}
 		}
 		if completed {
-			ended = append(ended, end{known, "v: " + name + ending(known)})
+			took := max(v.Completed.Sub(*v.Started), 0)
+			ended = append(ended, end{known, took, "v: " + name + ending(v, took)})
 		}
 	}
 	for _, st := range s.Statuses {
@@ -147,17 +158,17 @@ func (p *progress) handle(s *client.SolveStatus) {
 	p.send()
 }
 
-func ending(v *vertex) string {
-	took := fmt.Sprintf(" %.2fs", max(v.completed.Sub(*v.started), 0).Seconds())
+func ending(v *client.Vertex, took time.Duration) string {
+	text := fmt.Sprintf(" %.2fs", took.Seconds())
 	switch {
-	case v.cached:
+	case v.Cached:
 		return " CACHED"
-	case strings.HasSuffix(v.err, "context canceled"):
-		return took + " CANCELED"
-	case v.err != "":
-		return took + " ERROR"
+	case isCanceled(v):
+		return text + " CANCELED"
+	case v.Error != "":
+		return text + " ERROR"
 	}
-	return took
+	return text
 }
 
 // status prints a status when it begins and when it ends, not what is between:
@@ -234,14 +245,22 @@ func (p *progress) counts() (steps, cached int) {
 	return steps, cached
 }
 
-// running is the name of a step that has not ended, the one begun last.
+// running is the name of what has not ended, or not by itself: a step sooner
+// than what BuildKit adds, and the one begun last.
 func (p *progress) running() string {
+	name := ""
 	for _, v := range slices.Backward(p.order) {
-		if v.started != nil && v.completed == nil && isStep(v.name) {
+		if v.started == nil || v.completed != nil && !v.canceled {
+			continue
+		}
+		if isStep(v.name) {
 			return p.redact.Line(v.name)
 		}
+		if name == "" {
+			name = p.redact.Line(v.name)
+		}
 	}
-	return ""
+	return name
 }
 
 // name is that of the vertex with the given digest, or empty.
@@ -260,6 +279,10 @@ func isStep(name string) bool {
 func isExport(name string) bool { return strings.HasPrefix(name, "exporting to ") }
 
 func isPush(status string) bool { return strings.HasPrefix(status, "pushing ") }
+
+func isCanceled(v *client.Vertex) bool {
+	return strings.HasSuffix(v.Error, "context canceled")
+}
 
 func sameTime(a, b *time.Time) bool {
 	return a == b || a != nil && b != nil && a.Equal(*b)

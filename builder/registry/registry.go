@@ -9,8 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/distribution/reference"
@@ -192,6 +194,7 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 		creds:  c,
 		pushes: make(map[string]bool),
 		auths:  make(map[string]func() (types.AuthConfig, error)),
+		none:   make(map[string]bool),
 		tokens: make(map[string]Token),
 	}
 	for _, ref := range pushes {
@@ -207,6 +210,7 @@ type Build struct {
 
 	mu     sync.Mutex
 	auths  map[string]func() (types.AuthConfig, error)
+	none   map[string]bool // hosts that nothing was found for
 	tokens map[string]Token
 }
 
@@ -220,11 +224,21 @@ func (b *Build) auth(ctx context.Context, host string) (types.AuthConfig, error)
 	}
 	b.mu.Unlock()
 	auth, err := get()
-	if err != nil && ctx.Err() == nil {
-		// The next call may ask again: the first caller may have gone away.
-		b.mu.Lock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil {
+		// The next call asks again: the first caller may have gone away.
 		delete(b.auths, host)
-		b.mu.Unlock()
+	} else if auth == (types.AuthConfig{}) {
+		b.none[host] = true
 	}
 	return auth, err
+}
+
+// Anonymous are the hosts that were asked for credentials and had none, in
+// order.
+func (b *Build) Anonymous() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Sorted(maps.Keys(b.none))
 }
