@@ -7,6 +7,7 @@ import (
 
 	"handler/function/buildconfig"
 	"handler/function/payload"
+	"handler/function/redact"
 )
 
 // Request is one build, its signature verified and its config checked.
@@ -19,6 +20,10 @@ type Request struct {
 	// Secrets are the unsealed build secrets, by the id that
 	// RUN --mount=type=secret names.
 	Secrets map[string][]byte
+
+	// Mask keeps the secrets' values out of everything that is said of the
+	// build.
+	Mask *redact.Redactor
 
 	// SharedKey, Hostname and CacheMountNS keep this build apart from those of
 	// others; package isolation makes them.

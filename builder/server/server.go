@@ -1,0 +1,197 @@
+// Package server answers the builder's routes. It takes a request apart,
+// admits it, hands it to a Solver, and turns what comes back into the answer
+// the client asked for. It does not know BuildKit.
+package server
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"handler/function/api"
+	"handler/function/isolation"
+	"handler/function/metrics"
+	"handler/function/payload"
+	"handler/function/reply"
+	"handler/function/signature"
+	"handler/function/solve"
+)
+
+// Solver builds. Its errors are *api.Error where the client may know the
+// reason. Stats are set beside an error too.
+type Solver interface {
+	Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
+	// Daemons says how many of the configured daemons answer, within ctx.
+	Daemons(ctx context.Context) (reachable, total int)
+}
+
+// Config is what a Server works with. Every field without "may be" is needed.
+type Config struct {
+	Solver Solver
+
+	// PayloadSecret is the secret's content now. It is asked for with each
+	// request, so that a rotated key needs no restart.
+	PayloadSecret func() ([]byte, error)
+
+	// BuildSecretsKey is the private key that build secrets are sealed to,
+	// empty when none is configured.
+	BuildSecretsKey func() ([]byte, error)
+
+	// DisableHMAC builds what anybody sends.
+	DisableHMAC bool
+
+	// FallbackSecret stands in for the payload secret where isolation derives
+	// its key, when DisableHMAC is set and there is no secret.
+	FallbackSecret []byte
+
+	// AllowedImages are repository prefixes, normalised; empty allows any.
+	AllowedImages []string
+
+	Limits      payload.Limits
+	SpoolMemory int64  // bytes of a body kept in memory
+	TempDir     string // where the rest of it goes
+
+	MaxBuilds       int
+	MaxUploads      int
+	QueueWait       time.Duration // that a streaming or queued caller waits for a slot
+	ShutdownTimeout time.Duration // that builds get after Shutdown
+	UploadMinRate   int64         // bytes per second, averaged, after UploadGrace
+	UploadGrace     time.Duration
+
+	Version string
+	Log     zerolog.Logger
+}
+
+// tenant is the only one there is.
+const tenant = "default"
+
+// Server is the builder's http.Handler.
+type Server struct {
+	Config
+	metrics *metrics.Metrics
+	routes  map[string]map[string]http.Handler
+	builds  slots
+	uploads slots
+	daemons daemonCount
+
+	// draining ends when Shutdown is called; stopped, when the time that builds
+	// get after that is over.
+	draining, stopped context.Context
+	drain, stop       context.CancelFunc
+
+	mu     sync.Mutex // guards active.Add against Shutdown's Wait
+	active sync.WaitGroup
+}
+
+// New makes a Server. It starts nothing.
+//
+// # Errors
+//
+// A failed request is answered with an api.Record, or with plain text where the
+// request's Content-Type was text/plain. api.Code.HTTPStatus decides its status.
+// Once an answer streams its status is 200, and the last record says how the
+// build ended.
+func New(cfg Config) *Server {
+	s := &Server{
+		Config:  cfg,
+		builds:  make(slots, cfg.MaxBuilds),
+		uploads: make(slots, cfg.MaxUploads),
+	}
+	s.draining, s.drain = context.WithCancel(context.Background())
+	s.stopped, s.stop = context.WithCancel(context.Background())
+	s.daemons.count = cfg.Solver.Daemons
+	s.metrics = metrics.New(s.daemons.get)
+
+	build := http.HandlerFunc(s.serveBuild)
+	s.routes = map[string]map[string]http.Handler{
+		"/":          {http.MethodPost: build, http.MethodGet: plain(description{s})},
+		"/build":     {http.MethodPost: build},
+		"/publickey": {http.MethodGet: plain(publicKey{s})},
+		"/healthz":   {http.MethodGet: plain(health{})},
+		"/ready":     {http.MethodGet: plain(readiness{s})},
+		"/metrics":   {http.MethodGet: s.metrics.Handler()},
+	}
+	return s
+}
+
+// ServeHTTP matches paths exactly: there is nothing here to clean or redirect.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if id := r.Header.Get(api.CallIDHeader); id != "" {
+		w.Header().Set(api.CallIDHeader, id)
+	}
+	path := r.URL.Path
+	if path == "" {
+		path = "/"
+	}
+	methods, ok := s.routes[path]
+	if !ok {
+		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"})
+		return
+	}
+	method := r.Method
+	if method == http.MethodHead {
+		method = http.MethodGet
+	}
+	h, ok := methods[method]
+	if !ok {
+		for m := range methods {
+			w.Header().Add("Allow", m)
+		}
+		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method})
+		return
+	}
+	h.ServeHTTP(w, r)
+}
+
+// refuse answers a request that did not become a build.
+func refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
+	reply.New(w, reply.JSON, reply.Options{Start: time.Now(), Text: isText(r)}).Finish(failure(err, ""))
+}
+
+func failure(err *api.Error, image string) api.Record {
+	return api.Record{Status: api.Failed, Image: image, ImageName: image, Error: err.Msg, Code: err.Code}
+}
+
+// keys are the payload secret's now.
+func (s *Server) keys() (signature.Keys, error) {
+	secret, err := s.PayloadSecret()
+	if err != nil {
+		return nil, err
+	}
+	return signature.ParseKeys(secret), nil
+}
+
+// isolationKey is derived from the first key, and so outlives the rotation of
+// those after it.
+func (s *Server) isolationKey(keys signature.Keys) isolation.Key {
+	if len(keys) == 0 {
+		return isolation.Derive(s.FallbackSecret)
+	}
+	return isolation.Derive(keys[0])
+}
+
+// begin counts a build in, unless the server is shutting down.
+func (s *Server) begin() (end func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining.Err() != nil {
+		return nil, false
+	}
+	s.active.Add(1)
+	return s.active.Done, true
+}
+
+// Shutdown refuses new builds, gives those that run ShutdownTimeout to end, then
+// cancels them and waits until each has given its verdict.
+func (s *Server) Shutdown() {
+	s.mu.Lock()
+	s.drain()
+	s.mu.Unlock()
+	timer := time.AfterFunc(s.ShutdownTimeout, s.stop)
+	defer timer.Stop()
+	s.active.Wait()
+	s.stop()
+}

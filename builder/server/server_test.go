@@ -1,0 +1,656 @@
+package server_test
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/seal"
+	"github.com/rs/zerolog"
+
+	"handler/function/api"
+	"handler/function/payload"
+	"handler/function/server"
+	"handler/function/signature"
+	"handler/function/solve"
+)
+
+// scripted is a Solver that does what a test says: a daemon cannot be had where
+// these tests run, inside the image's build. The tests module has the real one.
+type scripted struct {
+	solve func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
+	calls atomic.Int64
+}
+
+func (s *scripted) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+	s.calls.Add(1)
+	if s.solve == nil {
+		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+	}
+	return s.solve(ctx, req, log)
+}
+
+func (s *scripted) Daemons(context.Context) (reachable, total int) { return 1, 1 }
+
+const secret = "payload secret"
+
+type fixture struct {
+	*httptest.Server
+	s      *server.Server
+	solver *scripted
+	log    *syncBuffer
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture {
+	t.Helper()
+	log := new(syncBuffer)
+	cfg := server.Config{
+		Solver:          solver,
+		PayloadSecret:   func() ([]byte, error) { return []byte(secret), nil },
+		BuildSecretsKey: func() ([]byte, error) { return nil, nil },
+		Limits: payload.Limits{
+			Body: 1 << 20, Unpacked: 1 << 20, Entries: 100, Path: 200, Names: 1 << 16, Config: 1 << 16, Secrets: 1 << 16,
+		},
+		SpoolMemory: 1 << 16, TempDir: t.TempDir(),
+		MaxBuilds: 2, MaxUploads: 4,
+		QueueWait: 5 * time.Second, ShutdownTimeout: 5 * time.Second,
+		UploadMinRate: 1 << 16, UploadGrace: 5 * time.Second,
+		Version: "test", Log: zerolog.New(log),
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	f := &fixture{s: server.New(cfg), solver: solver, log: log}
+	f.Server = httptest.NewServer(f.s)
+	t.Cleanup(f.Close)
+	return f
+}
+
+// pack makes a tar of a config, a Dockerfile, and more name, content pairs.
+func pack(t testing.TB, config string, more ...string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	files := append([]string{"context/Dockerfile", "FROM scratch\n", api.ConfigFile, config}, more...)
+	for i := 0; i < len(files); i += 2 {
+		if err := w.WriteHeader(&tar.Header{Name: files[i], Mode: 0o644, Size: int64(len(files[i+1]))}); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(w, files[i+1])
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+const config = `{"image":"ghcr.io/acme/app:v1"}`
+
+func (f *fixture) request(t testing.TB, body []byte, headers ...string) *http.Request {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, f.URL+"/build", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), body))
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Del(headers[i])
+		if headers[i+1] != "" {
+			r.Header.Set(headers[i], headers[i+1])
+		}
+	}
+	return r
+}
+
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	rec    api.Record
+}
+
+func (f *fixture) do(t testing.TB, r *http.Request) answer {
+	t.Helper()
+	res, err := f.Client().Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := answer{status: res.StatusCode, header: res.Header, body: string(body)}
+	lines := strings.Split(strings.TrimSpace(a.body), "\n")
+	if strings.HasPrefix(res.Header.Get("Content-Type"), api.NDJSONType) {
+		body = []byte(lines[len(lines)-1])
+	}
+	if r.Method != http.MethodHead && strings.Contains(res.Header.Get("Content-Type"), "json") {
+		if err := json.Unmarshal(body, &a.rec); err != nil {
+			t.Fatalf("%v in %s", err, body)
+		}
+	}
+	return a
+}
+
+func TestRoutes(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	for _, tt := range []struct {
+		method, path string
+		status       int
+		holds        string
+	}{
+		{"GET", "/", 200, `"name": "builder"`},
+		{"HEAD", "/", 200, ""},
+		{"GET", "/healthz", 200, "ok"},
+		{"GET", "/ready", 200, "ready"},
+		{"GET", "/metrics", 200, "builder_daemons_reachable 1"},
+		{"GET", "/publickey", 404, `"code": "not_found"`},
+		{"GET", "/build", 405, `"code": "method_not_allowed"`},
+		{"PUT", "/", 405, `"status": "failed"`},
+		{"POST", "/ready", 405, ""},
+		{"GET", "/debug/requests", 404, `"status": "failed"`},
+		{"GET", "/debug/pprof/", 404, ""},
+		{"POST", "/build/", 404, ""},
+		{"POST", "//build", 404, ""},
+		{"POST", "/x/../build", 404, ""},
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), tt.method, f.URL+tt.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set(api.CallIDHeader, "call-1")
+		a := f.do(t, r)
+		if a.status != tt.status || !strings.Contains(a.body, tt.holds) {
+			t.Errorf("%s %s: %d %s, want %d with %q", tt.method, tt.path, a.status, a.body, tt.status, tt.holds)
+		}
+		if a.header.Get(api.CallIDHeader) != "call-1" {
+			t.Errorf("%s %s: no X-Call-Id", tt.method, tt.path)
+		}
+	}
+	if n := f.solver.calls.Load(); n != 0 {
+		t.Errorf("%d solves", n)
+	}
+}
+
+func TestReady(t *testing.T) {
+	var content []byte
+	var failure error
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.PayloadSecret = func() ([]byte, error) { return content, failure }
+	})
+	get := func() answer {
+		r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/ready", nil)
+		return f.do(t, r)
+	}
+	failure = os.ErrNotExist
+	if a := get(); a.status != 503 || !strings.Contains(a.body, "cannot be read") {
+		t.Errorf("without a secret: %d %s", a.status, a.body)
+	}
+	failure, content = nil, []byte(" \n")
+	if a := get(); a.status != 503 || !strings.Contains(a.body, "empty") {
+		t.Errorf("with an empty secret: %d %s", a.status, a.body)
+	}
+	content = []byte("x\n")
+	if a := get(); a.status != 200 {
+		t.Errorf("with a secret: %d %s", a.status, a.body)
+	}
+	f.s.Shutdown()
+	if a := get(); a.status != 503 || !strings.Contains(a.body, "shutting down") {
+		t.Errorf("shutting down: %d %s", a.status, a.body)
+	}
+}
+
+func TestPublicKey(t *testing.T) {
+	public, private, err := seal.GenerateKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.BuildSecretsKey = func() ([]byte, error) { return private, nil }
+	})
+	r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/publickey", nil)
+	a := f.do(t, r)
+	var got struct {
+		KeyID, Algorithm string
+		PublicKey        string `json:"public_key"`
+	}
+	if err := json.Unmarshal([]byte(a.body), &got); err != nil || a.status != 200 || got.PublicKey != string(public) || got.Algorithm != "nacl/box" {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if strings.Contains(a.body, string(private)) {
+		t.Error("the private key is in the answer")
+	}
+}
+
+func TestBuild(t *testing.T) {
+	solver := &scripted{solve: func(_ context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+		log("v: one", "l: two")
+		return solve.Outcome{Digest: "sha256:abc", Tags: []string{"x"}, Platforms: []string{"linux/amd64"}, Warnings: []string{"solver's"}}, solve.Stats{}, nil
+	}}
+	f := start(t, solver, nil)
+	for _, path := range []string{"/", "/build", "/build?x=1"} {
+		for _, accept := range []string{"", "application/x-ndjson"} {
+			r := f.request(t, pack(t, `{"image":"ghcr.io/acme/app:v1","odd":1}`, "beside", "x"), "Accept", accept)
+			r.URL, _ = r.URL.Parse(path)
+			a := f.do(t, r)
+			if a.status != 200 || a.rec.Status != api.Success || a.rec.Digest != "sha256:abc" ||
+				a.rec.Image != "ghcr.io/acme/app:v1" || a.rec.ImageName != a.rec.Image || a.rec.Code != "" {
+				t.Errorf("%s, %q: %d %s", path, accept, a.status, a.body)
+			}
+			if w := strings.Join(a.rec.Warnings, "\n"); !strings.Contains(w, "beside") || !strings.Contains(w, "odd") || !strings.Contains(w, "solver's") {
+				t.Errorf("%s, %q: warnings %q", path, accept, a.rec.Warnings)
+			}
+			if accept == "" {
+				if got, want := a.header.Get(api.SignatureHeader), signature.Sign([]byte(secret), []byte(a.body)); got != want {
+					t.Errorf("the answer is signed %q, want %q", got, want)
+				}
+				if strings.Join(a.rec.Log, "|") != "v: one|l: two" {
+					t.Errorf("log %q", a.rec.Log)
+				}
+			}
+		}
+	}
+	for _, want := range []string{`"build started"`, `"build ended"`, `"sha256":"`, `"outcome":"success"`, `"digest":"sha256:abc"`} {
+		if !strings.Contains(f.log.String(), want) {
+			t.Errorf("the log lacks %s", want)
+		}
+	}
+}
+
+func TestIsolationOfRequests(t *testing.T) {
+	var reqs []*solve.Request
+	solver := &scripted{solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
+		reqs = append(reqs, req)
+		return solve.Outcome{}, solve.Stats{}, nil
+	}}
+	f := start(t, solver, nil)
+	for _, c := range []string{
+		`{"image":"acme/app:v1"}`, `{"image":"docker.io/acme/app:v2"}`, `{"image":"acme/api:v1"}`,
+		`{"skipPush":true}`, `{"skipPush":true}`,
+	} {
+		if a := f.do(t, f.request(t, pack(t, c))); a.status != 200 {
+			t.Fatalf("%s: %s", c, a.body)
+		}
+	}
+	if reqs[0].SharedKey != reqs[1].SharedKey {
+		t.Error("two tags of one repository have two shared keys")
+	}
+	for _, pair := range [][2]int{{0, 2}, {0, 3}, {3, 4}} {
+		if reqs[pair[0]].SharedKey == reqs[pair[1]].SharedKey {
+			t.Errorf("builds %v have one shared key", pair)
+		}
+	}
+	if reqs[0].Hostname == "" || reqs[0].CacheMountNS == "" || reqs[0].Hostname != reqs[2].Hostname {
+		t.Errorf("host names %q and %q, cache namespace %q", reqs[0].Hostname, reqs[2].Hostname, reqs[0].CacheMountNS)
+	}
+}
+
+func TestSignatures(t *testing.T) {
+	var mu sync.Mutex
+	content := secret
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.PayloadSecret = func() ([]byte, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			return []byte(content), nil
+		}
+	})
+	good := pack(t, config)
+	sign := func(key string, body []byte) string { return signature.Sign([]byte(key), body) }
+	envelope := func(sig string, body []byte) []byte {
+		return fmt.Appendf(nil, `{"signature":%q,"tar":%q}`, sig, base64.StdEncoding.EncodeToString(body))
+	}
+	bodies := map[string][]byte{
+		"good": good, "cut": good[:len(good)-600], "not a tar": []byte("hello"), "empty": {},
+		"bad config": pack(t, `{"image":1}`), "bad gzip": {0x1f, 0x8b, 1}, "gzip magic alone": {0x1f, 0x8b},
+	}
+	for name, body := range bodies {
+		for _, tt := range []struct {
+			name   string
+			values []string
+		}{
+			{"missing", nil},
+			{"wrong", []string{sign("another key", body)}},
+			{"truncated", []string{sign(secret, body)[:40]}},
+			{"doubled", []string{sign(secret, body), sign(secret, body)}},
+			{"sha1", []string{"sha1=" + sign(secret, body)[7:47]}},
+			{"of another body", []string{sign(secret, append([]byte("x"), body...))}},
+			{"of the empty key", []string{sign("", body)}},
+		} {
+			r := f.request(t, body)
+			r.Header[api.SignatureHeader] = tt.values
+			if a := f.do(t, r); a.status != 401 || a.rec.Code != api.Unauthorized || a.header.Get(api.SignatureHeader) != "" {
+				t.Errorf("%s, %s: %d %s", name, tt.name, a.status, a.body)
+			}
+			// In an envelope, with a good header beside it that counts for nothing.
+			sig := ""
+			if len(tt.values) == 1 {
+				sig = tt.values[0]
+			}
+			if tt.name == "doubled" {
+				continue
+			}
+			env := envelope(sig, body)
+			if a := f.do(t, f.request(t, env)); a.status != 401 {
+				t.Errorf("%s, %s, in an envelope: %d %s", name, tt.name, a.status, a.body)
+			}
+		}
+	}
+	if n := f.solver.calls.Load(); n != 0 {
+		t.Errorf("%d solves of unsigned bodies", n)
+	}
+	if a := f.do(t, f.request(t, envelope(sign(secret, good), good), api.SignatureHeader, "", "Content-Type", "text/plain")); a.status != 200 {
+		t.Errorf("signed envelope: %d %s", a.status, a.body)
+	}
+
+	rotate := func(s string) { mu.Lock(); content = s; mu.Unlock() }
+	for _, tt := range []struct {
+		file, key string
+		status    int
+	}{
+		{"new\n" + secret + "\n", "new", 200},
+		{"new\n" + secret + "\n", secret, 200},
+		{"new\n" + secret + "\n", "new\n" + secret, 200},
+		{"new\n", secret, 401},
+		{"", "", 401},
+		{"\n", "\n", 401},
+	} {
+		rotate(tt.file)
+		a := f.do(t, f.request(t, good, api.SignatureHeader, sign(tt.key, good)))
+		if a.status != tt.status {
+			t.Errorf("file %q, key %q: %d %s", tt.file, tt.key, a.status, a.body)
+		}
+		if tt.status == 200 && a.header.Get(api.SignatureHeader) != sign(tt.key, []byte(a.body)) {
+			t.Errorf("file %q, key %q: the answer is signed with another key", tt.file, tt.key)
+		}
+	}
+}
+
+func TestDisableHMAC(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.DisableHMAC = true
+		c.FallbackSecret = []byte("x")
+		c.PayloadSecret = func() ([]byte, error) { return nil, os.ErrNotExist }
+	})
+	if a := f.do(t, f.request(t, pack(t, config), api.SignatureHeader, "")); a.status != 200 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+}
+
+func TestStatusCodes(t *testing.T) {
+	public, private, err := seal.GenerateKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed, err := seal.Seal(public, map[string][]byte{"token": []byte("a secret value")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fails := func(code api.Code) func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+		return func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+			return solve.Outcome{}, solve.Stats{}, &api.Error{Code: code, Msg: "a secret value did it", Err: errors.New("cause: a secret value")}
+		}
+	}
+	body := pack(t, config)
+	for _, tt := range []struct {
+		name   string
+		body   []byte
+		solve  func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error)
+		status int
+		code   api.Code
+	}{
+		{"bad tar", []byte("x"), nil, 400, api.BadTar},
+		{"bad config", pack(t, "{}"), nil, 400, api.BadConfig},
+		{"bad secrets", pack(t, config, api.SecretsFile, "x"), nil, 400, api.BadSecrets},
+		{"forbidden image", pack(t, `{"image":"ghcr.io/evil/app"}`), nil, 403, api.ImageForbidden},
+		{"large body", make([]byte, 1<<20+1), nil, 413, api.TooLarge},
+		{"build failed", body, fails(api.BuildFailed), 422, api.BuildFailed},
+		{"registry denied", body, fails(api.RegistryDenied), 422, api.RegistryDenied},
+		{"deadline", body, fails(api.Deadline), 422, api.Deadline},
+		{"no daemon", body, fails(api.NoDaemon), 503, api.NoDaemon},
+		{"registry timeout", body, fails(api.RegistryTimeout), 503, api.RegistryTimeout},
+		{"unknown error", body, func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+			return solve.Outcome{}, solve.Stats{}, errors.New("internal detail")
+		}, 500, api.Internal},
+		{"panic", body, func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+			panic("internal detail")
+		}, 500, api.Internal},
+		{"masked", pack(t, config, api.SecretsFile, string(sealed)), fails(api.BuildFailed), 422, api.BuildFailed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := start(t, &scripted{solve: tt.solve}, func(c *server.Config) {
+				c.AllowedImages = []string{"ghcr.io/acme"}
+				c.BuildSecretsKey = func() ([]byte, error) { return private, nil }
+			})
+			a := f.do(t, f.request(t, tt.body))
+			if a.status != tt.status || a.rec.Status != api.Failed || a.rec.Code != tt.code || a.rec.Error == "" {
+				t.Errorf("%d %s, want %d %s", a.status, a.body, tt.status, tt.code)
+			}
+			if retry := a.header.Get("Retry-After"); (retry != "") != (tt.status == 503 || tt.status == 429) {
+				t.Errorf("Retry-After %q", retry)
+			}
+			text := f.do(t, f.request(t, tt.body, "Content-Type", "text/plain; charset=utf-8"))
+			if text.status != tt.status || !strings.HasPrefix(text.header.Get("Content-Type"), "text/plain") || !strings.Contains(text.body, a.rec.Error) || strings.HasPrefix(text.body, "{") {
+				t.Errorf("as text: %d %s", text.status, text.body)
+			}
+			if strings.Contains(a.body+text.body, "internal detail") {
+				t.Error("the cause reached the client")
+			}
+			if tt.name == "unknown error" && !strings.Contains(f.log.String(), "internal detail") {
+				t.Error("the cause is not in the log")
+			}
+			if tt.name == "masked" && strings.Contains(a.body+text.body+f.log.String(), "a secret value") {
+				t.Errorf("the secret's value is in the answer or the log")
+			}
+			if tt.code == api.TooLarge {
+				return
+			}
+			stream := f.do(t, f.request(t, tt.body, "Accept", "application/x-ndjson"))
+			if stream.status != 200 || stream.rec.Status != api.Failed || stream.rec.Code != tt.code {
+				t.Errorf("as a stream: %d %s", stream.status, stream.body)
+			}
+		})
+	}
+}
+
+// blocking makes builds that run until release is closed or they are canceled.
+func blocking() (solver *scripted, started chan struct{}, release chan struct{}) {
+	started, release = make(chan struct{}, 100), make(chan struct{})
+	return &scripted{solve: func(ctx context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+		log("v: begun")
+		started <- struct{}{}
+		select {
+		case <-release:
+			return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+		case <-ctx.Done():
+			return solve.Outcome{}, solve.Stats{}, ctx.Err()
+		}
+	}}, started, release
+}
+
+func TestSlots(t *testing.T) {
+	solver, started, release := blocking()
+	f := start(t, solver, nil)
+	body := pack(t, config)
+	answers := make(chan answer, 10)
+	send := func(headers ...string) { go func() { answers <- f.do(t, f.request(t, body, headers...)) }() }
+	for range 2 {
+		send()
+		<-started
+	}
+	if a := f.do(t, f.request(t, body)); a.status != 429 || a.rec.Code != api.Busy || a.header.Get("Retry-After") == "" {
+		t.Errorf("a third build: %d %s", a.status, a.body)
+	}
+	send("Accept", "text/event-stream, application/x-ndjson")
+	send("X-Callback-Url", "http://127.0.0.1/callback")
+	send("User-Agent", "openfaas-ce/nats-queue-worker")
+	select {
+	case a := <-answers:
+		t.Fatalf("answered while both slots are taken: %d %s", a.status, a.body)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	for range 5 {
+		if a := <-answers; a.status != 200 || a.rec.Status != api.Success {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	}
+}
+
+func TestWaitEnds(t *testing.T) {
+	solver, started, release := blocking()
+	defer close(release)
+	f := start(t, solver, func(c *server.Config) { c.MaxBuilds = 1; c.QueueWait = 50 * time.Millisecond })
+	body := pack(t, config)
+	go f.Client().Do(f.request(t, body))
+	<-started
+	if a := f.do(t, f.request(t, body, "Accept", "application/x-ndjson")); a.status != 200 || a.rec.Code != api.Busy {
+		t.Errorf("a stream: %d %s", a.status, a.body)
+	}
+	if a := f.do(t, f.request(t, body, "X-Callback-Url", "x")); a.status != 429 || a.rec.Code != api.Busy {
+		t.Errorf("from a queue: %d %s", a.status, a.body)
+	}
+}
+
+func TestAbortedStreamsFreeTheirSlot(t *testing.T) {
+	solver, started, release := blocking()
+	defer close(release)
+	f := start(t, solver, func(c *server.Config) { c.MaxBuilds = 1 })
+	body := pack(t, config)
+	for i := range 100 {
+		ctx, cancel := context.WithCancel(t.Context())
+		res, err := f.Client().Do(f.request(t, body, "Accept", "application/x-ndjson").WithContext(ctx))
+		if err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		select {
+		case <-started:
+		case <-time.After(5 * time.Second):
+			t.Fatalf("stream %d got no slot", i)
+		}
+		cancel()
+		res.Body.Close()
+	}
+}
+
+func TestSlowUploads(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) { c.MaxBuilds = 1; c.UploadGrace = 200 * time.Millisecond })
+	conn, err := net.Dial("tcp", f.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "POST /build HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nfew", signature.Sign(nil, nil))
+	// While it trickles, the one build slot is free.
+	if a := f.do(t, f.request(t, pack(t, config))); a.status != 200 {
+		t.Errorf("beside a slow upload: %d %s", a.status, a.body)
+	}
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, _ := io.ReadAll(res.Body)
+	if res.StatusCode != 400 || !strings.Contains(string(body), string(api.SlowUpload)) {
+		t.Errorf("the slow upload: %d %s", res.StatusCode, body)
+	}
+}
+
+func TestUnsignedUploadIsRefusedBeforeItsBody(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	conn, err := net.Dial("tcp", f.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "POST /build HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nc")
+	conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 401 {
+		t.Errorf("status %d", res.StatusCode)
+	}
+}
+
+func TestShutdownWaitsForBuilds(t *testing.T) {
+	solver, started, release := blocking()
+	f := start(t, solver, nil)
+	body := pack(t, config)
+	running := make(chan answer)
+	go func() { running <- f.do(t, f.request(t, body)) }()
+	<-started
+	down := make(chan struct{})
+	go func() { f.s.Shutdown(); close(down) }()
+	ready := func() bool {
+		r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/ready", nil)
+		return f.do(t, r).status == 200
+	}
+	for deadline := time.Now().Add(2 * time.Second); ready(); {
+		if time.Now().After(deadline) {
+			t.Fatal("still ready after Shutdown")
+		}
+	}
+	if a := f.do(t, f.request(t, body, "Accept", "application/x-ndjson")); a.status != 503 || a.rec.Code != api.ShuttingDown {
+		t.Errorf("a build after Shutdown: %d %s", a.status, a.body)
+	}
+	close(release)
+	if a := <-running; a.status != 200 {
+		t.Errorf("the running build: %d %s", a.status, a.body)
+	}
+	<-down
+}
+
+func TestShutdownEndsBuilds(t *testing.T) {
+	solver, started, release := blocking()
+	defer close(release)
+	f := start(t, solver, func(c *server.Config) { c.MaxBuilds = 1; c.ShutdownTimeout = 100 * time.Millisecond })
+	body := pack(t, config)
+	running, waiting := make(chan answer), make(chan answer)
+	go func() { running <- f.do(t, f.request(t, body, "Accept", "text/event-stream,application/x-ndjson")) }()
+	<-started
+	go func() { waiting <- f.do(t, f.request(t, body, "Accept", "application/x-ndjson")) }()
+	time.Sleep(50 * time.Millisecond)
+	f.s.Shutdown()
+	for name, c := range map[string]chan answer{"running": running, "waiting": waiting} {
+		if a := <-c; a.status != 200 && a.status != 503 || a.rec.Status != api.Failed || a.rec.Code != api.ShuttingDown {
+			t.Errorf("the %s build: %d %s", name, a.status, a.body)
+		}
+	}
+}

@@ -1,0 +1,38 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// slots bounds how many do a thing at once. Those who wait are served in the
+// order they came.
+type slots chan struct{}
+
+var errFull = errors.New("no slot became free in time")
+
+// acquire takes a slot, waiting at most wait for it. It returns errFull, or
+// ctx's cause.
+func (s slots) acquire(ctx context.Context, wait time.Duration) error {
+	select {
+	case s <- struct{}{}:
+		return nil
+	default:
+	}
+	if wait <= 0 {
+		return errFull
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case s <- struct{}{}:
+		return nil
+	case <-timer.C:
+		return errFull
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (s slots) release() { <-s }

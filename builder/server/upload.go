@@ -1,0 +1,155 @@
+package server
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"time"
+
+	"handler/function/api"
+	"handler/function/payload"
+	"handler/function/signature"
+)
+
+// upload is a body that has been received and whose signature has passed.
+type upload struct {
+	*payload.Spool
+	keys signature.Keys
+	key  []byte // that signed the body; nil without HMAC
+}
+
+// uploadWait is how long a caller waits for others' bodies to be received. It
+// is short: bodies are, and what waits here has not shown a signature yet.
+const uploadWait = 30 * time.Second
+
+// drainWait is for how long net/http may read the rest of a body that is
+// refused. A client that is still sending would see a reset otherwise; one that
+// sends nothing must not keep its answer from being written.
+const drainWait = 500 * time.Millisecond
+
+// receive reads the body and checks its signature. On success the caller closes
+// the upload.
+func (s *Server) receive(w http.ResponseWriter, r *http.Request) (_ *upload, err error) {
+	rc := http.NewResponseController(w)
+	defer func() {
+		if err != nil {
+			rc.SetReadDeadline(time.Now().Add(drainWait))
+			return
+		}
+		// The server watches the connection for the client's leaving from now
+		// on; a deadline left behind would look like that.
+		rc.SetReadDeadline(time.Time{})
+	}()
+	keys, err := s.keys()
+	if err != nil && !s.DisableHMAC {
+		return nil, &api.Error{Code: api.NotReady, Msg: "the payload secret cannot be read", Err: err}
+	}
+	mac, macErr := signature.Parse(r.Header.Values(api.SignatureHeader))
+
+	if err := s.uploads.acquire(r.Context(), uploadWait); err != nil {
+		return nil, busy(err, "too many bodies are being received")
+	}
+	defer s.uploads.release()
+
+	body := bufio.NewReaderSize(&paced{body: r.Body, rc: rc, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}, 16)
+
+	if macErr != nil && !s.DisableHMAC {
+		// Only the text envelope carries its signature itself. One byte tells.
+		if first, err := body.Peek(1); err != nil || first[0] != '{' {
+			return nil, unauthorized(macErr)
+		}
+	}
+
+	verifier := keys.Verifier()
+	start := time.Now()
+	spool, err := payload.Receive(body, verifier, payload.Options{
+		Limits:  s.Limits,
+		Dir:     s.TempDir,
+		Memory:  s.SpoolMemory,
+		TimeKey: s.isolationKey(keys).TimeKey(tenant),
+	})
+	if err != nil {
+		return nil, bodyError(err)
+	}
+	s.metrics.Received(spool.Size(), time.Since(start))
+	if s.DisableHMAC {
+		return &upload{Spool: spool, keys: keys}, nil
+	}
+	if value, ok := spool.Signature(); ok {
+		mac, macErr = signature.Parse([]string{value})
+	}
+	if macErr != nil {
+		spool.Close()
+		return nil, unauthorized(macErr)
+	}
+	key, ok := verifier.Verify(mac)
+	if !ok {
+		spool.Close()
+		return nil, unauthorized(errors.New("no key made the signature"))
+	}
+	return &upload{Spool: spool, keys: keys, key: key}, nil
+}
+
+// unauthorized has one message for every cause: which it was helps only who
+// tries keys.
+func unauthorized(cause error) error {
+	return &api.Error{
+		Code: api.Unauthorized,
+		Msg:  "the request is not signed with the payload secret",
+		Err:  cause,
+	}
+}
+
+func busy(cause error, msg string) error {
+	if !errors.Is(cause, errFull) {
+		return canceled(cause)
+	}
+	return &api.Error{Code: api.Busy, Msg: msg, Err: cause}
+}
+
+func canceled(cause error) error {
+	if e, ok := errors.AsType[*api.Error](cause); ok {
+		return e
+	}
+	return &api.Error{Code: api.Canceled, Msg: "the client went away", Err: cause}
+}
+
+func bodyError(err error) error {
+	if e, ok := errors.AsType[*api.Error](err); ok {
+		return e
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &api.Error{Code: api.SlowUpload, Msg: "the body came too slowly", Err: err}
+	}
+	return &api.Error{Code: api.BadBody, Msg: "the body ended too early", Err: err}
+}
+
+// paced reads a body with a deadline that moves on as bytes come, so that a
+// client slower than rate does not hold its upload slot.
+type paced struct {
+	body  io.Reader
+	rc    *http.ResponseController
+	start time.Time
+	rate  int64 // bytes per second
+	grace time.Duration
+	n     int64
+	set   time.Time
+}
+
+func (p *paced) Read(b []byte) (int, error) {
+	deadline := p.start.Add(p.grace + time.Duration(float64(p.n)/float64(p.rate)*float64(time.Second)))
+	// A fast client moves the deadline by far more than it uses up.
+	if now := time.Now(); now.After(deadline) {
+		return 0, os.ErrDeadlineExceeded
+	} else if deadline.Sub(p.set) > p.grace/8 {
+		if err := p.rc.SetReadDeadline(deadline); err != nil {
+			return 0, err
+		}
+		p.set = deadline
+	}
+	n, err := p.body.Read(b)
+	p.n += int64(n)
+	return n, err
+}
