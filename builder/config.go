@@ -1,0 +1,279 @@
+package function
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/distribution/reference"
+	"github.com/docker/go-units"
+	"github.com/rs/zerolog"
+
+	"handler/function/payload"
+)
+
+// Config is the function's configuration: its environment, and the names of
+// its secrets' files. Each field says the variable it comes from; the README's
+// table has the defaults, and TestConfigTable holds the two together.
+type Config struct {
+	BuildkitAddr       string // buildkit_addr: tcp://host:port or unix:///path
+	BuildkitServerName string // buildkit_server_name: in the daemon's certificate
+
+	SecretsDir      string // secrets_dir
+	PayloadSecret   string // payload_secret_file, a name in SecretsDir like those below
+	BuildkitCA      string // buildkit_ca_file
+	BuildkitCert    string // buildkit_cert_file
+	BuildkitKey     string // buildkit_key_file
+	RegistryConfig  string // registry_config_file
+	BuildSecretsKey string // build_secrets_key_file
+
+	MaxBuilds       int           // max_builds
+	MaxUploads      int           // max_uploads
+	QueueWait       time.Duration // queue_wait
+	BuildTimeout    time.Duration // build_timeout
+	PushTimeout     time.Duration // push_timeout
+	ShutdownTimeout time.Duration // shutdown_timeout
+	UploadMinRate   int64         // upload_min_rate: bytes per second
+	UploadGrace     time.Duration // upload_grace
+
+	DefaultPlatform string            // default_platform: empty is the daemon's own
+	AllowedImages   []string          // allowed_images: repository prefixes; empty allows any
+	DisableHMAC     bool              // disable_hmac
+	AllowSyntax     bool              // allow_syntax
+	AllowBasic      bool              // allow_basic
+	TokenHosts      []string          // token_hosts
+	RegistryCA      map[string]string // registry_ca: host=name in SecretsDir
+
+	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
+	SpoolMemory int64          // spool_memory_bytes
+	TempDir     string         // temp_dir: empty is the system's
+
+	LogLevel zerolog.Level // log_level
+
+	// FallbackSecret keys isolation where there is no payload secret.
+	FallbackSecret []byte
+}
+
+// LoadConfig reads the environment through getenv. Its error names every
+// variable that is wrong.
+func LoadConfig(getenv func(string) string) (*Config, error) {
+	e := &environment{getenv: getenv}
+	c := &Config{
+		BuildkitAddr:       e.text("buildkit_addr", "tcp://buildkitd.openfaas:1234"),
+		BuildkitServerName: e.text("buildkit_server_name", "buildkitd"),
+
+		SecretsDir:      e.text("secrets_dir", "/var/openfaas/secrets"),
+		PayloadSecret:   e.text("payload_secret_file", "payload-secret"),
+		BuildkitCA:      e.text("buildkit_ca_file", "buildkit-ca"),
+		BuildkitCert:    e.text("buildkit_cert_file", "buildkit-cert"),
+		BuildkitKey:     e.text("buildkit_key_file", "buildkit-key"),
+		RegistryConfig:  e.text("registry_config_file", "registry-config"),
+		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
+
+		MaxBuilds:       int(e.number("max_builds", 4)),
+		MaxUploads:      int(e.number("max_uploads", 16)),
+		QueueWait:       e.duration("queue_wait", 10*time.Minute),
+		BuildTimeout:    e.duration("build_timeout", 15*time.Minute),
+		PushTimeout:     e.duration("push_timeout", 5*time.Minute),
+		ShutdownTimeout: e.duration("shutdown_timeout", 20*time.Second),
+		UploadMinRate:   e.size("upload_min_rate", 64*units.KiB),
+		UploadGrace:     e.duration("upload_grace", 10*time.Second),
+
+		DefaultPlatform: e.text("default_platform", ""),
+		AllowedImages:   e.repositories("allowed_images"),
+		DisableHMAC:     e.boolean("disable_hmac", false),
+		AllowSyntax:     e.boolean("allow_syntax", false),
+		AllowBasic:      e.boolean("allow_basic", true),
+		TokenHosts:      e.list("token_hosts"),
+		RegistryCA:      e.pairs("registry_ca"),
+
+		Limits: payload.Limits{
+			Body:     e.size("max_body_bytes", 512*units.MiB),
+			Unpacked: e.size("max_unpacked_bytes", 2*units.GiB),
+			Entries:  int(e.number("max_entries", 200_000)),
+			Path:     int(e.size("max_path_bytes", 4096)),
+			Names:    e.size("max_names_bytes", 32*units.MiB),
+			Config:   e.size("max_config_bytes", units.MiB),
+			Secrets:  e.size("max_secrets_bytes", 2*units.MiB),
+		},
+		SpoolMemory: e.size("spool_memory_bytes", 4*units.MiB),
+		TempDir:     e.text("temp_dir", os.TempDir()),
+
+		LogLevel:       e.level("log_level", zerolog.InfoLevel),
+		FallbackSecret: []byte(rand.Text()),
+	}
+	if err := errors.Join(e.errs...); err != nil {
+		return nil, fmt.Errorf("reading the environment: %w", err)
+	}
+	return c, nil
+}
+
+// environment reads variables and gathers what is wrong with them.
+type environment struct {
+	getenv func(string) string
+	errs   []error
+}
+
+func (e *environment) fail(name, value, want string) {
+	e.errs = append(e.errs, fmt.Errorf("%s: %q is not %s", name, value, want))
+}
+
+func (e *environment) text(name, fallback string) string {
+	if v := strings.TrimSpace(e.getenv(name)); v != "" {
+		return v
+	}
+	return fallback
+}
+
+func (e *environment) number(name string, fallback int64) int64 {
+	v := e.text(name, "")
+	if v == "" {
+		return fallback
+	}
+	n, err := strconv.ParseInt(v, 10, 32)
+	if err != nil || n < 1 {
+		e.fail(name, v, "a whole number above 0")
+	}
+	return n
+}
+
+// size takes bytes, plainly or with a unit of 1024s: "512MiB".
+func (e *environment) size(name string, fallback int64) int64 {
+	v := e.text(name, "")
+	if v == "" {
+		return fallback
+	}
+	n, err := units.RAMInBytes(v)
+	if err != nil || n < 1 {
+		e.fail(name, v, `a size such as "512MiB"`)
+	}
+	return n
+}
+
+// duration takes Go's form, or whole seconds as of-watchdog does.
+func (e *environment) duration(name string, fallback time.Duration) time.Duration {
+	v := e.text(name, "")
+	if v == "" {
+		return fallback
+	}
+	d, err := parseDuration(v)
+	if err != nil || d <= 0 {
+		e.fail(name, v, `a duration such as "15m"`)
+	}
+	return d
+}
+
+func parseDuration(v string) (time.Duration, error) {
+	if n, err := strconv.ParseInt(v, 10, 32); err == nil {
+		return time.Duration(n) * time.Second, nil
+	}
+	return time.ParseDuration(v)
+}
+
+func (e *environment) boolean(name string, fallback bool) bool {
+	v := e.text(name, "")
+	if v == "" {
+		return fallback
+	}
+	b, err := strconv.ParseBool(v)
+	if err != nil {
+		e.fail(name, v, "true or false")
+	}
+	return b
+}
+
+func (e *environment) list(name string) []string {
+	var list []string
+	for v := range strings.SplitSeq(e.getenv(name), ",") {
+		if v = strings.TrimSpace(v); v != "" {
+			list = append(list, v)
+		}
+	}
+	return list
+}
+
+// pairs takes "key=value,key=value".
+func (e *environment) pairs(name string) map[string]string {
+	m := make(map[string]string)
+	for _, v := range e.list(name) {
+		key, value, ok := strings.Cut(v, "=")
+		if !ok || key == "" || value == "" || value != filepath.Base(value) {
+			e.fail(name, v, "host=name of a secret")
+			continue
+		}
+		m[key] = value
+	}
+	return m
+}
+
+// repositories takes prefixes of repositories, normalised as an image's name
+// is: "acme" is docker.io/acme... and "ghcr.io" alone is every one there.
+func (e *environment) repositories(name string) []string {
+	var list []string
+	for _, v := range e.list(name) {
+		trimmed := strings.TrimSuffix(v, "/")
+		if !strings.Contains(trimmed, "/") && (strings.ContainsAny(trimmed, ".:") || trimmed == "localhost") {
+			list = append(list, trimmed)
+			continue
+		}
+		named, err := reference.ParseNormalizedNamed(trimmed)
+		if err != nil || !reference.IsNameOnly(named) {
+			e.fail(name, v, `a repository prefix such as "ghcr.io/acme"`)
+			continue
+		}
+		prefix := named.Name()
+		if !strings.Contains(trimmed, "/") {
+			// A name alone is docker.io/library/name to the reference library,
+			// but as a prefix people mean the account.
+			prefix = "docker.io/" + trimmed
+		}
+		list = append(list, prefix)
+	}
+	return list
+}
+
+func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {
+	v := e.text(name, "")
+	if v == "" {
+		return fallback
+	}
+	level, err := zerolog.ParseLevel(v)
+	if err != nil {
+		e.fail(name, v, "a level such as info")
+	}
+	return level
+}
+
+// Secret is the path of a secret's file.
+func (c *Config) Secret(name string) string { return filepath.Join(c.SecretsDir, name) }
+
+// maxSecret bounds a secret's file: a Docker config of many registries is the
+// largest.
+const maxSecret = 1 << 20
+
+// ReadSecret reads a secret as it is now. With optional, one that does not
+// exist is empty.
+func (c *Config) ReadSecret(name string, optional bool) ([]byte, error) {
+	f, err := os.Open(c.Secret(name))
+	if optional && errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading secret %q: %w", name, err)
+	}
+	if len(data) > maxSecret {
+		return nil, fmt.Errorf("reading secret %q: over %d bytes", name, maxSecret)
+	}
+	return data, nil
+}

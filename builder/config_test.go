@@ -1,0 +1,133 @@
+package function
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func env(pairs ...string) func(string) string {
+	m := make(map[string]string)
+	for i := 0; i < len(pairs); i += 2 {
+		m[pairs[i]] = pairs[i+1]
+	}
+	return func(name string) string { return m[name] }
+}
+
+func TestLoadConfig(t *testing.T) {
+	c, err := LoadConfig(env(
+		"max_builds", "7",
+		"build_timeout", "1800",
+		"push_timeout", "90s",
+		"max_body_bytes", "64MiB",
+		"max_unpacked_bytes", "1048576",
+		"allowed_images", "ghcr.io/acme, acme,registry.example:5000 ,docker.io/library/app/",
+		"registry_ca", "registry.example:5000=registry-ca",
+		"disable_hmac", "true",
+	))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.MaxBuilds != 7 || c.BuildTimeout != 30*time.Minute || c.PushTimeout != 90*time.Second ||
+		c.Limits.Body != 64<<20 || c.Limits.Unpacked != 1<<20 || !c.DisableHMAC {
+		t.Errorf("got %+v", c)
+	}
+	if want := []string{"ghcr.io/acme", "docker.io/acme", "registry.example:5000", "docker.io/library/app"}; !slices.Equal(c.AllowedImages, want) {
+		t.Errorf("allowed images %q, want %q", c.AllowedImages, want)
+	}
+	if c.RegistryCA["registry.example:5000"] != "registry-ca" {
+		t.Errorf("registry CAs %q", c.RegistryCA)
+	}
+}
+
+func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
+	for _, pair := range [][2]string{
+		{"max_builds", "0"}, {"max_uploads", "many"}, {"queue_wait", "-1s"}, {"build_timeout", "soon"},
+		{"max_body_bytes", "512 apples"}, {"disable_hmac", "perhaps"}, {"allowed_images", "ghcr.io/acme:tag"},
+		{"allowed_images", "ghcr.io/UPPER"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
+	} {
+		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))
+		if err == nil || c != nil {
+			t.Errorf("%s=%q was taken", pair[0], pair[1])
+			continue
+		}
+		for _, name := range []string{pair[0], "push_timeout"} {
+			if !strings.Contains(err.Error(), name) {
+				t.Errorf("%s=%q: the error does not name %s: %v", pair[0], pair[1], name, err)
+			}
+		}
+	}
+}
+
+func TestReadSecret(t *testing.T) {
+	c := &Config{SecretsDir: t.TempDir()}
+	if _, err := c.ReadSecret("missing", false); err == nil {
+		t.Error("a missing secret was read")
+	}
+	if data, err := c.ReadSecret("missing", true); err != nil || data != nil {
+		t.Errorf("a missing optional secret: %q, %v", data, err)
+	}
+	if err := os.WriteFile(filepath.Join(c.SecretsDir, "large"), make([]byte, maxSecret+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ReadSecret("large", true); err == nil {
+		t.Error("a secret without bound was read")
+	}
+}
+
+func TestShorterTimeouts(t *testing.T) {
+	c := &Config{BuildTimeout: 15 * time.Minute}
+	for _, tt := range []struct {
+		write, exec string
+		want        []string
+	}{
+		{"", "", []string{"write_timeout", "exec_timeout"}},
+		{"20m", "20m", nil},
+		{"20m", "0", nil},
+		{"1200", "60", []string{"exec_timeout"}},
+		{"15m", "16m", []string{"write_timeout"}},
+	} {
+		if got := shorterTimeouts(c, env("write_timeout", tt.write, "exec_timeout", tt.exec)); !slices.Equal(got, tt.want) {
+			t.Errorf("write %q, exec %q: got %q, want %q", tt.write, tt.exec, got, tt.want)
+		}
+	}
+}
+
+// TestConfigFieldsNameTheirVariables holds Config's comments to LoadConfig:
+// every variable it reads is named at a field.
+func TestConfigFieldsNameTheirVariables(t *testing.T) {
+	var asked []string
+	if _, err := LoadConfig(func(name string) string { asked = append(asked, name); return "" }); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open("config.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var fields strings.Builder
+	within := false
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		within = within || strings.HasPrefix(lines.Text(), "type Config struct")
+		if within && lines.Text() == "}" {
+			break
+		}
+		if within {
+			fields.WriteString(lines.Text() + "\n")
+		}
+	}
+	for _, name := range asked {
+		if !regexp.MustCompile(`\b` + name + `\b`).MatchString(fields.String()) {
+			t.Errorf("%s is not named at a field of Config", name)
+		}
+	}
+	if n := reflect.TypeFor[Config]().NumField(); n < 25 || len(asked) < n {
+		t.Errorf("%d variables for %d fields", len(asked), n)
+	}
+}

@@ -1,0 +1,130 @@
+// Package function is the builder as an OpenFaaS function: it reads the
+// configuration, wires the parts together, and hands every request to them.
+package function
+
+import (
+	"bytes"
+	"net/http"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"handler/function/api"
+	"handler/function/buildkit"
+	"handler/function/registry"
+	"handler/function/reply"
+	"handler/function/server"
+)
+
+// Version is what GET / and the log say this is.
+const Version = "0.1.0"
+
+// Handle serves every route of the builder.
+func Handle(w http.ResponseWriter, r *http.Request) {
+	s, err := service()
+	if err != nil {
+		reply.New(w, reply.JSON, reply.Options{Start: time.Now()}).Finish(api.Record{
+			Status: api.Failed, Code: api.NotReady, Error: "the builder's configuration is wrong; its log says what",
+		})
+		return
+	}
+	s.ServeHTTP(w, r)
+}
+
+// service is made on the first request, which readiness probes send, and not
+// in init: the template runs "go test" where there is no configuration. What it
+// came to holds until a restart, as the environment does; secrets are read again
+// when they change.
+var service = sync.OnceValues(func() (*server.Server, error) {
+	log := zerolog.New(os.Stderr).With().Timestamp().Logger()
+	cfg, err := LoadConfig(os.Getenv)
+	if err != nil {
+		log.Error().Err(err).Msg("not serving")
+		return nil, err
+	}
+	log = log.Level(cfg.LogLevel)
+	s := newServer(cfg, log)
+	go func() {
+		// of-watchdog passes SIGTERM on at once; the template then serves for
+		// healthcheck_interval more and waits for the requests that run.
+		term := make(chan os.Signal, 1)
+		signal.Notify(term, syscall.SIGTERM)
+		<-term
+		log.Info().Msg("shutting down")
+		s.Shutdown()
+	}()
+	return s, nil
+})
+
+func newServer(cfg *Config, log zerolog.Logger) *server.Server {
+	registryCA := make(map[string]string)
+	for host, name := range cfg.RegistryCA {
+		registryCA[host] = cfg.Secret(name)
+	}
+	s := server.New(server.Config{
+		Solver: buildkit.New(buildkit.Config{
+			Addr:            cfg.BuildkitAddr,
+			ServerName:      cfg.BuildkitServerName,
+			CAFile:          cfg.Secret(cfg.BuildkitCA),
+			CertFile:        cfg.Secret(cfg.BuildkitCert),
+			KeyFile:         cfg.Secret(cfg.BuildkitKey),
+			BuildTimeout:    cfg.BuildTimeout,
+			PushTimeout:     cfg.PushTimeout,
+			DefaultPlatform: cfg.DefaultPlatform,
+			AllowSyntax:     cfg.AllowSyntax,
+			Credentials: registry.New(registry.Config{
+				File:       cfg.Secret(cfg.RegistryConfig),
+				TokenHosts: cfg.TokenHosts,
+				CAFiles:    registryCA,
+				AllowBasic: cfg.AllowBasic,
+				Log:        log,
+			}),
+			Log: log,
+		}),
+		PayloadSecret: func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) },
+		BuildSecretsKey: func() ([]byte, error) {
+			key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
+			return bytes.TrimSpace(key), err
+		},
+		DisableHMAC:     cfg.DisableHMAC,
+		FallbackSecret:  cfg.FallbackSecret,
+		AllowedImages:   cfg.AllowedImages,
+		Limits:          cfg.Limits,
+		SpoolMemory:     cfg.SpoolMemory,
+		TempDir:         cfg.TempDir,
+		MaxBuilds:       cfg.MaxBuilds,
+		MaxUploads:      cfg.MaxUploads,
+		QueueWait:       cfg.QueueWait,
+		ShutdownTimeout: cfg.ShutdownTimeout,
+		UploadMinRate:   cfg.UploadMinRate,
+		UploadGrace:     cfg.UploadGrace,
+		Version:         Version,
+		Log:             log,
+	})
+	log.Info().Str("version", Version).Str("buildkit_addr", cfg.BuildkitAddr).Int("max_builds", cfg.MaxBuilds).Msg("serving")
+	if cfg.DisableHMAC {
+		log.Warn().Msg("disable_hmac is set: anybody who can reach this function can build and push")
+	}
+	for _, name := range shorterTimeouts(cfg, os.Getenv) {
+		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.BuildTimeout).
+			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
+	}
+	return s
+}
+
+// shorterTimeouts are the variables of of-watchdog and the template whose
+// timeouts end a build before its own does. Their defaults, 30 s, do too.
+func shorterTimeouts(cfg *Config, getenv func(string) string) []string {
+	var short []string
+	for _, name := range []string{"write_timeout", "exec_timeout"} {
+		// Zero is no timeout to exec_timeout; write_timeout cannot be zero.
+		if d, err := parseDuration(getenv(name)); err != nil || d > 0 && d <= cfg.BuildTimeout {
+			short = append(short, name)
+		}
+	}
+	return short
+}
