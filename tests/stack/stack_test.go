@@ -3,15 +3,21 @@ package stack_test
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/openfaas/go-sdk/builder"
+
 	"handler/function/tests/stack"
 )
+
+func TestMain(m *testing.M) { stack.Main(m) }
 
 // TestNothingStaysBehind runs a step that never ends, kills everything by
 // Close, and looks for what could have stayed.
@@ -79,11 +85,7 @@ func TestNothingStaysBehind(t *testing.T) {
 // is up: the daemons die with it, and the next stack removes its directory.
 func TestKilled(t *testing.T) {
 	if os.Getenv("STACK_HOLD") != "" {
-		s, err := stack.Start(t.Context(), stack.Config{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		fmt.Println("holding", s.Dir)
+		fmt.Println("holding", stack.Shared(t).Dir)
 		time.Sleep(time.Minute)
 		return
 	}
@@ -142,16 +144,159 @@ func processes(t *testing.T, marks ...string) (lines []string) {
 	return lines
 }
 
-// TestContainer runs a server and a program that ends, both from an image of
-// the registry.
-func TestContainer(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	s, err := stack.Start(ctx, stack.Config{Log: t.Output()})
+// TestBuild is the example of the package's documentation.
+func TestBuild(t *testing.T) {
+	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	dir := stack.Context(t, map[string]string{
+		"Dockerfile": "FROM busybox\nCOPY greeting /\nCMD [\"cat\", \"/greeting\"]\n",
+		"greeting":   "hello\n",
+	})
+	ref := s.Registry.Image("hello:latest")
+	body, err := stack.Pack(dir, &builder.BuildConfig{Image: ref})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	got, err := f.Build(t.Context(), body, nil)
+	if err != nil || got.Status != "success" {
+		t.Fatalf("got %+v, %v", got, err)
+	}
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := s.Run(t.Context(), img, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := c.Output(t.Context()); err != nil || out != "hello\n" {
+		t.Errorf("the image printed %q, %v", out, err)
+	}
+	files, err := stack.Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := files["greeting"]; f == nil || string(f.Content) != "hello\n" || f.Mode != 0o644 {
+		t.Errorf("greeting is %+v", f)
+	}
+
+	names, unlinked, err := f.TempFiles()
+	if err != nil || len(names) > 0 || unlinked > 0 {
+		t.Errorf("after the build TMPDIR holds %q and %d nameless bytes: %v", names, unlinked, err)
+	}
+	if rss, peak, err := f.Memory(); err != nil || rss > peak {
+		t.Errorf("memory is %d, its peak %d: %v", rss, peak, err)
+	}
+	if n, err := f.FDs(); err != nil || n < 3 {
+		t.Errorf("%d descriptors: %v", n, err)
+	}
+	if err := f.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemon stops, freezes and restarts a daemon of its own.
+func TestDaemon(t *testing.T) {
+	s := stack.Shared(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	b, err := s.NewBuildkitd(ctx, stack.BuildkitdConfig{Edit: func(toml string) string {
+		return toml + "\n[worker.oci.labels]\ncolour = \"green\"\n"
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	label := func() (string, error) {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		c, err := b.Client(ctx)
+		if err != nil {
+			return "", err
+		}
+		defer c.Close()
+		workers, err := c.ListWorkers(ctx)
+		if err != nil {
+			return "", err
+		}
+		return workers[0].Labels["colour"], nil
+	}
+	if got, err := label(); got != "green" {
+		t.Errorf("the worker's label is %q, %v", got, err)
+	}
+	if err := b.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := label(); err == nil {
+		t.Errorf("a frozen daemon answers %q", got)
+	}
+	if err := b.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := label(); err != nil {
+		t.Errorf("a resumed daemon does not answer: %v", err)
+	}
+	pid := b.Pid()
+	if err := b.Restart(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := label(); got != "green" || b.Pid() == pid {
+		t.Errorf("after a restart the label is %q, %v, the pid %d after %d", got, err, b.Pid(), pid)
+	}
+	if err := b.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Wait(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPasswordRegistry runs a registry that asks for a password.
+func TestPasswordRegistry(t *testing.T) {
+	s := stack.Shared(t)
+	file := filepath.Join(t.TempDir(), "htpasswd")
+	line, err := stack.Htpasswd("me", "secret")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(line), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.NewRegistry(t.Context(), map[string]string{
+		"REGISTRY_AUTH_HTPASSWD_REALM": "test", "REGISTRY_AUTH_HTPASSWD_PATH": file,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	status := func(password string) int {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+r.Addr+"/v2/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.SetBasicAuth("me", password)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	if got := status("wrong"); got != http.StatusUnauthorized {
+		t.Errorf("a wrong password gets %d", got)
+	}
+	r.Kill()
+	if err := r.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := status("secret"); got != http.StatusOK {
+		t.Errorf("the right password gets %d after a restart", got)
+	}
+}
+
+// TestContainer runs a server and a program that ends, both from an image of
+// the registry.
+func TestContainer(t *testing.T) {
+	s := stack.Shared(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	img, err := stack.Pull(ctx, s.Registry.Image("library/busybox:latest"))
 	if err != nil {
 		t.Fatal(err)

@@ -27,11 +27,12 @@ func runMain(m *testing.M) (code int) {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	context.AfterFunc(ctx, func() {
+	interrupted := context.AfterFunc(ctx, func() {
 		s.Close()
 		os.Exit(130)
 	})
 	defer func() {
+		interrupted()
 		if err := s.Close(); err != nil {
 			fmt.Fprintln(os.Stderr, "closing the stack:", err)
 			code = 1

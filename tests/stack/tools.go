@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -101,8 +103,7 @@ func (s *Stack) buildHandler(ctx context.Context, out string) error {
 	if err != nil {
 		return err
 	}
-	// As the Dockerfile does, which has no go.work: main.go becomes a package of
-	// the function's module.
+	// main.go becomes a package of the function's module, in a workspace.
 	main, err := os.ReadFile(filepath.Join(dir, "main.go"))
 	if err != nil {
 		return err
@@ -114,11 +115,18 @@ func (s *Stack) buildHandler(ctx context.Context, out string) error {
 	if err := os.WriteFile(filepath.Join(function, "_main", "main.go"), main, 0o644); err != nil {
 		return err
 	}
+	// The template's own workspace does not come into the image.
+	if err := os.Remove(filepath.Join(dir, "go.work")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := goCommand(ctx, function, []string{"work", "init", "."}); err != nil {
+		return fmt.Errorf("building the function: %w", err)
+	}
 	args, cgo := []string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, "CGO_ENABLED=0"
 	if s.race {
 		args, cgo = append(args, "-race"), "CGO_ENABLED=1"
 	}
-	if err := goCommand(ctx, function, append(args, "./_main"), cgo, "GOWORK=off"); err != nil {
+	if err := goCommand(ctx, function, append(args, "./_main"), cgo); err != nil {
 		return fmt.Errorf("building the function: %w", err)
 	}
 	return nil
