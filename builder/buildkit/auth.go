@@ -3,10 +3,11 @@ package buildkit
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/hmac"
+	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 
@@ -69,21 +70,27 @@ func (s *authServer) FetchToken(ctx context.Context, req *auth.FetchTokenRequest
 // GetTokenAuthority must be answered: without a key, the daemon asks for the
 // credentials themselves and fetches tokens with them.
 func (s *authServer) GetTokenAuthority(_ context.Context, req *auth.GetTokenAuthorityRequest) (*auth.GetTokenAuthorityResponse, error) {
-	key := s.key(req.Host, req.Salt)
+	key, err := s.key(req.Host, req.Salt)
+	if err != nil {
+		return nil, err
+	}
 	return &auth.GetTokenAuthorityResponse{PublicKey: key.Public().(ed25519.PublicKey)}, nil
 }
 
 func (s *authServer) VerifyTokenAuthority(_ context.Context, req *auth.VerifyTokenAuthorityRequest) (*auth.VerifyTokenAuthorityResponse, error) {
-	var key [ed25519.PrivateKeySize]byte
-	copy(key[:], s.key(req.Host, req.Salt))
-	return &auth.VerifyTokenAuthorityResponse{Signed: sign.Sign(nil, req.Payload, &key)}, nil
+	key, err := s.key(req.Host, req.Salt)
+	if err != nil {
+		return nil, err
+	}
+	return &auth.VerifyTokenAuthorityResponse{Signed: sign.Sign(nil, req.Payload, (*[ed25519.PrivateKeySize]byte)(key))}, nil
 }
 
-func (s *authServer) key(host string, salt []byte) ed25519.PrivateKey {
-	mac := hmac.New(sha256.New, s.seed)
-	mac.Write(salt)
-	mac.Write([]byte(host))
-	return ed25519.NewKeyFromSeed(mac.Sum(nil))
+func (s *authServer) key(host string, salt []byte) (ed25519.PrivateKey, error) {
+	seed, err := hkdf.Key(sha256.New, s.seed, salt, "registry "+host, ed25519.SeedSize)
+	if err != nil {
+		return nil, fmt.Errorf("deriving a token key: %w", err)
+	}
+	return ed25519.NewKeyFromSeed(seed), nil
 }
 
 // fail keeps err, with its cause, and gives the daemon its message, by which

@@ -134,10 +134,13 @@ func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *
 	b := &build{
 		solver: s,
 		req:    req,
-		redact: redact.New(req.Secrets),
+		redact: req.Mask,
 		log:    log,
 		fs:     files,
 		limits: &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout},
+	}
+	if b.redact == nil {
+		b.redact = redact.New(req.Secrets)
 	}
 	b.progress = newProgress(log, b.redact, b.limits.pushing)
 	if syntax := syntaxLine(b.fs, req.Config.Dockerfile); syntax != "" && !s.cfg.AllowSyntax {

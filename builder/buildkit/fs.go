@@ -78,7 +78,7 @@ func (f *contextFS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) 
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		err := fn(e.Path, &fsutil.DirEntryInfo{Stat: stat(e)}, nil)
+		err := fn(e.Path, &fsutil.DirEntryInfo{Stat: f.stat(e)}, nil)
 		switch {
 		case err == nil:
 		case errors.Is(err, fs.SkipAll):
@@ -99,14 +99,21 @@ func (f *contextFS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) 
 }
 
 // stat is made anew for each walk: its callers change it.
-func stat(e *payload.Entry) *types.Stat {
-	return &types.Stat{
+func (f *contextFS) stat(e *payload.Entry) *types.Stat {
+	st := &types.Stat{
 		Path:     e.Path,
 		Mode:     uint32(e.Mode),
 		Size:     e.Size,
 		ModTime:  e.ModTime,
 		Linkname: e.Linkname,
 	}
+	if e.Linkname != "" && e.Mode.IsRegular() {
+		// The receiver wants the file itself, not another link to it.
+		if to, err := f.file(e.Linkname); err == nil {
+			st.Linkname = to.Path
+		}
+	}
+	return st
 }
 
 // Open never fails: for a file that does not open, fsutil sends an empty one

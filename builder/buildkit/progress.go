@@ -6,9 +6,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker/go-units"
 	"github.com/moby/buildkit/client"
 	digest "github.com/opencontainers/go-digest"
+	"github.com/tonistiigi/units"
 
 	"handler/function/redact"
 	"handler/function/solve"
@@ -188,7 +188,7 @@ func (p *progress) status(st *client.VertexStatus) {
 	}
 	size := ""
 	if n := max(st.Total, st.Current); n > 0 {
-		size = " " + units.HumanSize(float64(n))
+		size = fmt.Sprintf(" %.2f", units.Bytes(n))
 	}
 	took := max(st.Completed.Sub(*startOf(st)), 0)
 	if strings.HasPrefix(st.ID, "transferring ") {

@@ -25,11 +25,11 @@ const (
 
 // askHelper runs docker-credential-<suffix> for server. That it has nothing is
 // no error. What a helper prints stays out of errors: it may be a secret.
-func askHelper(ctx context.Context, suffix, server string) (types.AuthConfig, error) {
+func (c *Credentials) askHelper(ctx context.Context, suffix, server string) (types.AuthConfig, error) {
 	if suffix != strings.TrimSpace(suffix) || strings.ContainsAny(suffix, `/\`) {
 		return types.AuthConfig{}, fmt.Errorf("credential helper %q: not a name", suffix)
 	}
-	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
+	ctx, cancel := context.WithTimeout(ctx, c.helperTimeout)
 	defer cancel()
 	var h *helper
 	creds, err := client.Get(func(args ...string) client.Program {
@@ -40,7 +40,7 @@ func askHelper(ctx context.Context, suffix, server string) (types.AuthConfig, er
 	case credentials.IsErrCredentialsNotFound(err):
 		return types.AuthConfig{}, nil
 	case ctx.Err() != nil:
-		return types.AuthConfig{}, fmt.Errorf("credential helper %q: no answer within %v", suffix, helperTimeout)
+		return types.AuthConfig{}, fmt.Errorf("credential helper %q: no answer within %v", suffix, c.helperTimeout)
 	case h.err != nil:
 		return types.AuthConfig{}, fmt.Errorf("credential helper %q: %w", suffix, h.err)
 	case err != nil:
@@ -61,25 +61,29 @@ type helper struct {
 func (h *helper) Input(in io.Reader) { h.cmd.Stdin = in }
 
 func (h *helper) Output() ([]byte, error) {
-	var out bytes.Buffer
-	h.cmd.Stdout = &limitedWriter{w: &out, left: maxHelperOut}
+	out := &limitedBuffer{left: maxHelperOut}
+	h.cmd.Stdout = out
 	// A child of the helper may hold its pipes open for longer.
 	h.cmd.WaitDelay = time.Second
 	h.err = h.cmd.Run()
-	return out.Bytes(), h.err
+	if out.left < 0 {
+		h.err = errHelperOut
+	}
+	return out.buf.Bytes(), h.err
 }
 
 var errHelperOut = errors.New("it prints too much")
 
-type limitedWriter struct {
-	w    io.Writer
+// limitedBuffer fails, and has left below zero, once more is written than it
+// takes.
+type limitedBuffer struct {
+	buf  bytes.Buffer
 	left int
 }
 
-func (l *limitedWriter) Write(p []byte) (int, error) {
-	if len(p) > l.left {
+func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if b.left -= len(p); b.left < 0 {
 		return 0, errHelperOut
 	}
-	l.left -= len(p)
-	return l.w.Write(p)
+	return b.buf.Write(p)
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/distribution/reference"
 	"github.com/docker/cli/cli/config/configfile"
@@ -50,6 +51,8 @@ type Credentials struct {
 	tokenHosts map[string]bool
 	caFiles    map[string]string
 
+	helperTimeout time.Duration
+
 	mu      sync.Mutex
 	raw     []byte // of the file that parsed last
 	bad     []byte // of the file that did not parse, once logged
@@ -59,7 +62,12 @@ type Credentials struct {
 
 // New reads nothing yet.
 func New(cfg Config) *Credentials {
-	c := &Credentials{cfg: cfg, tokenHosts: make(map[string]bool), caFiles: make(map[string]string)}
+	c := &Credentials{
+		cfg:           cfg,
+		tokenHosts:    make(map[string]bool),
+		caFiles:       make(map[string]string),
+		helperTimeout: helperTimeout,
+	}
 	for _, h := range cfg.TokenHosts {
 		c.tokenHosts[lower(h)] = true
 	}
@@ -147,11 +155,11 @@ func (c *Credentials) lookup(ctx context.Context, host string) (types.AuthConfig
 	keys := configKeys(host)
 	for _, key := range keys {
 		if helper := file.CredentialHelpers[key]; helper != "" {
-			return askHelper(ctx, helper, keys[0])
+			return c.askHelper(ctx, helper, keys[0])
 		}
 	}
 	if helper := file.CredentialsStore; helper != "" {
-		auth, err := askHelper(ctx, helper, keys[0])
+		auth, err := c.askHelper(ctx, helper, keys[0])
 		if err == nil && auth != (types.AuthConfig{}) {
 			return auth, nil
 		}

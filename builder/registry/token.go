@@ -358,7 +358,8 @@ func transient(err error) bool {
 	if errors.As(err, &st) {
 		return st.code >= 500 || st.code == http.StatusTooManyRequests
 	}
-	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse)
+	var cert *tls.CertificateVerificationError
+	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse) && !errors.As(err, &cert)
 }
 
 // statusError is an answer other than 200.
@@ -389,6 +390,8 @@ func (f *fetch) explain(err error) error {
 	case errors.Is(err, errAddress):
 		e.Code = api.RegistryDenied
 		why = "is refused: not a public address, and not one of token_hosts"
+	case errors.As(err, new(*tls.CertificateVerificationError)):
+		why = "has a certificate that no known CA has signed (registry_ca)"
 	case errors.Is(err, errResponse):
 		why = "answered with something that is no token"
 	case errors.Is(err, context.DeadlineExceeded):
