@@ -228,7 +228,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { b.progress.drain(status) })
-	resp, err := c.client.Solve(ctx, nil, b.solveOpt(c, auths), status)
+	resp, err := c.client.Solve(ctx, nil, b.solveOpt(auths), status)
 	drained.Wait()
 	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
 	d.release(c, gone)
@@ -268,7 +268,7 @@ func (b *build) platforms() []string {
 	return nil
 }
 
-func (b *build) solveOpt(c *conn, auths *authServer) client.SolveOpt {
+func (b *build) solveOpt(auths *authServer) client.SolveOpt {
 	attachables := []session.Attachable{auths}
 	if len(b.req.Secrets) > 0 {
 		attachables = append(attachables, secretsprovider.FromMap(b.req.Secrets))

@@ -47,14 +47,18 @@ func connectionLost(err error, end <-chan struct{}) bool {
 	if _, ok := errors.AsType[*errdefs.VertexError](err); ok {
 		return false
 	}
-	wait := time.Duration(0)
-	if grpcerrors.Code(err) == codes.Unavailable {
-		wait = lostWait
+	select {
+	case <-end:
+		return true
+	default:
+	}
+	if grpcerrors.Code(err) != codes.Unavailable {
+		return false
 	}
 	select {
 	case <-end:
 		return true
-	case <-time.After(wait):
+	case <-time.After(lostWait):
 		return false
 	}
 }

@@ -1,0 +1,141 @@
+package buildkit
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"maps"
+	"strings"
+	"testing"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/session/auth"
+	"golang.org/x/crypto/nacl/sign"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"handler/function/api"
+	"handler/function/buildconfig"
+	"handler/function/registry"
+	"handler/function/solve"
+)
+
+func newTestBuild(t *testing.T, cfg Config, config string) *build {
+	t.Helper()
+	c, err := buildconfig.Parse([]byte(config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Credentials = registry.New(registry.Config{})
+	req := &solve.Request{Config: c, SharedKey: "key", Hostname: "host", CacheMountNS: "ns"}
+	return New(cfg).newBuild(req, newContextFS(sample()), func(...string) {})
+}
+
+func TestAttributes(t *testing.T) {
+	// Those of every build.
+	always := map[string]string{"hostname": "host", "build-arg:BUILDKIT_CACHE_MOUNT_NS": "ns", "cmdline": "dockerfile.v0"}
+	for _, tt := range []struct {
+		name, config       string
+		cfg                Config
+		frontend, exporter map[string]string
+	}{
+		{"nothing", `{"skipPush":true}`, Config{}, nil, nil},
+		{"image", `{"image":"acme/app"}`, Config{}, nil, map[string]string{"name": "docker.io/acme/app:latest", "push": "true"}},
+		{"tags", `{"image":"r:5000/app:1","tags":["r:5000/app:2","r:5000/app:1","acme/app"]}`, Config{}, nil,
+			map[string]string{"name": "r:5000/app:1,r:5000/app:2,docker.io/acme/app:latest", "push": "true"}},
+		{"image that is not pushed", `{"image":"acme/app","skipPush":true}`, Config{}, nil, nil},
+		{"arguments", `{"skipPush":true,"buildArgs":{"A":"1","EMPTY":""}}`, Config{}, map[string]string{"build-arg:A": "1", "build-arg:EMPTY": ""}, nil},
+		{"labels", `{"skipPush":true,"labels":{"a.b/c":"d"}}`, Config{}, map[string]string{"label:a.b/c": "d"}, nil},
+		{"target and file", `{"skipPush":true,"target":"t","dockerfile":"./d//File"}`, Config{}, map[string]string{"target": "t", "filename": "d/File"}, nil},
+		{"no cache, pull", `{"skipPush":true,"noCache":true,"pull":true}`, Config{}, map[string]string{"no-cache": "", "image-resolve-mode": "pull"}, nil},
+		{"platform", `{"skipPush":true,"platforms":["linux/arm64"]}`, Config{DefaultPlatform: "linux/amd64"}, map[string]string{"platform": "linux/arm64"}, nil},
+		{"default platform", `{"skipPush":true,"platforms":[""]}`, Config{DefaultPlatform: "linux/amd64"}, map[string]string{"platform": "linux/amd64"}, nil},
+		{"annotations", `{"skipPush":true,"annotations":{"a.b":"c"}}`, Config{}, nil, map[string]string{"annotation.a.b": "c"}},
+		{"annotations of an index", `{"skipPush":true,"annotations":{"a.b":"c"},"platforms":["linux/amd64","linux/arm64"]}`, Config{},
+			map[string]string{"platform": "linux/amd64,linux/arm64"}, map[string]string{"annotation.a.b": "c", "annotation-index.a.b": "c"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newTestBuild(t, tt.cfg, tt.config)
+			want := maps.Clone(always)
+			maps.Copy(want, tt.frontend)
+			opt := b.solveOpt(newAuthServer(nil))
+			if !maps.Equal(opt.FrontendAttrs, want) {
+				t.Errorf("frontend %v, want %v", opt.FrontendAttrs, want)
+			}
+			if len(opt.Exports) != 1 || opt.Exports[0].Type != client.ExporterImage || !maps.Equal(opt.Exports[0].Attrs, tt.exporter) {
+				t.Errorf("exports %v, want %v", opt.Exports, tt.exporter)
+			}
+			if opt.SharedKey != "key" || len(opt.AllowedEntitlements) != 0 || len(opt.LocalMounts) != 2 {
+				t.Errorf("options %+v", opt)
+			}
+			if again := b.solveOpt(newAuthServer(nil)); opt.Ref == "" || again.Ref == opt.Ref {
+				t.Error("two attempts have one ref")
+			}
+		})
+	}
+}
+
+func TestSyntaxWarning(t *testing.T) {
+	m := sample()
+	m.content["Dockerfile"] = "# syntax=e\n#\n"
+	for allow, want := range map[bool]int{false: 1, true: 0} {
+		var lines []string
+		c, _ := buildconfig.Parse([]byte(`{"skipPush":true}`))
+		b := New(Config{AllowSyntax: allow}).newBuild(&solve.Request{Config: c}, newContextFS(m), func(l ...string) { lines = append(lines, l...) })
+		if len(b.warnings) != want {
+			t.Errorf("allow_syntax=%v: warnings %q", allow, b.warnings)
+		}
+		if _, follows := b.frontendAttrs()["cmdline"]; follows == allow {
+			t.Errorf("allow_syntax=%v: cmdline %v", allow, follows)
+		}
+	}
+}
+
+func TestTokenAuthority(t *testing.T) {
+	build := registry.New(registry.Config{}).Build(nil)
+	one, two := newAuthServer(build), newAuthServer(build)
+	public := func(s *authServer, host, salt string) *[32]byte {
+		t.Helper()
+		resp, err := s.GetTokenAuthority(t.Context(), &auth.GetTokenAuthorityRequest{Host: host, Salt: []byte(salt)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return (*[32]byte)(resp.PublicKey)
+	}
+	key := public(one, "h", "salt")
+	payload := bytes.Repeat([]byte("p"), sha256.Size)
+	for _, tt := range []struct {
+		name       string
+		s          *authServer
+		host, salt string
+		want       bool
+	}{
+		{"same", one, "h", "salt", true},
+		{"another build", two, "h", "salt", false},
+		{"another host", one, "i", "salt", false},
+		{"another daemon", one, "h", "pepper", false},
+	} {
+		resp, err := tt.s.VerifyTokenAuthority(t.Context(), &auth.VerifyTokenAuthorityRequest{Host: tt.host, Salt: []byte(tt.salt), Payload: payload})
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed, ok := sign.Open(nil, resp.Signed, key)
+		if ok = ok && bytes.Equal(signed, payload); ok != tt.want {
+			t.Errorf("%s: %v", tt.name, ok)
+		}
+	}
+}
+
+func TestAuthFailureKept(t *testing.T) {
+	s := newAuthServer(registry.New(registry.Config{}).Build(nil))
+	_, err := s.FetchToken(t.Context(), &auth.FetchTokenRequest{Host: "r", Realm: "http://r/token"})
+	if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "token_hosts") {
+		t.Errorf("error %v", err)
+	}
+	if f := s.failed(); len(f) != 1 || f[0].Code != api.RegistryDenied || !strings.Contains(err.Error(), f[0].Msg) {
+		t.Errorf("kept %v", f)
+	}
+	creds, err := s.Credentials(t.Context(), &auth.CredentialsRequest{Host: "r"})
+	if err != nil || creds.Username != "" || creds.Secret != "" {
+		t.Errorf("%v, %v", creds, err)
+	}
+}

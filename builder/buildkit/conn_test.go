@@ -1,0 +1,322 @@
+package buildkit
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	apitypes "github.com/moby/buildkit/api/types"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/rs/zerolog"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+)
+
+// control answers the two RPCs that a connection is checked with, and nothing
+// else of a daemon.
+type control struct {
+	controlapi.UnimplementedControlServer
+	mu      sync.Mutex
+	clients []string // common names, one for each RPC
+}
+
+func (c *control) seen(ctx context.Context) {
+	p, _ := peer.FromContext(ctx)
+	name := ""
+	if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
+		name = info.State.PeerCertificates[0].Subject.CommonName
+	}
+	c.mu.Lock()
+	c.clients = append(c.clients, name)
+	c.mu.Unlock()
+}
+
+func (c *control) last() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.clients[len(c.clients)-1]
+}
+
+func (c *control) Info(ctx context.Context, _ *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+	c.seen(ctx)
+	return &controlapi.InfoResponse{}, nil
+}
+
+func (c *control) ListWorkers(ctx context.Context, _ *controlapi.ListWorkersRequest) (*controlapi.ListWorkersResponse, error) {
+	c.seen(ctx)
+	return &controlapi.ListWorkersResponse{Record: []*apitypes.WorkerRecord{{
+		ID: "w", Platforms: []*pb.Platform{{OS: "linux", Architecture: "arm64"}, {OS: "linux", Architecture: "amd64"}},
+	}}}, nil
+}
+
+// ca makes certificates that it has signed.
+type ca struct {
+	t    *testing.T
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+func newCA(t *testing.T) *ca {
+	c := &ca{t: t}
+	var der []byte
+	der, c.key = c.make("ca", true)
+	c.cert, _ = x509.ParseCertificate(der)
+	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return c
+}
+
+func (c *ca) make(name string, isCA bool) ([]byte, *ecdsa.PrivateKey) {
+	c.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: isCA, BasicConstraintsValid: true,
+	}
+	parent, parentKey := template, key
+	if c.cert != nil {
+		parent, parentKey = c.cert, c.key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, parentKey)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return der, key
+}
+
+func (c *ca) pair(name string) (cert, key []byte) {
+	der, k := c.make(name, false)
+	keyDER, err := x509.MarshalECPrivateKey(k)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+}
+
+// listen serves c over mTLS, or without it where authority is nil.
+func listen(t *testing.T, c *control, network, addr string, authority *ca) (string, *grpc.Server) {
+	t.Helper()
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var opts []grpc.ServerOption
+	if authority != nil {
+		cert, key := authority.pair("buildkitd")
+		pair, err := tls.X509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool := x509.NewCertPool()
+		pool.AddCert(authority.cert)
+		opts = append(opts, grpc.Creds(credentials.NewTLS(&tls.Config{
+			Certificates: []tls.Certificate{pair}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
+		})))
+	}
+	s := grpc.NewServer(opts...)
+	controlapi.RegisterControlServer(s, c)
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+	return l.Addr().String(), s
+}
+
+// tlsDaemon is a daemon whose client files are in dir.
+func tlsDaemon(t *testing.T, addr string, log *bytes.Buffer) (*daemon, func(authority *ca, name string)) {
+	dir := t.TempDir()
+	d := &daemon{addr: "tcp://" + addr, serverName: "buildkitd", log: zerolog.New(log)}
+	for i, name := range []string{"ca.crt", "tls.crt", "tls.key"} {
+		d.files[i] = filepath.Join(dir, name)
+	}
+	t.Cleanup(func() { d.close() })
+	return d, func(authority *ca, name string) {
+		t.Helper()
+		cert, key := authority.pair(name)
+		for i, data := range [][]byte{authority.pem, cert, key} {
+			if err := os.WriteFile(d.files[i], data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func mustAcquire(t *testing.T, d *daemon) *conn {
+	t.Helper()
+	c, err := d.acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestConnectionKept(t *testing.T) {
+	authority := newCA(t)
+	ctl := &control{}
+	addr, _ := listen(t, ctl, "tcp", "127.0.0.1:0", authority)
+	d, write := tlsDaemon(t, addr, &bytes.Buffer{})
+	write(authority, "one")
+	first := mustAcquire(t, d)
+	if p := first.defaultPlatform(); p != "linux/arm64" {
+		t.Errorf("platform %q", p)
+	}
+	second := mustAcquire(t, d)
+	if first != second || ctl.last() != "one" {
+		t.Errorf("two connections, the last by %q", ctl.last())
+	}
+	d.release(first, false)
+	d.release(second, false)
+	if c := mustAcquire(t, d); c != first || c.dropped {
+		t.Error("an idle connection is not kept")
+	}
+}
+
+func TestCertificatesReplaced(t *testing.T) {
+	authority := newCA(t)
+	ctl := &control{}
+	addr, _ := listen(t, ctl, "tcp", "127.0.0.1:0", authority)
+	var log bytes.Buffer
+	d, write := tlsDaemon(t, addr, &log)
+	write(authority, "one")
+	old := mustAcquire(t, d)
+
+	write(authority, "two")
+	c := mustAcquire(t, d)
+	if c == old || ctl.last() != "two" {
+		t.Fatalf("the new certificate is not used: %q", ctl.last())
+	}
+	if err := old.check(t.Context()); err != nil || ctl.last() != "one" {
+		t.Errorf("the old connection, in use, is closed: %v", err)
+	}
+	d.release(old, false)
+	if err := old.check(t.Context()); err == nil {
+		t.Error("the old connection is open after its last build")
+	}
+	d.release(c, false)
+
+	if err := os.WriteFile(d.files[2], []byte("half wri"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := mustAcquire(t, d); got != c {
+		t.Error("a broken file ends the connection that works")
+	} else {
+		d.release(got, false)
+	}
+	if !strings.Contains(log.String(), "keeping") {
+		t.Errorf("not logged: %s", log.String())
+	}
+	write(authority, "three")
+	d.release(mustAcquire(t, d), false)
+	if ctl.last() != "three" {
+		t.Errorf("the repaired file is not used: %q", ctl.last())
+	}
+}
+
+func TestCertificatesRefused(t *testing.T) {
+	authority, stranger := newCA(t), newCA(t)
+	addr, _ := listen(t, &control{}, "tcp", "127.0.0.1:0", authority)
+	for _, tt := range []struct {
+		name string
+		set  func(d *daemon, write func(*ca, string))
+	}{
+		{"absent", func(*daemon, func(*ca, string)) {}},
+		{"another CA", func(_ *daemon, write func(*ca, string)) { write(stranger, "one") }},
+		{"another server name", func(d *daemon, write func(*ca, string)) { write(authority, "one"); d.serverName = "other" }},
+		{"a client of another CA", func(d *daemon, write func(*ca, string)) {
+			write(stranger, "one")
+			os.WriteFile(d.files[0], authority.pem, 0o600)
+		}},
+		{"no certificate in the CA file", func(d *daemon, write func(*ca, string)) {
+			write(authority, "one")
+			os.WriteFile(d.files[0], []byte("junk"), 0o600)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			d, write := tlsDaemon(t, addr, &bytes.Buffer{})
+			tt.set(d, write)
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			if c, err := d.acquire(ctx); err == nil {
+				d.release(c, false)
+				t.Error("connected")
+			}
+		})
+	}
+}
+
+func TestDaemonRestarted(t *testing.T) {
+	ctl := &control{}
+	socket := filepath.Join(t.TempDir(), "s")
+	_, s := listen(t, ctl, "unix", socket, nil)
+	d := &daemon{addr: "unix://" + socket, files: [3]string{"absent", "absent", "absent"}}
+	defer d.close()
+	c := mustAcquire(t, d)
+	end := c.ends.next()
+	s.Stop()
+	select {
+	case <-end:
+	case <-time.After(5 * time.Second):
+		t.Error("the end of the transport is not told")
+	}
+	d.release(c, true)
+	time.AfterFunc(500*time.Millisecond, func() { listen(t, ctl, "unix", socket, nil) })
+	start := time.Now()
+	again := mustAcquire(t, d)
+	d.release(again, false)
+	if again == c {
+		t.Error("the lost connection is used again")
+	}
+	if took := time.Since(start); took > 3*time.Second {
+		t.Errorf("found again after %v", took)
+	}
+}
+
+func TestDaemonAbsent(t *testing.T) {
+	s := New(Config{Addr: "unix://" + filepath.Join(t.TempDir(), "absent")})
+	if reachable, total := s.Daemons(t.Context()); reachable != 0 || total != 1 {
+		t.Errorf("%d of %d", reachable, total)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(300*time.Millisecond, func() { cancel(errClosed) })
+	if _, err := s.daemon.acquire(ctx); err != errClosed {
+		t.Errorf("canceled: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.daemon.acquire(t.Context()); err != errClosed {
+		t.Errorf("closed: %v", err)
+	}
+}
+
+func TestDaemons(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	listen(t, &control{}, "unix", socket, nil)
+	s := New(Config{Addr: "unix://" + socket})
+	defer s.Close()
+	if reachable, total := s.Daemons(t.Context()); reachable != 1 || total != 1 {
+		t.Errorf("%d of %d", reachable, total)
+	}
+	if s.daemon.cur.refs != 0 {
+		t.Error("the connection is not given back")
+	}
+}

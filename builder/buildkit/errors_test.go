@@ -1,0 +1,201 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/solver/errdefs"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/grpcerrors"
+	digest "github.com/opencontainers/go-digest"
+	"google.golang.org/grpc/codes"
+
+	"handler/function/api"
+	"handler/function/redact"
+)
+
+const dockerfile = "FROM busybox\nRUN echo verysecret\nRUN exit 3\n"
+
+// fromDaemon is err as it arrives: encoded by the daemon, decoded by its
+// client.
+func fromDaemon(err error) error {
+	return fmt.Errorf("failed to solve: %w", grpcerrors.FromGRPC(grpcerrors.ToGRPC(context.Background(), err)))
+}
+
+func atLine(err error, line int32) error {
+	return errdefs.WithSource(err, &errdefs.Source{
+		Info:   &pb.SourceInfo{Filename: "Dockerfile", Data: []byte(dockerfile)},
+		Ranges: []*pb.Range{{Start: &pb.Position{Line: line}, End: &pb.Position{Line: line}}},
+	})
+}
+
+func exit(code uint32) error {
+	err := &gatewayapi.ExitError{ExitCode: code, Err: fmt.Errorf("process %q did not complete successfully: exit code: %d", "/bin/sh -c exit", code)}
+	return atLine(errdefs.WrapVertex(err, digest.FromString("step")), 3)
+}
+
+func TestClassify(t *testing.T) {
+	const head = "unexpected status from HEAD request to http://127.0.0.1:5000/v2/x/blobs/sha256:94: "
+	const pull = "127.0.0.1:5000/x:1: failed to resolve source metadata for 127.0.0.1:5000/x:1: "
+	const push = "failed to push 127.0.0.1:5000/x:1: "
+	for _, tt := range []struct {
+		name    string
+		err     error
+		pushing bool
+		code    api.Code
+		later   bool
+		msg     string // all of it
+	}{
+		{name: "exit code", err: exit(3), code: api.BuildFailed, msg: `[2/2] RUN exit 3: exit code 3
+Dockerfile:3
+--------------------
+   1 |     FROM busybox
+   2 |     RUN echo ***
+   3 | >>> RUN exit 3
+   4 |     
+--------------------`},
+		{name: "memory", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 137}, digest.FromString("step")), code: api.BuildFailed,
+			msg: "[2/2] RUN exit 3: exit code 137: killed, probably because memory ran out"},
+		{name: "a step that fills its disk", code: api.BuildFailed, msg: "exit code 1",
+			err: &gatewayapi.ExitError{ExitCode: 1, Err: errors.New("dd: no space left on device")}},
+		{name: "a step that talks of registries", code: api.BuildFailed, msg: "exit code 1", pushing: true,
+			err: &gatewayapi.ExitError{ExitCode: 1, Err: errors.New(push + head + "401 Unauthorized")}},
+		{name: "no Dockerfile", err: errors.New("failed to read dockerfile: open Dockerfile: no such file or directory"),
+			code: api.BuildFailed, msg: "failed to read dockerfile: open Dockerfile: no such file or directory"},
+		{name: "parse error", err: atLine(errors.New("dockerfile parse error on line 2: unknown instruction: RUNN"), 2), code: api.BuildFailed,
+			msg: `dockerfile parse error on line 2: unknown instruction: RUNN
+Dockerfile:2
+--------------------
+   1 |     FROM busybox
+   2 | >>> RUN echo ***
+   3 |     RUN exit 3
+   4 |     
+--------------------`},
+		{name: "nothing to copy", code: api.BuildFailed, msg: `[2/2] RUN exit 3: "/nope": not found`,
+			err: errdefs.WrapVertex(errors.New(`failed to compute cache key: failed to calculate checksum of ref sxv0u::mdulo: "/nope": not found`), digest.FromString("step"))},
+		{name: "no target", err: errors.New(`target stage "zz" could not be found`), code: api.BuildFailed, msg: `target stage "zz" could not be found`},
+		{name: "ADD that is refused", code: api.BuildFailed, msg: `Get "http://127.0.0.1:1/x": dial tcp 127.0.0.1:1: connect: connection refused`,
+			err: errors.New(`failed to load cache key: Get "http://127.0.0.1:1/x": dial tcp 127.0.0.1:1: connect: connection refused`)},
+		{name: "a secret in the text", err: errors.New("it is verysecret"), code: api.BuildFailed, msg: "it is ***"},
+
+		{name: "pull 401", err: errors.New(pull + head + "401 Unauthorized"), code: api.RegistryDenied,
+			msg: "pulling 127.0.0.1:5000/x:1: " + head + "401 Unauthorized (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "pull not found", err: errors.New(pull + "127.0.0.1:5000/x:1: not found"), code: api.RegistryDenied,
+			msg: "pulling 127.0.0.1:5000/x:1: 127.0.0.1:5000/x:1: not found (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "pull of what is private", err: errors.New("acme/x: failed to resolve source metadata for docker.io/acme/x:latest: pull access denied, repository does not exist or may require authorization: server message: insufficient_scope: authorization failed"),
+			code: api.RegistryDenied, msg: "pulling acme/x: pull access denied, repository does not exist or may require authorization: server message: insufficient_scope: authorization failed"},
+		{name: "pull 429", err: errors.New(pull + head + "429 Too Many Requests"), code: api.RegistryFailed, msg: "pulling 127.0.0.1:5000/x:1: " + head + "429 Too Many Requests"},
+		{name: "pull 500", err: errors.New(pull + head + "500 Internal Server Error"), code: api.RegistryFailed, msg: "pulling 127.0.0.1:5000/x:1: " + head + "500 Internal Server Error"},
+		{name: "layer 503", err: errors.New("failed to copy: httpReadSeeker: failed open: unexpected status code https://r/v2/x/blobs/sha256:1: 503 Service Unavailable"),
+			code: api.RegistryFailed, msg: "pulling failed to copy: httpReadSeeker: failed open: unexpected status code https://r/v2/x/blobs/sha256:1: 503 Service Unavailable"},
+		{name: "pull refused", err: errors.New(pull + `failed to do request: Head "http://127.0.0.1:5000/v2/x/manifests/1": dial tcp 127.0.0.1:5000: connect: connection refused`),
+			code: api.RegistryFailed, msg: `pulling 127.0.0.1:5000/x:1: failed to do request: Head "http://127.0.0.1:5000/v2/x/manifests/1": dial tcp 127.0.0.1:5000: connect: connection refused`},
+		{name: "pull from nowhere", err: errors.New(`r/x:1: failed to resolve source metadata for r/x:1: failed to do request: Head "https://r/v2/x/manifests/1": dial tcp: lookup r on 10.0.0.10:53: no such host`),
+			code: api.RegistryFailed, msg: `pulling r/x:1: failed to do request: Head "https://r/v2/x/manifests/1": dial tcp: lookup r: no such host`},
+
+		{name: "push denied", err: errors.New(push + "denied: said the registry"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: denied: said the registry (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push 400", err: errors.New(push + head + "400 Bad Request"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: " + head + "400 Bad Request (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push 429", err: errors.New(push + head + "429 Too Many Requests"), pushing: true, code: api.RegistryFailed, later: true,
+			msg: "pushing 127.0.0.1:5000/x:1: " + head + "429 Too Many Requests"},
+		{name: "push 502", err: errors.New(push + head + "502 Bad Gateway"), pushing: true, code: api.RegistryFailed,
+			msg: "pushing 127.0.0.1:5000/x:1: " + head + "502 Bad Gateway"},
+		{name: "push cut", err: errors.New(push + `failed to do request: Put "http://127.0.0.1:5000/v2/x": EOF`), pushing: true, code: api.RegistryFailed,
+			msg: `pushing 127.0.0.1:5000/x:1: failed to do request: Put "http://127.0.0.1:5000/v2/x": EOF`},
+		{name: "a registry's full disk", err: errors.New(push + head + "500 Internal Server Error: no space left on device"), pushing: true, code: api.RegistryFailed,
+			msg: "pushing 127.0.0.1:5000/x:1: " + head + "500 Internal Server Error: no space left on device"},
+
+		{name: "token refused", err: errors.New(push + "PermissionDenied: registry r: it says no"), pushing: true, code: api.RegistryDenied, msg: "registry r: it says no"},
+		{name: "token service away", err: errors.New(pull + "registry r: it is away"), code: api.RegistryFailed, msg: "registry r: it is away"},
+
+		{name: "disk full", err: errors.New("write /var/lib/buildkit/x: no space left on device"), code: api.DaemonFull, msg: "buildkitd has no space left on its disk"},
+		{name: "disk full by code", err: grpcerrors.WrapCode(errors.New("quota"), codes.ResourceExhausted), code: api.DaemonFull, msg: "buildkitd has no space left on its disk"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := &failure{
+				err:     fromDaemon(tt.err),
+				redact:  redact.New(map[string][]byte{"s": []byte("verysecret")}),
+				pushing: tt.pushing,
+				step: func(d string) string {
+					if d == digest.FromString("step").String() {
+						return "[2/2] RUN exit 3"
+					}
+					return ""
+				},
+				auths: []*api.Error{
+					{Code: api.RegistryFailed, Msg: "registry r: it is away"},
+					{Code: api.RegistryDenied, Msg: "registry r: it says no"},
+				},
+				anonymous: []string{"127.0.0.1:5000"},
+			}
+			err := f.classify()
+			e, ok := errors.AsType[*api.Error](err)
+			if !ok || e.Code != tt.code {
+				t.Errorf("error %#v, want code %s", err, tt.code)
+			}
+			if e.Msg != tt.msg {
+				t.Errorf("message\n%s\nwant\n%s", e.Msg, tt.msg)
+			}
+			if e.Err == nil {
+				t.Error("no cause for the log")
+			}
+			if errors.Is(err, errPushLater) != tt.later {
+				t.Errorf("to be tried later: %v", !tt.later)
+			}
+		})
+	}
+}
+
+func TestConnectionLost(t *testing.T) {
+	ended, open := make(chan struct{}), make(chan struct{})
+	close(ended)
+	unavailable := grpcerrors.WrapCode(errors.New("error reading from server: EOF"), codes.Unavailable)
+	for _, tt := range []struct {
+		name string
+		err  error
+		end  <-chan struct{}
+		want bool
+	}{
+		{"transport ended", unavailable, ended, true},
+		{"what the daemon cannot reach", unavailable, open, false},
+		{"a build that failed", fromDaemon(exit(1)), open, false},
+		{"a build that failed as another's connection went", fromDaemon(exit(1)), ended, false},
+		{"canceled with the transport", context.Canceled, ended, true},
+		{"session", errors.New("failed to solve: no active session for abc: context deadline exceeded"), open, true},
+		{"resource exhausted", grpcerrors.WrapCode(errors.New("disk"), codes.ResourceExhausted), ended, false},
+	} {
+		if got := connectionLost(tt.err, tt.end); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
+	}
+}
+
+func TestEnded(t *testing.T) {
+	b := &build{solver: New(Config{}), progress: newProgress(nil, redact.New(nil), func() {})}
+	shutting := &api.Error{Code: api.ShuttingDown, Msg: "bye"}
+	for _, tt := range []struct {
+		cause error
+		code  api.Code
+	}{
+		{errBuildTimeout, api.Deadline},
+		{errPushTimeout, api.RegistryTimeout},
+		{shutting, api.ShuttingDown},
+		{fmt.Errorf("wrapped: %w", shutting), api.ShuttingDown},
+		{context.DeadlineExceeded, api.Deadline},
+		{nil, api.Canceled},
+		{errors.New("client gone"), api.Canceled},
+	} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		if err := b.ended(ctx); err != nil {
+			t.Errorf("not ended: %v", err)
+		}
+		cancel(tt.cause)
+		if err := b.ended(ctx); api.AsError(err).Code != tt.code {
+			t.Errorf("%v: %v", tt.cause, err)
+		}
+	}
+}

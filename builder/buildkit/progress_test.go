@@ -1,0 +1,242 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	digest "github.com/opencontainers/go-digest"
+
+	"handler/function/redact"
+)
+
+var start = time.Date(2021, 10, 20, 16, 48, 34, 0, time.UTC)
+
+func at(d time.Duration) *time.Time { t := start.Add(d); return &t }
+
+func vtx(name string, started, completed *time.Time) *client.Vertex {
+	return &client.Vertex{Digest: digest.FromString(name), Name: name, Started: started, Completed: completed}
+}
+
+func cached(v *client.Vertex) *client.Vertex { v.Cached = true; return v }
+
+func failed(v *client.Vertex, err string) *client.Vertex { v.Error = err; return v }
+
+func logged(name string, stream int, text string) *client.VertexLog {
+	return &client.VertexLog{Vertex: digest.FromString(name), Stream: stream, Data: []byte(text)}
+}
+
+func progressOf(messages ...*client.SolveStatus) (lines []string, p *progress, pushing int) {
+	p = newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(map[string][]byte{"s": []byte("verysecret")}), func() { pushing++ })
+	ch := make(chan *client.SolveStatus, len(messages))
+	for _, m := range messages {
+		ch <- m
+	}
+	close(ch)
+	p.drain(ch)
+	return lines, p, pushing
+}
+
+func TestProgressLines(t *testing.T) {
+	const step = "[ship 1/16] WORKDIR /home/app/"
+	vertexes := func(v ...*client.Vertex) *client.SolveStatus { return &client.SolveStatus{Vertexes: v} }
+	logs := func(l ...*client.VertexLog) *client.SolveStatus { return &client.SolveStatus{Logs: l} }
+	status := func(id string, current, total int64, started, completed *time.Time) *client.SolveStatus {
+		return &client.SolveStatus{Statuses: []*client.VertexStatus{{ID: id, Current: current, Total: total, Timestamp: start, Started: started, Completed: completed}}}
+	}
+	for _, tt := range []struct {
+		name     string
+		messages []*client.SolveStatus
+		want     []string
+	}{
+		{"nothing", nil, nil},
+		{"known, not started", []*client.SolveStatus{vertexes(vtx(step, nil, nil))}, nil},
+		{"start and end", []*client.SolveStatus{
+			vertexes(vtx(step, at(0), nil)),
+			vertexes(vtx(step, at(0), nil)),
+			vertexes(vtx(step, at(0), at(350*time.Millisecond))),
+			vertexes(vtx(step, at(0), at(350*time.Millisecond))),
+		}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/",
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ 0.35s",
+		}},
+		{"cached", []*client.SolveStatus{vertexes(cached(vtx(step, at(0), at(0))))}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ CACHED",
+		}},
+		{"cached after a start", []*client.SolveStatus{vertexes(vtx(step, at(0), nil)), vertexes(cached(vtx(step, at(0), at(0))))}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/",
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ CACHED",
+		}},
+		{"failed", []*client.SolveStatus{vertexes(vtx(step, at(0), nil)), vertexes(failed(vtx(step, at(0), at(2*time.Second)), "exit code: 1"))}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/",
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ 2.00s ERROR",
+		}},
+		{"canceled", []*client.SolveStatus{vertexes(failed(vtx(step, at(0), at(2*time.Second)), "process: context canceled"))}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/",
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ 2.00s CANCELED",
+		}},
+		{"at once and again, as a local source", []*client.SolveStatus{vertexes(
+			vtx("[internal] load", at(0), nil), vtx("[internal] load", at(0), at(time.Millisecond)),
+			vtx("[internal] load", at(time.Second), nil), vtx("[internal] load", at(time.Second), at(2*time.Second)),
+		)}, []string{
+			"v: 2021-10-20T16:48:34Z [internal] load",
+			"v: 2021-10-20T16:48:35Z [internal] load 1.00s",
+		}},
+		{"twice, as an exporter", []*client.SolveStatus{vertexes(
+			vtx("exporting to image", at(0), nil), vtx("exporting to image", at(0), at(time.Second)),
+			vtx("exporting to image", at(time.Second), nil),
+		), vertexes(vtx("exporting to image", at(time.Second), at(3*time.Second)))}, []string{
+			"v: 2021-10-20T16:48:34Z exporting to image",
+			"v: 2021-10-20T16:48:34Z exporting to image 1.00s",
+			"v: 2021-10-20T16:48:35Z exporting to image",
+			"v: 2021-10-20T16:48:35Z exporting to image 2.00s",
+		}},
+		{"output before the end", []*client.SolveStatus{
+			vertexes(vtx(step, at(0), nil)),
+			{Vertexes: []*client.Vertex{vtx(step, at(0), at(time.Second))}, Logs: []*client.VertexLog{logged(step, 1, "one\ntwo")}},
+		}, []string{
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/",
+			"l: one",
+			"l: two",
+			"v: 2021-10-20T16:48:34Z [ship 1/16] WORKDIR /home/app/ 1.00s",
+		}},
+		{"streams apart", []*client.SolveStatus{logs(logged(step, 1, "out"), logged(step, 2, "err\n"), logged("other", 1, "other\n"), logged(step, 1, "put\n"))}, []string{
+			"l: err", "l: other", "l: output",
+		}},
+		{"the end of a line that has none", []*client.SolveStatus{logs(logged(step, 1, "no newline"))}, []string{"l: no newline"}},
+		{"secrets and control characters", []*client.SolveStatus{
+			vertexes(vtx("RUN echo verysecret\n\x1b[31mred", at(0), nil)),
+			logs(logged(step, 1, "\x1b[1mvery"), logged(step, 1, "secret\r\n")),
+			status("pulling verysecret", 0, 0, at(0), nil),
+			{Warnings: []*client.VertexWarning{{Short: []byte("verysecret is\nbad"), URL: "https://verysecret/"}}},
+		}, []string{
+			"v: 2021-10-20T16:48:34Z RUN echo *** red",
+			"l: ***",
+			"s: 2021-10-20T16:48:34Z pulling ***",
+			"w: *** is bad (https://***/)",
+		}},
+		{"a status, first and last", []*client.SolveStatus{
+			status("transferring context:", 0, 0, at(0), nil),
+			status("transferring context:", 1000, 0, at(0), nil),
+			status("transferring context:", 2_500_000, 0, at(0), at(1500*time.Millisecond)),
+			status("transferring context:", 2_500_000, 0, at(0), at(1500*time.Millisecond)),
+		}, []string{
+			"s: 2021-10-20T16:48:34Z transferring context",
+			"s: 2021-10-20T16:48:34Z transferring context 2.50MB 1.50s",
+		}},
+		{"a status at once", []*client.SolveStatus{status("exporting layers", 0, 0, at(0), at(0))}, []string{
+			"s: 2021-10-20T16:48:34Z exporting layers",
+			"s: 2021-10-20T16:48:34Z exporting layers 0.00s",
+		}},
+		{"a status again, as for each tag", []*client.SolveStatus{
+			status("pushing layers", 0, 0, at(0), at(0)),
+			status("pushing layers", 0, 0, at(time.Second), nil),
+			status("pushing layers", 0, 0, at(time.Second), at(time.Second)),
+		}, []string{
+			"s: 2021-10-20T16:48:34Z pushing layers",
+			"s: 2021-10-20T16:48:34Z pushing layers 0.00s",
+			"s: 2021-10-20T16:48:35Z pushing layers",
+			"s: 2021-10-20T16:48:35Z pushing layers 0.00s",
+		}},
+		{"a status without a start", []*client.SolveStatus{status("x", 0, 7, nil, at(time.Second))}, []string{
+			"s: 2021-10-20T16:48:34Z x",
+			"s: 2021-10-20T16:48:34Z x 7B 1.00s",
+		}},
+		{"a warning", []*client.SolveStatus{{Warnings: []*client.VertexWarning{{Short: []byte("Rule: text (line 2)")}}}}, []string{
+			"w: Rule: text (line 2)",
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			lines, _, _ := progressOf(tt.messages...)
+			if !slices.Equal(lines, tt.want) {
+				t.Errorf("got\n%s\nwant\n%s", strings.Join(lines, "\n"), strings.Join(tt.want, "\n"))
+			}
+		})
+	}
+}
+
+func TestProgressCounts(t *testing.T) {
+	_, p, pushing := progressOf(&client.SolveStatus{Vertexes: []*client.Vertex{
+		vtx("[internal] load build context", at(0), at(1)),
+		vtx("[1/4] FROM busybox", at(0), at(1)),
+		cached(vtx("[2/4] COPY a /", at(0), at(0))),
+		cached(vtx("[3/4] RUN b", at(0), at(0))),
+		vtx("[4/4] RUN c", nil, nil),
+		vtx("exporting to image", at(0), at(1)),
+	}}, &client.SolveStatus{Vertexes: []*client.Vertex{
+		vtx("[3/4] RUN b", at(2), nil), // not cached after all
+	}, Statuses: []*client.VertexStatus{
+		{ID: "transferring context:", Started: at(0), Completed: at(time.Second)},
+		{ID: "transferring dockerfile:", Started: at(0), Completed: at(2 * time.Second)},
+		{ID: "exporting layers", Started: at(0), Completed: at(5 * time.Second)},
+	}})
+	if steps, cached := p.counts(); steps != 3 || cached != 1 {
+		t.Errorf("%d steps, %d cached", steps, cached)
+	}
+	if p.transfer != 3*time.Second {
+		t.Errorf("transfer %v", p.transfer)
+	}
+	if got := p.running(); got != "[3/4] RUN b" {
+		t.Errorf("running %q", got)
+	}
+	if got := p.name(digest.FromString("[2/4] COPY a /").String()); got != "[2/4] COPY a /" {
+		t.Errorf("name %q", got)
+	}
+	if pushing != 0 {
+		t.Error("a push was seen")
+	}
+}
+
+func TestProgressPush(t *testing.T) {
+	_, _, pushing := progressOf(
+		&client.SolveStatus{Statuses: []*client.VertexStatus{{ID: "exporting manifest sha256:1"}}},
+		&client.SolveStatus{Statuses: []*client.VertexStatus{{ID: "pushing layers"}}},
+	)
+	if pushing != 1 {
+		t.Errorf("a push was seen %d times", pushing)
+	}
+}
+
+func TestLimits(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		l    *limits
+		push bool
+		want error
+	}{
+		{"build", &limits{build: time.Millisecond, push: time.Hour}, false, errBuildTimeout},
+		{"push", &limits{build: time.Hour, push: time.Millisecond}, true, errPushTimeout},
+		{"push after a long build", &limits{build: 50 * time.Millisecond, push: time.Hour}, true, nil},
+		{"none", &limits{}, true, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, stop := tt.l.start(t.Context())
+			defer stop()
+			if tt.push {
+				tt.l.pushing()
+				tt.l.pushing()
+			}
+			if tt.l.isPushing() != tt.push {
+				t.Errorf("pushing: %v", tt.l.isPushing())
+			}
+			wait := time.Second
+			if tt.want == nil {
+				wait = 100 * time.Millisecond
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+			if !errors.Is(context.Cause(ctx), tt.want) {
+				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+			}
+			if d := tt.l.pushed(); (d > 0) != tt.push {
+				t.Errorf("pushed for %v", d)
+			}
+		})
+	}
+}
