@@ -40,6 +40,8 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 // came to holds until a restart, as the environment does; secrets are read again
 // when they change.
 var service = sync.OnceValues(func() (*server.Server, error) {
+	// Milliseconds: seconds are too coarse to follow one build.
+	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00"
 	log := zerolog.New(os.Stderr).With().Timestamp().Logger()
 	cfg, err := LoadConfig(os.Getenv)
 	if err != nil {

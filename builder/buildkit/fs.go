@@ -36,6 +36,10 @@ type contextFS struct {
 	closed bool
 }
 
+// FS serves a build context to BuildKit's client, for a program that solves
+// without a Solver: the benchmark's peer does.
+func FS(c *payload.Context) fsutil.FS { return newContextFS(c) }
+
 func newContextFS(src source) *contextFS {
 	return &contextFS{src: src, entries: src.Entries()}
 }

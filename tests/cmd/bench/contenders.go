@@ -1,0 +1,490 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/moby/buildkit/client"
+	"github.com/tonistiigi/fsutil"
+
+	"handler/function/buildkit"
+	"handler/function/payload"
+	"handler/function/tests/stack"
+)
+
+const maxBody = 2 << 30
+
+var httpClient = &http.Client{Timeout: 10 * time.Minute}
+
+type benchmark struct {
+	stack    *stack.Stack
+	function *stack.Function
+	client   *client.Client
+	result   result
+}
+
+func (b *benchmark) start(ctx context.Context) error {
+	var err error
+	if b.function, err = b.newFunction(ctx); err != nil {
+		return err
+	}
+	b.client, err = b.stack.Buildkitd.Client(ctx)
+	return err
+}
+
+func (b *benchmark) newFunction(ctx context.Context) (*stack.Function, error) {
+	return b.stack.Function(ctx, stack.FunctionConfig{Env: map[string]string{
+		"max_body_bytes":     strconv.Itoa(maxBody),
+		"max_unpacked_bytes": strconv.Itoa(maxBody),
+	}})
+}
+
+// idle starts further instances: the first one was compiled on the way.
+func (b *benchmark) idle(ctx context.Context, _ workload) error {
+	var times series
+	for range 5 {
+		start := time.Now()
+		f, err := b.newFunction(ctx)
+		if err != nil {
+			return err
+		}
+		times = append(times, time.Since(start))
+		if len(times) == 5 {
+			time.Sleep(2 * time.Second)
+			rss, _, err := f.Memory()
+			if err != nil {
+				return err
+			}
+			b.result.IdleRSSMiB = mib(rss)
+		}
+		f.Kill()
+	}
+	b.result.ReadyMS = round(times.median().Seconds() * 1000)
+	fmt.Printf("start to ready: %v; %.1f MiB resident when idle\n", times, b.result.IdleRSSMiB)
+	return nil
+}
+
+// buildctl builds dir as a process.
+func (b *benchmark) buildctl(ctx context.Context, dir, ref string) (time.Duration, error) {
+	cmd := b.stack.Buildkitd.Buildctl(ctx, "build", "--progress=quiet", "--frontend=dockerfile.v0",
+		"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,name="+ref)
+	start := time.Now()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return 0, fmt.Errorf("buildctl: %w\n%s", err, out)
+	}
+	return time.Since(start), nil
+}
+
+// inProcess builds with BuildKit's client alone.
+func (b *benchmark) inProcess(ctx context.Context, fs fsutil.FS, ref string) (time.Duration, error) {
+	start := time.Now()
+	_, err := b.client.Solve(ctx, nil, client.SolveOpt{
+		Frontend:      "dockerfile.v0",
+		FrontendAttrs: map[string]string{},
+		LocalMounts:   map[string]fsutil.FS{"context": fs, "dockerfile": fs},
+		SharedKey:     ref,
+		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: map[string]string{"name": ref, "push": "true"}}},
+	}, nil)
+	return time.Since(start), err
+}
+
+// overHTTP posts a signed body and waits for the verdict.
+func (b *benchmark) overHTTP(ctx context.Context, body []byte) (time.Duration, error) {
+	start := time.Now()
+	res, err := b.function.Post(ctx, body, "")
+	if err != nil {
+		return 0, err
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(res.Body)
+	if err == nil && res.StatusCode != 200 {
+		err = fmt.Errorf("status %d: %s", res.StatusCode, answer)
+	}
+	return time.Since(start), err
+}
+
+// writeContext makes a tree of small files, a Dockerfile, and a base with a RUN step.
+func writeContext(dir string, files, size int) error {
+	content := map[string]string{"Dockerfile": "FROM busybox\nRUN true\nCOPY . /src\nRUN ls /src | wc -l\n"}
+	if err := stack.WriteContext(dir, content); err != nil {
+		return err
+	}
+	block := make([]byte, size)
+	start := time.Now().Add(-24 * time.Hour)
+	for i := range files {
+		path := filepath.Join(dir, "d"+strconv.Itoa(i/100), fmt.Sprintf("f%d", i))
+		if err := writeFile(path, block, i); err != nil {
+			return err
+		}
+		when := start.Add(time.Duration(i) * time.Second)
+		if err := os.Chtimes(path, when, when); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeFile fills block with what depends on seed and does not compress to
+// nothing.
+func writeFile(path string, block []byte, seed int) error {
+	x := uint64(seed)*0x9e3779b97f4a7c15 + 1
+	for i := range block {
+		x ^= x << 13
+		x ^= x >> 7
+		x ^= x << 17
+		block[i] = byte(x)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(path, block, 0o644)
+}
+
+func (b *benchmark) cached(ctx context.Context, w workload) error {
+	dir := filepath.Join(b.stack.Dir, "bench-cached")
+	if err := writeContext(dir, 300, 10<<10); err != nil {
+		return err
+	}
+	body, err := stack.Tar(dir, map[string]string{"image": b.stack.Registry.Image("bench/function:v1")})
+	if err != nil {
+		return err
+	}
+	spool, err := payload.Receive(bytes.NewReader(body), io.Discard, payload.Options{
+		Limits: payload.Limits{Body: maxBody, Unpacked: maxBody, Config: 1 << 20, Names: 1 << 25, Entries: 10_000, Path: 4096},
+		Memory: maxBody,
+	})
+	if err != nil {
+		return err
+	}
+	defer spool.Close()
+	p, err := spool.Payload()
+	if err != nil {
+		return err
+	}
+	fs := buildkit.FS(p.Context)
+	var function, ctl, inProcess series
+	for i := range w.cached + 1 {
+		t1, err := b.overHTTP(ctx, body)
+		if err != nil {
+			return err
+		}
+		t2, err := b.buildctl(ctx, dir, b.stack.Registry.Image("bench/buildctl:v1"))
+		if err != nil {
+			return err
+		}
+		t3, err := b.inProcess(ctx, fs, b.stack.Registry.Image("bench/client:v1"))
+		if err != nil {
+			return err
+		}
+		if i > 0 { // the first run fills the cache
+			function, ctl, inProcess = append(function, t1), append(ctl, t2), append(inProcess, t3)
+		}
+	}
+	b.result.CachedVsBuildctl, b.result.CachedVsClient = ratio(function, ctl), ratio(function, inProcess)
+	fmt.Printf("cached rebuild, 300 files, 3 MB\n  function  %v\n  buildctl  %v\n  client    %v\n", function, ctl, inProcess)
+	return nil
+}
+
+func (b *benchmark) oneFile(ctx context.Context, w workload) error {
+	dir := filepath.Join(b.stack.Dir, "bench-one-file")
+	const files, size = 2000, 100 << 10
+	if err := writeContext(dir, files, size); err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	var function, ctl series
+	block := make([]byte, size)
+	for i := range w.oneFile + 1 {
+		if err := writeFile(filepath.Join(dir, "d0", "f0"), block, files+i); err != nil {
+			return err
+		}
+		body, err := stack.Tar(dir, map[string]string{"image": b.stack.Registry.Image("bench/function-one:v1")})
+		if err != nil {
+			return err
+		}
+		t1, err := b.overHTTP(ctx, body)
+		if err != nil {
+			return err
+		}
+		t2, err := b.buildctl(ctx, dir, b.stack.Registry.Image("bench/buildctl-one:v1"))
+		if err != nil {
+			return err
+		}
+		if i > 0 {
+			function, ctl = append(function, t1), append(ctl, t2)
+		}
+	}
+	sent, err := b.lastSent()
+	if err != nil {
+		return err
+	}
+	b.result.OneFileVsBuildctl, b.result.OneFileBytesSent = ratio(function, ctl), sent
+	fmt.Printf("one file of %d bytes changed in 200 MB\n  function  %v\n  buildctl  %v\n  bytes of content sent to the daemon: %d\n", size, function, ctl, sent)
+	return nil
+}
+
+// lastSent is what the function says of its last build.
+func (b *benchmark) lastSent() (int64, error) {
+	log, err := b.function.Log()
+	if err != nil {
+		return 0, err
+	}
+	all := regexp.MustCompile(`"context_sent_bytes":(\d+)`).FindAllStringSubmatch(log, -1)
+	if len(all) == 0 {
+		return 0, fmt.Errorf("the function's log has no context_sent_bytes")
+	}
+	return strconv.ParseInt(all[len(all)-1][1], 10, 64)
+}
+
+// gigabyte writes a signed request of 1 GiB into a file. Its config decides
+// whether it is built.
+func (b *benchmark) gigabyte(path, config string) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	w := tar.NewWriter(f)
+	add := func(name string, content []byte) {
+		if err == nil {
+			err = w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(content)), ModTime: time.Unix(1e9, 0)})
+		}
+		if err == nil {
+			_, err = w.Write(content)
+		}
+	}
+	add("com.openfaas.docker.config", []byte(config))
+	add("context/Dockerfile", []byte("FROM scratch\nCOPY small /\n"))
+	add("context/small", []byte("small"))
+	add("context/.dockerignore", []byte("large*\n"))
+	block := make([]byte, 16<<20)
+	for i := range 64 {
+		for j := 0; j < len(block); j += 64 {
+			block[j] = byte(i + j)
+		}
+		add("context/large"+strconv.Itoa(i), block)
+	}
+	if err != nil {
+		return err
+	}
+	return w.Close()
+}
+
+// ingest posts 1 GiB whose config is wrong, so that the answer comes when all of
+// it has been received, hashed, indexed and its signature found good.
+func (b *benchmark) ingest(ctx context.Context, w workload) error {
+	path := filepath.Join(b.stack.Dir, "bench-ingest.tar")
+	if err := b.gigabyte(path, "{}"); err != nil {
+		return err
+	}
+	defer os.Remove(path)
+	signature, _, err := b.openssl(ctx, path)
+	if err != nil {
+		return err
+	}
+	var function, openssl series
+	var peak int64
+	for i := range w.ingest + 1 {
+		idle, _, err := b.function.Memory()
+		if err != nil {
+			return err
+		}
+		if err := resetPeak(b.function.Pid()); err != nil {
+			return err
+		}
+		t1, answer, _, err := b.postFile(ctx, path, signature, "")
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(answer, "bad_config") {
+			return fmt.Errorf("ingest: %s", answer)
+		}
+		_, high, err := b.function.Memory()
+		if err != nil {
+			return err
+		}
+		_, t2, err := b.openssl(ctx, path)
+		if err != nil {
+			return err
+		}
+		if i > 0 {
+			function, openssl = append(function, t1), append(openssl, t2)
+			peak = max(peak, high-idle)
+		}
+	}
+	b.result.IngestVsOpenssl, b.result.IngestPeakMiB = ratio(openssl, function), mib(peak)
+	fmt.Printf("1 GiB body\n  function  %v\n  openssl   %v\n  peak of the function's memory over idle: %.1f MiB\n", function, openssl, b.result.IngestPeakMiB)
+	return nil
+}
+
+// lastByte builds from 1 GiB of which .dockerignore leaves a few bytes.
+func (b *benchmark) lastByte(ctx context.Context, w workload) error {
+	path := filepath.Join(b.stack.Dir, "bench-last-byte.tar")
+	if err := b.gigabyte(path, `{"image":"`+b.stack.Registry.Image("bench/last-byte:v1")+`"}`); err != nil {
+		return err
+	}
+	defer os.Remove(path)
+	signature, _, err := b.openssl(ctx, path)
+	if err != nil {
+		return err
+	}
+	var all series
+	for range w.ingest {
+		_, answer, sent, err := b.postFile(ctx, path, signature, "")
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(answer, `"success"`) {
+			return fmt.Errorf("last byte: %s", answer)
+		}
+		started, err := b.lastStart()
+		if err != nil {
+			return err
+		}
+		all = append(all, started.Sub(sent))
+	}
+	b.result.LastByteToSolveMS = round(all.median().Seconds() * 1000)
+	fmt.Printf("from the last byte of 1 GiB to the start of the solve\n  function  %v\n", all)
+	return nil
+}
+
+// lastStart is when the function says its last build started.
+func (b *benchmark) lastStart() (time.Time, error) {
+	log, err := b.function.Log()
+	if err != nil {
+		return time.Time{}, err
+	}
+	var last time.Time
+	for line := range strings.Lines(log) {
+		var entry struct {
+			Time    time.Time
+			Message string
+		}
+		if json.Unmarshal([]byte(line), &entry) == nil && entry.Message == "build started" {
+			last = entry.Time
+		}
+	}
+	if last.IsZero() {
+		return last, fmt.Errorf("the function's log has no start of a build")
+	}
+	return last, nil
+}
+
+// postFile posts a file, and says when its last byte was handed to the kernel.
+func (b *benchmark) postFile(ctx context.Context, path, signature, accept string) (d time.Duration, answer string, sent time.Time, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, "", sent, err
+	}
+	defer f.Close()
+	req, err := b.function.Request(ctx, nil)
+	if err != nil {
+		return 0, "", sent, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return 0, "", sent, err
+	}
+	body := &lastRead{Reader: f}
+	req.Body, req.ContentLength, req.GetBody = io.NopCloser(body), info.Size(), nil
+	req.Header.Set("X-Build-Signature", signature)
+	if accept != "" {
+		req.Header.Set("Accept", accept)
+	}
+	start := time.Now()
+	res, err := httpClient.Do(req)
+	if err != nil {
+		return 0, "", sent, err
+	}
+	defer res.Body.Close()
+	data, err := io.ReadAll(res.Body)
+	return time.Since(start), string(data), body.at, err
+}
+
+// lastRead keeps when the last bytes were read, which is just before they are
+// written to the connection.
+type lastRead struct {
+	io.Reader
+	at time.Time
+}
+
+func (r *lastRead) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if n > 0 {
+		r.at = time.Now()
+	}
+	return n, err
+}
+
+// openssl signs a file as the original's page does.
+func (b *benchmark) openssl(ctx context.Context, path string) (signature string, d time.Duration, err error) {
+	start := time.Now()
+	out, err := exec.CommandContext(ctx, "openssl", "dgst", "-sha256", "-hmac", b.stack.PayloadSecret, path).Output()
+	if err != nil {
+		return "", 0, fmt.Errorf("openssl: %w", err)
+	}
+	_, digits, ok := strings.Cut(strings.TrimSpace(string(out)), "= ")
+	if !ok {
+		return "", 0, fmt.Errorf("openssl: %q", out)
+	}
+	return "sha256=" + digits, time.Since(start), nil
+}
+
+// resetPeak makes VmHWM begin anew (proc_pid_clear_refs(5)).
+func resetPeak(pid int) error {
+	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0)
+}
+
+// image has the builder build itself and adds up what a registry keeps of it.
+func (b *benchmark) image(ctx context.Context, w workload) error {
+	if !w.image {
+		return nil
+	}
+	dir, err := b.stack.Assemble("bench-builder", filepath.Join(b.stack.Repo, "builder"))
+	if err != nil {
+		return err
+	}
+	ref := b.stack.Registry.Image("bench/builder:v1")
+	body, err := stack.Tar(dir, map[string]string{"image": ref})
+	if err != nil {
+		return err
+	}
+	d, err := b.overHTTP(ctx, body)
+	if err != nil {
+		return err
+	}
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	img, err := remote.Image(parsed, remote.WithContext(ctx))
+	if err != nil {
+		return err
+	}
+	manifest, err := img.Manifest()
+	if err != nil {
+		return err
+	}
+	size := manifest.Config.Size
+	for _, l := range manifest.Layers {
+		size += l.Size
+	}
+	b.result.ImageMiB = mib(size)
+	fmt.Printf("the builder's own image: %.1f MiB compressed, built by itself in %v\n", b.result.ImageMiB, d.Round(time.Second))
+	return nil
+}
