@@ -40,7 +40,7 @@ var errHeaders = errors.New("extended headers over the limit")
 // same bytes can be read later. Each of its errors that is the client's is an
 // *api.Error.
 func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
-	hash, err := highwayhash.NewDigest(contentKey(&opts.TimeKey))
+	hash, err := highwayhash.NewDigest128(contentKey(&opts.TimeKey))
 	if err != nil {
 		return nil, err
 	}
@@ -69,13 +69,14 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
 	if err := x.zeros(); err != nil {
 		return nil, err
 	}
-	if err := x.finish(&opts.TimeKey); err != nil {
+	entries, inodes, err := x.finish(&opts.TimeKey)
+	if err != nil {
 		return nil, err
 	}
 	p := &Payload{
 		Config:  x.config,
 		Secrets: x.secrets,
-		Context: &Context{entries: x.entries, inodes: x.inodes, data: data},
+		Context: &Context{entries: entries, inodes: inodes, data: data},
 	}
 	if x.ignored > 0 {
 		p.Warnings = append(p.Warnings, x.warning())
@@ -94,9 +95,9 @@ type indexer struct {
 	config, secrets []byte
 	context         bool // there is one
 
-	entries []Entry
-	inodes  []inode
-	sums    []contentSum        // by inode
+	entries paged[Entry]
+	inodes  paged[inode]
+	sums    paged[contentSum]   // by inode
 	paths   map[string]int32    // index in entries by Path
 	others  map[string]struct{} // cleaned names of all other entries
 
@@ -171,11 +172,11 @@ func (x *indexer) add(hdr *tar.Header) error {
 	if x.count++; x.count > x.limits.Entries {
 		return tooLarge("tar entry %s: over the limit of %d entries", quote(x.last), x.limits.Entries)
 	}
-	name, err := x.clean(hdr)
-	if err != nil {
+	if err := x.checkType(hdr); err != nil {
 		return err
 	}
-	if err := x.checkType(hdr); err != nil {
+	name, err := x.clean(hdr)
+	if err != nil {
 		return err
 	}
 	isDir := hdr.Typeflag == tar.TypeDir
@@ -306,23 +307,20 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	case tar.TypeLink:
 		target, ok := strings.CutPrefix(path.Clean(hdr.Linkname), api.ContextDir+"/")
 		i, there := x.paths[target]
-		if !ok || !there || x.entries[i].inode == noInode {
+		if !ok || !there || x.entries.at(i).inode == noInode {
 			return x.refuse(fmt.Sprintf("a hard link to %s, which is no earlier file of the context", quote(hdr.Linkname)))
 		}
-		t := &x.entries[i]
+		t := x.entries.at(i)
 		e.Mode, e.ModTime, e.inode = t.Mode, t.ModTime, t.inode
 	default:
-		e.inode = int32(len(x.inodes))
-		x.inodes = append(x.inodes, inode{offset: x.in.n, size: hdr.Size})
-		x.sums = append(x.sums, contentSum{})
+		e.inode = x.inodes.add(inode{offset: x.in.n, size: hdr.Size})
 		x.hash.Reset()
 		if err := x.read(hdr, x.hash); err != nil {
 			return err
 		}
-		x.hash.Sum(x.sums[e.inode][:0])
+		x.hash.Sum(x.sums.at(x.sums.add(contentSum{}))[:0])
 	}
-	x.paths[rel] = int32(len(x.entries))
-	x.entries = append(x.entries, e)
+	x.paths[rel] = x.entries.add(e)
 	return nil
 }
 
@@ -401,54 +399,64 @@ func (x *indexer) zeros() error {
 
 // finish puts the entries in order, each with its parents, and sets the links
 // and times of files.
-func (x *indexer) finish(timeKey *[32]byte) error {
+func (x *indexer) finish(timeKey *[32]byte) ([]Entry, []inode, error) {
 	if _, ok := x.others[api.ConfigFile]; !ok {
-		return refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
+		return nil, nil, refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
 	}
 	if !x.context {
-		return refuse(nil, "reading tar: it holds no directory %q", api.ContextDir)
+		return nil, nil, refuse(nil, "reading tar: it holds no directory %q", api.ContextDir)
 	}
-	// Those appended on the way are looked at in their turn.
-	for i := 0; i < len(x.entries); i++ {
-		p := x.entries[i].Path
+	if err := x.addParents(); err != nil {
+		return nil, nil, err
+	}
+	x.paths, x.others = nil, nil
+	entries := x.entries.take()
+	inodes := x.inodes.take()
+	sums := x.sums.take()
+
+	slices.SortFunc(entries, func(a, b Entry) int { return ComparePath(a.Path, b.Path) })
+	first := make([]int32, len(inodes)) // by inode, the entry's index + 1
+	for i := range entries {
+		e := &entries[i]
+		if e.inode == noInode {
+			continue
+		}
+		if f := first[e.inode]; f > 0 {
+			e.Linkname = entries[f-1].Path
+			continue
+		}
+		first[e.inode] = int32(i + 1)
+		e.Size = inodes[e.inode].size
+	}
+	setGroupTimes(timeKey, entries, sums)
+	return entries, inodes, nil
+}
+
+// addParents adds the directories that the tar leaves out.
+func (x *indexer) addParents() error {
+	// Those added on the way are looked at in their turn.
+	for i := int32(0); i < x.entries.len; i++ {
+		p := x.entries.at(i).Path
 		slash := strings.LastIndexByte(p, '/')
 		if slash < 0 {
 			continue
 		}
 		parent := p[:slash]
 		if j, ok := x.paths[parent]; ok {
-			if !x.entries[j].Mode.IsDir() {
+			if !x.entries.at(j).Mode.IsDir() {
 				return refuse(nil, "tar entry %s: %s is not a directory", quote(api.ContextDir+"/"+p), quote(api.ContextDir+"/"+parent))
 			}
 			continue
 		}
-		if x.count++; x.count > x.limits.Entries {
-			return tooLarge("tar entry %s: over the limit of %d entries with the directories that are left out", quote(api.ContextDir+"/"+p), x.limits.Entries)
-		}
 		x.last = shorten(api.ContextDir + "/" + p)
+		if x.count++; x.count > x.limits.Entries {
+			return tooLarge("tar entry %s: over the limit of %d entries with the directories that are left out", quote(x.last), x.limits.Entries)
+		}
 		if err := x.charge(len(parent)); err != nil {
 			return err
 		}
-		x.paths[parent] = int32(len(x.entries))
-		x.entries = append(x.entries, Entry{Path: parent, Mode: fs.ModeDir | 0o755, inode: noInode})
+		x.paths[parent] = x.entries.add(Entry{Path: parent, Mode: fs.ModeDir | 0o755, inode: noInode})
 	}
-	x.paths = nil
-
-	slices.SortFunc(x.entries, func(a, b Entry) int { return ComparePath(a.Path, b.Path) })
-	first := make([]int32, len(x.inodes)) // by inode, the entry's index + 1
-	for i := range x.entries {
-		e := &x.entries[i]
-		if e.inode == noInode {
-			continue
-		}
-		if f := first[e.inode]; f > 0 {
-			e.Linkname = x.entries[f-1].Path
-			continue
-		}
-		first[e.inode] = int32(i + 1)
-		e.Size = x.inodes[e.inode].size
-	}
-	setGroupTimes(timeKey, x.entries, x.sums)
 	return nil
 }
 
@@ -478,6 +486,39 @@ func shorten(name string) string {
 }
 
 func quote(name string) string { return fmt.Sprintf("%q", shorten(name)) }
+
+// paged is a slice that grows without leaving its old selves behind: those of
+// many entries would be most of an upload's memory.
+type paged[T any] struct {
+	pages [][]T
+	len   int32
+}
+
+const pageLen = 1024
+
+func (p *paged[T]) at(i int32) *T { return &p.pages[i/pageLen][i%pageLen] }
+
+// add appends v and returns its index.
+func (p *paged[T]) add(v T) int32 {
+	if p.len%pageLen == 0 {
+		p.pages = append(p.pages, nil)
+	}
+	last := &p.pages[len(p.pages)-1]
+	*last = append(*last, v)
+	p.len++
+	return p.len - 1
+}
+
+// take empties p into one slice, page by page.
+func (p *paged[T]) take() []T {
+	s := make([]T, 0, p.len)
+	for i, page := range p.pages {
+		s = append(s, page...)
+		p.pages[i] = nil
+	}
+	*p = paged[T]{}
+	return s
+}
 
 // tarStream counts the bytes of a tar, and bounds them.
 type tarStream struct {

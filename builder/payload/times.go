@@ -7,6 +7,8 @@ import (
 	"encoding/binary"
 	"math"
 	"slices"
+
+	"github.com/minio/highwayhash"
 )
 
 const second = 1_000_000_000 // in ns
@@ -18,8 +20,9 @@ const (
 	maxSecond = math.MaxInt64/second - 1
 )
 
-// contentSum is a keyed hash of a regular file's content.
-type contentSum [32]byte
+// contentSum is a keyed hash of a regular file's content. It has more bits than
+// a time can carry.
+type contentSum [highwayhash.Size128]byte
 
 // contentKey is the key for content sums: not the one for times, which hashes
 // paths too.

@@ -1,0 +1,134 @@
+package payload
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/klauspost/compress/gzip"
+
+	"handler/function/api"
+)
+
+// /dev/full takes nothing, as a file system without room does.
+func TestNoSpace(t *testing.T) {
+	var plain, gz bytes.Buffer
+	w := tar.NewWriter(&plain)
+	for name, size := range map[string]int{api.ConfigFile: 2, api.ContextDir + "/x": 3 << 20} {
+		w.WriteHeader(&tar.Header{Name: name, Size: int64(size), Mode: 0o644})
+		w.Write(make([]byte, size))
+	}
+	w.Close()
+	zw := gzip.NewWriter(&gz)
+	zw.Write(plain.Bytes())
+	zw.Close()
+	opts := &Options{Limits: Limits{Body: 1 << 30, Unpacked: 1 << 30, Config: 10, Names: 100, Entries: 10, Path: 100}}
+	for form, body := range map[string]string{
+		"tar":      plain.String(),
+		"gzip":     gz.String(),
+		"envelope": `{"tar":"` + base64.StdEncoding.EncodeToString(plain.Bytes()) + `"}`,
+	} {
+		full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &Spool{store: &store{file: full}}
+		var signed bytes.Buffer
+		if err := s.receive(strings.NewReader(body), &signed, opts); err != nil {
+			t.Fatalf("%s: %v", form, err)
+		}
+		// All is read and hashed nevertheless: the signature comes first.
+		if s.sum != sha256.Sum256([]byte(body)) || signed.Len() < gz.Len() {
+			t.Errorf("%s: not all was hashed", form)
+		}
+		if p, err := s.Payload(); p != nil || err == nil || api.AsError(err).Code != api.NoSpace {
+			t.Errorf("%s: %v, %v", form, p, err)
+		}
+		if _, err := full.Write(nil); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("%s: the file is still open: %v", form, err)
+		}
+		s.Close()
+
+		// With room, the same body is well.
+		s = &Spool{store: &store{memory: 1 << 30}}
+		if err := s.receive(strings.NewReader(body), io.Discard, opts); err != nil {
+			t.Fatalf("%s: %v", form, err)
+		}
+		if _, err := s.Payload(); err != nil {
+			t.Errorf("%s: %v", form, err)
+		}
+	}
+}
+
+func TestStoreErrors(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &store{file: full}
+	if _, err := s.Write(make([]byte, 100)); err != nil {
+		t.Errorf("a small write: %v", err)
+	}
+	if err := s.finish(); api.AsError(err).Code != api.NoSpace || !strings.Contains(err.Error(), "the temporary directory is full") {
+		t.Errorf("finish: %v", err)
+	}
+	if _, err := s.Write([]byte("x")); api.AsError(err).Code != api.NoSpace {
+		t.Errorf("a write after it: %v", err)
+	}
+	s.Close()
+	if _, err := s.ReadAt(make([]byte, 1), 0); err == nil {
+		t.Error("reading after Close went well")
+	}
+}
+
+// Pieces of all sizes, around the bound on memory and around a block.
+func TestStorePieces(t *testing.T) {
+	for _, memory := range []int64{0, 1, blockSize - 1, blockSize, blockSize + 1, 3 * blockSize} {
+		for _, piece := range []int{1, 511, 512, blockSize - 1, blockSize, blockSize + 1, 5 * blockSize} {
+			s := &store{dir: t.TempDir(), memory: memory}
+			var want []byte
+			for i := 0; len(want) < 4*blockSize && i < 2000; i++ {
+				p := bytes.Repeat([]byte{byte(i + 1)}, piece)
+				want = append(want, p...)
+				if _, err := s.Write(p); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.finish(); err != nil {
+				t.Fatal(err)
+			}
+			if inFile := s.file != nil; inFile != (int64(len(want)) > memory) {
+				t.Errorf("memory %d: %d bytes in a file: %v", memory, len(want), inFile)
+			}
+			got, err := io.ReadAll(io.NewSectionReader(s, 0, int64(len(want))+10))
+			if err != nil || !bytes.Equal(got, want) {
+				t.Errorf("memory %d, pieces of %d: read %d bytes and %v, want %d", memory, piece, len(got), err, len(want))
+			}
+			off := int64(len(want)) - 700
+			if got, err = io.ReadAll(io.NewSectionReader(s, max(off, 0), 300)); err != nil || !bytes.Equal(got, want[max(off, 0):][:min(300, len(want))]) {
+				t.Errorf("memory %d, pieces of %d: read %d bytes and %v in the middle", memory, piece, len(got), err)
+			}
+			s.Close()
+		}
+	}
+}
+
+// A panic in a decompressor ends one upload, not the process.
+func TestGuard(t *testing.T) {
+	s := &Spool{store: &store{memory: 100}}
+	s.store.Write([]byte("x"))
+	s.hold(func() (*Payload, error) { panic("hostile") })
+	p, err := s.Payload()
+	if p != nil || api.AsError(err).Code != api.Internal || !strings.Contains(err.Error(), "hostile") {
+		t.Errorf("got %v, %v", p, err)
+	}
+	if s.store.blocks != nil {
+		t.Error("the store was not freed")
+	}
+}
