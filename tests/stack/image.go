@@ -2,10 +2,8 @@ package stack
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,7 +14,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -174,12 +171,11 @@ func (c *Container) Output(ctx context.Context) (string, error) {
 	return string(out), nil
 }
 
-// Get asks the container's HTTP server on a port until it answers 200.
-func (c *Container) Get(ctx context.Context, port int, path string) (string, error) {
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: c.dial}
-	client := &http.Client{Transport: transport}
-	var body bytes.Buffer
-	err := c.proc.ready(ctx, func(ctx context.Context) error {
+// Get asks the container's HTTP server on a port, again and again until it
+// answers with a status below 500: a function may start after its watchdog.
+func (c *Container) Get(ctx context.Context, port int, path string) (status int, body string, err error) {
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: c.dial}}
+	err = c.proc.ready(ctx, func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
 		if err != nil {
 			return err
@@ -189,16 +185,17 @@ func (c *Container) Get(ctx context.Context, port int, path string) (string, err
 			return err
 		}
 		defer resp.Body.Close()
-		body.Reset()
-		if _, err := io.Copy(&body, io.LimitReader(resp.Body, 16<<20)); err != nil {
+		text, err := io.ReadAll(io.LimitReader(resp.Body, 16<<20))
+		if err != nil {
 			return err
 		}
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("%s: %s", resp.Status, strings.TrimSpace(body.String()))
+		status, body = resp.StatusCode, string(text)
+		if status >= 500 {
+			return fmt.Errorf("it answers %s: %s", resp.Status, strings.TrimSpace(body))
 		}
 		return nil
 	})
-	return body.String(), err
+	return status, body, err
 }
 
 // dial connects inside the container's network.
@@ -250,10 +247,12 @@ func dialTCP(addr string) (net.Conn, error) {
 // Kill ends the container at once.
 func (c *Container) Kill() { c.proc.kill() }
 
-// Ended reports whether the container has ended within d.
-func (c *Container) Ended(d time.Duration) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	_, err := c.proc.wait(ctx)
-	return !errors.Is(err, context.DeadlineExceeded)
+// Ended reports whether the container has ended.
+func (c *Container) Ended() bool {
+	select {
+	case <-c.proc.done:
+		return true
+	default:
+		return false
+	}
 }

@@ -97,8 +97,12 @@ func (p *process) signal(sig os.Signal) error { return p.cmd.Process.Signal(sig)
 func (p *process) wait(ctx context.Context) (*os.ProcessState, error) {
 	select {
 	case <-p.done:
-		return p.cmd.ProcessState, nil
 	case <-ctx.Done():
+	}
+	select {
+	case <-p.done: // also when both had happened
+		return p.cmd.ProcessState, nil
+	default:
 		return nil, fmt.Errorf("waiting for %s to end: %w", p.name, ctx.Err())
 	}
 }

@@ -312,10 +312,10 @@ func TestContainer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := c.Get(ctx, 8080, "/"); err != nil || out != "served\n" {
-		t.Errorf("got %q, %v", out, err)
+	if status, out, err := c.Get(ctx, 8080, "/"); err != nil || status != http.StatusOK || out != "served\n" {
+		t.Errorf("got %d, %q, %v", status, out, err)
 	}
-	if c.Ended(0) {
+	if c.Ended() {
 		t.Error("the server has ended")
 	}
 }

@@ -67,8 +67,12 @@ func run(ctx context.Context, args []string) (err error) {
 	var do func(context.Context, *stack.Stack, *stack.Function) error
 	switch command {
 	case "run":
+		dir, err := functionDir(*function)
+		if err != nil {
+			return err
+		}
 		do = func(ctx context.Context, s *stack.Stack, f *stack.Function) error {
-			return buildAndRun(ctx, s, f, *function, *image)
+			return buildAndRun(ctx, s, f, dir, *image)
 		}
 	case "up":
 		do = up
@@ -194,25 +198,29 @@ func goSettings(ctx context.Context) map[string]string {
 	return args
 }
 
-// contextOf returns the build context for a folder.
-func contextOf(s *stack.Stack, name, dir string) (string, error) {
-	if _, err := os.Stat(filepath.Join(dir, "Dockerfile")); err == nil {
-		return dir, nil
-	}
-	if _, err := os.Stat(filepath.Join(dir, "handler.go")); err != nil {
-		return "", fmt.Errorf("%s has neither a Dockerfile nor the handler.go of a golang-middleware function", dir)
-	}
-	return s.Assemble(name, dir)
-}
-
-func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, image string) error {
+// functionDir returns the folder to build, which must be one that can be.
+func functionDir(dir string) (string, error) {
 	if dir == "" {
-		dir = filepath.Join(s.Repo, "tests", "testdata", "hello")
+		// The sample is beside this command, and the working directory in tests/
+		// or above it.
+		dir = filepath.Join("testdata", "hello")
+		if _, err := os.Stat(dir); err != nil {
+			dir = filepath.Join("tests", dir)
+		}
 	}
 	dir, err := filepath.Abs(dir)
 	if err != nil {
-		return err
+		return "", err
 	}
+	for _, name := range []string{"Dockerfile", "handler.go"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+			return dir, nil
+		}
+	}
+	return "", fmt.Errorf("%s has neither a Dockerfile nor the handler.go of a golang-middleware function", dir)
+}
+
+func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, image string) error {
 	name := strings.ToLower(filepath.Base(dir))
 	if image == "" {
 		image = name + ":latest"
@@ -220,9 +228,10 @@ func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, im
 	if host, _, ok := strings.Cut(image, "/"); !ok || !strings.ContainsAny(host, ".:") && host != "localhost" {
 		image = s.Registry.Image(image)
 	}
-	dir, err = contextOf(s, name, dir)
-	if err != nil {
-		return err
+	if _, err := os.Stat(filepath.Join(dir, "Dockerfile")); err != nil {
+		if dir, err = s.Assemble(name, dir); err != nil {
+			return err
+		}
 	}
 	got, err := build(ctx, f, dir, image)
 	if err != nil {
@@ -238,18 +247,20 @@ func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, im
 	if err != nil {
 		return err
 	}
-	// Something that prints and ends, or a server on the port of all functions.
-	if !c.Ended(3 * time.Second) {
-		answer, err := c.Get(ctx, 8080, "/")
-		if err != nil {
-			return fmt.Errorf("asking the image on port 8080: %w", err)
-		}
-		fmt.Printf("GET / answers:\n%s\n", strings.TrimSpace(answer))
+	// A server on the port of all functions, or something that prints and ends.
+	status, answer, err := c.Get(ctx, 8080, "/")
+	if err == nil {
+		fmt.Printf("GET / on port 8080 answers %d:\n%s\n", status, strings.TrimSpace(answer))
 		c.Kill()
 		return nil
 	}
+	if !c.Ended() {
+		return fmt.Errorf("asking the image on port 8080: %w", err)
+	}
 	out, err := c.Output(ctx)
-	fmt.Printf("it prints:\n%s\n", strings.TrimSpace(out))
+	if err == nil {
+		fmt.Printf("it prints:\n%s\n", strings.TrimSpace(out))
+	}
 	return err
 }
 
