@@ -1,0 +1,302 @@
+package clients_test
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"handler/function/tests/stack"
+)
+
+// refusal is what a client is told of a request that failed.
+type refusal struct {
+	status int
+	code   string
+	text   string // in the error
+	image  string // the record's
+	log    string // in the record's log
+	retry  bool   // there is a Retry-After
+}
+
+// check sends a request twice, for both forms of an error.
+func (want refusal) check(t *testing.T, send func(t *testing.T, contentType string) answer) {
+	t.Helper()
+	got := send(t, "application/octet-stream")
+	if got.StatusCode != want.status || got.Header.Get("Content-Type") != jsonType {
+		t.Errorf("got %s of %s, want %d of JSON: %s", got.Status, got.Header.Get("Content-Type"), want.status, got.text)
+	}
+	r := record(t, got.text)
+	if r.Status != "failed" || r.Code != want.code || r.Image != want.image || r.Digest != "" ||
+		r.Error == "" || !strings.Contains(r.Error, want.text) || !strings.Contains(strings.Join(r.Log, "\n"), want.log) {
+		t.Errorf("got %+v, want %+v", r, want)
+	}
+	if retry := got.Header.Get("Retry-After") != ""; retry != want.retry {
+		t.Errorf("Retry-After is %q", got.Header.Get("Retry-After"))
+	}
+	checkHeaders(t, got)
+
+	got = send(t, "text/plain; charset=utf-8")
+	if got.StatusCode != want.status || !strings.HasPrefix(got.Header.Get("Content-Type"), "text/plain") {
+		t.Errorf("got %s of %s, want %d of text", got.Status, got.Header.Get("Content-Type"), want.status)
+	}
+	if strings.HasPrefix(strings.TrimSpace(got.text), "{") {
+		t.Errorf("the text is JSON: %s", got.text)
+	}
+	if err := within(got.text, want.text, want.code, want.image, want.log); err != nil {
+		t.Errorf("the text does not tell what the record does: %v", err)
+	}
+	checkHeaders(t, got)
+}
+
+func checkHeaders(t *testing.T, got answer) {
+	t.Helper()
+	// The queue worker retries whatever carries this one up to a hundred times.
+	if v, ok := got.Header["X-Openfaas-Internal"]; ok {
+		t.Errorf("the answer carries X-OpenFaaS-Internal: %q", v)
+	}
+}
+
+func posting(t *testing.T, f *stack.Function, body []byte, change func(*http.Request)) func(*testing.T, string) answer {
+	return func(t *testing.T, contentType string) answer {
+		t.Helper()
+		return post(t, t.Context(), f, body, func(req *http.Request) {
+			req.Header.Set("Content-Type", contentType)
+			if change != nil {
+				change(req)
+			}
+		})
+	}
+}
+
+// Not here: 500, which needs a defect, and the failures of a registry and a
+// daemon under way, which are told by the package that breaks those.
+
+func TestRefusals(t *testing.T) {
+	_, s, f := start(t, stack.FunctionConfig{Env: map[string]string{
+		"max_body_bytes":     "1MiB",
+		"max_unpacked_bytes": "8MiB",
+		"max_entries":        "50",
+		"max_path_bytes":     "200",
+		"max_config_bytes":   "64KiB",
+		"max_secrets_bytes":  "64KiB",
+		"allowed_images":     "127.0.0.1:1, " + stack.Shared(t).Registry.Image("allowed/"),
+		"build_timeout":      "3s",
+	}})
+	allowed := s.Registry.Image("allowed/app:1")
+	with := func(c config, files map[string]string) []byte {
+		if c["image"] == nil {
+			c["image"] = allowed
+		}
+		return tarOf(t, c, files)
+	}
+	many := map[string]string{"Dockerfile": "FROM scratch\n"}
+	for i := range 60 {
+		many[fmt.Sprint("f", i)] = ""
+	}
+
+	for name, test := range map[string]struct {
+		body []byte
+		want refusal
+	}{
+		"400 not a tar":  {[]byte("hello"), refusal{status: 400, code: "bad_tar"}},
+		"400 empty":      {nil, refusal{status: 400, code: "bad_tar"}},
+		"400 no config":  {output(t, stack.Context(t, map[string]string{"context/Dockerfile": "FROM scratch\n"}), nil, "tar", "c", "context"), refusal{status: 400, code: "bad_tar", text: "com.openfaas.docker.config"}},
+		"400 config":     {with(config{"image": "UPPER"}, copyOnly), refusal{status: 400, code: "bad_config", text: "UPPER"}},
+		"400 secrets":    {withSecrets(t, with(config{}, copyOnly), "version: v1\n"), refusal{status: 400, code: "bad_secrets", image: allowed}},
+		"400 envelope":   {[]byte(`{"signature":"` + stack.Sign(f.Secret, nil) + `"}`), refusal{status: 400, code: "bad_envelope"}},
+		"403 repository": {with(config{"image": s.Registry.Image("allowed-not/app")}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "allowed-not/app", image: s.Registry.Image("allowed-not/app")}},
+		"403 tag":        {with(config{"tags": []string{"docker.io/library/other"}}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "docker.io/library/other", image: allowed}},
+		"413 body":       {make([]byte, 1<<20+1), refusal{status: 413, code: "too_large", text: "the body is over the limit of 1048576 bytes"}},
+		"413 unpacked": {compressed(func(*testing.T, string) []byte {
+			return with(config{}, map[string]string{"zero": strings.Repeat("\x00", 9<<20)})
+		}, "gzip")(t, ""), refusal{status: 413, code: "too_large", text: "over the limit of 8388608 bytes unpacked"}},
+		"413 entries":       {with(config{}, many), refusal{status: 413, code: "too_large", text: "over the limit of 50 entries"}},
+		"413 path":          {with(config{}, map[string]string{strings.Repeat("p", 200) + "/" + strings.Repeat("p", 200): ""}), refusal{status: 413, code: "too_large", text: "a path over the limit of 200 bytes"}},
+		"413 config":        {with(config{"labels": config{"x": strings.Repeat("x", 64<<10)}}, copyOnly), refusal{status: 413, code: "too_large", text: "com.openfaas.docker.config\": over the limit of 65536 bytes"}},
+		"413 secrets":       {withSecrets(t, with(config{}, copyOnly), strings.Repeat("x", 64<<10+1)), refusal{status: 413, code: "too_large", text: "com.openfaas.secrets\": over the limit of 65536 bytes"}},
+		"422 step":          {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; exit 3\n"}), refusal{status: 422, code: "build_failed", text: "exit code 3", image: allowed, log: "l: before"}},
+		"422 no Dockerfile": {with(config{}, map[string]string{"x": ""}), refusal{status: 422, code: "build_failed", text: "Dockerfile", image: allowed}},
+		"422 deadline":      {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; sleep 60\n"}), refusal{status: 422, code: "deadline", text: "build_timeout", image: allowed, log: "l: before"}},
+		"422 base":          {with(config{}, map[string]string{"Dockerfile": "FROM " + s.Registry.Image("not/there") + "\n"}), refusal{status: 422, code: "registry_denied", text: "not/there", image: allowed}},
+		"503 registry":      {with(config{"image": "127.0.0.1:1/app"}, copyOnly), refusal{status: 503, code: "registry_failed", text: "127.0.0.1:1", image: "127.0.0.1:1/app", retry: true}},
+	} {
+		t.Run(name, func(t *testing.T) { test.want.check(t, posting(t, f, test.body, nil)) })
+	}
+
+	t.Run("401", func(t *testing.T) {
+		refusal{status: 401, code: "unauthorized"}.check(t, posting(t, f, with(config{}, copyOnly), func(req *http.Request) {
+			req.Header.Set("X-Build-Signature", stack.Sign("another key", nil))
+		}))
+	})
+	for name, test := range map[string]struct {
+		method, path string
+		want         refusal
+	}{
+		"404": {"GET", "/debug/requests", refusal{status: 404, code: "not_found"}},
+		"405": {"PUT", "/build", refusal{status: 405, code: "method_not_allowed"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.want.check(t, posting(t, f, nil, func(req *http.Request) { req.Method, req.URL.Path = test.method, test.path }))
+		})
+	}
+	// What is not refused.
+	t.Run("200", func(t *testing.T) {
+		got := post(t, t.Context(), f, with(config{}, copyOnly), nil)
+		if r := record(t, got.text); got.StatusCode != http.StatusOK || r.Status != "success" {
+			t.Errorf("got %s: %s", got.Status, got.text)
+		}
+	})
+}
+
+func TestBusy(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	long := tarOf(t, config{"image": s.Registry.Image("busy:long")}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo running; sleep 100\n"})
+	running := openStream(t, ctx, f, long, "l: running")
+	short := tarOf(t, config{"image": s.Registry.Image("busy:short")}, copyOnly)
+	refusal{status: 429, code: "busy", retry: true, image: s.Registry.Image("busy:short")}.check(t, posting(t, f, short, nil))
+	if _, err := get(ctx, f, "/ready"); err != nil {
+		t.Errorf("a busy function is not ready: %v", err)
+	}
+
+	// The same is built once the other caller has gone.
+	running.Close()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		got := post(t, ctx, f, short, nil)
+		if got.StatusCode == http.StatusOK {
+			break
+		}
+		if got.StatusCode != http.StatusTooManyRequests || time.Now().After(end) {
+			t.Fatalf("after the other caller had gone: %s: %s", got.Status, got.text)
+		}
+	}
+}
+
+func TestNoDaemon(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"buildkit_addr": "tcp://127.0.0.1:1"}})
+	ref := s.Registry.Image("no-daemon:latest")
+	refusal{status: 503, code: "no_daemon", retry: true, image: ref}.check(t, posting(t, f, tarOf(t, config{"image": ref}, copyOnly), nil))
+	if _, err := get(ctx, f, "/ready"); err != nil {
+		t.Errorf("a function without a daemon is not ready: %v", err)
+	}
+}
+
+func TestShuttingDown(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"healthcheck_interval": "20s"}})
+	if err := f.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := get(ctx, f, "/ready"); err != nil {
+			if !strings.Contains(err.Error(), "503") {
+				t.Fatal(err)
+			}
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the function is ready 10 s after SIGTERM")
+		}
+	}
+	body := tarOf(t, config{"image": s.Registry.Image("shutting-down:latest")}, copyOnly)
+	refusal{status: 503, code: "shutting_down", retry: true}.check(t, posting(t, f, body, nil))
+	if _, err := get(ctx, f, "/healthz"); err != nil {
+		t.Errorf("it serves, but is not healthy: %v", err)
+	}
+}
+
+// TestNoSpace gives the function a temporary directory of 1 MiB.
+func TestNoSpace(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m,mode=777"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"temp_dir": dir, "spool_memory_bytes": "64KiB"}})
+	body := func(size int) []byte {
+		return tarOf(t, config{"image": s.Registry.Image("no-space:latest")}, map[string]string{
+			"Dockerfile": "FROM scratch\nCOPY . /\n", "file": strings.Repeat("x", size),
+		})
+	}
+	refusal{status: 503, code: "no_space", retry: true}.check(t, posting(t, f, body(4<<20), nil))
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) > 0 {
+		t.Errorf("files are left: %v, %v", entries, err)
+	}
+	// Not all is lost: what was spooled has made room.
+	mustBuild(t, ctx, f, body(512<<10))
+}
+
+func TestNotReady(t *testing.T) {
+	_, s, f := start(t, stack.FunctionConfig{})
+	if err := os.Remove(filepath.Join(f.SecretsDir, "payload-secret")); err != nil {
+		t.Fatal(err)
+	}
+	body := tarOf(t, config{"image": s.Registry.Image("not-ready:latest")}, copyOnly)
+	refusal{status: 503, code: "not_ready", text: "payload secret", retry: true}.check(t, posting(t, f, body, nil))
+}
+
+// openStream starts a build and returns its answer once a line holds text.
+func openStream(t *testing.T, ctx context.Context, f *stack.Function, body []byte, text string) io.Closer {
+	t.Helper()
+	resp, err := f.Post(ctx, body, ndjsonType)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	stream := bufio.NewScanner(resp.Body)
+	for stream.Scan() {
+		if strings.Contains(stream.Text(), text) {
+			return resp.Body
+		}
+	}
+	t.Fatalf("the stream ended without %q: %v", text, stream.Err())
+	return nil
+}
+
+// get returns the body of an answer with 200.
+func get(ctx context.Context, f *stack.Function, path string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.URL+path, nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s answers %s: %s", path, resp.Status, text)
+	}
+	return string(text), err
+}
+
+// withSecrets appends com.openfaas.secrets to a tar.
+func withSecrets(t *testing.T, body []byte, secrets string) []byte {
+	t.Helper()
+	const end = 2 * 512 // zeros
+	b := bytes.NewBuffer(bytes.Clone(body[:len(body)-end]))
+	w := tar.NewWriter(b)
+	err := w.WriteHeader(&tar.Header{Name: "com.openfaas.secrets", Mode: 0o600, Size: int64(len(secrets))})
+	if err == nil {
+		_, err = w.Write([]byte(secrets))
+	}
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
