@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,10 +35,14 @@ type Buildkitd struct {
 type BuildkitdConfig struct {
 	Args []string                 // further flags of buildkitd, which overrule the file
 	Edit func(toml string) string // changes the file
+
+	// Certs is a directory of buildkit/certs.sh, read at each start; empty is
+	// the stack's.
+	Certs string
 }
 
-// NewBuildkitd starts a daemon of its own beside the stack's first one. It
-// trusts the stack's CA and is stopped with the stack.
+// NewBuildkitd starts a daemon of its own beside the stack's first one. It is
+// stopped with the stack.
 func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd, error) {
 	dir, err := os.MkdirTemp(s.Dir, "buildkitd-")
 	if err != nil {
@@ -51,7 +56,7 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 		Addr:   fmt.Sprintf("tcp://127.0.0.1:%d", port),
 		Root:   filepath.Join(dir, "root"),
 		dir:    dir,
-		certs:  s.Certs,
+		certs:  cmp.Or(c.Certs, s.Certs),
 		cgroup: filepath.Base(s.Dir) + "-" + filepath.Base(dir),
 		args:   c.Args,
 		tools:  s.Tools,

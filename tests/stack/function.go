@@ -29,6 +29,9 @@ type FunctionConfig struct {
 	// Watchdog puts the real of-watchdog in front, where this machine has one.
 	// Two of them cannot run at once: they share the metrics port 8081.
 	Watchdog bool
+	// Plain leaves out the race detector, for a test that measures memory or
+	// time: it takes many times the function's own.
+	Plain bool
 }
 
 // Function is one running instance of the builder.
@@ -45,7 +48,7 @@ type Function struct {
 // Function starts an instance and waits until it is ready. It is killed with
 // the stack. The first call compiles the function.
 func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, error) {
-	handler, err := s.handler()
+	handler, err := s.handler(ctx, s.race && !c.Plain)
 	if err != nil {
 		return nil, err
 	}

@@ -47,9 +47,9 @@ type Stack struct {
 	race bool
 	lock *os.File
 
-	mu      sync.Mutex
-	closers []func()
-	handler func() (string, error)
+	mu       sync.Mutex // of closers
+	closers  []func()
+	building sync.Mutex // while the function is compiled
 }
 
 // Start brings a stack up, ready to build. ctx bounds the start; the stack
@@ -80,13 +80,6 @@ func Start(ctx context.Context, c Config) (_ *Stack, err error) {
 			s.Close()
 		}
 	}()
-	s.handler = sync.OnceValues(func() (string, error) {
-		fmt.Fprintln(s.log, "building the function with the template")
-		out := filepath.Join(s.Dir, "handler")
-		// Not the caller's context: the outcome is for all callers.
-		return out, s.buildHandler(context.WithoutCancel(ctx), out)
-	})
-
 	s.Certs = filepath.Join(s.Dir, "certs")
 	fmt.Fprintln(s.log, "making certificates")
 	certs := exec.CommandContext(ctx, filepath.Join(repo, "buildkit", "certs.sh"), s.Certs)

@@ -95,7 +95,7 @@ type machine struct {
 }
 
 func newMachine(ctx context.Context, repo string) (*machine, error) {
-	unlock, err := lockCache(repo)
+	unlock, err := lockCache(ctx, repo)
 	if err != nil {
 		return nil, err
 	}

@@ -45,7 +45,7 @@ var toolModules = []struct {
 // environment variable STACK_BIN names a directory of ready-made ones instead.
 func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) {
 	paths := map[string]string{}
-	unlock, err := lockCache(repo)
+	unlock, err := lockCache(ctx, repo)
 	if err != nil {
 		return Tools{}, err
 	}
@@ -90,10 +90,26 @@ func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) 
 	return Tools{paths["buildkitd"], paths["buildctl"], paths["runc"], paths["registry"]}, nil
 }
 
+// handler returns the path of the compiled function, which it makes the first
+// time that it is asked for.
+func (s *Stack) handler(ctx context.Context, race bool) (string, error) {
+	s.building.Lock()
+	defer s.building.Unlock()
+	out := filepath.Join(s.Dir, "handler")
+	if race {
+		out += "-race"
+	}
+	if _, err := os.Stat(out); err == nil {
+		return out, nil
+	}
+	fmt.Fprintln(s.log, "building the function with the template")
+	return out, s.buildHandler(ctx, out, race)
+}
+
 // buildHandler puts the builder together with the template as faas-cli does and
 // compiles it to out as the template's Dockerfile does.
-func (s *Stack) buildHandler(ctx context.Context, out string) error {
-	unlock, err := lockCache(s.Repo)
+func (s *Stack) buildHandler(ctx context.Context, out string, race bool) error {
+	unlock, err := lockCache(ctx, s.Repo)
 	if err != nil {
 		return err
 	}
@@ -123,7 +139,7 @@ func (s *Stack) buildHandler(ctx context.Context, out string) error {
 		return fmt.Errorf("building the function: %w", err)
 	}
 	args, cgo := []string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, "CGO_ENABLED=0"
-	if s.race {
+	if race {
 		args, cgo = append(args, "-race"), "CGO_ENABLED=1"
 	}
 	if err := goCommand(ctx, function, append(args, "./_main"), cgo); err != nil {
@@ -163,8 +179,8 @@ func goCommand(ctx context.Context, dir string, args []string, env ...string) er
 	return nil
 }
 
-// lockCache keeps test binaries that run at once from building the same thing.
-func lockCache(repo string) (unlock func(), err error) {
+// lockCache keeps processes that run at once from building the same thing.
+func lockCache(ctx context.Context, repo string) (unlock func(), err error) {
 	dir := filepath.Join(repo, ".cache")
 	if err := os.MkdirAll(filepath.Join(dir, "bin"), 0o755); err != nil {
 		return nil, err
@@ -173,11 +189,22 @@ func lockCache(repo string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("waiting for another process to build: %w", ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
-	return func() { f.Close() }, nil
 }
 
 // findRepo walks up from the working directory to the one that holds stack.yml

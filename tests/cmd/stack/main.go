@@ -117,6 +117,10 @@ func run(ctx context.Context, args []string) (err error) {
 	f, err := s.Function(ctx, stack.FunctionConfig{
 		Watchdog: true,
 		Secrets:  map[string][]byte{"registry-config": credentials},
+		// A first build compiles Go's standard library, on whatever this is.
+		Env: map[string]string{
+			"build_timeout": "1h", "read_timeout": "65m", "write_timeout": "65m", "exec_timeout": "65m",
+		},
 	})
 	if err != nil {
 		return err
