@@ -126,7 +126,9 @@ func (x *indexer) next() (*tar.Header, error) {
 			return nil, x.cutShort(err)
 		case err != nil:
 			return nil, x.headerError(err)
-		case hdr.Typeflag == tar.TypeXGlobalHeader:
+		}
+		used += -used & (blockLen - 1) // the padding of a global header is not read yet
+		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			if x.headers -= used; x.headers < 0 {
 				return nil, x.headerError(errHeaders)
 			}
