@@ -195,15 +195,13 @@ func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err 
 }
 
 // Build are the credentials as one build may use them: it pushes to the given
-// repositories and pulls from any other. Tokens are kept in it, so that none
-// outlives the build or serves another. It may be used from many goroutines.
+// repositories and pulls from any other. It may be used from many goroutines.
 func (c *Credentials) Build(pushes []reference.Named) *Build {
 	b := &Build{
 		creds:  c,
 		pushes: make(map[string]bool),
 		auths:  make(map[string]func() (types.AuthConfig, error)),
 		none:   make(map[string]bool),
-		tokens: make(map[string]Token),
 	}
 	for _, ref := range pushes {
 		b.pushes[serverHost(reference.Domain(ref))+"/"+reference.Path(ref)] = true
@@ -216,10 +214,9 @@ type Build struct {
 	creds  *Credentials
 	pushes map[string]bool // by server host, a slash and the repository
 
-	mu     sync.Mutex
-	auths  map[string]func() (types.AuthConfig, error)
-	none   map[string]bool // hosts that nothing was found for
-	tokens map[string]Token
+	mu    sync.Mutex
+	auths map[string]func() (types.AuthConfig, error)
+	none  map[string]bool // hosts that nothing was found for
 }
 
 // auth is lookup once for each host, so that a build runs a helper once.

@@ -33,10 +33,6 @@ const (
 	// has no expires_in.
 	defaultExpiry = 60 * time.Second
 
-	// earlyExpiry is the part of a token's life after which it is not handed
-	// out again.
-	earlyExpiry = 0.8
-
 	clientID = "openfaas-builder"
 )
 
@@ -77,6 +73,9 @@ func (b *Build) Basic(ctx context.Context, host string) (username, password stri
 
 // Token answers a challenge with a token for the scopes that this build needs:
 // to push where it pushes, and to pull. Every error is an *api.Error.
+//
+// None is handed out twice: the daemon keeps them, and asks again when the
+// registry no longer takes the last one.
 func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	scopes, err := b.grant(req.Host, req.Scopes)
 	if err != nil {
@@ -95,14 +94,6 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 		return Token{Value: auth.RegistryToken, IssuedAt: now, Expires: now.Add(defaultExpiry)}, nil
 	}
 
-	key := strings.Join(append([]string{lower(req.Host), realm.String(), req.Service}, scopes...), "\n")
-	b.mu.Lock()
-	tok, ok := b.tokens[key]
-	b.mu.Unlock()
-	if ok && time.Since(tok.IssuedAt) < time.Duration(float64(tok.Expires.Sub(tok.IssuedAt))*earlyExpiry) {
-		return tok, nil
-	}
-
 	ctx, cancel := context.WithTimeout(ctx, tokenTimeout)
 	defer cancel()
 	f := &fetch{host: req.Host, realm: realm, service: req.Service, scopes: scopes, auth: auth}
@@ -111,14 +102,7 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 		return Token{}, err
 	}
 	defer f.client.CloseIdleConnections()
-	tok, err = f.run(ctx)
-	if err != nil {
-		return Token{}, err
-	}
-	b.mu.Lock()
-	b.tokens[key] = tok
-	b.mu.Unlock()
-	return tok, nil
+	return f.run(ctx)
 }
 
 // grant leaves of scopes what this build may do at host.

@@ -342,42 +342,17 @@ func TestTokenCA(t *testing.T) {
 	}
 }
 
-func TestTokenKept(t *testing.T) {
-	life := "300"
+func TestTokenNotKept(t *testing.T) {
 	var n atomic.Int32
 	s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, `{"token":"tok%d","expires_in":%s}`, n.Add(1), life)
+		fmt.Fprintf(w, `{"token":"tok%d","expires_in":300}`, n.Add(1))
 	})
-	c := New(Config{TokenHosts: []string{s.host()}})
-	ask := func(b *Build, scope string) string {
-		t.Helper()
-		tok, err := b.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{scope}})
-		if err != nil {
-			t.Fatal(err)
+	b := New(Config{TokenHosts: []string{s.host()}}).Build(nil)
+	for _, want := range []string{"tok1", "tok2"} {
+		tok, err := b.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{"repository:a:pull"}})
+		if err != nil || tok.Value != want {
+			t.Errorf("got %q, %v, want %q: the registry may have refused the last one", tok.Value, err, want)
 		}
-		return tok.Value
-	}
-	one, two := c.Build(nil), c.Build(nil)
-	for _, step := range []struct {
-		b           *Build
-		scope, want string
-	}{
-		{one, "repository:a:pull", "tok1"},
-		{one, "repository:a:pull", "tok1"},
-		{one, "repository:b:pull", "tok2"},
-		{two, "repository:a:pull", "tok3"}, // never another build's
-		{one, "repository:a:pull", "tok1"},
-	} {
-		if got := ask(step.b, step.scope); got != step.want {
-			t.Errorf("%s: %s, want %s", step.scope, got, step.want)
-		}
-	}
-	for key, tok := range one.tokens {
-		tok.IssuedAt, tok.Expires = tok.IssuedAt.Add(-299*time.Second), tok.Expires.Add(-299*time.Second)
-		one.tokens[key] = tok
-	}
-	if got := ask(one, "repository:a:pull"); got != "tok4" {
-		t.Errorf("near its end: %s", got)
 	}
 }
 
