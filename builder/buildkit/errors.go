@@ -3,6 +3,7 @@ package buildkit
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"regexp"
 	"strconv"
 	"strings"
@@ -107,11 +108,18 @@ func exitText(code uint32) string {
 	return text
 }
 
+// maxStep is how much of a step's name an error has, in bytes: a RUN line can be
+// longer than the whole error may, and why it failed comes after it.
+const maxStep = 1 << 10
+
 // buildFailed says what failed at which step, with the Dockerfile around it.
 func (f *failure) buildFailed(what string) error {
 	var b strings.Builder
 	if v, ok := errors.AsType[*errdefs.VertexError](f.err); ok {
 		if step := f.step(v.Digest); step != "" && !strings.Contains(what, step) {
+			if len(step) > maxStep {
+				step = strings.ToValidUTF8(step[:maxStep], "") + " …"
+			}
 			b.WriteString(step + ": ")
 		}
 	}
@@ -129,7 +137,8 @@ var (
 	pushed           = regexp.MustCompile(`failed to push (\S+): `)
 	unexpectedStatus = regexp.MustCompile(`unexpected status(?: code)?(?: from \w+ request to)? \S+: (\d{3})\b`)
 	registryContext  = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
-	denied           = regexp.MustCompile(`insufficient_scope|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
+	tooManyRequests  = regexp.MustCompile(`: toomanyrequests\b`) // instead of a status, where the answer has a body
+	denied           = regexp.MustCompile(`insufficient_scope|\bunauthorized\b|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
 	unreachable      = regexp.MustCompile(`connection refused|no such host|server misbehaving|i/o timeout|context deadline exceeded|TLS handshake timeout|connection reset by peer|broken pipe|network is unreachable|no route to host|tls: |x509: |server gave HTTP response|: EOF\b`)
 )
 
@@ -140,14 +149,18 @@ func (f *failure) aboutRegistry(text string) bool {
 // registryStatus is the error of a registry that answered with a status, or
 // nil.
 func (f *failure) registryStatus(text string) error {
-	m := unexpectedStatus.FindStringSubmatch(text)
-	if m == nil || !f.aboutRegistry(text) {
-		return nil
+	status := 0
+	if m := unexpectedStatus.FindStringSubmatch(text); m != nil {
+		status, _ = strconv.Atoi(m[1])
+	} else if tooManyRequests.MatchString(text) {
+		status = http.StatusTooManyRequests
 	}
-	switch status, _ := strconv.Atoi(m[1]); {
-	case status == 429 && f.pushing:
+	switch {
+	case !f.aboutRegistry(text):
+		return nil
+	case status == http.StatusTooManyRequests && f.pushing:
 		return fmt.Errorf("%w: %w", errPushLater, f.registryError(api.RegistryFailed, text))
-	case status == 429, status >= 500:
+	case status == http.StatusTooManyRequests, status >= 500:
 		return f.registryError(api.RegistryFailed, text)
 	case status >= 400:
 		return f.registryError(api.RegistryDenied, text)

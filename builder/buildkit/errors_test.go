@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
@@ -57,6 +58,8 @@ Dockerfile:3
    3 | >>> RUN exit 3
    4 |     
 --------------------`},
+		{name: "long step", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 3}, digest.FromString("long")), code: api.BuildFailed,
+			msg: "RUN " + strings.Repeat("é", (maxStep-4)/2) + " …: exit code 3"},
 		{name: "memory", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 137}, digest.FromString("step")), code: api.BuildFailed,
 			msg: "[2/2] RUN exit 3: exit code 137: killed, probably because memory ran out"},
 		{name: "a step that fills its disk", code: api.BuildFailed, msg: "exit code 1",
@@ -100,6 +103,12 @@ Dockerfile:2
 			msg: "pushing 127.0.0.1:5000/x:1: denied: said the registry (no credentials are configured for 127.0.0.1:5000)"},
 		{name: "push 400", err: errors.New(push + head + "400 Bad Request"), pushing: true, code: api.RegistryDenied,
 			msg: "pushing 127.0.0.1:5000/x:1: " + head + "400 Bad Request (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push 429 with a body", err: errors.New(push + "toomanyrequests: too many requests"), pushing: true, code: api.RegistryFailed, later: true,
+			msg: "pushing 127.0.0.1:5000/x:1: toomanyrequests: too many requests"},
+		{name: "pull 429 with a body", err: errors.New(pull + "toomanyrequests: too many requests"), code: api.RegistryFailed,
+			msg: "pulling 127.0.0.1:5000/x:1: toomanyrequests: too many requests"},
+		{name: "push 401 with a body", err: errors.New(push + "unauthorized: authentication required"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: unauthorized: authentication required (no credentials are configured for 127.0.0.1:5000)"},
 		{name: "push 429", err: errors.New(push + head + "429 Too Many Requests"), pushing: true, code: api.RegistryFailed, later: true,
 			msg: "pushing 127.0.0.1:5000/x:1: " + head + "429 Too Many Requests"},
 		{name: "push 502", err: errors.New(push + head + "502 Bad Gateway"), pushing: true, code: api.RegistryFailed,
@@ -123,6 +132,9 @@ Dockerfile:2
 				step: func(d string) string {
 					if d == digest.FromString("step").String() {
 						return "[2/2] RUN exit 3"
+					}
+					if d == digest.FromString("long").String() {
+						return "RUN " + strings.Repeat("é", maxStep)
 					}
 					return ""
 				},
