@@ -291,6 +291,9 @@ func TestWalk(t *testing.T) {
 		{"/", map[string]error{"dir-other": fs.SkipDir}, slices.DeleteFunc(slices.Clone(all), func(p string) bool {
 			return p == "dir-other/x"
 		})},
+		{"/", map[string]error{"dir": fs.SkipDir}, slices.DeleteFunc(slices.Clone(all), func(p string) bool {
+			return strings.HasPrefix(p, "dir/")
+		})},
 		{"/", map[string]error{"Dockerfile": fs.SkipDir}, []string{"Dockerfile"}},
 		{"dir.txt", map[string]error{"dir.txt": fs.SkipDir}, []string{"dir.txt"}},
 		{"/", map[string]error{"dir/a": fs.SkipAll}, []string{"Dockerfile", "dir", "dir/a"}},
@@ -396,6 +399,7 @@ func TestSyntaxLine(t *testing.T) {
 		{"missing", nil, "", ""},
 		{"symlink", map[string]string{"Dockerfile -> d/real": "", "d/real": "# syntax=x\n"}, "", "x"},
 		{"symlinks", map[string]string{"d/Dockerfile -> ../next": "", "next -> /d/real": "", "d/real": "# syntax=x\n"}, "d/Dockerfile", "x"},
+		{"absolute symlink", map[string]string{"d/Dockerfile -> /real": "", "real": "# syntax=x\n"}, "d/Dockerfile", "x"},
 		{"loop", map[string]string{"Dockerfile -> Dockerfile": ""}, "", ""},
 		{"hard link", map[string]string{"Dockerfile => A": "", "A": "# syntax=x\n"}, "", "x"},
 		{"directory", map[string]string{"Dockerfile/": ""}, "", ""},
