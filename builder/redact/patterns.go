@@ -103,7 +103,7 @@ func (ps *patternSet) addText(line []byte) {
 		inner = inner[1:]
 	}
 	part, _ := sanitize(nil, inner, false)
-	if len(part) < len(whole) && len(part) >= minValue {
+	if len(part) < len(whole) {
 		ps.addPieces(string(part), minPattern)
 	}
 }
