@@ -270,7 +270,7 @@ func TestStreamMemory(t *testing.T) {
 			}
 		})
 		s.Write([]byte("\x1b]"))
-		s.Write(bytes.Repeat([]byte(in), 1<<20))
+		s.Write(bytes.Repeat([]byte(in), 1<<17))
 		if held := cap(s.raw) + cap(s.line) + cap(s.out); held > 80<<10 {
 			t.Errorf("%q: a stream holds %d bytes", in, held)
 		}

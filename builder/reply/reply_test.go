@@ -423,8 +423,8 @@ func TestExcerpt(t *testing.T) {
 		lines int
 		line  string
 	}{
-		{"short lines", 300000, ""},
-		{"lines", 100000, "a line like many others"},
+		{"short lines", 150000, ""},
+		{"lines", 50000, "a line like many others"},
 		{"quotes", 20000, strings.Repeat(`"`, 100)},
 		{"long lines", 50, strings.Repeat("x", 100<<10)},
 		{"all fit", 1000, strings.Repeat("x", 900)},
