@@ -23,12 +23,12 @@ func fuzzOptions(t testing.TB) payload.Options {
 // FuzzReceive holds what is accepted to what a Context promises.
 func FuzzReceive(f *testing.F) {
 	for _, h := range hostileBodies(f) {
-		if len(h.body) < 64<<10 {
+		if len(h.body) < 8<<10 {
 			f.Add([]byte(h.body))
 		}
 	}
-	for _, body := range goTestdata(f) {
-		if len(body) < 64<<10 {
+	for _, body := range goTestdata(f, "*.tar") {
+		if len(body) < 8<<10 {
 			f.Add([]byte(config + dir("context") + body))
 		}
 	}
@@ -36,8 +36,8 @@ func FuzzReceive(f *testing.F) {
 	for _, body := range []string{body, gzipped(f, body), zstded(f, body), enveloped(body)} {
 		f.Add([]byte(body))
 	}
+	opts := fuzzOptions(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
-		opts := fuzzOptions(t)
 		s, err := payload.Receive(bytes.NewReader(body), io.Discard, opts)
 		if err != nil {
 			if s != nil || int64(len(body)) <= opts.Limits.Body {
@@ -116,12 +116,13 @@ func FuzzEnvelope(f *testing.F) {
 	} {
 		f.Add(s)
 	}
+	opts := fuzzOptions(f)
 	f.Fuzz(func(t *testing.T, body string) {
 		if !strings.HasPrefix(body, "{") || len(body) > 1<<16 {
 			return
 		}
 		var signed bytes.Buffer
-		s, err := payload.Receive(strings.NewReader(body), &signed, fuzzOptions(t))
+		s, err := payload.Receive(strings.NewReader(body), &signed, opts)
 		if err != nil {
 			t.Fatal(err)
 		}

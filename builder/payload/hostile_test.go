@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
-
 	"handler/function/api"
 	"handler/function/payload"
 )
@@ -213,7 +211,6 @@ func hostileBodies(t testing.TB) []hostile {
 	add("zstd window of 16 MiB", "\x28\xb5\x2f\xfd\x00\x70\x01\x00\x00", api.TooLarge, "zstd window")
 	add("zstd window of 2 GiB", "\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00", api.TooLarge, "zstd window")
 	add("zstd single segment of 2 GiB", "\x28\xb5\x2f\xfd\xa0\x00\x00\x00\x80\x01\x00\x00", api.TooLarge, "zstd window")
-	add("zstd of a large window", zstded(t, whole+strings.Repeat(strings.Repeat("\x00", 1000)+"x", 20_000), zstd.WithWindowSize(16<<20)), api.TooLarge, "zstd window")
 
 	// Limits.
 	limited("config too large", archive(file(secretsName, ""))+"", "", func(l *payload.Limits) { l.Config = 1 })
@@ -339,9 +336,10 @@ func TestCutShort(t *testing.T) {
 	}
 }
 
-// goTestdata are the bodies that the tests of Go's own archive/tar read.
-func goTestdata(t testing.TB) map[string]string {
-	names, err := filepath.Glob(filepath.Join(runtime.GOROOT(), "src/archive/tar/testdata/*.tar*"))
+// goTestdata are the bodies that the tests of Go's own archive/tar read, as far
+// as their names match.
+func goTestdata(t testing.TB, pattern string) map[string]string {
+	names, err := filepath.Glob(filepath.Join(runtime.GOROOT(), "src/archive/tar/testdata", pattern))
 	if err != nil || len(names) == 0 {
 		t.Fatalf("no testdata of archive/tar: %v", err)
 	}
@@ -399,7 +397,7 @@ func TestGoTestdata(t *testing.T) {
 		"sparse-formats.tar":            "sparse",
 		"ustar-file-reg.tar":            "cut short",
 	}
-	for name, body := range goTestdata(t) {
+	for name, body := range goTestdata(t, "*.tar*") {
 		t.Run(name, func(t *testing.T) {
 			opts := testOptions(t)
 			if _, _, err := receive(t, body, opts); err == nil {
@@ -483,10 +481,10 @@ func TestMemory(t *testing.T) {
 			return io.MultiReader(strings.NewReader(config), io.MultiReader(parts...), strings.NewReader(end))
 		}, api.TooLarge, "all paths together"},
 		{"200,000 entries", func() io.Reader { return &manyEntries{n: 200_000 - 2, name: 108} }, "", ""},
-		{"envelope of 100 MiB", func() io.Reader {
+		{"envelope of 160 MiB", func() io.Reader {
 			text := base64.StdEncoding.EncodeToString([]byte(archive(file("x", ""))[:1536]))
 			zero := base64.StdEncoding.EncodeToString(make([]byte, 3<<10))
-			return repeated(`{"tar":"`+text, zero, 25<<10, `"}`)
+			return repeated(`{"tar":"`+text, zero, 40<<10, `"}`)
 		}, api.TooLarge, "unpacked"},
 		{"envelope of one long string", func() io.Reader {
 			return repeated(`{"x":"`, strings.Repeat("x", 4<<10), 50<<10, `"}`)

@@ -126,9 +126,9 @@ func TestContext(t *testing.T) {
 	long := "context/" + l + "/" + l + "/long"
 	p := mustReceive(t, archive(
 		file("context/b", "b of the context"),
-		hardlink("context/a", "./context/b"),
+		header{name: "context/a", typ: '1', link: "./context/b", mode: 0o600, mtime: 3}.String(),
 		hardlink("./context/z/c", "context/a"),
-		symlink("context/self", "self"),
+		header{name: "context/self", typ: '2', link: "self", mode: 0o644}.String(),
 		symlink("context/abs", "/etc/passwd"),
 		symlink("context/up", "../../x\\y"),
 		header{name: "context/suid", mode: 0o104755}.String(),

@@ -142,17 +142,9 @@ func gzipped(t testing.TB, s string) string {
 	return b.String()
 }
 
-func zstded(t testing.TB, s string, opts ...zstd.EOption) string {
+func zstded(t testing.TB, s string) string {
 	t.Helper()
-	if len(opts) == 0 {
-		return string(zstdEncoder().EncodeAll([]byte(s), nil))
-	}
-	w, err := zstd.NewWriter(nil, append(opts, zstd.WithEncoderConcurrency(1))...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
-	return string(w.EncodeAll([]byte(s), nil))
+	return string(zstdEncoder().EncodeAll([]byte(s), nil))
 }
 
 // zstdEncoder is for all tests: it needs megabytes.
