@@ -1,0 +1,443 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/stack"
+)
+
+// TestDisconnect closes the client's connection while a step runs.
+func TestDisconnect(t *testing.T) {
+	t.Parallel()
+	for _, form := range []string{jsonForm, ndjson, sse} {
+		t.Run(forms[form], func(t *testing.T) {
+			t.Parallel()
+			s, b, f := start(t, stack.FunctionConfig{})
+			var took []time.Duration
+			for range 10 {
+				m := mark()
+				ref := s.Registry.Image("disconnect:" + strings.ToLower(m))
+				body := request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 5*time.Minute))
+				ctx, cancel := context.WithCancel(testContext(t))
+				ended := make(chan error, 1)
+				go func() {
+					_, err := send(ctx, f, body, form)
+					ended <- err
+				}()
+				waitStep(t, b, m)
+				cancel()
+				took = append(took, waitGone(t, b, m, 2*time.Second))
+				if err := <-ended; !errors.Is(err, context.Canceled) {
+					t.Fatalf("the client did not go away while building: %v", err)
+				}
+				waitIdle(t, f, 2*time.Second)
+				if d := digest(t, ref); d != "" {
+					t.Errorf("%s was pushed as %s after the client had gone", ref, d)
+				}
+			}
+			slices.Sort(took)
+			t.Logf("from disconnect to the step's end: median %v, longest %v", took[len(took)/2], took[len(took)-1])
+			for _, end := range logged(t, f) {
+				if end["code"] != "canceled" {
+					t.Errorf("the log has the code %v for a client that left", end["code"])
+				}
+			}
+		})
+	}
+}
+
+// frozenLimit is for the verdict about a daemon that has stopped answering.
+const frozenLimit = 30 * time.Second
+
+// TestFrozenWhileBuilding stops buildkitd under a running step.
+func TestFrozenWhileBuilding(t *testing.T) {
+	t.Parallel()
+	for _, form := range []string{jsonForm, ndjson} {
+		t.Run(forms[form], func(t *testing.T) {
+			t.Parallel()
+			b := newBuildkitd(t, stack.BuildkitdConfig{})
+			_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+			m := mark()
+			wait := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), form)
+			waitStep(t, b, m)
+			freeze(t, b)
+			start := time.Now()
+			a := wait()
+			took := time.Since(start)
+			t.Logf("verdict %s %v after the freeze", a.Code, took)
+			if took > frozenLimit {
+				t.Errorf("the verdict took %v, want %v at most", took, frozenLimit)
+			}
+			a.wantFailed(t, "no_daemon")
+
+			if err := b.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			waitGone(t, b, m, 5*time.Second)
+			mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+		})
+	}
+}
+
+// TestFrozenBefore stops buildkitd between two builds, with a connection that
+// is kept and with none.
+func TestFrozenBefore(t *testing.T) {
+	t.Parallel()
+	for _, kept := range []bool{true, false} {
+		t.Run(fmt.Sprintf("kept %v", kept), func(t *testing.T) {
+			t.Parallel()
+			b := newBuildkitd(t, stack.BuildkitdConfig{})
+			_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+			body := request(t, local(), "FROM busybox", "RUN : "+mark())
+			if kept {
+				mustSend(t, f, body, jsonForm).wantSuccess(t)
+			}
+			freeze(t, b)
+			start := time.Now()
+			mustSend(t, f, body, jsonForm).wantFailed(t, "no_daemon")
+			took := time.Since(start)
+			t.Logf("verdict after %v", took)
+			if took > frozenLimit {
+				t.Errorf("the verdict took %v, want %v at most", took, frozenLimit)
+			}
+			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 0 {
+				t.Errorf("builder_daemons_reachable is %v, %v, want 0", n, err)
+			}
+			if err := b.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			mustSend(t, f, body, jsonForm).wantSuccess(t)
+		})
+	}
+}
+
+func freeze(t *testing.T, b *stack.Buildkitd) {
+	t.Helper()
+	if err := b.Pause(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDaemonRestartedBetween restarts buildkitd five times; each time the same
+// function must build with it at once.
+func TestDaemonRestartedBetween(t *testing.T) {
+	t.Parallel()
+	b := newBuildkitd(t, stack.BuildkitdConfig{})
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+	build := func() time.Duration {
+		t.Helper()
+		a := mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
+		a.wantSuccess(t)
+		return a.took
+	}
+	build()
+	var took []time.Duration
+	for range 5 {
+		if err := b.Restart(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		took = append(took, build())
+	}
+	t.Logf("the first build after a restart took %v", took)
+	for _, end := range logged(t, f) {
+		if end["attempts"] != 1.0 {
+			t.Errorf("a build took %v attempts: it found out about the restart on its way", end["attempts"])
+		}
+	}
+
+	// And without one: the callers are told at once, and the next build works.
+	b.Kill()
+	a := mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
+	a.wantFailed(t, "no_daemon")
+	t.Logf("no daemon at all: verdict after %v", a.took)
+	if a.took > 10*time.Second {
+		t.Errorf("took %v to say that there is no daemon", a.took)
+	}
+	if err := b.Start(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	build()
+}
+
+// TestDaemonKilledAndBack kills buildkitd under a step and starts it again
+// before the function gives it up.
+func TestDaemonKilledAndBack(t *testing.T) {
+	t.Parallel()
+	b := newBuildkitd(t, stack.BuildkitdConfig{})
+	s, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+	m := mark()
+	ref := s.Registry.Image("killed-and-back:latest")
+	wait := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 3*time.Second)), ndjson)
+	waitStep(t, b, m)
+	start := time.Now()
+	b.Kill()
+	if err := b.Start(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	back := time.Since(start)
+	waitStep(t, b, m)
+	t.Logf("the daemon was back after %v, the step after %v", back, time.Since(start))
+	a := wait()
+	a.wantSuccess(t)
+	if !slices.ContainsFunc(a.Log, func(l string) bool { return strings.Contains(l, "building again") }) {
+		t.Errorf("nothing in the log tells of the second attempt: %q", a.Log)
+	}
+	if ends := logged(t, f); len(ends) != 1 || ends[0]["attempts"] != 2.0 {
+		t.Errorf("the function's log has %v, want one build of two attempts", ends)
+	}
+	if d := digest(t, ref); d != a.Digest {
+		t.Errorf("the registry has %q, the answer %q", d, a.Digest)
+	}
+	wantWhole(t, s.Registry.Image("killed-and-back"))
+}
+
+// TestCertificateReplaced changes the client's certificate under a function
+// with a kept connection, and then the CA with everything that it signed.
+func TestCertificateReplaced(t *testing.T) {
+	t.Parallel()
+	s := stack.Shared(t)
+	certs := copyCerts(t, s.Certs)
+	b := newBuildkitd(t, stack.BuildkitdConfig{Certs: certs})
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+	build := func() answer {
+		t.Helper()
+		return mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
+	}
+	build().wantSuccess(t)
+
+	// One of another CA must be noticed, or the kept connection still serves.
+	foreign := filepath.Join(t.TempDir(), "certs")
+	makeCerts(t, s, foreign)
+	install(t, f, foreign, "buildkit-cert", "buildkit-key")
+	a := build()
+	a.wantFailed(t, "no_daemon")
+	t.Logf("a certificate of a foreign CA: %v", a)
+
+	// A new one of the same CA; meanwhile a build runs on the old connection.
+	install(t, f, certs, "buildkit-cert", "buildkit-key")
+	renewed := copyCerts(t, certs)
+	makeCerts(t, s, renewed)
+	m := mark()
+	long := background(t, f, request(t, local(), "FROM busybox", sleep(m, 10*time.Second)), ndjson)
+	waitStep(t, b, m)
+	before := connections(t, b)
+	install(t, f, renewed, "buildkit-cert", "buildkit-key")
+	build().wantSuccess(t)
+	if now := connections(t, b); now != before+1 {
+		t.Errorf("%d connections to buildkitd before the certificate changed and %d after, want one more", before, now)
+	}
+	if !runs(t, b, m) {
+		t.Error("the running build ended with the old certificate")
+	}
+	long().wantSuccess(t)
+	eventually(t, 5*time.Second, func() error {
+		if n := connections(t, b); n != 1 {
+			return fmt.Errorf("%d connections to buildkitd after the last build on the old one, want 1", n)
+		}
+		return nil
+	})
+
+	// A new CA: the daemon reads its files when it starts.
+	if err := os.RemoveAll(certs); err != nil {
+		t.Fatal(err)
+	}
+	makeCerts(t, s, certs)
+	b.Kill()
+	install(t, f, certs, "buildkit-ca", "buildkit-cert", "buildkit-key")
+	if err := b.Start(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	build().wantSuccess(t)
+}
+
+func copyCerts(t *testing.T, certs string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "certs")
+	if err := os.CopyFS(dir, os.DirFS(certs)); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// makeCerts makes new certificates in dir, with the CA that is there or, where
+// there is none, a new one.
+func makeCerts(t *testing.T, s *stack.Stack, dir string) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(s.Repo, "buildkit", "certs.sh"), dir)
+	cmd.Env = append(os.Environ(), "FORCE=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("making certificates: %v\n%s", err, out)
+	}
+}
+
+// install puts certificates where the function reads them.
+func install(t *testing.T, f *stack.Function, certs string, names ...string) {
+	t.Helper()
+	from := map[string]string{"buildkit-ca": "ca.pem", "buildkit-cert": "client/cert.pem", "buildkit-key": "client/key.pem"}
+	for _, name := range names {
+		text, err := os.ReadFile(filepath.Join(certs, from[name]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		replace(t, f, name, text)
+	}
+}
+
+// unread is the number of bytes that the other end of a connection has sent and
+// this one has not taken.
+func unread(t *testing.T, conn net.Conn) int64 {
+	t.Helper()
+	text, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		// The fifth field is the send queue, a colon and the receive queue.
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.HasSuffix(fields[1], portHex(conn.RemoteAddr())) && strings.HasSuffix(fields[2], portHex(conn.LocalAddr())) {
+			queue, _, _ := strings.Cut(fields[4], ":")
+			n, err := strconv.ParseInt(queue, 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	return 0
+}
+
+// portHex is how the kernel's tables write an address's port.
+func portHex(addr net.Addr) string { return fmt.Sprintf(":%04X", addr.(*net.TCPAddr).Port) }
+
+// connections is the number of connections that a daemon has accepted.
+func connections(t *testing.T, b *stack.Buildkitd) int {
+	t.Helper()
+	addr, err := net.ResolveTCPAddr("tcp", strings.TrimPrefix(b.Addr, "tcp://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			// sl, local address, remote address, state: 01 is established.
+			if fields := strings.Fields(line); len(fields) > 3 && fields[3] == "01" && strings.HasSuffix(fields[1], portHex(addr)) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// TestReaderStops opens a stream and never reads it, while steps print as much
+// as buildkitd lets through.
+func TestReaderStops(t *testing.T) {
+	t.Parallel()
+	_, b, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	m := mark()
+	// buildkitd passes on 200 KiB a second of each step, and 2 MiB in all.
+	const steps = 6
+	dockerfile := []string{"FROM busybox AS base", "RUN head -c 30000 /dev/urandom | base64 -w 0 >/line; echo >>/line"}
+	var copies []string
+	for i := range steps {
+		dockerfile = append(dockerfile, fmt.Sprintf("FROM base AS s%d", i),
+			fmt.Sprintf("RUN while sleep 0.1; do cat /line; done; : %s %d", m, i))
+		copies = append(copies, fmt.Sprintf("COPY --from=s%d /line /%d", i, i))
+	}
+	dockerfile = append(append(dockerfile, "FROM base"), copies...)
+	req, err := f.Request(t.Context(), request(t, local(), dockerfile...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", ndjson)
+	raw, err := httputil.DumpRequestOut(req, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		controlErr := c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096)
+		})
+		return errors.Join(controlErr, err)
+	}}
+	conn, err := dialer.DialContext(testContext(t), "tcp", req.URL.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write(raw); err != nil {
+		t.Fatal(err)
+	}
+	waitStep(t, b, m)
+	// Until the buffers of both sides are full, nobody can tell.
+	var full time.Time
+	var queued int64
+	for end := time.Now().Add(testTimeout); runs(t, b, m); time.Sleep(20 * time.Millisecond) {
+		if n := unread(t, conn); n > queued+1<<10 {
+			queued, full = n, time.Now()
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the steps still run, with %d unread bytes", queued)
+		}
+	}
+	took := time.Since(full)
+	t.Logf("the steps ended %v after the last of %d unread bytes", took, queued)
+	if took > 32*time.Second {
+		t.Errorf("the build was held for %v, want 30s and a little", took)
+	}
+	waitIdle(t, f, 2*time.Second)
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+	if ends := logged(t, f); len(ends) == 0 || ends[0]["code"] != "canceled" {
+		t.Errorf("the log has %v, want canceled first", ends)
+	}
+
+	// What has arrived is no whole stream.
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	got, _ := io.ReadAll(conn)
+	if strings.Contains(string(got), `"status":"success"`) {
+		t.Error("a cut stream tells of a success")
+	}
+}
+
+// TestReaderSlow reads a stream at a pace that is slow but steady: that is no
+// reason to cancel.
+func TestReaderSlow(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{})
+	body := request(t, local(), "FROM busybox", "RUN : "+mark()+"; for i in $(seq 40); do head -c 15000 /dev/urandom | base64 -w 0; echo; sleep 0.1; done")
+	req, err := f.Request(testContext(t), body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", ndjson)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	a, err := read(resp, func(stack.Record) { time.Sleep(100 * time.Millisecond) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.wantSuccess(t)
+}

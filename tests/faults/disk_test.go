@@ -1,0 +1,273 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	mathrand "math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/stack"
+)
+
+// tmpfs mounts one on dir until the test ends.
+func tmpfs(t *testing.T, dir, size string) {
+	t.Helper()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestTempDirFull sends bodies that the temporary directory cannot hold.
+func TestTempDirFull(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{})
+	tmpfs(t, f.TempDir, "16m")
+	large := layered(t, local(), 40<<20)
+	small := layered(t, local(), 8<<20) // more than spool_memory_bytes
+	for _, form := range []string{jsonForm, ndjson, sse} {
+		mustSend(t, f, small, form).wantSuccess(t)
+		mustSend(t, f, large, form).wantFailed(t, "no_space")
+		wantNoTempFiles(t, f)
+		mustSend(t, f, small, form).wantSuccess(t)
+		wantNoTempFiles(t, f)
+	}
+
+	if log, err := f.Log(); err != nil || !strings.Contains(log, "no space left on device") {
+		t.Errorf("the log does not say that the disk is full: %v", err)
+	}
+}
+
+func wantNoTempFiles(t *testing.T, f *stack.Function) {
+	t.Helper()
+	// The client may have the answer a moment before the handler has returned.
+	eventually(t, 2*time.Second, func() error {
+		names, unlinked, err := f.TempFiles()
+		if err != nil || len(names) != 0 || unlinked != 0 {
+			return fmt.Errorf("the temporary directory holds %q and %d unlinked bytes, %v, want nothing", names, unlinked, err)
+		}
+		return nil
+	})
+}
+
+// TestDaemonFull fills buildkitd's disk.
+func TestDaemonFull(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	tmpfs(t, dir, "160m")
+	b := newBuildkitd(t, stack.BuildkitdConfig{Args: []string{"--root", filepath.Join(dir, "root")}})
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
+	small := func() answer {
+		t.Helper()
+		return mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
+	}
+	small().wantSuccess(t)
+
+	// A context that does not fit. A RUN step that meets a full disk fails by
+	// its own exit code, and the build with it.
+	ballast := filepath.Join(dir, "ballast")
+	fill(t, ballast)
+	a := small()
+	t.Logf("on a full disk: %v", a)
+	a.wantFailed(t, "daemon_full")
+	layeredAnswer := mustSend(t, f, layered(t, local(), 8<<20), jsonForm)
+	t.Logf("a context on a full disk: %v", layeredAnswer)
+	layeredAnswer.wantFailed(t, "daemon_full")
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	small().wantSuccess(t)
+	mustSend(t, f, layered(t, local(), 8<<20), jsonForm).wantSuccess(t)
+	t.Logf("space again: two builds in %v", time.Since(start))
+
+	run := mustSend(t, f, request(t, local(), "FROM busybox", "RUN dd if=/dev/zero of=/fill bs=1M; : "+mark()+"; ls -l /fill; df /; false"), jsonForm)
+	t.Logf("RUN dd: %v", run)
+	if run.Status != "failed" || run.Code != "build_failed" && run.Code != "daemon_full" {
+		t.Errorf("want a failed build, got %v", run)
+	}
+	eventually(t, 30*time.Second, func() error {
+		if a := small(); a.Status != "success" {
+			return errors.New(a.String())
+		}
+		return nil
+	})
+}
+
+// fill writes to a file until its disk is full.
+func fill(t *testing.T, name string) {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	zeros := make([]byte, 64<<10)
+	for {
+		if _, err := f.Write(zeros); errors.Is(err, syscall.ENOSPC) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// soakBuilds is how many builds TestNothingGrows makes; FAULTS_BUILDS is for a
+// longer soak.
+const soakBuilds = 250
+
+// TestNothingGrows mixes builds that end in every way, and compares what the
+// function holds after the first of them and after all.
+func TestNothingGrows(t *testing.T) {
+	t.Parallel()
+	builds := soakBuilds
+	if v := os.Getenv("FAULTS_BUILDS"); v != "" {
+		var err error
+		if builds, err = strconv.Atoi(v); err != nil {
+			t.Fatalf("reading FAULTS_BUILDS: %v", err)
+		}
+	}
+	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "4"}})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	fixed := layered(t, &builder.BuildConfig{Image: s.Registry.Image("soak:fixed")}, 64<<10)
+	spooled := layered(t, local(), 5<<20)
+	failing := request(t, local(), "FROM busybox", "RUN echo soak; exit 3")
+	broken := append(make([]byte, 700), fixed...)
+	var counts [9]atomic.Int64
+	one := func(ctx context.Context, kind int) error {
+		form := []string{jsonForm, ndjson, sse}[mathrand.IntN(3)]
+		body, code := fixed, ""
+		switch kind {
+		case 0, 1: // cached
+		case 2:
+			body = spooled
+		case 3: // built anew
+			body = request(t, local(), "FROM busybox", "RUN : "+mark())
+		case 4:
+			body, code = failing, "build_failed"
+		case 5:
+			body, code = broken, "bad_tar"
+		case 6:
+			body, code = request(t, &builder.BuildConfig{Image: "Not A Reference"}, "FROM busybox"), "bad_config"
+		case 7:
+			code = "unauthorized"
+		case 8:
+			if form == jsonForm {
+				form = ndjson
+			}
+			return abort(ctx, client, f, request(t, local(), "FROM busybox", sleep(mark(), time.Minute)), form)
+		}
+		req, err := f.Request(ctx, body)
+		if err != nil {
+			return err
+		}
+		if form != jsonForm {
+			req.Header.Set("Accept", form)
+		}
+		// Waits for a slot in every form.
+		req.Header.Set("X-Callback-Url", "http://127.0.0.1:1/")
+		if kind == 7 {
+			req.Header.Set("X-Build-Signature", stack.Sign("not the secret", body))
+		}
+		a, err := do(client, req)
+		if err == nil && a.Code != code {
+			err = fmt.Errorf("want code %q, got %v", code, a)
+		}
+		return err
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	run := func(n int) {
+		var next atomic.Int64
+		var workers sync.WaitGroup
+		for range 6 {
+			workers.Go(func() {
+				for i := next.Add(1); i <= int64(n) && !t.Failed(); i = next.Add(1) {
+					kind := int(i) % len(counts)
+					if err := one(ctx, kind); err != nil {
+						t.Errorf("build %d, of kind %d: %v", i, kind, err)
+					}
+					counts[kind].Add(1)
+				}
+			})
+		}
+		workers.Wait()
+		waitIdle(t, f, 10*time.Second)
+	}
+
+	run(60)
+	before := held(t, f)
+	start := time.Now()
+	run(builds)
+	took := time.Since(start)
+	var after holdings
+	// What has ended may take a moment to go.
+	eventually(t, 20*time.Second, func() error {
+		after = held(t, f)
+		switch {
+		case after.goroutines > before.goroutines+5:
+			return fmt.Errorf("goroutines grew: %+v, %+v", before, after)
+		case after.fds > before.fds+2:
+			return fmt.Errorf("descriptors grew: %+v, %+v", before, after)
+		case after.memory > before.memory+before.memory/10+8<<20:
+			return fmt.Errorf("memory grew: %+v, %+v", before, after)
+		}
+		return nil
+	})
+	t.Logf("%d builds in %v (%.1f a second); before %v, after %v", builds, took, float64(builds)/took.Seconds(), before, after)
+	wantNoTempFiles(t, f)
+	if steps, err := s.Buildkitd.Steps(); err == nil && strings.Contains(strings.Join(steps, "\n"), "sleep 60;") {
+		t.Errorf("steps of aborted builds still run: %q", steps)
+	}
+}
+
+// holdings are what a process has.
+type holdings struct {
+	goroutines, fds int
+	memory          int64 // resident bytes
+	heap            int64 // bytes in use
+}
+
+func (h holdings) String() string {
+	return fmt.Sprintf("%d goroutines, %d descriptors, %.1f MiB resident, %.1f MiB heap", h.goroutines, h.fds, mib(h.memory), mib(h.heap))
+}
+
+func mib(n int64) float64 { return math.Round(float64(n)/(1<<20)*10) / 10 }
+
+func held(t *testing.T, f *stack.Function) holdings {
+	t.Helper()
+	fds, err := f.FDs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rss, _, err := f.Memory()
+	if err != nil {
+		t.Fatal(err)
+	}
+	goroutines, err := metric(f, "go_goroutines")
+	if err != nil {
+		t.Fatal(err)
+	}
+	heap, err := metric(f, "go_memstats_heap_inuse_bytes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return holdings{int(goroutines), fds, rss, int64(heap)}
+}

@@ -1,0 +1,85 @@
+package faults
+
+import (
+	"fmt"
+	"net/http"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/stack"
+)
+
+// TestShutdown sends SIGTERM under one build that ends in time, one that does
+// not, and two that wait for a slot; and then asks for another.
+func TestShutdown(t *testing.T) {
+	t.Parallel()
+	s, b, f := start(t, stack.FunctionConfig{Env: map[string]string{
+		"max_builds": "2", "shutdown_timeout": "20s", "healthcheck_interval": "4s",
+	}})
+	short, long, waiting := mark(), mark(), mark()
+	ref := s.Registry.Image("shutdown:latest")
+	ends := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(short, 5*time.Second)), jsonForm)
+	lasts := background(t, f, request(t, local(), "FROM busybox", sleep(long, 5*time.Minute)), ndjson)
+	waitStep(t, b, short)
+	waitStep(t, b, long)
+	wait := background(t, f, request(t, local(), "FROM busybox", sleep(waiting, 5*time.Minute)), sse)
+	eventually(t, 5*time.Second, func() error {
+		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 1 {
+			return fmt.Errorf("%v builds wait, want 1: %v", n, err)
+		}
+		return nil
+	})
+
+	began := time.Now()
+	if err := f.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	// Those that wait are told at once.
+	a := wait()
+	a.wantFailed(t, "shutting_down")
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("a build that waited was told %v after SIGTERM", took)
+	}
+	for _, form := range []string{jsonForm, ndjson} {
+		a = mustSend(t, f, request(t, local(), "FROM busybox"), form)
+		a.wantFailed(t, "shutting_down")
+		if a.code != http.StatusServiceUnavailable {
+			t.Errorf("a new request was answered with HTTP %d, want 503", a.code)
+		}
+	}
+	for path, want := range map[string]int{"/ready": 503, "/healthz": 200} {
+		resp, err := http.Get(f.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%s answers %d while shutting down, want %d", path, resp.StatusCode, want)
+		}
+	}
+	a = ends()
+	a.wantSuccess(t)
+	if d := digest(t, ref); d != a.Digest {
+		t.Errorf("the registry has %q, the answer %q", d, a.Digest)
+	}
+	lasts().wantFailed(t, "shutting_down")
+	took := time.Since(began)
+	if took < 19*time.Second || took > 23*time.Second {
+		t.Errorf("the build was cancelled %v after SIGTERM, want shutdown_timeout, 20s", took)
+	}
+	waitGone(t, b, long, 2*time.Second)
+	state, err := f.Wait(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !state.Success() {
+		t.Errorf("the function ended with %v", state)
+	}
+	t.Logf("the last verdict came %v after SIGTERM, the end of the process %v after", took, time.Since(began))
+	if runs(t, b, waiting) {
+		t.Error("the build that waited was begun")
+	}
+}

@@ -1,0 +1,264 @@
+package faults
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"handler/function/tests/stack"
+)
+
+// TestAllSlotsTaken sends one caller of each kind to a builder whose only slot
+// is taken.
+func TestAllSlotsTaken(t *testing.T) {
+	t.Parallel()
+	_, b, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	quick := func() []byte { return request(t, local(), "FROM busybox", "RUN : "+mark()) }
+	m := mark()
+	holds := background(t, f, request(t, local(), "FROM busybox", sleep(m, 14*time.Second)), ndjson)
+	waitStep(t, b, m)
+
+	a := mustSend(t, f, quick(), jsonForm)
+	a.wantFailed(t, "busy")
+	if a.took > time.Second {
+		t.Errorf("the refusal took %v", a.took)
+	}
+
+	type kind struct {
+		name          string
+		header, value string
+	}
+	var waits sync.WaitGroup
+	for _, k := range []kind{
+		{"ndjson", "Accept", ndjson},
+		{"sse", "Accept", sse},
+		{"queue worker", "User-Agent", "openfaas-ce/queue-worker"},
+		{"callback", "X-Callback-Url", "http://127.0.0.1:1/"},
+	} {
+		req, err := f.Request(testContext(t), quick())
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set(k.header, k.value)
+		waits.Go(func() {
+			a, err := do(http.DefaultClient, req)
+			if err != nil {
+				t.Errorf("%s: %v", k.name, err)
+				return
+			}
+			if a.Status != "success" || a.took < 5*time.Second {
+				t.Errorf("%s: want success after a wait, got %v", k.name, a)
+			}
+			if k.header == "Accept" && a.beats == 0 {
+				t.Errorf("%s: waited %v without a heartbeat", k.name, a.took)
+			}
+		})
+	}
+	eventually(t, 5*time.Second, func() error {
+		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 4 {
+			return fmt.Errorf("%v builds wait, want 4: %v", n, err)
+		}
+		return nil
+	})
+	holds().wantSuccess(t)
+	waits.Wait()
+	waitIdle(t, f, 2*time.Second)
+}
+
+// TestQueueWait lets those wait in vain who may wait.
+func TestQueueWait(t *testing.T) {
+	t.Parallel()
+	_, b, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1", "queue_wait": "2s"}})
+	ctx, cancel := context.WithCancel(testContext(t))
+	m := mark()
+	long := request(t, local(), "FROM busybox", sleep(m, 5*time.Minute))
+	var holds sync.WaitGroup
+	holds.Go(func() { send(ctx, f, long, ndjson) })
+	waitStep(t, b, m)
+	body := request(t, local(), "FROM busybox", "RUN : "+mark())
+	for _, header := range [][2]string{{"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}} {
+		req, err := f.Request(testContext(t), body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set(header[0], header[1])
+		a, err := do(http.DefaultClient, req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.wantFailed(t, "busy")
+		if a.took < 2*time.Second || a.took > 4*time.Second {
+			t.Errorf("%v waited %v, want queue_wait, 2s", header, a.took)
+		}
+	}
+
+	// One who leaves the queue takes nothing from it.
+	left, leave := context.WithTimeout(testContext(t), 500*time.Millisecond)
+	defer leave()
+	if a, err := send(left, f, body, ndjson); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, %v while the slot was taken", a, err)
+	}
+	cancel()
+	holds.Wait()
+	waitIdle(t, f, 2*time.Second)
+	mustSend(t, f, body, jsonForm).wantSuccess(t)
+}
+
+// TestAbortedStreams aborts a hundred streams at their first log line: each
+// needs the only slot to get one.
+func TestAbortedStreams(t *testing.T) {
+	t.Parallel()
+	_, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1", "queue_wait": "5s"}})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	all := time.Now()
+	var longest time.Duration
+	for i := range 100 {
+		body := request(t, local(), "FROM busybox", sleep(mark(), 5*time.Minute))
+		began := time.Now()
+		if err := abort(testContext(t), client, f, body, []string{ndjson, sse}[i%2]); err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		longest = max(longest, time.Since(began))
+	}
+	t.Logf("100 aborted streams in %v; the longest wait for a first line was %v", time.Since(all), longest)
+	idle := waitIdle(t, f, 2*time.Second)
+	t.Logf("idle %v after the last", idle)
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+	if n, err := metric(f, "builder_builds_total", `code="canceled"`); err != nil || n != 100 {
+		t.Errorf("%v builds were canceled, want 100: %v", n, err)
+	}
+}
+
+// abort goes away when the first log line has come.
+func abort(ctx context.Context, client *http.Client, f *stack.Function, body []byte, form string) error {
+	req, err := f.Request(ctx, body)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Accept", form)
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(resp.Status)
+	}
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		var rec stack.Record
+		if json.Unmarshal(bytes.TrimPrefix(lines.Bytes(), []byte("data: ")), &rec) != nil {
+			continue
+		}
+		if rec.Status != "in_progress" {
+			return fmt.Errorf("the build ended: %+v", rec)
+		}
+		if len(rec.Log) > 0 {
+			return nil
+		}
+	}
+	return errors.New("the stream ended before its first line")
+}
+
+// TestSlowUploads has strangers and slow clients hold their connections open
+// while others build.
+func TestSlowUploads(t *testing.T) {
+	t.Parallel()
+	const grace = 2 * time.Second
+	const header = "POST /build HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\n"
+	signed := header + "X-Build-Signature: sha256=" + strings.Repeat("0", 64) + "\r\n\r\n"
+	for name, test := range map[string]struct {
+		sent  string        // and then a byte each 100 ms
+		drip  string        //
+		limit time.Duration // for the answer
+		code  string
+	}{
+		"unsigned, without a body": {sent: header + "\r\n", limit: grace + 2*time.Second, code: "unauthorized"},
+		"unsigned":                 {sent: header + "\r\n", drip: "x", limit: time.Second, code: "unauthorized"},
+		"unsigned, an envelope":    {sent: header + "\r\n{", drip: "x", limit: grace + 2*time.Second, code: "slow_upload"},
+		"slow":                     {sent: signed, drip: "x", limit: grace + 2*time.Second, code: "slow_upload"},
+		"stuck":                    {sent: signed + "x", limit: grace + 2*time.Second, code: "slow_upload"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
+				"max_builds": "1", "max_uploads": "2", "upload_grace": grace.String(), "upload_min_rate": "64KiB",
+			}})
+			body := request(t, local(), "FROM busybox", "RUN : "+mark())
+			mustSend(t, f, body, jsonForm).wantSuccess(t)
+
+			addr := strings.TrimPrefix(f.URL, "http://")
+			var strangers sync.WaitGroup
+			defer strangers.Wait()
+			const n = 6
+			var held sync.WaitGroup // until all have sent their header
+			held.Add(n)
+			for range n {
+				strangers.Go(func() {
+					conn, err := net.Dial("tcp", addr)
+					if err != nil {
+						held.Done()
+						t.Error(err)
+						return
+					}
+					defer conn.Close()
+					conn.SetDeadline(time.Now().Add(time.Minute))
+					io.WriteString(conn, test.sent)
+					held.Done()
+					stop := make(chan struct{})
+					defer close(stop)
+					go func() {
+						for test.drip != "" {
+							if _, err := io.WriteString(conn, test.drip); err != nil {
+								return
+							}
+							select {
+							case <-stop:
+								return
+							case <-time.After(100 * time.Millisecond):
+							}
+						}
+					}()
+					resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+					if err != nil {
+						t.Errorf("no answer: %v", err)
+						return
+					}
+					defer resp.Body.Close()
+					a, err := read(resp, nil)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if a.Code != test.code || a.code != httpStatus[test.code] {
+						t.Errorf("want %s, got %v", test.code, a)
+					}
+				})
+			}
+			held.Wait()
+			time.Sleep(50 * time.Millisecond)
+
+			// No slot for builds is theirs, and those for bodies only for a while:
+			// six strangers in two slots.
+			start := time.Now()
+			a := mustSend(t, f, body, jsonForm)
+			a.wantSuccess(t)
+			t.Logf("a build beside %d of them took %v", n, time.Since(start))
+			if limit := 3 * test.limit; a.took > limit {
+				t.Errorf("a build took %v beside %d slow uploads, want %v at most", a.took, n, limit)
+			}
+			if n, err := metric(f, "builder_builds_total"); err != nil || n != 2 {
+				t.Errorf("%v builds were counted, want 2: %v", n, err)
+			}
+		})
+	}
+}
