@@ -1,0 +1,160 @@
+package clients_test
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/openfaas/go-sdk/builder"
+	"github.com/openfaas/go-sdk/seal"
+
+	"handler/function/tests/stack"
+)
+
+// faas-cli is not to be had as a module. These are its requests, as version
+// 0.18.12 makes them.
+
+// TestFaasCLIPublish is faas-cli publish --remote-builder. It asks for the path
+// /build at the host of the URL, whatever path the URL has.
+func TestFaasCLIPublish(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	for _, test := range []struct {
+		name      string
+		platforms []string
+	}{
+		{"publish", []string{"linux/amd64"}},
+		{"publish --platforms ''", []string{""}},
+		{"build", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			ref := s.Registry.Image("faas-cli:latest")
+			// Its order of the keys, and an argument that it always sends.
+			body, err := stack.Pack(stack.Context(t, copyOnly), &builder.BuildConfig{
+				Image: ref, BuildArgs: map[string]string{"ADDITIONAL_PACKAGE": ""}, Platforms: test.platforms,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := post(t, ctx, f, body, func(req *http.Request) {
+				req.Header = http.Header{
+					"X-Build-Signature": req.Header["X-Build-Signature"],
+					"Content-Type":      {"application/octet-stream"},
+					"User-Agent":        {"openfaas-go-sdk"},
+					"Accept":            {"application/x-ndjson"},
+				}
+			})
+			if got.StatusCode != http.StatusOK {
+				t.Fatalf("got %s: %s", got.Status, got.text)
+			}
+			records := ndjson(t, got.text)
+			last := records[len(records)-1]
+			if last.Status != "success" || last.Image != ref {
+				t.Errorf("got %+v", last)
+			}
+			if len(last.Warnings) > 0 {
+				t.Errorf("warnings: %q", last.Warnings)
+			}
+			pull(t, ctx, ref, last.Digest)
+		})
+	}
+}
+
+// TestFaasCLISecrets is faas-cli publish of a function with build_secrets: it
+// takes the key from /publickey.
+func TestFaasCLISecrets(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	text, err := get(ctx, f, "/publickey")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var key struct {
+		KeyID     string `json:"key_id"`
+		Algorithm string `json:"algorithm"`
+		PublicKey string `json:"public_key"`
+	}
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&key); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	if id, err := seal.DeriveKeyID([]byte(key.PublicKey)); err != nil || key.KeyID != id || key.Algorithm != "nacl/box" || key.PublicKey != string(bytes.TrimSpace(s.PublicKey)) {
+		t.Errorf("got %+v, want key id %q, %v", key, id, err)
+	}
+	sealed, err := seal.Seal([]byte(key.PublicKey), map[string][]byte{"npmrc": []byte("//registry/:_authToken=abcdefgh\nsecond line\n")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := s.Registry.Image("faas-cli:secrets")
+	body := withSecrets(t, tarOf(t, config{"image": ref}, map[string]string{
+		"Dockerfile": "FROM busybox\nRUN --mount=type=secret,id=npmrc,target=/root/.npmrc wc -l < /root/.npmrc > /lines\n",
+	}), string(sealed))
+	got := mustBuild(t, ctx, f, body)
+	if got := contents(t, pull(t, ctx, ref, got.Digest), "")["lines"]; got != "2\n" {
+		t.Errorf("the step read %q lines", got)
+	}
+
+	_, _, without := start(t, stack.FunctionConfig{Secrets: map[string][]byte{"build-secrets-key": nil}})
+	if text, err := get(ctx, without, "/publickey"); err == nil || !strings.Contains(err.Error(), "404") {
+		t.Errorf("without a key: %s, %v", text, err)
+	}
+}
+
+// TestFaasCLIInvoke is faas-cli invoke --sign X-Build-Signature: the path is
+// always /, and the type text/plain. What it prints is what came.
+func TestFaasCLIInvoke(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	ref := s.Registry.Image("faas-cli:invoke")
+	invoke := func(body []byte, more ...string) answer {
+		return post(t, ctx, f, body, func(req *http.Request) {
+			req.URL.Path = "/"
+			req.Header.Set("Content-Type", "text/plain")
+			req.Header.Set("User-Agent", "faas-cli/0.18.12 (openfaas; linux; amd64)")
+			for i := 0; i < len(more); i += 2 {
+				req.Header.Set(more[i], more[i+1])
+			}
+		})
+	}
+	body := tarOf(t, config{"image": ref}, copyOnly)
+	got := invoke(body)
+	if r := record(t, got.text); r.Status != "success" || r.Image != ref {
+		t.Errorf("got %s: %+v", got.Status, r)
+	}
+	records := ndjson(t, invoke(body, "Accept", ndjsonType).text)
+	if last := records[len(records)-1]; last.Status != "success" {
+		t.Errorf("got %+v", last)
+	}
+	got = invoke(tarOf(t, config{"image": ref}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo a word; exit 7\n"}))
+	if got.StatusCode != http.StatusUnprocessableEntity || !strings.HasPrefix(got.Header.Get("Content-Type"), "text/plain") {
+		t.Errorf("a failed build is %s of %s", got.Status, got.Header.Get("Content-Type"))
+	}
+	// The Dockerfile's line is shown.
+	if err := within(got.text, "l: a word\n", "exit code 7", "2 | >>> RUN echo a word; exit 7", "failed: build_failed, "+ref); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUI is the OpenFaaS UI: it sends text alone, and no header of one's own.
+func TestUI(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	ref := s.Registry.Image("faas-cli:ui")
+	for name, body := range map[string][]byte{
+		"tar":  tarOf(t, config{"image": ref}, copyOnly),
+		"gzip": compressed(func(t *testing.T, _ string) []byte { return tarOf(t, config{"image": ref}, copyOnly) }, "gzip")(t, ""),
+	} {
+		for _, contentType := range []string{"text/plain", "application/json", "binary/octet-stream"} {
+			t.Run(name+" as "+contentType, func(t *testing.T) {
+				envelope := jsonOf(t, map[string]string{"signature": stack.Sign(f.Secret, body), "tar": base64.StdEncoding.EncodeToString(body)})
+				got := post(t, ctx, f, envelope, func(req *http.Request) {
+					req.URL.Path = "/"
+					req.Header = http.Header{"Content-Type": {contentType}, "Accept": {"application/json, text/plain, */*"}}
+				})
+				if r := record(t, got.text); got.StatusCode != http.StatusOK || r.Status != "success" || r.Image != ref {
+					t.Errorf("got %s: %s", got.Status, got.text)
+				}
+			})
+		}
+	}
+}

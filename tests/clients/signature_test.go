@@ -1,0 +1,237 @@
+package clients_test
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"handler/function/tests/stack"
+)
+
+// counter forwards connections to a daemon and counts them.
+type counter struct {
+	addr        string // tcp://host:port
+	connections atomic.Int32
+}
+
+func count(t *testing.T, to string) *counter {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	c := &counter{addr: "tcp://" + l.Addr().String()}
+	go func() {
+		for {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.connections.Add(1)
+			out, err := net.Dial("tcp", strings.TrimPrefix(to, "tcp://"))
+			if err != nil {
+				in.Close()
+				continue
+			}
+			go forward(out, in)
+			go forward(in, out)
+		}
+	}()
+	return c
+}
+
+func forward(to, from net.Conn) {
+	io.Copy(to, from)
+	to.Close()
+}
+
+// TestSignature sends what nobody has signed, in every form of a body and also
+// broken: it is 401, and the daemon and the registry hear nothing of it.
+func TestSignature(t *testing.T) {
+	s := stack.Shared(t)
+	daemon, registry := count(t, s.Buildkitd.Addr), count(t, s.Registry.Addr)
+	ctx, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"buildkit_addr": daemon.addr, "max_body_bytes": "1MiB"}})
+
+	ref := strings.TrimPrefix(registry.addr, "tcp://") + "/signature:latest"
+	plain := tarOf(t, config{"image": ref}, copyOnly)
+	gzipped := compressed(func(*testing.T, string) []byte { return plain }, "gzip")(t, "")
+	zipped := compressed(func(*testing.T, string) []byte { return plain }, "zstd", "-q")(t, "")
+	bodies := map[string][]byte{
+		"tar":              plain,
+		"gzip":             gzipped,
+		"zstd":             zipped,
+		"empty":            {},
+		"not a tar":        []byte("hello"),
+		"cut tar":          plain[:len(plain)/2],
+		"cut gzip":         gzipped[:len(gzipped)/2],
+		"cut zstd":         zipped[:len(zipped)/2],
+		"trailing garbage": append(plain[:len(plain):len(plain)], 'x'),
+		"bad config":       tarOf(t, []byte("{"), copyOnly),
+		"forbidden path":   output(t, stack.Context(t, map[string]string{"x": ""}), nil, "tar", "c", "--transform=s,x,context/../x,", "x"),
+		"secrets":          withSecrets(t, plain, "not an envelope"),
+	}
+	good := func(body []byte) string { return stack.Sign(f.Secret, body) }
+	signatures := map[string]func(body []byte) []string{
+		"none":            func([]byte) []string { return nil },
+		"empty":           func([]byte) []string { return []string{""} },
+		"wrong":           func(b []byte) []string { return []string{flip(good(b))} },
+		"of another body": func(b []byte) []string { return []string{good(append(b[:len(b):len(b)], 0))} },
+		"truncated":       func(b []byte) []string { return []string{good(b)[:len("sha256=")+63]} },
+		"too long":        func(b []byte) []string { return []string{good(b) + "0"} },
+		"doubled":         func(b []byte) []string { return []string{good(b), good(b)} },
+		"doubled in one":  func(b []byte) []string { return []string{good(b) + ", " + good(b)} },
+		"sha1":            func(b []byte) []string { return []string{"sha1=" + good(b)[len("sha256="):][:40]} },
+		"no prefix":       func(b []byte) []string { return []string{good(b)[len("sha256="):]} },
+		"not hex":         func(b []byte) []string { return []string{good(b)[:len("sha256=")+63] + "g"} },
+		"other key":       func(b []byte) []string { return []string{stack.Sign("another key", b)} },
+		"empty key":       func(b []byte) []string { return []string{stack.Sign("", b)} },
+	}
+	refused := func(t *testing.T, body []byte, signature []string) {
+		t.Helper()
+		got := post(t, ctx, f, body, func(req *http.Request) { req.Header["X-Build-Signature"] = signature })
+		if r := record(t, got.text); got.StatusCode != http.StatusUnauthorized || r.Code != "unauthorized" {
+			t.Errorf("got %s, %s: %s", got.Status, r.Code, r.Error)
+		}
+		if sig := got.Header.Get("X-Build-Signature"); sig != "" {
+			t.Errorf("the refusal is signed: %s", sig)
+		}
+	}
+	for bodyName, body := range bodies {
+		t.Run(bodyName, func(t *testing.T) {
+			for name, sign := range signatures {
+				t.Run(name, func(t *testing.T) { refused(t, body, sign(body)) })
+			}
+		})
+	}
+	t.Run("envelope", func(t *testing.T) {
+		for bodyName, body := range bodies {
+			for name, sign := range signatures {
+				values := sign(body)
+				if len(values) > 1 {
+					continue // there is one key in an envelope
+				}
+				fields := map[string]string{"tar": base64.StdEncoding.EncodeToString(body)}
+				if len(values) == 1 {
+					fields["signature"] = values[0]
+				}
+				text := jsonOf(t, fields)
+				t.Run(bodyName+" "+name, func(t *testing.T) {
+					refused(t, text, nil)
+					// One in the header counts for nothing.
+					refused(t, text, []string{good(text)})
+					refused(t, text, []string{good(body)})
+				})
+			}
+		}
+		wrong := flip(good(nil))
+		for name, text := range map[string]string{
+			"cut":           `{"signature":"` + wrong + `","tar":"`,
+			"not base64":    `{"signature":"` + wrong + `","tar":"*"}`,
+			"no tar":        `{"signature":"` + wrong + `"}`,
+			"signed twice":  `{"signature":"` + wrong + `","signature":"` + good(nil) + `","tar":""}`,
+			"more after it": `{"signature":"` + wrong + `","tar":""} x`,
+			"nothing in it": `{}`,
+		} {
+			t.Run(name, func(t *testing.T) { refused(t, []byte(text), nil) })
+		}
+	})
+	t.Run("too large", func(t *testing.T) {
+		// The only thing that is said before: whoever reads that much has to know.
+		body := make([]byte, 2<<20)
+		got := post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("X-Build-Signature", flip(good(body))) })
+		if r := record(t, got.text); got.StatusCode != http.StatusRequestEntityTooLarge || r.Code != "too_large" {
+			t.Errorf("got %s, %s: %s", got.Status, r.Code, r.Error)
+		}
+	})
+
+	if n := daemon.connections.Load(); n != 0 {
+		t.Errorf("buildkitd was connected to %d times for requests that nobody signed", n)
+	}
+	if n := registry.connections.Load(); n != 0 {
+		t.Errorf("the registry was connected to %d times for requests that nobody signed", n)
+	}
+	// They would have been seen.
+	mustBuild(t, ctx, f, plain)
+	if daemon.connections.Load() == 0 || registry.connections.Load() == 0 {
+		t.Error("a build was not seen on its way to buildkitd and to the registry")
+	}
+}
+
+// flip changes the last digit of a signature.
+func flip(signature string) string {
+	last := "0"
+	if strings.HasSuffix(signature, last) {
+		last = "1"
+	}
+	return signature[:len(signature)-1] + last
+}
+
+func jsonOf(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestKeys changes the secret's file while the function runs. Every answer in
+// one piece is signed with the key that its request was.
+func TestKeys(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	body := tarOf(t, config{"image": s.Registry.Image("keys:latest")}, copyOnly)
+	failing := tarOf(t, config{"image": "UPPER"}, copyOnly)
+	for _, test := range []struct {
+		name, file string
+		good, bad  []string
+	}{
+		{"one", "key-one", []string{"key-one"}, []string{"key-two", "", "key-on"}},
+		{"white space around it", " \tkey-one\r\n\n", []string{"key-one"}, []string{" \tkey-one\r\n\n", "key-one\n"}},
+		{"two", "key-one\nkey-two\n", []string{"key-one", "key-two", "key-one\nkey-two"}, []string{"key-three", "", "key-one\nkey-two\n"}},
+		{"rotated", "key-three\r\nkey-one\r\n", []string{"key-three", "key-one", "key-three\r\nkey-one"}, []string{"key-two", "key-three\nkey-one"}},
+		{"none", "", nil, []string{"", "key-one", "\n"}},
+		{"only white space", " \n\t\n", nil, []string{"", " ", " \n\t\n", "\n"}},
+		{"one again", "key-one", []string{"key-one"}, []string{"key-three"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if err := os.WriteFile(filepath.Join(f.SecretsDir, "payload-secret"), []byte(test.file), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			signed := func(body []byte, key string) answer {
+				return post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("X-Build-Signature", stack.Sign(key, body)) })
+			}
+			for _, key := range test.good {
+				for status, body := range map[int][]byte{http.StatusOK: body, http.StatusBadRequest: failing} {
+					got := signed(body, key)
+					if got.StatusCode != status {
+						t.Errorf("with %q: %s: %s", key, got.Status, got.text)
+					}
+					if sig, want := got.Header.Get("X-Build-Signature"), stack.Sign(key, []byte(got.text)); sig != want {
+						t.Errorf("the answer to %q with %s is signed %q, want %q", key, got.Status, sig, want)
+					}
+				}
+			}
+			for _, key := range test.bad {
+				if got := signed(body, key); got.StatusCode != http.StatusUnauthorized || got.Header.Get("X-Build-Signature") != "" {
+					t.Errorf("with %q: %s: %s", key, got.Status, got.text)
+				}
+			}
+		})
+	}
+	// The text envelope's key signs as well.
+	got := post(t, ctx, f, jsonOf(t, map[string]string{"signature": stack.Sign("key-one", body), "tar": base64.StdEncoding.EncodeToString(body)}), func(req *http.Request) {
+		req.Header.Del("X-Build-Signature")
+		req.Header.Set("Content-Type", "text/plain")
+	})
+	if r := record(t, got.text); r.Status != "success" || got.Header.Get("X-Build-Signature") != stack.Sign("key-one", []byte(got.text)) {
+		t.Errorf("an envelope was answered with %+v, signed %q", r, got.Header.Get("X-Build-Signature"))
+	}
+}
