@@ -36,6 +36,8 @@ func TestGrant(t *testing.T) {
 		{"same name, other registry", "quay.io", []string{"repository:acme/app:pull,push"}, "repository:acme/app:pull"},
 		{"prefix of own", "ghcr.io", []string{"repository:acme/app2:push,pull"}, "repository:acme/app2:pull"},
 		{"hub on the wire", "registry-1.docker.io", []string{"repository:acme/hub:pull,push"}, "repository:acme/hub:pull,push"},
+		{"hub by its domain", "docker.io", []string{"repository:acme/hub:push"}, "repository:acme/hub:push"},
+		{"upper case", "GHCR.io", []string{"repository:acme/app:push"}, "repository:acme/app:push"},
 		{"with a port", "registry:5000", []string{"repository:a/b:push"}, "repository:a/b:push"},
 		{"without the port", "registry", []string{"repository:a/b:push"}, ""},
 		{"delete", "ghcr.io", []string{"repository:acme/app:delete,pull"}, "repository:acme/app:pull"},
