@@ -109,6 +109,8 @@ Dockerfile:2
 			msg: "pulling 127.0.0.1:5000/x:1: toomanyrequests: too many requests"},
 		{name: "push 401 with a body", err: errors.New(push + "unauthorized: authentication required"), pushing: true, code: api.RegistryDenied,
 			msg: "pushing 127.0.0.1:5000/x:1: unauthorized: authentication required (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "URLs with a query", err: errors.New(push + `failed to do request: Put "http://127.0.0.1:5000/v2/x?_state=secret&digest=1": read tcp: EOF, at https://s3/x?sig=a%2Fb: 403 Forbidden`), pushing: true, code: api.RegistryFailed,
+			msg: `pushing 127.0.0.1:5000/x:1: failed to do request: Put "http://127.0.0.1:5000/v2/x": read tcp: EOF, at https://s3/x: 403 Forbidden`},
 		{name: "push 429", err: errors.New(push + head + "429 Too Many Requests"), pushing: true, code: api.RegistryFailed, later: true,
 			msg: "pushing 127.0.0.1:5000/x:1: " + head + "429 Too Many Requests"},
 		{name: "push 502", err: errors.New(push + head + "502 Bad Gateway"), pushing: true, code: api.RegistryFailed,
