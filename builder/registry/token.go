@@ -492,7 +492,7 @@ func readToken(body []byte, now time.Time) (Token, error) {
 	}
 	// Its clock may differ from ours: what counts is how long the token lives.
 	if !r.IssuedAt.IsZero() && r.IssuedAt.Before(now) {
-		if left := r.IssuedAt.Add(life).Sub(now); left > 0 && left < life {
+		if left := r.IssuedAt.Add(life).Sub(now); left > 0 {
 			life = left
 		}
 	}

@@ -261,7 +261,7 @@ func TestTokenFailures(t *testing.T) {
 		{"no token", text(`{"expires_in":5}`), api.RegistryFailed, "no token", 1},
 		{"no JSON", text(secret + " <html>"), api.RegistryFailed, "no token", 1},
 		{"too long", func(w http.ResponseWriter, r *http.Request) {
-			fmt.Fprintf(w, `{"token":"%s"}`, strings.Repeat("x", maxTokenResponse))
+			fmt.Fprint(w, `{"token":"x"}`, strings.Repeat(" ", maxTokenResponse))
 		}, api.RegistryFailed, "no token", 1},
 		{"cut", func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Length", "100")
