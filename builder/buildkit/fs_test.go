@@ -40,9 +40,12 @@ const second = int64(time.Second)
 func (m *memory) add(name string, mode fs.FileMode, content string) {
 	e := payload.Entry{Path: name, Mode: mode, ModTime: 1_700_000_000*second + int64(len(m.entries)+1)}
 	if p, target, ok := strings.Cut(name, " -> "); ok {
-		e.Path, e.Linkname, e.Mode = p, target, 0o777|fs.ModeSymlink
+		e.Path, e.Linkname, e.Mode, e.Size = p, target, 0o777|fs.ModeSymlink, int64(len(target))
 	} else if p, target, ok := strings.Cut(name, " => "); ok {
 		e.Path, e.Linkname = p, target
+		if i := slices.IndexFunc(m.entries, func(e payload.Entry) bool { return e.Path == target }); i >= 0 {
+			e.Size = m.entries[i].Size
+		}
 	} else if p, ok := strings.CutSuffix(name, "/"); ok {
 		e.Path, e.Mode = p, mode|fs.ModeDir
 	} else {
@@ -185,6 +188,26 @@ func TestTransfer(t *testing.T) {
 	}
 	if want := int64(len("FROM scratch\n") + 1 + len("deep") + 1 + 100_000 + 1); files.sent.Load() != want {
 		t.Errorf("%d bytes counted, want %d", files.sent.Load(), want)
+	}
+}
+
+// What has not changed is not written again: BuildKit would leave a directory
+// with the time of that.
+func TestTransferAgain(t *testing.T) {
+	m := &memory{}
+	m.add("dir/", 0o755, "")
+	m.add("dir/a", 0o600, "a")
+	m.add("dir/b => dir/a", 0o600, "")
+	m.add("dir/link -> a", 0, "")
+	m.entries[2].ModTime = m.entries[1].ModTime
+	dir := t.TempDir()
+	for range 2 {
+		if err := transfer(t, newContextFS(m), dir); err != nil {
+			t.Fatal(err)
+		}
+		if fi, err := os.Stat(filepath.Join(dir, "dir")); err != nil || fi.ModTime().UnixNano() != m.entries[0].ModTime {
+			t.Errorf("the directory's time is %v, %v", fi.ModTime(), err)
+		}
 	}
 }
 

@@ -23,7 +23,7 @@ type Entry struct {
 	// file's hard links; noInode for what has no content.
 	inode int32
 
-	Size    int64 // as lstat gives it; 0 for a directory and a hard link
+	Size    int64 // as lstat gives it, also for a hard link; 0 for a directory
 	ModTime int64 // ns since 1970; of a regular file, a group time
 
 	// Linkname is a symlink's target as it was sent, or, for a regular file,

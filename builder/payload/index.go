@@ -423,12 +423,12 @@ func (x *indexer) finish(timeKey *[32]byte) ([]Entry, []inode, error) {
 		if e.inode == noInode {
 			continue
 		}
+		e.Size = inodes[e.inode].size
 		if f := first[e.inode]; f > 0 {
 			e.Linkname = entries[f-1].Path
 			continue
 		}
 		first[e.inode] = int32(i + 1)
-		e.Size = inodes[e.inode].size
 	}
 	setGroupTimes(timeKey, entries, sums)
 	return entries, inodes, nil

@@ -143,7 +143,7 @@ func TestContext(t *testing.T) {
 	want := []string{
 		"-rw-r--r-- 16 a = b of the context",
 		"Lrwxrwxrwx 11 abs -> /etc/passwd",
-		"-rw-r--r-- 0 b -> a = b of the context",
+		"-rw-r--r-- 16 b -> a = b of the context",
 		"drwxr-xr-x 0 empty",
 		"drwxr-xr-x 0 " + l,
 		"drwxr-xr-x 0 " + l + "/" + l,
@@ -157,7 +157,7 @@ func TestContext(t *testing.T) {
 		"dtrwxrwxrwx 0 tmp",
 		"Lrwxrwxrwx 9 up -> ../../x\\y",
 		"drwxr-xr-x 0 z",
-		"-rw-r--r-- 0 z/c -> a = b of the context",
+		"-rw-r--r-- 16 z/c -> a = b of the context",
 		"-rw-r--r-- 3 \u00e9 \n\" = odd",
 	}
 	if got := describe(t, p.Context); !slices.Equal(got, want) {
