@@ -19,8 +19,8 @@ import (
 )
 
 // Config is the function's configuration: its environment, and the names of
-// its secrets' files. Each field says the variable it comes from; the README's
-// table has the defaults, and TestConfigTable holds the two together.
+// its secrets' files. Each field says the variable it comes from; the
+// README's table has the defaults.
 type Config struct {
 	BuildkitAddr       string // buildkit_addr: tcp://host:port or unix:///path
 	BuildkitServerName string // buildkit_server_name: in the daemon's certificate
