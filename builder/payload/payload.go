@@ -164,8 +164,8 @@ func copyTo(work *sync.WaitGroup, t *tap, w io.Writer) {
 // unpack starts to spool and index a stream that is no envelope.
 func (s *Spool) unpack(work *sync.WaitGroup, in *fanout, f form, opts *Options) {
 	if f == formTar {
-		// The index reads ahead of nothing and needs no copy, so the store can
-		// have its own goroutine.
+		// What is stored is what was sent, so it need not pass through the
+		// index.
 		copyTo(work, in.tap(), s.store)
 		t := in.tap()
 		work.Go(func() {
