@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"math"
+	"math/bits"
 	"slices"
 
 	"github.com/minio/highwayhash"
@@ -44,22 +45,18 @@ func contentKey(timeKey *[32]byte) []byte {
 //
 // entries are in their final order; sums are by inode.
 func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
-	type file struct {
-		time  int64
-		entry int32
-	}
-	var files []file
+	var files []timedFile
 	for i := range entries {
 		if e := &entries[i]; e.inode != noInode && e.Linkname == "" {
-			files = append(files, file{e.ModTime, int32(i)})
+			files = append(files, timedFile{e.ModTime, int32(i)})
 		}
 	}
 	// Stable, so that a group's files stay in the order of their paths.
-	slices.SortStableFunc(files, func(a, b file) int { return cmp.Compare(a.time, b.time) })
+	slices.SortStableFunc(files, func(a, b timedFile) int { return cmp.Compare(a.time, b.time) })
 
 	mac := hmac.New(sha256.New, key[:])
 	var buf []byte
-	groupHash := func(group []file) uint64 {
+	groupHash := func(group []timedFile) uint64 {
 		mac.Reset()
 		for _, f := range group {
 			e := &entries[f.entry]
@@ -75,33 +72,54 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 	times := make([]int64, len(sums)) // by inode
 	for len(files) > 0 {
 		sec := floorSecond(files[0].time)
-		end, groups := 0, int64(0)
-		for ; end < len(files) && floorSecond(files[end].time) == sec; end++ {
-			if end == 0 || files[end].time != files[end-1].time {
-				groups++
-			}
+		n := 1
+		for n < len(files) && floorSecond(files[n].time) == sec {
+			n++
 		}
-		// groups is at most Limits.Entries, so a slot is some µs at least.
-		width := max(second/groups, 1)
-		slot := int64(0)
-		for rest := files[:end]; len(rest) > 0; slot++ {
-			n := 1
-			for n < len(rest) && rest[n].time == rest[0].time {
-				n++
-			}
-			ns := slot*width + int64(groupHash(rest[:n])%uint64(width))
-			for _, f := range rest[:n] {
+		// Of a power of two, so that one file more or less seldom changes it.
+		least := int64(max(second>>(bits.Len(uint(n-1))+4), 1))
+		setSlots(files[:n], 0, second, least, func(group []timedFile, from, to int64) {
+			ns := from + int64(groupHash(group)%uint64(to-from))
+			for _, f := range group {
 				times[entries[f.entry].inode] = sec*second + ns
 			}
-			rest = rest[n:]
-		}
-		files = files[end:]
+		})
+		files = files[n:]
 	}
 	for i := range entries {
 		if e := &entries[i]; e.inode != noInode {
 			e.ModTime = times[e.inode]
 		}
 	}
+}
+
+// timedFile is a regular file that is no hard link, and its time as it was sent.
+type timedFile struct {
+	time  int64
+	entry int32
+}
+
+// setSlots calls set with each group of files, which are sorted and of one
+// second, and with its slot between from and to.
+//
+// Times are parted by the highest bit in which they differ, and each part gets
+// half of what there is, and least ns for each of its files, which is less but
+// where times crowd. Slots of one width would all move when a file is edited and
+// so leaves the second of those it was checked out with, and all would be sent
+// again. Of these, the few move that shared its bits.
+func setSlots(files []timedFile, from, to, least int64, set func(group []timedFile, from, to int64)) {
+	first, last := files[0].time, files[len(files)-1].time
+	if first == last {
+		set(files, from, to)
+		return
+	}
+	bit := bits.Len64(uint64(first^last)) - 1
+	n, _ := slices.BinarySearchFunc(files, 1, func(f timedFile, _ int) int { return int(f.time>>bit&1) - 1 })
+	middle := from + (to-from)/2
+	middle = max(middle, from+least*int64(n))
+	middle = min(middle, to-least*int64(len(files)-n))
+	setSlots(files[:n], from, middle, least, set)
+	setSlots(files[n:], middle, to, least, set)
 }
 
 // floorSecond is the second that ns lies in, also before 1970.
