@@ -43,6 +43,8 @@ type Options struct {
 	// Signer returns the X-Build-Signature of the body of an answer that does
 	// not stream, or "". It may be nil.
 	Signer func(body []byte) string
+	// NotBefore is when the answer may begin. Zero means at once.
+	NotBefore time.Time
 	// Text makes an error that does not stream plain text.
 	Text bool
 	// WriteTimeout is how long a client may take to accept one record.
@@ -284,6 +286,7 @@ func (w *Writer) writeWhole(rec api.Record) error {
 			h.Set(api.SignatureHeader, s)
 		}
 	}
+	time.Sleep(time.Until(w.opts.NotBefore))
 	if err := w.setDeadline(w.deadline); err != nil {
 		return err
 	}
@@ -319,6 +322,7 @@ func writeText(b *bytes.Buffer, rec api.Record) {
 // run writes a stream. Until it ends, it alone uses w.w.
 func (w *Writer) run() {
 	defer close(w.done)
+	time.Sleep(time.Until(w.opts.NotBefore))
 	if err := w.header(); err != nil {
 		w.fail(err)
 		return

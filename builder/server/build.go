@@ -60,7 +60,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	defer body.Close()
 
-	opts := reply.Options{Start: b.start, Text: isText(r)}
+	opts := reply.Options{Start: b.start, NotBefore: time.Now().Add(settle), Text: isText(r)}
 	if body.key != nil {
 		opts.Signer = func(answer []byte) string { return signature.Sign(body.key, answer) }
 	}

@@ -148,8 +148,18 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // refuse answers a request that did not become a build.
 func refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
-	reply.New(w, reply.JSON, reply.Options{Start: time.Now(), Text: isText(r)}).Finish(failure(err, ""))
+	opts := reply.Options{Start: time.Now(), Text: isText(r)}
+	if r.Body != http.NoBody {
+		opts.NotBefore = opts.Start.Add(settle)
+	}
+	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
 }
+
+// settle is how long after the end of a body its answer may begin. A proxy made
+// of Go's ReverseProxy, as of-watchdog and the gateway are, closes the body of a
+// request when the answer begins; should it not yet have seen the end then, it
+// drops the connection, and with it the build (https://go.dev/issue/40747).
+const settle = 20 * time.Millisecond
 
 func failure(err *api.Error, image string) api.Record {
 	return api.Record{Status: api.Failed, Image: image, ImageName: image, Error: err.Msg, Code: err.Code}

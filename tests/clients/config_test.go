@@ -3,8 +3,6 @@ package clients_test
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"maps"
 	"net/http"
 	"runtime"
@@ -17,7 +15,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
-	control "github.com/moby/buildkit/api/services/control"
 
 	"handler/function/tests/stack"
 )
@@ -254,8 +251,8 @@ func TestNoCache(t *testing.T) {
 }
 
 // TestPull changes what a tag of a base image names between two builds. buildkitd
-// with its OCI worker asks the registry for a tag in every build, with pull and
-// without: that the key arrives is seen in its history.
+// with its OCI worker asks the registry in every build, whether pull is set or
+// not; a daemon that keeps images of its own would not.
 func TestPull(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	base, ref := s.Registry.Image("config:base"), s.Registry.Image("config:pull")
@@ -276,26 +273,14 @@ func TestPull(t *testing.T) {
 	}
 	for _, version := range []string{"one", "two"} {
 		push(version)
-		got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "pull": true}, map[string]string{
-			"Dockerfile": "FROM " + base + "\nRUN echo $VERSION > /version\n",
-		}))
-		if got := contents(t, pull(t, ctx, ref, got.Digest), "")["version"]; got != version+"\n" {
-			t.Errorf("built on version %q, want %q", got, version)
-		}
-	}
-	mode := func(pull bool) string {
-		mark := fmt.Sprint("config:pull-", pull)
-		mustBuild(t, ctx, f, tarOf(t, config{"image": s.Registry.Image(mark), "pull": pull, "labels": config{"mark": mark}}, copyOnly))
-		for _, r := range history(t, ctx, s) {
-			if r.FrontendAttrs["label:mark"] == mark {
-				return r.FrontendAttrs["image-resolve-mode"]
+		for _, again := range []bool{true, false} {
+			got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "pull": again}, map[string]string{
+				"Dockerfile": "FROM " + base + "\nRUN echo $VERSION > /version\n",
+			}))
+			if got := contents(t, pull(t, ctx, ref, got.Digest), "")["version"]; got != version+"\n" {
+				t.Errorf("with pull %v: built on version %q, want %q", again, got, version)
 			}
 		}
-		t.Fatal("the history has no such build")
-		return ""
-	}
-	if with, without := mode(true), mode(false); with != "pull" || without != "" {
-		t.Errorf("the resolve mode is %q with pull and %q without", with, without)
 	}
 }
 
@@ -473,28 +458,4 @@ func manifest(t *testing.T, img v1.Image) *v1.Manifest {
 func isNotFound(err error) bool {
 	var e *transport.Error
 	return errors.As(err, &e) && e.StatusCode == http.StatusNotFound
-}
-
-// history is what the daemon remembers of the builds that it was asked for.
-func history(t *testing.T, ctx context.Context, s *stack.Stack) (records []*control.BuildHistoryRecord) {
-	t.Helper()
-	c, err := s.Buildkitd.Client(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	events, err := c.ControlClient().ListenBuildHistory(ctx, &control.BuildHistoryRequest{EarlyExit: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for {
-		event, err := events.Recv()
-		if errors.Is(err, io.EOF) {
-			return records
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		records = append(records, event.Record)
-	}
 }

@@ -3,7 +3,11 @@ package clients_test
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -175,6 +179,53 @@ func TestLive(t *testing.T) {
 		})
 	}
 	streams.Wait()
+}
+
+// TestReverseProxy reads answers through what of-watchdog and the gateway are
+// made of. It drops a request whose answer begins before it has seen the body's
+// end, which here takes as long as on a machine that is busy.
+func TestReverseProxy(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	to, err := url.Parse(f.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(to)
+		r.Out.Body = &lateEnd{r.Out.Body, r.Out.ContentLength}
+	}})
+	t.Cleanup(proxy.Close)
+	through := *f
+	through.URL = proxy.URL
+	mustBuild(t, ctx, &through, tarOf(t, config{"image": s.Registry.Image("proxy:latest")}, copyOnly))
+	for _, accept := range []string{ndjsonType, sseType, ""} {
+		got := post(t, ctx, &through, tarOf(t, config{"image": "UPPER"}, copyOnly), func(req *http.Request) { req.Header.Set("Accept", accept) })
+		if !strings.Contains(got.text, "bad_config") {
+			t.Errorf("for %q: got %s: %s", accept, got.Status, got.text)
+		}
+		got = post(t, ctx, &through, []byte("hello"), func(req *http.Request) {
+			req.Header.Set("Accept", accept)
+			req.Header.Set("X-Build-Signature", stack.Sign("another key", nil))
+		})
+		if got.StatusCode != http.StatusUnauthorized || !strings.Contains(got.text, "unauthorized") {
+			t.Errorf("for %q: got %s: %s", accept, got.Status, got.text)
+		}
+	}
+}
+
+// lateEnd is a body whose end is noticed late.
+type lateEnd struct {
+	io.ReadCloser
+	left int64
+}
+
+func (b *lateEnd) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	n, err := b.ReadCloser.Read(p)
+	b.left -= int64(n)
+	return n, err
 }
 
 // TestLongOutput prints a line of 300 KiB, and then more than an answer in one
