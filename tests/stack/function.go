@@ -85,6 +85,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		// Those of stack.yml, but for the wait before an idle instance ends.
 		"read_timeout": "20m", "write_timeout": "20m", "exec_timeout": "20m",
 		"healthcheck_interval": "100ms",
+		"GOMEMLIMIT":           "96MiB",
 	}
 	if watchdog, ok := FindWatchdog(); ok && c.Watchdog {
 		if upstream, err = freePort(); err != nil {
