@@ -281,6 +281,9 @@ func (b *build) solveOpt(auths *authServer) client.SolveOpt {
 		SharedKey:     b.req.SharedKey,
 		Session:       attachables,
 		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: b.exporterAttrs()}},
+		// The daemon's history would keep the build arguments in the clear for two
+		// days, and takes a quarter of a cached build's time.
+		Internal: true,
 	}
 }
 

@@ -98,6 +98,7 @@ func (b *benchmark) inProcess(ctx context.Context, fs fsutil.FS, ref string) (ti
 		FrontendAttrs: map[string]string{},
 		LocalMounts:   map[string]fsutil.FS{"context": fs, "dockerfile": fs},
 		SharedKey:     ref,
+		Internal:      true, // leaves no history, as the function does
 		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: map[string]string{"name": ref, "push": "true"}}},
 	}, nil)
 	return time.Since(start), err
