@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -346,13 +347,27 @@ func TestBodyError(t *testing.T) {
 			goroutines := runtime.NumGoroutine()
 			opts := testOptions(t)
 			opts.Memory = 1000
-			s, err := payload.Receive(io.MultiReader(strings.NewReader(body[:n]), iotest.ErrReader(failed)), io.Discard, opts)
+			var signed slowWriter
+			s, err := payload.Receive(io.MultiReader(strings.NewReader(body[:n]), iotest.ErrReader(failed)), &signed, opts)
+			if signed.busy.Load() {
+				t.Error("signed is written to after Receive has returned")
+			}
 			if s != nil || !errors.Is(err, failed) {
 				t.Errorf("after %d of %d bytes: %v, %v", n, len(body), s, err)
 			}
 			checkNothingLeft(t, opts.Dir, goroutines)
 		}
 	}
+}
+
+// slowWriter shows whether it is being written to.
+type slowWriter struct{ busy atomic.Bool }
+
+func (w *slowWriter) Write(p []byte) (int, error) {
+	w.busy.Store(true)
+	defer w.busy.Store(false)
+	time.Sleep(2 * time.Millisecond)
+	return len(p), nil
 }
 
 // How the body comes does not matter.

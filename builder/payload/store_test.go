@@ -89,7 +89,7 @@ func TestStoreErrors(t *testing.T) {
 
 // Pieces of all sizes, around the bound on memory and around a block.
 func TestStorePieces(t *testing.T) {
-	for _, memory := range []int64{0, 1, blockSize - 1, blockSize, blockSize + 1, 3 * blockSize} {
+	for _, memory := range []int64{0, 1, blockSize - 1, blockSize, blockSize + 1, 4 * blockSize} {
 		for _, piece := range []int{1, 511, 512, blockSize - 1, blockSize, blockSize + 1, 5 * blockSize} {
 			s := &store{dir: t.TempDir(), memory: memory}
 			var want []byte
