@@ -128,7 +128,7 @@ func fill(t *testing.T, name string) {
 
 // soakBuilds is how many builds TestNothingGrows makes; FAULTS_BUILDS is for a
 // longer soak.
-const soakBuilds = 250
+const soakBuilds = 300
 
 // TestNothingGrows mixes builds that end in every way, and compares what the
 // function holds after the first of them and after all.
@@ -206,7 +206,10 @@ func TestNothingGrows(t *testing.T) {
 			})
 		}
 		workers.Wait()
-		waitIdle(t, f, 10*time.Second)
+		if t.Failed() {
+			t.FailNow()
+		}
+		waitIdle(t, f)
 	}
 
 	run(60)

@@ -268,7 +268,7 @@ func eventually(t *testing.T, limit time.Duration, check func() error) time.Dura
 		if took > limit {
 			t.Fatalf("still after %v: %v", limit, err)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -373,9 +373,9 @@ func metric(f *stack.Function, metric string, labels ...string) (float64, error)
 }
 
 // waitIdle returns once no build holds a slot or waits for one.
-func waitIdle(t *testing.T, f *stack.Function, limit time.Duration) time.Duration {
+func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 	t.Helper()
-	return eventually(t, limit, func() error {
+	return eventually(t, 15*time.Second, func() error {
 		for _, name := range []string{"builder_builds_in_flight", "builder_builds_waiting"} {
 			if n, err := metric(f, name); err != nil || n != 0 {
 				return fmt.Errorf("%s is %v, %v", name, n, err)

@@ -285,7 +285,7 @@ func TestRegistryFaults(t *testing.T) {
 			wantWhole(t, s.Registry.Image(repository))
 
 			// Nothing of the fault stays: neither a slot nor a connection.
-			waitIdle(t, f, 2*time.Second)
+			waitIdle(t, f)
 			proxy.set(nil)
 			again := mustSend(t, f, next, jsonForm)
 			again.wantSuccess(t)
