@@ -177,8 +177,8 @@ func TestSlowUploads(t *testing.T) {
 	const header = "POST /build HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\n"
 	signed := header + "X-Build-Signature: sha256=" + strings.Repeat("0", 64) + "\r\n\r\n"
 	for name, test := range map[string]struct {
-		sent  string        // and then a byte each 100 ms
-		drip  string        //
+		sent  string // and then a byte each 100 ms
+		drip  string
 		limit time.Duration // for the answer
 		code  string
 	}{
