@@ -166,7 +166,9 @@ func TestHelpers(t *testing.T) {
 	} {
 		t.Run(tt.host, func(t *testing.T) {
 			c := New(Config{File: file, AllowBasic: true})
-			c.helperTimeout = 500 * time.Millisecond
+			if tt.host == "hanging" {
+				c.helperTimeout = 500 * time.Millisecond
+			}
 			start := time.Now()
 			name, _, err := c.Build(nil).Basic(t.Context(), tt.host)
 			if name != tt.user {
@@ -180,7 +182,7 @@ func TestHelpers(t *testing.T) {
 			case err != nil && strings.Contains(err.Error(), "topsecret"):
 				t.Errorf("the helper's output is in the error: %v", err)
 			}
-			if d := time.Since(start); d > 5*time.Second {
+			if d := time.Since(start); d > 30*time.Second {
 				t.Errorf("took %v", d)
 			}
 		})
