@@ -48,19 +48,20 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request) (_ *upload, err
 	}
 	mac, macErr := signature.Parse(r.Header.Values(api.SignatureHeader))
 
-	if err := s.uploads.acquire(r.Context(), uploadWait); err != nil {
-		return nil, busy(err, "too many bodies are being received")
-	}
-	defer s.uploads.release()
-
-	body := bufio.NewReaderSize(&paced{body: r.Body, rc: rc, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}, 16)
-
+	pace := &paced{body: r.Body, rc: rc, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}
+	body := bufio.NewReaderSize(pace, 16)
 	if macErr != nil && !s.DisableHMAC {
-		// Only the text envelope carries its signature itself. One byte tells.
+		// Only the text envelope carries its signature itself. One byte tells,
+		// and whoever does not send it gets no slot.
 		if first, err := body.Peek(1); err != nil || first[0] != '{' {
 			return nil, unauthorized(macErr)
 		}
 	}
+	if err := s.uploads.acquire(r.Context(), uploadWait); err != nil {
+		return nil, busy(err, "too many bodies are being received")
+	}
+	defer s.uploads.release()
+	pace.start = time.Now()
 
 	verifier := keys.Verifier()
 	start := time.Now()
