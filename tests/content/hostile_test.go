@@ -2,6 +2,7 @@ package content_test
 
 import (
 	"bytes"
+	"compress/bzip2"
 	"compress/gzip"
 	"context"
 	"encoding/base64"
@@ -299,6 +300,15 @@ func TestGoCorpus(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		switch filepath.Ext(path) {
+		case ".base64":
+			b, err = base64.StdEncoding.DecodeString(string(b))
+		case ".bz2":
+			b, err = io.ReadAll(bzip2.NewReader(bytes.NewReader(b)))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 		if status, r := post(t, ctx, f, string(b)); status != 400 && status != 413 {
 			t.Errorf("%s alone: got %d, %+v", filepath.Base(path), status, r)
 		}
@@ -374,7 +384,7 @@ func TestHostileLimits(t *testing.T) {
 // limits as they are by default, and looks at the memory of the process.
 func TestBombs(t *testing.T) {
 	const ceiling = 128 << 20
-	ctx, _, f := start(t, stack.FunctionConfig{Plain: true})
+	_, f := stack.Test(t, stack.FunctionConfig{Plain: true})
 	// 64 MiB of zeros are 64 KiB of gzip.
 	zeros := gzipped(strings.Repeat("\x00", 64<<20))
 	zstdZeros := zstded(t, strings.Repeat("\x00", 64<<20))
@@ -382,21 +392,24 @@ func TestBombs(t *testing.T) {
 	for i := range 60_000 {
 		keys.WriteString(record(fmt.Sprint(i), ""))
 	}
-	// many is gzip of n entries, each after a header that is compressed once.
-	many := func(n int, header string, entry func(i int) string) string {
-		if header != "" {
-			header = gzipped(header)
-		}
-		var b strings.Builder
-		b.WriteString(gzipped(plainHead))
+	// flood is n small entries, each after a header that is compressed once.
+	flood := func(n int, header string) string {
+		header = gzipped(header)
+		b := gzipped(plainHead)
 		for i := range n {
-			b.WriteString(header)
-			b.WriteString(gzipped(entry(i)))
+			b += header + gzipped(file(fmt.Sprintf("context/%d", i), ""))
 		}
-		b.WriteString(gzipped(tarEnd))
+		return b + gzipped(tarEnd)
+	}
+	many := func(n int, entry func(i int) string) string {
+		var b strings.Builder
+		b.WriteString(plainHead)
+		for i := range n {
+			b.WriteString(entry(i))
+		}
+		b.WriteString(tarEnd)
 		return b.String()
 	}
-	small := func(i int) string { return file(fmt.Sprintf("context/%d", i), "") }
 	for _, tt := range []struct {
 		name string
 		body func() string
@@ -414,26 +427,20 @@ func TestBombs(t *testing.T) {
 			return gzipped(plainHead+extended('x', record("size", fmt.Sprint(10<<30)))+block("context/x", '0', 0, nil)) + strings.Repeat(zeros, 160)
 		}, "2147483648"},
 		{"10 GiB of zstd", func() string { return zstded(t, with()) + strings.Repeat(zstdZeros, 160) }, "2147483648"},
-		{"extended headers of many keys", func() string { return many(100, extended('x', keys.String()), small) }, "extended headers"},
-		{"global headers of many keys", func() string { return many(100, extended('g', keys.String()), small) }, "extended headers"},
-		{"long names", func() string {
-			return many(100, extended('L', strings.Repeat("n", 1<<20-1)+"\x00"), small)
-		}, "limit of 4096 bytes"},
+		{"extended headers of many keys", func() string { return flood(100, extended('x', keys.String())) }, "extended headers"},
+		{"global headers of many keys", func() string { return flood(100, extended('g', keys.String())) }, "extended headers"},
+		{"long names", func() string { return flood(100, extended('L', strings.Repeat("n", 1<<20-1)+"\x00")) }, "limit of 4096 bytes"},
 		{"200,000 entries of long names and one more", func() string {
 			// 140 bytes each, within what all names together may have.
-			return many(200, "", func(k int) string {
-				var b strings.Builder
-				for i := range 1000 {
-					b.WriteString(block(fmt.Sprintf("%090d", k*1000+i), '0', 0, map[int]string{136: fmt.Sprintf("%011o", k*1000+i), 345: "context/" + strings.Repeat("d", 40)}))
-				}
-				return b.String()
+			return many(200_000, func(i int) string {
+				return block(fmt.Sprintf("%090d", i), '0', 0, map[int]string{136: fmt.Sprintf("%011o", i), 345: "context/" + strings.Repeat("d", 40)})
 			})
 		}, "200000 entries"},
 		{"directories left out, 1,000 deep", func() string {
-			return many(1000, "", func(i int) string {
+			return many(1000, func(i int) string {
 				return extended('L', fmt.Sprintf("context/%d/%sx\x00", i, strings.Repeat("d/", 1000))) + file("x", "")
 			})
-		}, ""},
+		}, "together"},
 		{"envelope nested deep", func() string {
 			return strings.TrimSuffix(enveloped(f, with()), "}") + `,"x":` + strings.Repeat("[", 32<<20)
 		}, "nested"},
@@ -443,6 +450,8 @@ func TestBombs(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			body := tt.body()
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
 			began := time.Now()
 			status, r := post(t, ctx, f, body)
 			if status != http.StatusBadRequest && status != http.StatusRequestEntityTooLarge || !strings.Contains(r.Error, tt.says) {
@@ -462,6 +471,8 @@ func TestBombs(t *testing.T) {
 	if n := started(t, f); n > 0 {
 		t.Errorf("%d builds were started", n)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	if status, r := post(t, ctx, f, with()); status != 200 {
 		t.Errorf("the next build got %d, %+v", status, r)
 	}
