@@ -33,7 +33,6 @@ func TestSelf(t *testing.T) {
 			Handler     string            `yaml:"handler"`
 			Environment map[string]string `yaml:"environment"`
 			BuildArgs   map[string]string `yaml:"build_args"`
-			ReadOnly    bool              `yaml:"readonly_root_filesystem"`
 		} `yaml:"functions"`
 	}
 	if err := yaml.Unmarshal(text, &services); err != nil {
