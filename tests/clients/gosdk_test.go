@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/openfaas/go-sdk/builder"
 
@@ -187,19 +188,23 @@ func sdkTar(t *testing.T, files map[string]string, config *builder.BuildConfig) 
 // field for it, but the function's log has.
 func sdkDigest(t *testing.T, s *stack.Stack, f *stack.Function, ref string) string {
 	t.Helper()
-	log, err := f.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(log) {
-		if strings.Contains(line, `"build ended"`) && strings.Contains(line, ref) {
-			_, rest, _ := strings.Cut(line, `"digest":"`)
-			digest, _, _ := strings.Cut(rest, `"`)
-			return digest
+	// The line is written once the answer has been.
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		log, err := f.Log()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(log) {
+			if strings.Contains(line, `"build ended"`) && strings.Contains(line, `"image":"`+ref+`"`) {
+				_, rest, _ := strings.Cut(line, `"digest":"`)
+				digest, _, _ := strings.Cut(rest, `"`)
+				return digest
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the function's log has no end of a build of %s:\n%s", ref, log)
 		}
 	}
-	t.Fatalf("the function's log has no end of a build of %s:\n%s", ref, log)
-	return ""
 }
 
 // lastResult reads a stream to its end and returns its last record with the
