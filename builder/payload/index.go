@@ -152,7 +152,7 @@ func (x *indexer) headerError(err error) error {
 	}
 	switch {
 	case errors.Is(err, errHeaders):
-		return tooLarge("the tar's extended headers are over the limit of %d bytes after %s", x.limits.Names, x.after())
+		return tooLarge("the tar's extended headers are over the limit of %d bytes (max_names_bytes) after %s", x.limits.Names, x.after())
 	case errors.Is(err, tar.ErrFieldTooLong):
 		return tooLarge("the tar has an extended header of over 1 MiB after %s", x.after())
 	case errors.Is(err, tar.ErrHeader) && x.count == 0:
@@ -172,7 +172,7 @@ func (x *indexer) after() string {
 func (x *indexer) add(hdr *tar.Header) error {
 	x.last = shorten(hdr.Name)
 	if x.count++; x.count > x.limits.Entries {
-		return tooLarge("tar entry %s: over the limit of %d entries", quote(x.last), x.limits.Entries)
+		return tooLarge("tar entry %s: over the limit of %d entries (max_entries)", quote(x.last), x.limits.Entries)
 	}
 	if err := x.checkType(hdr); err != nil {
 		return err
@@ -196,10 +196,10 @@ func (x *indexer) add(hdr *tar.Header) error {
 	x.others[name] = struct{}{}
 	switch name {
 	case api.ConfigFile:
-		x.config, err = x.readFile(hdr, x.limits.Config)
+		x.config, err = x.readFile(hdr, x.limits.Config, "max_config_bytes")
 		return err
 	case api.SecretsFile:
-		x.secrets, err = x.readFile(hdr, x.limits.Secrets)
+		x.secrets, err = x.readFile(hdr, x.limits.Secrets, "max_secrets_bytes")
 		return err
 	case api.ContextDir, ".":
 		if !isDir {
@@ -224,7 +224,7 @@ func (x *indexer) refuse(why string) error {
 func (x *indexer) clean(hdr *tar.Header) (string, error) {
 	for _, s := range []string{hdr.Name, hdr.Linkname} {
 		if len(s) > x.limits.Path {
-			return "", tooLarge("tar entry %s: a path over the limit of %d bytes", quote(x.last), x.limits.Path)
+			return "", tooLarge("tar entry %s: a path over the limit of %d bytes (max_path_bytes)", quote(x.last), x.limits.Path)
 		}
 		if strings.IndexByte(s, 0) >= 0 {
 			return "", x.refuse("a NUL in a path")
@@ -261,7 +261,7 @@ func (x *indexer) clean(hdr *tar.Header) (string, error) {
 // charge counts n bytes of names.
 func (x *indexer) charge(n int) error {
 	if x.names -= int64(n); x.names < 0 {
-		return tooLarge("tar entry %s: all paths together are over the limit of %d bytes", quote(x.last), x.limits.Names)
+		return tooLarge("tar entry %s: all paths together are over the limit of %d bytes (max_names_bytes)", quote(x.last), x.limits.Names)
 	}
 	return nil
 }
@@ -344,13 +344,14 @@ func modeOf(m int64) fs.FileMode {
 	return mode
 }
 
-// readFile reads the data of a regular file of at most limit bytes.
-func (x *indexer) readFile(hdr *tar.Header, limit int64) ([]byte, error) {
+// readFile reads the data of a regular file of at most limit bytes, which
+// setting sets.
+func (x *indexer) readFile(hdr *tar.Header, limit int64, setting string) ([]byte, error) {
 	if hdr.Typeflag != tar.TypeReg {
 		return nil, x.refuse("it is not a regular file")
 	}
 	if hdr.Size > limit {
-		return nil, tooLarge("tar entry %s: over the limit of %d bytes", quote(x.last), limit)
+		return nil, tooLarge("tar entry %s: over the limit of %d bytes (%s)", quote(x.last), limit, setting)
 	}
 	buf := bytes.NewBuffer(make([]byte, 0, hdr.Size))
 	err := x.read(hdr, buf)
@@ -452,7 +453,7 @@ func (x *indexer) addParents() error {
 		}
 		x.last = shorten(api.ContextDir + "/" + p)
 		if x.count++; x.count > x.limits.Entries {
-			return tooLarge("tar entry %s: over the limit of %d entries with the directories that are left out", quote(x.last), x.limits.Entries)
+			return tooLarge("tar entry %s: over the limit of %d entries (max_entries) with the directories that are left out", quote(x.last), x.limits.Entries)
 		}
 		if err := x.charge(len(parent)); err != nil {
 			return err
@@ -540,7 +541,7 @@ func (s *tarStream) beginHeaders(end int64) {
 }
 
 func (s *tarStream) tooLarge() error {
-	return tooLarge("the tar is over the limit of %d bytes unpacked", s.limit)
+	return tooLarge("the tar is over the limit of %d bytes unpacked (max_unpacked_bytes)", s.limit)
 }
 
 func (s *tarStream) Read(p []byte) (int, error) {

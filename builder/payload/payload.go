@@ -18,7 +18,8 @@ import (
 	"handler/function/api"
 )
 
-// Limits bound what a client may send. Zero lets nothing pass.
+// Limits bound what a client may send. Zero lets nothing pass. An error names
+// the limit by the function's setting.
 type Limits struct {
 	Body     int64 // bytes as they are sent
 	Unpacked int64 // bytes of the tar, decompressed
@@ -140,7 +141,7 @@ func (s *Spool) fill(c *chunk, body io.Reader, limit int64) (eof bool, err error
 		c.buf = c.buf[:len(c.buf)+n]
 		s.size += int64(n)
 		if s.size > limit {
-			return false, tooLarge("the body is over the limit of %d bytes", limit)
+			return false, tooLarge("the body is over the limit of %d bytes (max_body_bytes)", limit)
 		}
 		if err == io.EOF {
 			return true, nil
