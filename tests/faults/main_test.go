@@ -33,7 +33,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// Most of these tests wait for a timeout to pass, and need no processor.
-	flag.Set("test.parallel", "12")
+	flag.Set("test.parallel", "6")
 	stack.Main(m)
 }
 
