@@ -107,9 +107,9 @@ func (w *Writer) SetImage(image string) {
 	w.image = image
 }
 
-// Begin sends the header of a stream; others must be set before. From then on a failure is told in its last
-// record; before, it is told by the HTTP status. For an answer that does not
-// stream Begin does nothing.
+// Begin sends the header of a stream; other headers must be set before. From
+// then on a failure is told in its last record; before, by the HTTP status. For
+// an answer that does not stream Begin does nothing.
 func (w *Writer) Begin() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
