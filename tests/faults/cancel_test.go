@@ -424,7 +424,7 @@ func printing(command string) []string {
 func TestReaderSlow(t *testing.T) {
 	t.Parallel()
 	_, _, f := start(t, stack.FunctionConfig{})
-	req, err := f.Request(testContext(t), request(t, local(), printing("for i in $(seq 50); do cat /line; sleep 0.1; done; : "+mark())...))
+	req, err := f.Request(testContext(t), request(t, local(), printing("for i in $(seq 50); do cat /line; sleep 0.25; done; : "+mark())...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +439,7 @@ func TestReaderSlow(t *testing.T) {
 		for _, line := range r.Log {
 			bytes += len(line)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(60 * time.Millisecond)
 	})
 	if err != nil {
 		t.Fatal(err)
