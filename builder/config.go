@@ -32,6 +32,7 @@ type Config struct {
 	BuildkitKey     string // buildkit_key_file
 	RegistryConfig  string // registry_config_file
 	BuildSecretsKey string // build_secrets_key_file
+	GitCredentials  string // git_credentials_file
 
 	MaxBuilds       int           // max_builds
 	MaxUploads      int           // max_uploads
@@ -49,6 +50,10 @@ type Config struct {
 	AllowBasic      bool              // allow_basic
 	TokenHosts      []string          // token_hosts
 	RegistryCA      map[string]string // registry_ca: host=name in SecretsDir
+
+	ContextRepository string        // context_repository: empty takes no contexts by digest
+	ContextMaxAge     time.Duration // context_max_age
+	ContextHosts      []string      // context_hosts: of git contexts; empty refuses all
 
 	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
 	SpoolMemory int64          // spool_memory_bytes
@@ -75,6 +80,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		BuildkitKey:     e.text("buildkit_key_file", "buildkit-key"),
 		RegistryConfig:  e.text("registry_config_file", "registry-config"),
 		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
+		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
 
 		MaxBuilds:       int(e.number("max_builds", 4)),
 		MaxUploads:      int(e.number("max_uploads", 16)),
@@ -92,6 +98,10 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		AllowBasic:      e.boolean("allow_basic", true),
 		TokenHosts:      e.list("token_hosts"),
 		RegistryCA:      e.pairs("registry_ca"),
+
+		ContextRepository: e.text("context_repository", ""),
+		ContextMaxAge:     e.duration("context_max_age", 48*time.Hour),
+		ContextHosts:      e.list("context_hosts"),
 
 		Limits: payload.Limits{
 			Body:     e.size("max_body_bytes", 512*units.MiB),

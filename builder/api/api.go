@@ -50,8 +50,17 @@ type BuildConfig struct {
 	NoCache     bool              `json:"noCache,omitempty"`
 	Pull        bool              `json:"pull,omitempty"`
 
+	// Context is where the build context lies that the tar does not hold.
+	Context *ContextSource `json:"context,omitempty"`
+
 	// Frontend is sent by old clients and ignored.
 	Frontend string `json:"frontend,omitempty"`
+}
+
+// ContextSource is one of its fields.
+type ContextSource struct {
+	Digest string `json:"digest,omitempty"` // sha256:<hex> of what was sent to /contexts
+	Git    string `json:"git,omitempty"`    // https://host/org/repo.git#ref:dir
 }
 
 // Record is one object of an answer: a line of a stream, or the whole of an
@@ -66,6 +75,7 @@ type Record struct {
 	Code      Code     `json:"code,omitempty"`
 	Duration  float64  `json:"duration"` // seconds since the request was accepted
 	Digest    string   `json:"digest,omitempty"`
+	Commit    string   `json:"commit,omitempty"` // of a git context: what was built
 	Tags      []string `json:"tags,omitempty"`
 	Platforms []string `json:"platforms,omitempty"`
 	Warnings  []string `json:"warnings,omitempty"`

@@ -13,10 +13,12 @@ const (
 	BadConfig        Code = "bad_config"
 	BadSecrets       Code = "bad_secrets"
 	BadEnvelope      Code = "bad_envelope"
+	BadContext       Code = "bad_context"
 	BadBody          Code = "bad_body"
 	SlowUpload       Code = "slow_upload"
 	Unauthorized     Code = "unauthorized"
 	ImageForbidden   Code = "image_forbidden"
+	ContextForbidden Code = "context_forbidden"
 	NotFound         Code = "not_found"
 	MethodNotAllowed Code = "method_not_allowed"
 	TooLarge         Code = "too_large"
@@ -44,10 +46,12 @@ var statuses = map[Code]int{
 	BadConfig:        http.StatusBadRequest,
 	BadSecrets:       http.StatusBadRequest,
 	BadEnvelope:      http.StatusBadRequest,
+	BadContext:       http.StatusBadRequest,
 	BadBody:          http.StatusBadRequest,
 	SlowUpload:       http.StatusBadRequest,
 	Unauthorized:     http.StatusUnauthorized,
 	ImageForbidden:   http.StatusForbidden,
+	ContextForbidden: http.StatusForbidden,
 	NotFound:         http.StatusNotFound,
 	MethodNotAllowed: http.StatusMethodNotAllowed,
 	TooLarge:         http.StatusRequestEntityTooLarge,

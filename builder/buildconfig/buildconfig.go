@@ -67,7 +67,7 @@ func Parse(data []byte) (*Config, error) {
 // known are the keys of the contract's table.
 var known = []string{
 	"image", "buildArgs", "platforms", "skipPush", "tags", "target", "dockerfile",
-	"labels", "annotations", "noCache", "pull", "frontend",
+	"labels", "annotations", "noCache", "pull", "context", "frontend",
 }
 
 func wanted(e *json.UnmarshalTypeError) string {
@@ -78,6 +78,8 @@ func wanted(e *json.UnmarshalTypeError) string {
 		return "a list of strings"
 	case "bool":
 		return "true or false"
+	case "ptr", "struct":
+		return "an object"
 	}
 	return "a " + e.Type.String()
 }
@@ -174,7 +176,26 @@ func (c *Config) check() error {
 	if err := checkDockerfile(c.Dockerfile); err != nil {
 		return bad(err, "%s: %q %q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
 	}
+	return c.checkContext()
+}
+
+func (c *Config) checkContext() error {
+	if c.Context == nil {
+		return nil
+	}
+	if (c.Context.Digest == "") == (c.Context.Git == "") {
+		return bad(nil, "%s: %q needs either %q or %q", api.ConfigFile, "context", "digest", "git")
+	}
+	if d := c.Context.Digest; d != "" && !ValidDigest(d) {
+		return bad(nil, "%s: %q %q: not sha256: and 64 hex digits", api.ConfigFile, "context.digest", d)
+	}
 	return nil
+}
+
+// ValidDigest reports whether d is "sha256:" and 64 lower-case hex digits.
+func ValidDigest(d string) bool {
+	digits, ok := strings.CutPrefix(d, "sha256:")
+	return ok && len(digits) == 64 && strings.Trim(digits, "0123456789abcdef") == ""
 }
 
 // parseReference normalises s as docker does: "alpine" is

@@ -77,6 +77,13 @@ func Sign(key, body []byte) string {
 	return prefix + hex.EncodeToString(h.Sum(nil))
 }
 
+// Verify compares mac with what every key makes of message.
+func (k Keys) Verify(mac MAC, message []byte) (key []byte, ok bool) {
+	v := k.Verifier()
+	v.Write(message)
+	return v.Verify(mac)
+}
+
 // Verifier computes a body's MAC with every key while the body passes.
 type Verifier struct {
 	keys Keys
