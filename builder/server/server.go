@@ -5,7 +5,9 @@ package server
 
 import (
 	"context"
+	"errors"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -117,7 +119,20 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// ServeHTTP matches paths exactly: there is nothing here to clean or redirect.
+// route finds the handlers of a path, by method. A route that ends in a slash is
+// that of every segment below it, and the segment is rest.
+func (s *Server) route(path string) (methods map[string]http.Handler, rest string) {
+	if i := strings.LastIndexByte(path, '/') + 1; i > 1 {
+		if i == len(path) {
+			return nil, ""
+		}
+		path, rest = path[:i], path[i:]
+	}
+	return s.routes[path], rest
+}
+
+// ServeHTTP matches paths as they are: there is nothing here to clean or
+// redirect.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if id := r.Header.Get(api.CallIDHeader); id != "" {
 		w.Header().Set(api.CallIDHeader, id)
@@ -126,16 +141,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if path == "" {
 		path = "/"
 	}
-	methods, ok := s.routes[path]
-	if !ok {
+	methods, rest := s.route(path)
+	if methods == nil {
 		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"})
 		return
 	}
-	method := r.Method
-	if method == http.MethodHead {
-		method = http.MethodGet
+	r.SetPathValue(segment, rest)
+	h, ok := methods[r.Method]
+	if !ok && r.Method == http.MethodHead {
+		h, ok = methods[http.MethodGet]
 	}
-	h, ok := methods[method]
 	if !ok {
 		for m := range methods {
 			w.Header().Add("Allow", m)
@@ -144,6 +159,31 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.ServeHTTP(w, r)
+}
+
+// segment names a request's path value: the last segment of its path, where
+// the route leaves it open.
+const segment = "segment"
+
+// signedBy checks the signature of a request that has no body: it signs its
+// method and path, with a space between. Without HMAC the key is nil.
+func (s *Server) signedBy(r *http.Request) (key []byte, err error) {
+	if s.DisableHMAC {
+		return nil, nil
+	}
+	keys, err := s.keys()
+	if err != nil {
+		return nil, &api.Error{Code: api.NotReady, Msg: "the payload secret cannot be read", Err: err}
+	}
+	mac, err := signature.Parse(r.Header.Values(api.SignatureHeader))
+	if err != nil {
+		return nil, unauthorized(err)
+	}
+	key, ok := keys.Verify(mac, []byte(r.Method+" "+r.URL.EscapedPath()))
+	if !ok {
+		return nil, unauthorized(errors.New("no key made the signature"))
+	}
+	return key, nil
 }
 
 // refuse answers a request that did not become a build.
