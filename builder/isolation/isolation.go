@@ -53,6 +53,17 @@ func (k Key) CacheMountNS(tenant string) string {
 	return hex.EncodeToString(sum(k[:], "cache mounts", tenant)[:20])
 }
 
+// CallName names the builds of a call id for whoever has the key that signed
+// them. 20 hex digits.
+func (k Key) CallName(tenant string, signedWith []byte, id string) string {
+	return hex.EncodeToString(sum(k[:], "call", tenant, string(signedWith), id)[:10])
+}
+
+// BodyName tells builds of one call id apart. 20 hex digits.
+func (k Key) BodyName(tenant string, body [sha256.Size]byte) string {
+	return hex.EncodeToString(sum(k[:], "body", tenant, string(body[:]))[:10])
+}
+
 // sum is the HMAC of the parts, each with its length before it, so that no two
 // lists of parts are one string.
 func sum(key []byte, parts ...string) []byte {

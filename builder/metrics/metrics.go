@@ -22,6 +22,7 @@ type Metrics struct {
 	received prometheus.Counter
 	sent     prometheus.Counter
 	steps    *prometheus.CounterVec
+	Joined   prometheus.Counter
 	InFlight prometheus.Gauge
 	Waiting  prometheus.Gauge
 	duration *prometheus.HistogramVec
@@ -52,6 +53,8 @@ func New(daemons func() (reachable, total int)) *Metrics {
 		steps: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "builder_steps_total", Help: "Build steps, by whether they came from the cache."},
 			[]string{"cached"}),
+		Joined: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "builder_deliveries_joined_total", Help: "Deliveries by a queue that were told of a build which another had begun."}),
 		InFlight: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "builder_builds_in_flight", Help: "Builds that hold a slot."}),
 		Waiting: prometheus.NewGauge(prometheus.GaugeOpts{
@@ -68,7 +71,7 @@ func New(daemons func() (reachable, total int)) *Metrics {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
 	}
 	m.registry.MustRegister(
-		m.builds, m.refused, m.received, m.sent, m.steps, m.InFlight, m.Waiting,
+		m.builds, m.refused, m.received, m.sent, m.steps, m.Joined, m.InFlight, m.Waiting,
 		m.duration, m.receive, m.wait, m.transfer, m.push,
 		gauge("builder_daemons", "buildkitds configured.", func() int { _, n := daemons(); return n }),
 		gauge("builder_daemons_reachable", "buildkitds that answer.", func() int { n, _ := daemons(); return n }),

@@ -5,8 +5,9 @@ import "fmt"
 // maxLog bounds the log of an answer that does not stream, in bytes of JSON.
 const maxLog = 1 << 20
 
-// excerpt keeps the head and the tail of a log.
-type excerpt struct {
+// Excerpt keeps the head and the tail of a log, 1 MiB of JSON together. The zero
+// Excerpt is empty.
+type Excerpt struct {
 	head, tail         []string
 	headSize, tailSize int
 	full               bool // the head is
@@ -17,7 +18,19 @@ type excerpt struct {
 // indentation and a newline.
 func lineSize(s string) int { return size(s) + 8 }
 
-func (e *excerpt) add(line string) {
+// Add takes one line. One that is too long for a record is kept in parts.
+func (e *Excerpt) Add(line string) {
+	for more := true; more; more = line != "" {
+		var part string
+		part, line = split(line, maxLines)
+		e.add(part)
+	}
+}
+
+// Size is of what is kept, in bytes of JSON.
+func (e *Excerpt) Size() int { return e.headSize + e.tailSize }
+
+func (e *Excerpt) add(line string) {
 	const half = maxLog/2 - 64 // the mark's share
 	n := lineSize(line)
 	if !e.full && e.headSize+n <= half {
@@ -39,7 +52,8 @@ func (e *excerpt) add(line string) {
 	e.omitted += drop
 }
 
-func (e *excerpt) lines() []string {
+// Lines is what was kept, with the number of lines that were not in their place.
+func (e *Excerpt) Lines() []string {
 	out := append([]string{}, e.head...)
 	if e.omitted > 0 {
 		out = append(out, fmt.Sprintf("… %d lines left out …", e.omitted))

@@ -67,7 +67,7 @@ type Writer struct {
 	finished bool
 	terminal *api.Record   // of a stream, once it is finished
 	deadline time.Time     // of all writes, once it is finished
-	excerpt  excerpt       // of an answer that does not stream
+	excerpt  Excerpt       // of an answer that does not stream
 	queue    []string      // of a stream: lines that wait for run
 	queued   int           // their bytes
 	room     chan struct{} // closed, and replaced, when queued shrinks
@@ -193,11 +193,7 @@ func (w *Writer) waitForRoom(ctx context.Context) error {
 
 func (w *Writer) keep(lines []string) {
 	for _, line := range lines {
-		for more := true; more; more = line != "" {
-			var part string
-			part, line = split(line, maxLines)
-			w.excerpt.add(part)
-		}
+		w.excerpt.Add(line)
 	}
 }
 
@@ -250,7 +246,7 @@ func (w *Writer) Finish(rec api.Record) error {
 
 	if !w.begun {
 		w.keep(lines)
-		rec.Log = w.excerpt.lines()
+		rec.Log = w.excerpt.Lines()
 		w.mu.Unlock()
 		return w.writeWhole(rec)
 	}

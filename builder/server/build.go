@@ -22,56 +22,86 @@ import (
 	"handler/function/solve"
 )
 
-// build is one request on its way to a verdict.
-type build struct {
+// call is one request for a build.
+type call struct {
 	id     string
 	start  time.Time
 	form   reply.Form
 	queued bool // a queue delivered it
-	image  string
-	mask   *redact.Redactor
+	named  bool // its id came with it
 	log    zerolog.Logger
 }
 
-func (b *build) waits() bool { return b.form != reply.JSON || b.queued }
+// waits says that the caller waits for a slot: it would not come back.
+func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
 
-func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
-	b := &build{
-		id:    callID(r),
+func (s *Server) newCall(r *http.Request) *call {
+	c := &call{
+		id:    r.Header.Get(api.CallIDHeader),
 		start: time.Now(),
 		form:  reply.Accept(r.Header),
 		// The CE worker takes a 429 for the build's answer and drops it.
 		queued: r.Header.Get(api.CallbackHeader) != "" || strings.Contains(r.UserAgent(), "queue-worker"),
-		mask:   redact.New(nil),
 	}
-	b.log = s.Log.With().Str("call_id", b.id).Logger()
+	if c.named = c.id != "" && len(c.id) <= maxCallID; !c.named {
+		c.id = rand.Text()
+	}
+	c.log = s.Log.With().Str("call_id", c.id).Logger()
+	return c
+}
 
+func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
+	c := s.newCall(r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuse(w, r, b, errShuttingDown)
+		s.refuse(w, r, c, errShuttingDown)
 		return
 	}
 	defer end()
 
 	body, err := s.receive(w, r)
 	if err != nil {
-		s.refuse(w, r, b, err)
+		s.refuse(w, r, c, err)
 		return
 	}
-	defer body.Close()
-
-	opts := reply.Options{Start: b.start, NotBefore: time.Now().Add(settle), Text: isText(r)}
+	opts := reply.Options{Start: c.start, NotBefore: time.Now().Add(settle), Text: isText(r)}
 	if body.key != nil {
 		opts.Signer = func(answer []byte) string { return signature.Sign(body.key, answer) }
 	}
-	out := reply.New(w, b.form, opts)
+	out := reply.New(w, c.form, opts)
 	// The signature has passed. From here on a stream says in its last record
 	// what went wrong: go-sdk shows no body of a status other than 200.
 	out.Begin()
-	sum := body.SHA256()
-	b.log = b.log.With().Str("sha256", hex.EncodeToString(sum[:])).Int64("bytes", body.Size()).Logger()
 
-	outcome, stats, err := s.build(r, b, body, out)
+	// Not the request's context: the build is that of all who wait for it.
+	f := &flight{call: c, done: make(chan struct{})}
+	f.ctx, f.cancel = context.WithCancelCause(context.Background())
+	if c.queued && c.named {
+		f.id = flightID{key: string(body.key), call: c.id, body: body.SHA256()}
+	}
+	f, seat, run := s.flights.begin(f, out)
+	if run {
+		// It ends with the last call that waits for it.
+		go s.fly(f, body)
+	} else {
+		body.Close()
+		c.log.Info().Msg("build joined")
+		s.metrics.Joined.Inc()
+	}
+	if err := out.Finish(f.wait(r.Context(), seat)); err != nil {
+		c.log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+	}
+}
+
+// fly builds, and gives the flight its verdict.
+func (s *Server) fly(f *flight, body *upload) {
+	defer f.cancel(nil)
+	b := &build{flight: f, body: body, mask: redact.New(nil)}
+	sum := body.SHA256()
+	b.log = f.call.log.With().Str("sha256", hex.EncodeToString(sum[:])).Int64("bytes", body.Size()).Logger()
+
+	outcome, stats, err := s.build(b)
+	body.Close()
 	rec := api.Record{Image: b.image, ImageName: b.image, Status: api.Success}
 	if err != nil {
 		e := api.AsError(err)
@@ -83,56 +113,56 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	for _, warning := range outcome.Warnings {
 		rec.Warnings = append(rec.Warnings, b.mask.Line(warning))
 	}
-	sendErr := out.Finish(rec)
-	s.metrics.Built(rec.Status, rec.Code, time.Since(b.start), stats)
-	s.logEnd(b, rec, stats, err, sendErr)
+	s.metrics.Built(rec.Status, rec.Code, time.Since(f.call.start), stats)
+	s.logEnd(b, rec, stats, err)
+	f.end(rec)
+	s.flights.end(f)
+}
+
+// build is what it takes to give a flight its verdict.
+type build struct {
+	*flight
+	body *upload
+	mask *redact.Redactor
+	log  zerolog.Logger
 }
 
 // build does the work between the signature and the verdict. Its Outcome has
 // warnings also beside an error.
-func (s *Server) build(r *http.Request, b *build, body *upload, out *reply.Writer) (outcome solve.Outcome, stats solve.Stats, err error) {
+func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			// A stream without a verdict reads as a success.
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	req, warnings, err := s.request(b, body)
+	req, warnings, err := s.request(b)
 	outcome.Warnings = warnings
 	if err != nil {
 		return outcome, stats, err
 	}
-	out.SetImage(b.image)
-
-	ctx, cancel := context.WithCancelCause(r.Context())
-	defer cancel(nil)
-	if err := s.admit(ctx, b); err != nil {
+	if err := s.admit(b); err != nil {
 		return outcome, stats, err
 	}
 	defer s.builds.release()
 	s.metrics.InFlight.Inc()
 	defer s.metrics.InFlight.Dec()
-	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+	defer context.AfterFunc(s.stopped, func() { b.cancel(errShuttingDown) })()
 
-	b.log.Info().Str("image", b.image).Bool("queued", b.queued).Msg("build started")
-	log := func(lines ...string) {
-		if err := out.Log(ctx, lines...); err != nil {
-			cancel(canceled(err))
-		}
-	}
-	solved, stats, err := s.Solver.Solve(ctx, req, log)
+	b.log.Info().Str("image", b.image).Bool("queued", b.call.queued).Msg("build started")
+	solved, stats, err := s.Solver.Solve(b.ctx, req, b.say)
 	solved.Warnings = append(warnings, solved.Warnings...)
-	if err != nil && ctx.Err() != nil {
+	if err != nil && b.ctx.Err() != nil {
 		// Whatever the daemon called it, this is why it ended.
-		why := api.AsError(canceled(context.Cause(ctx)))
+		why := api.AsError(canceled(context.Cause(b.ctx)))
 		err = &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
 	}
 	return solved, stats, err
 }
 
 // request checks what the client asks for.
-func (s *Server) request(b *build, body *upload) (*solve.Request, []string, error) {
-	p, err := body.Payload()
+func (s *Server) request(b *build) (*solve.Request, []string, error) {
+	p, err := b.body.Payload()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -140,12 +170,12 @@ func (s *Server) request(b *build, body *upload) (*solve.Request, []string, erro
 	if err != nil {
 		return nil, p.Warnings, err
 	}
-	b.image = cfg.Image
+	b.setImage(cfg.Image)
 	warnings := append(p.Warnings, cfg.Warnings...)
 	if err := cfg.Allow(s.AllowedImages); err != nil {
 		return nil, warnings, err
 	}
-	req := &solve.Request{ID: b.id, Config: cfg, Context: p.Context}
+	req := &solve.Request{ID: b.call.id, Config: cfg, Context: p.Context}
 	if p.Secrets != nil {
 		private, err := s.BuildSecretsKey()
 		if err != nil {
@@ -161,7 +191,7 @@ func (s *Server) request(b *build, body *upload) (*solve.Request, []string, erro
 	}
 	req.Mask = b.mask
 
-	key := s.isolationKey(body.keys)
+	key := s.isolationKey(b.body.keys)
 	repository := rand.Text() // without an image nothing says which builds are one another's
 	if len(cfg.References) > 0 {
 		repository = cfg.References[0].Name()
@@ -169,18 +199,24 @@ func (s *Server) request(b *build, body *upload) (*solve.Request, []string, erro
 	req.SharedKey = key.SharedKey(tenant, repository)
 	req.Hostname = key.Hostname(tenant, req.Secrets)
 	req.CacheMountNS = key.CacheMountNS(tenant)
+	if b.named() {
+		req.Name = solve.Name{
+			Call: key.CallName(tenant, b.body.key, b.id.call),
+			Body: key.BodyName(tenant, b.id.body),
+		}
+	}
 	return req, warnings, nil
 }
 
 // admit takes a build slot.
-func (s *Server) admit(ctx context.Context, b *build) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+func (s *Server) admit(b *build) error {
+	ctx, cancel := context.WithCancelCause(b.ctx)
 	defer cancel(nil)
 	// Waiting longer than the process lives is of no use.
 	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
 
 	var wait time.Duration
-	if b.waits() {
+	if b.call.waits() {
 		wait = s.QueueWait
 	}
 	start := time.Now()
@@ -197,18 +233,18 @@ func (s *Server) admit(ctx context.Context, b *build) error {
 var errShuttingDown = &api.Error{Code: api.ShuttingDown, Msg: "the builder is shutting down"}
 
 // refuse answers and logs a request that did not become a build.
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, b *build, err error) {
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error) {
 	e := api.AsError(err)
 	s.metrics.Refused(e.Code)
-	event := b.log.Warn()
+	event := c.log.Warn()
 	if e.Code == api.Internal {
-		event = b.log.Error()
+		event = c.log.Error()
 	}
 	event.Str("code", string(e.Code)).AnErr("cause", cut(e)).Msg("request refused")
 	refuse(w, r, e)
 }
 
-func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err, sendErr error) {
+func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err error) {
 	event := b.log.Info()
 	if rec.Code == api.Internal {
 		event = b.log.Error()
@@ -218,16 +254,13 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err, sendEr
 		Str("digest", rec.Digest).
 		Str("outcome", string(rec.Status)).
 		Str("code", string(rec.Code)).
-		Dur("duration_ms", time.Since(b.start)).
+		Dur("duration_ms", time.Since(b.call.start)).
 		Int("steps", stats.Steps).
 		Int("cached_steps", stats.Cached).
 		Int("attempts", stats.Attempts).
 		Int64("context_sent_bytes", stats.Sent)
 	if err != nil {
 		event.AnErr("cause", cut(errors.New(b.mask.Text(err.Error()))))
-	}
-	if sendErr != nil {
-		event.AnErr("reply", cut(sendErr))
 	}
 	event.Msg("build ended")
 }
@@ -245,10 +278,3 @@ func cut(err error) error {
 
 // maxCallID is longer than any id that a gateway makes.
 const maxCallID = 128
-
-func callID(r *http.Request) string {
-	if id := r.Header.Get(api.CallIDHeader); id != "" && len(id) <= maxCallID {
-		return id
-	}
-	return rand.Text()
-}

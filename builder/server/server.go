@@ -77,6 +77,7 @@ type Server struct {
 	routes  map[string]map[string]http.Handler
 	builds  slots
 	uploads slots
+	flights flights
 	daemons daemonCount
 
 	// draining ends when Shutdown is called; stopped, when the time that builds
@@ -101,6 +102,7 @@ func New(cfg Config) *Server {
 		Config:  cfg,
 		builds:  make(slots, cfg.MaxBuilds),
 		uploads: make(slots, cfg.MaxUploads),
+		flights: flights{all: make(map[flightID]*flight)},
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())

@@ -30,6 +30,16 @@ type Request struct {
 	SharedKey    string
 	Hostname     string
 	CacheMountNS string
+
+	// Name is what the daemon remembers the build by.
+	Name Name
+}
+
+// Name identifies a queued build over all deliveries of its request, on every
+// replica. Of the zero Name nothing is remembered.
+type Name struct {
+	Call string // of the call id
+	Body string // of the request's body
 }
 
 // Log takes the contract's log lines as they come, each free of control
