@@ -128,6 +128,7 @@ type build struct {
 	progress *progress // of the current attempt
 	stats    solve.Stats
 	warnings []string
+	followed bool // what progress has seen was another replica's
 }
 
 func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *build {
@@ -169,6 +170,8 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 			lost = true
 			b.solver.cfg.Log.Warn().Err(e.Err).Str("call_id", b.req.ID).Msg("solving again: buildkitd was lost")
 			b.progress.warn("the connection to buildkitd was lost: building again")
+		case errors.Is(err, errRunsAlready):
+			// The next attempt finds it in the history and waits for its end.
 		case errors.Is(err, errPushLater) && pushes < len(b.solver.pushWaits):
 			wait := b.solver.pushWaits[pushes]
 			pushes++
@@ -219,30 +222,55 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	if err != nil {
 		return solve.Outcome{}, noDaemon(err)
 	}
-	if b.stats.Attempts++; b.stats.Attempts > 1 {
+	end := c.ends.next()
+	ref := identity.NewID()
+	if b.named() {
+		past, next, err := b.recall(ctx, c)
+		if err != nil || past != nil {
+			gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
+			d.release(c, gone)
+			switch {
+			case gone:
+				return solve.Outcome{}, daemonLost(err)
+			case err != nil:
+				return solve.Outcome{}, err
+			}
+			return *past, nil
+		}
+		ref = next
+	}
+	if b.stats.Attempts++; b.stats.Attempts > 1 || b.followed {
 		b.stats.Transfer += b.progress.transfer
 		b.progress = newProgress(b.log, b.redact, b.limits.pushing)
 	}
-	end := c.ends.next()
 	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.req.Config.References))
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { b.progress.drain(status) })
-	resp, err := c.client.Solve(ctx, nil, b.solveOpt(auths), status)
+	resp, err := c.client.Solve(ctx, nil, b.solveOpt(ref, auths), status)
 	drained.Wait()
 	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
 	d.release(c, gone)
 	switch {
 	case gone:
 		return solve.Outcome{}, daemonLost(err)
+	case err != nil && runsAlready(err, ref):
+		return solve.Outcome{}, errRunsAlready
 	case err != nil:
 		return solve.Outcome{}, (&failure{
 			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
 	}
+	return b.outcome(c, resp.ExporterResponse), nil
+}
+
+// digestKey is the exporter's, of the image or of the index of several.
+const digestKey = "containerimage.digest"
+
+func (b *build) outcome(c *conn, exported map[string]string) solve.Outcome {
 	outcome := solve.Outcome{
-		Digest:    resp.ExporterResponse["containerimage.digest"],
+		Digest:    exported[digestKey],
 		Platforms: b.platforms(),
 		Warnings:  b.warnings,
 	}
@@ -252,8 +280,10 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	if b.pushes() {
 		outcome.Tags = b.req.Config.Tags
 	}
-	return outcome, nil
+	return outcome
 }
+
+func (b *build) named() bool { return b.req.Name != solve.Name{} }
 
 func (b *build) pushes() bool { return !b.req.Config.SkipPush }
 
@@ -268,13 +298,13 @@ func (b *build) platforms() []string {
 	return nil
 }
 
-func (b *build) solveOpt(auths *authServer) client.SolveOpt {
+func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 	attachables := []session.Attachable{auths}
 	if len(b.req.Secrets) > 0 {
 		attachables = append(attachables, secretsprovider.FromMap(b.req.Secrets))
 	}
 	return client.SolveOpt{
-		Ref:           identity.NewID(),
+		Ref:           ref,
 		Frontend:      "dockerfile.v0",
 		FrontendAttrs: b.frontendAttrs(),
 		LocalMounts:   map[string]fsutil.FS{"context": b.fs, "dockerfile": b.fs},
@@ -282,8 +312,9 @@ func (b *build) solveOpt(auths *authServer) client.SolveOpt {
 		Session:       attachables,
 		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: b.exporterAttrs()}},
 		// The daemon's history would keep the build arguments in the clear for two
-		// days, and takes a quarter of a cached build's time.
-		Internal: true,
+		// days, and takes a quarter of a cached build's time. What a queue may
+		// deliver again has to be found there.
+		Internal: !b.named(),
 	}
 }
 

@@ -57,7 +57,7 @@ func TestAttributes(t *testing.T) {
 			b := newTestBuild(t, tt.cfg, tt.config)
 			want := maps.Clone(always)
 			maps.Copy(want, tt.frontend)
-			opt := b.solveOpt(newAuthServer(nil))
+			opt := b.solveOpt("ref", newAuthServer(nil))
 			if !maps.Equal(opt.FrontendAttrs, want) {
 				t.Errorf("frontend %v, want %v", opt.FrontendAttrs, want)
 			}
@@ -67,8 +67,12 @@ func TestAttributes(t *testing.T) {
 			if opt.SharedKey != "key" || len(opt.AllowedEntitlements) != 0 || len(opt.LocalMounts) != 2 {
 				t.Errorf("options %+v", opt)
 			}
-			if again := b.solveOpt(newAuthServer(nil)); opt.Ref == "" || again.Ref == opt.Ref {
-				t.Error("two attempts have one ref")
+			if opt.Ref != "ref" || !opt.Internal {
+				t.Errorf("ref %q, kept out of the history: %v", opt.Ref, opt.Internal)
+			}
+			b.req.Name = solve.Name{Call: "c", Body: "b"}
+			if b.solveOpt("ref", newAuthServer(nil)).Internal {
+				t.Error("a build with a name is kept out of the history")
 			}
 		})
 	}

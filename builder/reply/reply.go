@@ -248,7 +248,11 @@ func (w *Writer) Finish(rec api.Record) error {
 		w.keep(lines)
 		rec.Log = w.excerpt.Lines()
 		w.mu.Unlock()
-		return w.writeWhole(rec)
+		status := http.StatusOK
+		if rec.Status != api.Success {
+			status = rec.Code.HTTPStatus()
+		}
+		return w.writeWhole(status, rec)
 	}
 	w.terminal = &rec
 	w.enqueue(lines)
@@ -257,12 +261,20 @@ func (w *Writer) Finish(rec api.Record) error {
 	return w.err
 }
 
-// writeWhole writes an answer that does not stream.
-func (w *Writer) writeWhole(rec api.Record) error {
-	status := http.StatusOK
-	if rec.Status != api.Success {
-		status = rec.Code.HTTPStatus()
+// Object answers with one record as it is, whatever its status, and not before
+// the client has accepted it or can get no more.
+func Object(w http.ResponseWriter, status int, rec api.Record, opts Options) error {
+	rw := New(w, JSON, opts)
+	rec.Duration = milliseconds(rec.Duration)
+	if rec.Log == nil {
+		rec.Log = []string{}
 	}
+	rw.deadline = time.Now().Add(rw.opts.WriteTimeout)
+	return rw.writeWhole(status, bounded(rec))
+}
+
+// writeWhole writes an answer that does not stream.
+func (w *Writer) writeWhole(status int, rec api.Record) error {
 	var body bytes.Buffer
 	h := w.w.Header()
 	if w.opts.Text && rec.Status != api.Success {

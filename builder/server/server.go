@@ -26,6 +26,9 @@ import (
 // reason. Stats are set beside an error too.
 type Solver interface {
 	Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
+	// Find returns what is remembered of the last build whose solve.Name has this
+	// Call, or nil.
+	Find(ctx context.Context, call string) (*solve.Past, error)
 	// Daemons says how many of the configured daemons answer, within ctx.
 	Daemons(ctx context.Context) (reachable, total int)
 }
@@ -113,6 +116,7 @@ func New(cfg Config) *Server {
 	s.routes = map[string]map[string]http.Handler{
 		"/":          {http.MethodPost: build, http.MethodGet: plain(description{s})},
 		"/build":     {http.MethodPost: build},
+		"/builds/":   {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
 		"/publickey": {http.MethodGet: plain(publicKey{s})},
 		"/healthz":   {http.MethodGet: plain(health{})},
 		"/ready":     {http.MethodGet: plain(readiness{s})},

@@ -34,6 +34,7 @@ import (
 // these tests run, inside the image's build. The tests module has the real one.
 type scripted struct {
 	solve func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
+	find  func(call string) (*solve.Past, error)
 	calls atomic.Int64
 }
 
@@ -43,6 +44,13 @@ func (s *scripted) Solve(ctx context.Context, req *solve.Request, log solve.Log)
 		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
 	}
 	return s.solve(ctx, req, log)
+}
+
+func (s *scripted) Find(_ context.Context, call string) (*solve.Past, error) {
+	if s.find == nil {
+		return nil, nil
+	}
+	return s.find(call)
 }
 
 func (s *scripted) Daemons(context.Context) (reachable, total int) { return 1, 1 }

@@ -55,6 +55,16 @@ type Outcome struct {
 	Warnings  []string
 }
 
+// Past is what a daemon remembers of a build with a name.
+type Past struct {
+	Running bool
+	Image   string // the reference, normalised
+	Outcome Outcome
+	Err     error // an *api.Error where the client may know the reason
+
+	Began, Ended time.Time
+}
+
 // Stats is how a build went, for the log and the metrics, also of one that
 // failed. Durations are zero for what did not happen.
 type Stats struct {

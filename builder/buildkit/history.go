@@ -1,0 +1,200 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"handler/function/api"
+	"handler/function/redact"
+	"handler/function/solve"
+)
+
+// A build with a name has a Ref made of it, so that another replica, or this
+// one after a restart, finds it in the daemon's history: what came of it, or
+// that it runs. BuildKit takes no Ref twice, so each further attempt has the
+// next number.
+
+// maxRefs bounds the attempts at one name that are looked for.
+const maxRefs = 20
+
+func refOf(name solve.Name, attempt int) string {
+	return fmt.Sprintf("%sx%sx%d", name.Call, name.Body, attempt)
+}
+
+// historyTimeout bounds a look into the history: the daemon reads it from its
+// disk, all of it.
+const historyTimeout = 30 * time.Second
+
+// recall looks for what the daemon knows of the build's name. It returns an
+// Outcome when an attempt has succeeded, after having waited for one that runs,
+// and otherwise the Ref of the next.
+func (b *build) recall(ctx context.Context, c *conn) (*solve.Outcome, string, error) {
+	for n := 0; n < maxRefs; {
+		ref := refOf(b.req.Name, n)
+		records, err := c.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true})
+		if err != nil {
+			return nil, "", err
+		}
+		switch {
+		case len(records) == 0:
+			return nil, ref, nil
+		case isRunning(records[0]):
+			b.progress.warn("this build runs already: following it")
+			b.followed = true
+			if err := b.follow(ctx, c, ref); err != nil {
+				return nil, "", err
+			}
+		case succeeded(records[0]):
+			outcome := b.outcome(c, records[0].ExporterResponse)
+			return &outcome, "", nil
+		default:
+			n++
+		}
+	}
+	// A queue that tries as often as that gets each of its attempts.
+	return nil, identity.NewID(), nil
+}
+
+// errRunsAlready is what a solve comes to whose Ref another replica has just
+// taken.
+var errRunsAlready = errors.New("another replica runs this build")
+
+func runsAlready(err error, ref string) bool {
+	return strings.Contains(err.Error(), "job ID "+ref+" exists")
+}
+
+// follow shows the progress of a build that another replica began, until the
+// daemon has recorded its end.
+func (b *build) follow(ctx context.Context, c *conn, ref string) error {
+	// Ended by the record: the stream of a build's status may be the later one.
+	watching, stop := context.WithCancel(ctx)
+	var shown sync.WaitGroup
+	defer shown.Wait()
+	defer stop()
+	updates := make(chan *client.SolveStatus)
+	shown.Go(func() { b.progress.drain(updates) })
+	shown.Go(func() {
+		defer close(updates)
+		stream, err := c.client.ControlClient().Status(watching, &controlapi.StatusRequest{Ref: ref})
+		for err == nil {
+			var resp *controlapi.StatusResponse
+			if resp, err = stream.Recv(); err == nil {
+				updates <- client.NewSolveStatus(resp)
+			}
+		}
+	})
+	ended := errors.New("the build has ended")
+	err := c.listen(ctx, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
+		if isRunning(r) {
+			return nil
+		}
+		return ended
+	})
+	if errors.Is(err, ended) {
+		return nil
+	}
+	return err
+}
+
+func isRunning(r *controlapi.BuildHistoryRecord) bool { return r.CompletedAt == nil }
+
+func succeeded(r *controlapi.BuildHistoryRecord) bool {
+	return !isRunning(r) && r.Error == nil && r.ExporterResponse[digestKey] != ""
+}
+
+// history returns the records that match, those of running builds among them.
+func (c *conn) history(ctx context.Context, req *controlapi.BuildHistoryRequest) ([]*controlapi.BuildHistoryRecord, error) {
+	ctx, cancel := context.WithTimeout(ctx, historyTimeout)
+	defer cancel()
+	var records []*controlapi.BuildHistoryRecord
+	err := c.listen(ctx, req, func(r *controlapi.BuildHistoryRecord) error {
+		records = append(records, r)
+		return nil
+	})
+	return records, err
+}
+
+// listen calls f for each record until the stream ends, or f returns an error.
+func (c *conn) listen(ctx context.Context, req *controlapi.BuildHistoryRequest, f func(*controlapi.BuildHistoryRecord) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := c.client.ControlClient().ListenBuildHistory(ctx, req)
+	if err != nil {
+		return fmt.Errorf("reading the build history: %w", err)
+	}
+	for {
+		event, err := stream.Recv()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("reading the build history: %w", err)
+		}
+		if event.Record == nil || event.Type == controlapi.BuildHistoryEventType_DELETED {
+			continue
+		}
+		if err := f(event.Record); err != nil {
+			return err
+		}
+	}
+}
+
+// Find returns what the daemon remembers of the call's builds, the latest of
+// them, or nil. Errors are *api.Error: no_daemon, or internal.
+func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
+	c, err := s.daemon.acquire(ctx)
+	if err != nil {
+		return nil, noDaemon(err)
+	}
+	records, err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true})
+	s.daemon.release(c, false)
+	if err != nil {
+		return nil, api.AsError(err)
+	}
+	var last *controlapi.BuildHistoryRecord
+	for _, r := range records {
+		if strings.HasPrefix(r.Ref, call+"x") && (last == nil || r.CreatedAt.AsTime().After(last.CreatedAt.AsTime())) {
+			last = r
+		}
+	}
+	if last == nil {
+		return nil, nil
+	}
+	return past(last), nil
+}
+
+// past reads a record. A build that was cancelled has come to nothing: its
+// function stopped, say, and the next delivery builds again.
+func past(r *controlapi.BuildHistoryRecord) *solve.Past {
+	p := &solve.Past{Running: isRunning(r), Began: r.CreatedAt.AsTime()}
+	for _, e := range r.Exporters {
+		p.Image, _, _ = strings.Cut(e.Attrs["name"], ",")
+	}
+	if p.Running {
+		return p
+	}
+	p.Ended = r.CompletedAt.AsTime()
+	p.Outcome.Digest = r.ExporterResponse[digestKey]
+	if r.Error != nil {
+		err := grpcerrors.FromGRPC(status.FromProto(r.Error).Err())
+		if grpcerrors.Code(err) == codes.Canceled {
+			return nil
+		}
+		// Nothing masks here, where the secrets are not known; BuildKit puts
+		// none of their values into errors of its own.
+		p.Err = (&failure{err: err, redact: redact.New(nil), step: func(string) string { return "" }}).classify()
+	}
+	return p
+}

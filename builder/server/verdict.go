@@ -1,0 +1,89 @@
+package server
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"handler/function/api"
+	"handler/function/reply"
+	"handler/function/signature"
+	"handler/function/solve"
+)
+
+// findTimeout bounds how long a verdict is looked for on the daemon.
+const findTimeout = 30 * time.Second
+
+// serveVerdict tells what came of a queued build: from memory, or, where another
+// replica built it or this one has been restarted, from the daemon's history.
+// The status is 200 for a verdict of either kind, and 202 for none yet.
+func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
+	rec, key, err := s.verdict(r)
+	if err != nil {
+		refuse(w, r, api.AsError(err))
+		return
+	}
+	opts := reply.Options{}
+	if key != nil {
+		opts.Signer = func(answer []byte) string { return signature.Sign(key, answer) }
+	}
+	status := http.StatusOK
+	if rec.Status == api.InProgress {
+		status = http.StatusAccepted
+	}
+	if err := reply.Object(w, status, rec, opts); err != nil {
+		s.Log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+	}
+}
+
+func (s *Server) verdict(r *http.Request) (rec api.Record, key []byte, err error) {
+	key, err = s.signedBy(r)
+	if err != nil {
+		return rec, nil, err
+	}
+	id := r.PathValue(segment)
+	if f := s.flights.find(key, id); f != nil {
+		return f.now(), key, nil
+	}
+	keys, err := s.keys()
+	if err != nil && !s.DisableHMAC {
+		return rec, nil, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
+	defer cancel()
+	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, key, id))
+	if err != nil {
+		return rec, nil, err
+	}
+	if past == nil {
+		return rec, nil, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
+	}
+	return recordOf(past), key, nil
+}
+
+// now is the flight's verdict, or how long it has been under way.
+func (f *flight) now() api.Record {
+	select {
+	case <-f.done:
+		return f.past()
+	default:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return api.Record{Status: api.InProgress, Image: f.image, ImageName: f.image, Duration: time.Since(f.call.start).Seconds()}
+}
+
+func recordOf(p *solve.Past) api.Record {
+	rec := api.Record{Status: api.Success, Image: p.Image, ImageName: p.Image}
+	switch {
+	case p.Running:
+		rec.Status = api.InProgress
+		rec.Duration = time.Since(p.Began).Seconds()
+		return rec
+	case p.Err != nil:
+		rec = failure(api.AsError(p.Err), p.Image)
+	}
+	rec.Digest = p.Outcome.Digest
+	rec.Duration = p.Ended.Sub(p.Began).Seconds()
+	return rec
+}
