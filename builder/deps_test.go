@@ -18,7 +18,7 @@ const module = "handler/function"
 // may import none of ours.
 var imports = map[string][]string{
 	".":           {"api", "buildkit", "payload", "registry", "reply", "server"},
-	"server":      {"api", "buildconfig", "isolation", "metrics", "payload", "redact", "reply", "sealed", "signature", "solve"},
+	"server":      {"api", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
 	"buildkit":    {"api", "buildconfig", "payload", "redact", "registry", "solve"},
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},

@@ -16,6 +16,7 @@ import (
 	"handler/function/api"
 	"handler/function/isolation"
 	"handler/function/metrics"
+	"handler/function/page"
 	"handler/function/payload"
 	"handler/function/reply"
 	"handler/function/signature"
@@ -114,7 +115,7 @@ func New(cfg Config) *Server {
 
 	build := http.HandlerFunc(s.serveBuild)
 	s.routes = map[string]map[string]http.Handler{
-		"/":          {http.MethodPost: build, http.MethodGet: plain(description{s})},
+		"/":          {http.MethodPost: build, http.MethodGet: page.Or(plain(description{s}))},
 		"/build":     {http.MethodPost: build},
 		"/builds/":   {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
 		"/publickey": {http.MethodGet: plain(publicKey{s})},
