@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -160,6 +161,8 @@ func TestLastToLeaveCancels(t *testing.T) {
 	solver, started, release := speaking()
 	defer close(release)
 	canceled, linger := make(chan struct{}), make(chan struct{})
+	stopLingering := sync.OnceFunc(func() { close(linger) })
+	defer stopLingering()
 	build := solver.solve
 	solver.solve = func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
 		o, s, err := build(ctx, req, log)
@@ -202,7 +205,7 @@ func TestLastToLeaveCancels(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("delivered again, and not built")
 	}
-	close(linger)
+	stopLingering()
 	eventually(t, "the cancelled one ends", func() bool { return strings.Contains(f.log.String(), `"code":"canceled"`) })
 	release <- struct{}{}
 	if a := <-again; a.status != http.StatusOK {
