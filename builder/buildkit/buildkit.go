@@ -262,15 +262,12 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
 	}
-	return b.outcome(c, resp.ExporterResponse), nil
+	return b.outcome(c, resp.ExporterResponse["containerimage.digest"]), nil
 }
 
-// digestKey is the exporter's, of the image or of the index of several.
-const digestKey = "containerimage.digest"
-
-func (b *build) outcome(c *conn, exported map[string]string) solve.Outcome {
+func (b *build) outcome(c *conn, digest string) solve.Outcome {
 	outcome := solve.Outcome{
-		Digest:    exported[digestKey],
+		Digest:    digest,
 		Platforms: b.platforms(),
 		Warnings:  b.warnings,
 	}

@@ -57,7 +57,7 @@ func (b *build) recall(ctx context.Context, c *conn) (*solve.Outcome, string, er
 				return nil, "", err
 			}
 		case succeeded(records[0]):
-			outcome := b.outcome(c, records[0].ExporterResponse)
+			outcome := b.outcome(c, digestOf(records[0]))
 			return &outcome, "", nil
 		default:
 			n++
@@ -111,7 +111,13 @@ func (b *build) follow(ctx context.Context, c *conn, ref string) error {
 func isRunning(r *controlapi.BuildHistoryRecord) bool { return r.CompletedAt == nil }
 
 func succeeded(r *controlapi.BuildHistoryRecord) bool {
-	return !isRunning(r) && r.Error == nil && r.ExporterResponse[digestKey] != ""
+	return !isRunning(r) && r.Error == nil && digestOf(r) != ""
+}
+
+// digestOf is of what the one exporter of a build made. Its response is not
+// recorded, its descriptor is.
+func digestOf(r *controlapi.BuildHistoryRecord) string {
+	return r.GetResult().GetResults()[0].GetDigest()
 }
 
 // history returns the records that match, those of running builds among them.
@@ -186,7 +192,7 @@ func past(r *controlapi.BuildHistoryRecord) *solve.Past {
 		return p
 	}
 	p.Ended = r.CompletedAt.AsTime()
-	p.Outcome.Digest = r.ExporterResponse[digestKey]
+	p.Outcome.Digest = digestOf(r)
 	if r.Error != nil {
 		err := grpcerrors.FromGRPC(status.FromProto(r.Error).Err())
 		if grpcerrors.Code(err) == codes.Canceled {

@@ -1,0 +1,216 @@
+package faults
+
+import (
+	"encoding/json"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/stack"
+)
+
+// delivery is a body as a queue sends it.
+func delivery(t *testing.T, f *stack.Function, body []byte, callID string) *http.Request {
+	t.Helper()
+	req, err := f.Request(testContext(t), body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Call-Id", callID)
+	req.Header.Set("X-Callback-Url", "http://127.0.0.1/")
+	return req
+}
+
+// deliver sends a delivery in a goroutine. wait returns what came of it.
+func deliver(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() answer) {
+	req := delivery(t, f, body, callID)
+	type result struct {
+		answer
+		err error
+	}
+	ch := make(chan result, 1)
+	go func() {
+		a, err := do(http.DefaultClient, req)
+		ch <- result{a, err}
+	}()
+	return func() answer {
+		t.Helper()
+		r := <-ch
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		return r.answer
+	}
+}
+
+// verdict asks GET /builds.
+func verdict(t *testing.T, f *stack.Function, callID string) (status int, rec stack.Record) {
+	t.Helper()
+	path := "/builds/" + callID
+	req, err := http.NewRequestWithContext(testContext(t), http.MethodGet, f.URL+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, []byte("GET "+path)))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&rec); err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, rec
+}
+
+// pushes counts the manifests that the registry took for a repository.
+func pushes(t *testing.T, s *stack.Stack, repository string) int {
+	t.Helper()
+	log, err := os.ReadFile(s.Registry.LogFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(log), `"PUT /v2/`+repository+`/manifests/`)
+}
+
+// replicas are two functions that know nothing of each other.
+func replicas(t *testing.T) (*stack.Stack, *stack.Buildkitd, *stack.Function, *stack.Function) {
+	t.Helper()
+	s, b, one := start(t, stack.FunctionConfig{})
+	_, _, two := start(t, stack.FunctionConfig{})
+	return s, b, one, two
+}
+
+// queued is a build that sleeps for d and pushes to a repository of the test's.
+func queued(t *testing.T, s *stack.Stack, d time.Duration) (body []byte, repository, m string) {
+	m = mark()
+	repository = strings.ToLower(m)
+	config := &builder.BuildConfig{Image: s.Registry.Image(repository + ":v1")}
+	return request(t, config, "FROM busybox", sleep(m, d)), repository, m
+}
+
+// TestReplicaFollows delivers to one replica what another builds.
+func TestReplicaFollows(t *testing.T) {
+	t.Parallel()
+	s, b, one, two := replicas(t)
+	body, repository, m := queued(t, s, 5*time.Second)
+	if status, rec := verdict(t, two, m); status != http.StatusNotFound || rec.Code != "not_found" {
+		t.Errorf("before: HTTP %d, %+v", status, rec)
+	}
+	first := deliver(t, one, body, m)
+	waitStep(t, b, m)
+	second := deliver(t, two, body, m)
+	for _, f := range []*stack.Function{one, two} {
+		if status, rec := verdict(t, f, m); status != http.StatusAccepted || rec.Status != "in_progress" {
+			t.Errorf("meanwhile: HTTP %d, %+v", status, rec)
+		}
+	}
+	a, other := first(), second()
+	a.wantSuccess(t)
+	other.wantSuccess(t)
+	if a.Digest != other.Digest || a.Digest == "" {
+		t.Errorf("digests %s and %s", a.Digest, other.Digest)
+	}
+	if log := strings.Join(other.Log, "\n"); !strings.Contains(log, m) {
+		t.Errorf("who followed saw no step: %s", log)
+	}
+
+	// Later, to either, and to one that has seen nothing of it.
+	_, _, three := start(t, stack.FunctionConfig{})
+	for _, f := range []*stack.Function{one, two, three} {
+		again := deliver(t, f, body, m)()
+		again.wantSuccess(t)
+		if again.Digest != a.Digest {
+			t.Errorf("delivered again: %s, want %s", again.Digest, a.Digest)
+		}
+	}
+	if ends := logged(t, three); len(ends) != 1 || ends[0]["attempts"] != 0.0 {
+		t.Errorf("the third replica built: %v", ends)
+	}
+	if n := pushes(t, s, repository); n != 1 {
+		t.Errorf("%d pushes, want 1", n)
+	}
+}
+
+// TestReplicasAtOnce delivers to both at the same moment.
+func TestReplicasAtOnce(t *testing.T) {
+	t.Parallel()
+	s, _, one, two := replicas(t)
+	for range 5 {
+		body, repository, m := queued(t, s, time.Second)
+		first, second := deliver(t, one, body, m), deliver(t, two, body, m)
+		a, other := first(), second()
+		a.wantSuccess(t)
+		other.wantSuccess(t)
+		if a.Digest != other.Digest {
+			t.Errorf("digests %s and %s", a.Digest, other.Digest)
+		}
+		if n := pushes(t, s, repository); n != 1 {
+			t.Errorf("%d pushes, want 1", n)
+		}
+	}
+}
+
+// TestReplicaTakesOver kills the one that builds: the other, which followed,
+// builds.
+func TestReplicaTakesOver(t *testing.T) {
+	t.Parallel()
+	s, b, one, two := replicas(t)
+	body, repository, m := queued(t, s, 4*time.Second)
+	go func() {
+		if resp, err := http.DefaultClient.Do(delivery(t, one, body, m)); err == nil {
+			resp.Body.Close()
+		}
+	}()
+	waitStep(t, b, m)
+	second := deliver(t, two, body, m)
+	time.Sleep(time.Second)
+	one.Kill()
+	a := second()
+	a.wantSuccess(t)
+	if n := pushes(t, s, repository); n != 1 {
+		t.Errorf("%d pushes, want 1", n)
+	}
+}
+
+// TestVerdictAfterRestart asks a replica that has built nothing.
+func TestVerdictAfterRestart(t *testing.T) {
+	t.Parallel()
+	s, _, one, two := replicas(t)
+	body, repository, m := queued(t, s, 0)
+	a := deliver(t, one, body, m)()
+	a.wantSuccess(t)
+	failing := "failing-" + m
+	deliver(t, one, request(t, local(), "FROM busybox", "RUN exit 3"), failing)().wantFailed(t, "build_failed")
+	one.Kill()
+	if status, rec := verdict(t, two, m); status != http.StatusOK || rec.Status != "success" || rec.Digest != a.Digest || !strings.Contains(rec.Image, repository) {
+		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
+	}
+	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") {
+		t.Errorf("of a failure: HTTP %d, %+v", status, rec)
+	}
+	// A call id is of whoever has the key.
+	two.Secret = "another"
+	if status, rec := verdict(t, two, m); status != http.StatusUnauthorized {
+		t.Errorf("with another key: HTTP %d, %+v", status, rec)
+	}
+}
+
+// TestFailedPushIsNoSuccess reads a failed push back from the history.
+func TestFailedPushIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	_, _, one := start(t, stack.FunctionConfig{})
+	_, _, two := start(t, stack.FunctionConfig{})
+	m := mark()
+	config := &builder.BuildConfig{Image: "127.0.0.1:1/" + strings.ToLower(m) + ":v1"}
+	body := request(t, config, "FROM busybox", "RUN : "+m)
+	deliver(t, one, body, m)().wantFailed(t, "registry_failed")
+	if status, rec := verdict(t, two, m); rec.Status == "success" {
+		t.Errorf("HTTP %d, %+v", status, rec)
+	}
+	deliver(t, two, body, m)().wantFailed(t, "registry_failed")
+}
