@@ -213,7 +213,7 @@ async function choose(open) {
 function setSource(next) {
   const had = source !== null;
   source = next;
-  $("unchosen").hidden = next !== null;
+  $("unchosen").hidden = $("source-hint").hidden = next !== null;
   $("chosen").hidden = next === null;
   $("drop").classList.toggle("full", next !== null);
   for (const field of document.querySelectorAll("[data-config]")) field.hidden = Boolean(next?.whole);
@@ -384,6 +384,11 @@ function icon(name) {
   return svg;
 }
 
+// short cuts digests as BuildKit's own progress does.
+function short(text) {
+  return text.replace(/(sha256:[0-9a-f]{12})[0-9a-f]{52}/g, "$1");
+}
+
 const view = {
   steps: new Steps(),
   rows: new Map(),
@@ -401,7 +406,7 @@ const view = {
     this.dropped = 0;
     this.following = true;
     this.started = performance.now();
-    for (const id of ["empty", "success", "failure", "warnings", "dropped", "follow"]) $(id).hidden = true;
+    for (const id of ["empty", "course", "success", "failure", "warnings", "dropped", "follow"]) $(id).hidden = true;
     for (const id of ["steps", "lines"]) $(id).replaceChildren();
     $("steps-count").textContent = "";
     $("run").hidden = $("cancel").hidden = false;
@@ -427,8 +432,9 @@ const view = {
 
   log(lines) {
     for (const line of lines) {
-      if (line.startsWith("v: ")) this.steps.take(line.slice(3), performance.now());
-      this.pending.push(line);
+      const [, kind, text] = /^(?:([vslw]): )?(.*)$/s.exec(line);
+      const ended = kind === "v" && this.steps.take(text, performance.now()).state !== "running";
+      this.pending.push({ kind: ended ? "ended" : kind, text });
     }
     // A hidden tab paints rarely.
     const over = this.pending.length - MAX_LINES;
@@ -456,7 +462,7 @@ const view = {
     let row = this.rows.get(step);
     if (!row) {
       if (this.rows.size >= MAX_ROWS) return;
-      row = { li: element("li"), state: element("span", "unseen"), name: element("span", "name", step.name), time: element("span", "time") };
+      row = { li: element("li"), state: element("span", "unseen"), name: element("span", "name", short(step.name)), time: element("span", "time") };
       const text = element("div");
       text.append(row.state, row.name);
       row.li.append(icon("running"), text, row.time);
@@ -475,11 +481,12 @@ const view = {
 
   paintLog() {
     if (this.pending.length === 0) return;
+    $("course").hidden = false;
     const lines = $("lines");
     const fragment = document.createDocumentFragment();
-    for (const line of this.pending.splice(0)) {
-      const [, kind, text] = /^(?:([vslw]): )?(.*)$/s.exec(line);
-      const shown = kind === "v" || kind === "s" ? text.replace(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ /, "") : text;
+    for (const { kind, text } of this.pending.splice(0)) {
+      // What a step itself prints is left as it is.
+      const shown = kind === "l" || kind === "w" ? text : short(text.replace(TIMESTAMP, ""));
       const cut = shown.length - MAX_LINE;
       fragment.append(element("div", kind, cut > 0 ? `${shown.slice(0, MAX_LINE)} … ${plural(cut, "character")} more` : shown));
     }

@@ -1,3 +1,5 @@
+const TIMESTAMP = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ /;
+
 // Steps keeps the state of each step of a build, as its log lines tell it.
 class Steps {
   constructor() {
@@ -29,7 +31,7 @@ class Steps {
 
   // step is found by its name: the export and the push are two runs of one.
   step(line) {
-    const name = line.replace(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ /, "");
+    const name = line.replace(TIMESTAMP, "");
     let step = this.byName.get(name);
     if (!step) {
       step = { name, state: "running", seconds: 0, since: 0 };

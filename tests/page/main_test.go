@@ -1,0 +1,291 @@
+// Package page_test drives the builder's page, and the OpenFaaS UI, in headless
+// Chromium against the real stack.
+package page_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+
+	"handler/function/tests/stack"
+)
+
+func TestMain(m *testing.M) { stack.Main(m) }
+
+// tab is a page in a browser of its own, which ends with the test.
+type tab struct {
+	t   *testing.T
+	ctx context.Context
+
+	mu       sync.Mutex
+	problems []string // what the browser complained about
+	allowed  []string // parts of complaints that the test causes
+}
+
+// open loads an address. At the end of the test the console must be free of
+// errors and of violations of the page's policy.
+func open(t *testing.T, url string, allowed ...string) *tab {
+	t.Helper()
+	opts := append(chromedp.DefaultExecAllocatorOptions[:],
+		chromedp.NoSandbox, // root has none
+		chromedp.Flag("no-proxy-server", true),
+		// Not localhost, and so no secure context on plain http.
+		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1"),
+		chromedp.WindowSize(1280, 900),
+	)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
+	t.Cleanup(cancel)
+	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
+	t.Cleanup(cancel)
+	ctx, cancel = chromedp.NewContext(ctx)
+	p := &tab{t: t, ctx: ctx, allowed: allowed}
+	t.Cleanup(func() {
+		// t.Context has ended; closing waits for the browser's end.
+		cancel()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, problem := range p.problems {
+			t.Errorf("the browser reports: %s", problem)
+		}
+	})
+	if err := chromedp.Listen(ctx, p.listen); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := chromedp.Call(ctx, log.Enable, cdp.Empty{}); err != nil {
+		t.Fatal(err)
+	}
+	p.run(chromedp.Navigate(url))
+	return p
+}
+
+func (p *tab) listen(event any) {
+	var problem string
+	switch e := event.(type) {
+	case *log.EventEntryAdded:
+		if e.Entry.Level == log.EntryLevelError || e.Entry.Level == log.EntryLevelWarning {
+			problem = fmt.Sprintf("%s: %s %s", e.Entry.Source, e.Entry.Text, e.Entry.URL)
+		}
+	case *runtime.EventExceptionThrown:
+		problem = e.ExceptionDetails.Text + " " + e.ExceptionDetails.Exception.Description
+	case *runtime.EventConsoleAPICalled:
+		problem = fmt.Sprintf("console.%s was called", e.Type)
+	}
+	if problem == "" {
+		return
+	}
+	for _, a := range p.allowed {
+		if strings.Contains(problem, a) {
+			return
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.problems = append(p.problems, problem)
+}
+
+func (p *tab) run(actions ...chromedp.Action[chromedp.Void]) {
+	p.t.Helper()
+	if err := chromedp.Do(p.ctx, actions...); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// js evaluates an expression into a value.
+func js[T any](p *tab, expression string, args ...any) T {
+	p.t.Helper()
+	for i, a := range args {
+		b, err := json.Marshal(a)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		args[i] = string(b)
+	}
+	if len(args) > 0 {
+		expression = fmt.Sprintf(expression, args...)
+	}
+	v, err := chromedp.Run(p.ctx, chromedp.Evaluate[T](expression))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return v
+}
+
+// text is what an element shows; empty when it is hidden.
+func (p *tab) text(selector string) string {
+	p.t.Helper()
+	return js[string](p, `((e) => e?.checkVisibility() ? e.innerText.trim() : "")(document.querySelector(%s))`, selector)
+}
+
+func (p *tab) texts(selector string) []string {
+	p.t.Helper()
+	return js[[]string](p, `[...document.querySelectorAll(%s)].map((e) => e.innerText)`, selector)
+}
+
+// until waits for a condition.
+func (p *tab) until(what string, ok func() bool) {
+	p.t.Helper()
+	for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.shoot("failed")
+			p.t.Fatalf("no %s after a minute; the page shows:\n%s", what, p.text("main"))
+		}
+	}
+}
+
+// fill types into a field of the form, as a person would replace what it holds.
+func (p *tab) fill(id, value string) {
+	p.t.Helper()
+	js[chromedp.Void](p, `document.getElementById(%s).select()`, id)
+	p.run(chromedp.SendKeys(chromedp.ID(id), value))
+}
+
+func (p *tab) click(id string) {
+	p.t.Helper()
+	p.run(chromedp.Click(chromedp.ID(id)))
+}
+
+// choose gives a folder or a file to the form.
+func (p *tab) choose(id, path string) {
+	p.t.Helper()
+	p.run(chromedp.SetUploadFiles(chromedp.ID(id), []string{path}))
+	p.until("chosen source", func() bool { return p.text("#chosen-name") != "" || p.text("#source-error") != "" })
+}
+
+// ended waits for a build's end and returns its title.
+func (p *tab) ended() string {
+	p.t.Helper()
+	p.until("end of the build", func() bool {
+		return js[bool](p, `!document.getElementById("run").hidden && document.getElementById("cancel").hidden`)
+	})
+	return p.text("#build-title")
+}
+
+// looks checks the page's layout in both colour schemes, wide and narrow, and
+// keeps pictures of it in the directory that PAGE_SCREENSHOTS names.
+func (p *tab) looks(name string) {
+	p.t.Helper()
+	for _, width := range []int64{1280, 360} {
+		for _, scheme := range []string{"light", "dark"} {
+			p.run(chromedp.EmulateViewport(width, 900))
+			if _, err := chromedp.Call(p.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+				Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}},
+			}); err != nil {
+				p.t.Fatal(err)
+			}
+			if got := js[int64](p, `document.documentElement.scrollWidth`); got > width {
+				p.t.Errorf("%s: the page is %d wide in a window of %d", name, got, width)
+			}
+			for _, low := range js[[]string](p, contrast) {
+				p.t.Errorf("%s, %s: little contrast: %s", name, scheme, low)
+			}
+			p.shoot(fmt.Sprintf("%s-%d-%s", name, width, scheme))
+		}
+	}
+	if unnamed := js[[]string](p, unnamed); len(unnamed) > 0 {
+		p.t.Errorf("%s: a screen reader has no name for %q", name, unnamed)
+	}
+	p.run(chromedp.EmulateViewport(1280, 900))
+}
+
+// unnamed are the visible controls without a label.
+const unnamed = `[...document.querySelectorAll("input, textarea, button, progress, [tabindex='0']")]
+	.filter((e) => e.checkVisibility())
+	.filter((e) => !e.labels?.length && !e.ariaLabel && !e.getAttribute("aria-labelledby") && !(e.tagName === "BUTTON" && e.innerText.trim()))
+	.map((e) => e.outerHTML.slice(0, 100))`
+
+// contrast lists the texts whose colour is too near to what is behind them
+// (WCAG 2, 1.4.3: a ratio of 4.5).
+const contrast = `(() => {
+	const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+	const rgba = (color) => {
+		canvas.clearRect(0, 0, 1, 1);
+		canvas.fillStyle = color;
+		canvas.fillRect(0, 0, 1, 1);
+		const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+		return [r, g, b, a / 255];
+	};
+	const behind = (e) => {
+		for (; e; e = e.parentElement) {
+			const color = rgba(getComputedStyle(e).backgroundColor);
+			if (color[3] > 0.99) return color;
+		}
+		return [255, 255, 255, 1];
+	};
+	const luminance = ([r, g, b]) => {
+		const [x, y, z] = [r, g, b].map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+		return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+	};
+	const low = [];
+	for (const e of document.querySelectorAll("body *")) {
+		if (!e.checkVisibility() || e.closest(":disabled, noscript")) continue;
+		if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+		const [a, b] = [luminance(rgba(getComputedStyle(e).color)), luminance(behind(e))].sort((x, y) => y - x);
+		const ratio = (a + 0.05) / (b + 0.05);
+		if (ratio < 4.5) low.push(e.tagName + " " + e.innerText.slice(0, 40) + " " + ratio.toFixed(2));
+	}
+	return low;
+})()`
+
+func (p *tab) shoot(name string) {
+	dir := os.Getenv("PAGE_SCREENSHOTS")
+	if dir == "" {
+		return
+	}
+	png, err := chromedp.Run(p.ctx, chromedp.FullScreenshot(100))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644); err != nil {
+		p.t.Error(err)
+	}
+}
+
+// start returns a function and the address of its page behind a proxy that cuts
+// /function/builder off, as the gateway and its provider do.
+func start(t *testing.T, c stack.FunctionConfig) (*stack.Stack, *stack.Function, string) {
+	t.Helper()
+	s, f := stack.Test(t, c)
+	return s, f, behind(t, f, nil) + "/function/builder"
+}
+
+// behind serves f below /function/builder. answer, if not nil, may change what
+// f answers.
+func behind(t *testing.T, f *stack.Function, answer func(*http.Response) error) string {
+	t.Helper()
+	to, err := url.Parse(f.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := &httputil.ReverseProxy{
+		FlushInterval:  -1,
+		ModifyResponse: answer,
+		Rewrite: func(r *httputil.ProxyRequest) {
+			path, _ := strings.CutPrefix(r.In.URL.Path, "/function/builder")
+			r.SetURL(to)
+			r.Out.URL.Path = "/" + strings.TrimPrefix(path, "/")
+			r.Out.URL.RawPath = ""
+		},
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/function/builder", proxy)
+	mux.Handle("/function/builder/", proxy)
+	srv := httptest.NewServer(mux)
+	t.Cleanup(srv.Close)
+	return srv.URL
+}

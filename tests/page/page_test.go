@@ -1,0 +1,439 @@
+package page_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/input"
+	"github.com/chromedp/chromedp"
+
+	"handler/function/tests/stack"
+)
+
+// long is a path that ustar has no room for.
+var long = strings.Repeat("a-directory-with-a-long-name/", 5) + strings.Repeat("f", 120)
+
+// TestBuild builds a folder, sees it live, and builds it again from the cache.
+func TestBuild(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	files := map[string]string{
+		"Dockerfile": "FROM busybox\nARG GREETING\nCOPY . /src/\nRUN echo begins && sleep 2 && echo $GREETING > /greeting\nRUN /src/run.sh\n",
+		"run.sh":     "#!/bin/sh\necho it runs\n",
+		"data.txt":   "data\n",
+		"empty":      "",
+		"grüße/名前":   "names\n",
+		long:         "deep\n",
+	}
+	dir := stack.Context(t, files)
+	p := open(t, url)
+	p.until("description", func() bool { return strings.Contains(p.text("#about"), "0 of 4 builds running") })
+	p.looks("start")
+
+	p.choose("folder", dir)
+	if got := p.text("#chosen"); !strings.Contains(got, "6 files") || !strings.Contains(got, "Executable bits and links") {
+		t.Errorf("a chosen folder is shown as %q", got)
+	}
+	ref := s.Registry.Image("page/hello:v1")
+	p.fill("image", ref)
+	p.fill("secret", "  "+f.Secret+" ")
+	p.fill("args", "GREETING=hello=you")
+	p.fill("platforms", "linux/amd64")
+	p.looks("filled")
+	p.click("submit")
+	p.until("line of a running step", func() bool { return slices.Contains(p.texts("#lines .l"), "begins") })
+	if title, running := p.text("#build-title"), p.texts("#steps .running .name"); title != "Building" || len(running) != 1 || !strings.Contains(running[0], "sleep 2") {
+		t.Errorf("while a step runs the title is %q and running are %q", title, running)
+	}
+	p.looks("building")
+	if title := p.ended(); title != "Pushed" {
+		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
+	}
+
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]string{
+		"out-image":  ref,
+		"out-digest": digest.String(),
+		"out-deploy": "faas-cli deploy --image " + ref + " --name hello",
+	} {
+		if got := p.text("#" + id); got != want {
+			t.Errorf("%s is %q, not %q", id, got, want)
+		}
+	}
+	got, err := stack.Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range files {
+		if file := got["src/"+name]; file == nil || string(file.Content) != content {
+			t.Errorf("%s is not in the image as it was: %v", name, file)
+		}
+	}
+	for name, mode := range map[string]int64{"src/run.sh": 0o755, "src/data.txt": 0o644} {
+		if file := got[name]; file != nil && file.Mode&0o777 != mode {
+			t.Errorf("%s has mode %o, not %o", name, file.Mode, mode)
+		}
+	}
+	if file := got["greeting"]; file == nil || string(file.Content) != "hello=you\n" {
+		t.Errorf("the build argument did not arrive: %v", file)
+	}
+	p.looks("pushed")
+
+	p.click("submit")
+	p.ended()
+	if cached := p.texts("#steps .cached .name"); len(cached) < 3 {
+		t.Errorf("built again, %q are marked as cached", cached)
+	}
+	if got := js[float64](p, `document.getElementById("progress").value`); got != 1 {
+		t.Errorf("the progress bar ends at %v", got)
+	}
+	if got := js[string](p, `document.getElementById("secret").value + JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + document.cookie`); got != "  "+f.Secret+" {}{}" {
+		t.Errorf("the page stores something: %q", got)
+	}
+	p.looks("cached")
+}
+
+// TestFailure shows the error with the Dockerfile's lines, and what a build
+// prints as text, whatever it is.
+func TestFailure(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url+"/")
+	p.choose("folder", stack.Context(t, map[string]string{
+		"Dockerfile": "FROM busybox\nRUN echo '<b id=bold>bold</b><img src=x onerror=alert(1)>'\nRUN echo almost; exit 7\n",
+	}))
+	p.fill("image", s.Registry.Image("page/fails:v1"))
+	p.fill("secret", f.Secret)
+	p.click("submit")
+	if title := p.ended(); title != "Failed" {
+		t.Fatalf("the build ended %q", title)
+	}
+	if got := p.text("#failure-text"); !strings.Contains(got, "exit code 7") || !strings.Contains(got, "RUN echo almost") {
+		t.Errorf("the error is %q", got)
+	}
+	if got := p.texts("#failure-source .blamed"); len(got) != 1 || !strings.Contains(got[0], "3 | >>> RUN echo almost; exit 7") {
+		t.Errorf("the Dockerfile's lines are %q", p.text("#failure-source"))
+	}
+	if got := p.texts("#steps .failed .name"); len(got) != 1 || !strings.Contains(got[0], "exit 7") {
+		t.Errorf("failed steps are %q", got)
+	}
+	if !slices.Contains(p.texts("#lines .l"), "<b id=bold>bold</b><img src=x onerror=alert(1)>") || js[bool](p, `document.getElementById("bold") !== null`) {
+		t.Errorf("the log is %q", p.text("#lines"))
+	}
+	p.looks("failed")
+}
+
+func TestWrongSecret(t *testing.T) {
+	s, _, url := start(t, stack.FunctionConfig{})
+	p := open(t, url, "status of 401")
+	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\n"}))
+	p.fill("image", s.Registry.Image("page/unsigned:v1"))
+
+	p.click("submit")
+	if got := p.text("#secret-error"); !strings.Contains(got, "signed requests only") {
+		t.Errorf("without a secret: %q", got)
+	}
+	p.fill("secret", "another")
+	p.click("submit")
+	if title := p.ended(); title != "Refused" {
+		t.Errorf("the build ended %q", title)
+	}
+	if got := p.text("#failure"); !strings.Contains(got, "not signed with the payload secret") {
+		t.Errorf("the error is %q", got)
+	}
+	if js[string](p, `document.getElementById("secret").ariaInvalid`) != "true" {
+		t.Error("the secret's field is not marked")
+	}
+	p.looks("refused")
+}
+
+func TestCancel(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nRUN echo waits; sleep 1000\n"}))
+	p.fill("image", s.Registry.Image("page/canceled:v1"))
+	p.fill("secret", f.Secret)
+	p.run(chromedp.SendKeys(chromedp.ID("secret"), "\r"))
+	p.until("running step", func() bool { return slices.Contains(p.texts("#lines .l"), "waits") })
+	if steps, err := s.Buildkitd.Steps(); err != nil || len(steps) == 0 {
+		t.Fatalf("the daemon runs %q, %v", steps, err)
+	}
+	if got := js[string](p, `document.activeElement.id`); got != "cancel" {
+		t.Errorf("the focus is on %q while a build runs", got)
+	}
+	p.run(chromedp.KeyEvent("\r"))
+	if title := p.ended(); title != "Canceled" {
+		t.Errorf("the build ended %q", title)
+	}
+	p.until("end of the step", func() bool {
+		steps, err := s.Buildkitd.Steps()
+		return err == nil && len(steps) == 0
+	})
+	if got := js[string](p, `document.activeElement.id`); got != "build-title" {
+		t.Errorf("the focus is on %q when it has ended", got)
+	}
+	p.looks("canceled")
+}
+
+// TestLost cuts a stream off as a proxy's timeout does: cleanly.
+func TestLost(t *testing.T) {
+	s, f := stack.Test(t, stack.FunctionConfig{})
+	url := behind(t, f, func(res *http.Response) error {
+		if strings.HasPrefix(res.Header.Get("Content-Type"), "application/x-ndjson") {
+			res.Body = struct {
+				io.Reader
+				io.Closer
+			}{&untilLog{r: res.Body}, res.Body}
+		}
+		return nil
+	})
+	p := open(t, url+"/function/builder")
+	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nRUN sleep 5\n"}))
+	p.fill("image", s.Registry.Image("page/lost:v1"))
+	p.fill("secret", f.Secret)
+	p.click("submit")
+	if title := p.ended(); title != "Connection lost" {
+		t.Errorf("the build ended %q", title)
+	}
+	if p.text("#success") != "" || !strings.Contains(p.text("#failure"), "before the builder said") {
+		t.Errorf("the page shows %q", p.text("#build"))
+	}
+	p.looks("lost")
+}
+
+// untilLog ends after the first read that brought something.
+type untilLog struct {
+	r    io.Reader
+	done bool
+}
+
+func (u *untilLog) Read(b []byte) (int, error) {
+	if u.done {
+		return 0, io.EOF
+	}
+	n, err := u.r.Read(b)
+	u.done = n > 0
+	return n, err
+}
+
+// TestInsecure opens the page over plain http on a name that is not localhost.
+func TestInsecure(t *testing.T) {
+	_, _, url := start(t, stack.FunctionConfig{})
+	p := open(t, strings.Replace(url, "127.0.0.1", "builder.test", 1),
+		"Cross-Origin-Opener-Policy") // which needs https
+	if got := p.text("#insecure"); !strings.Contains(got, "port-forward") || !strings.Contains(got, "https") {
+		t.Errorf("the page says %q", got)
+	}
+	if !js[bool](p, `document.getElementById("submit").disabled`) {
+		t.Error("a build can be started")
+	}
+	p.looks("insecure")
+}
+
+// TestArchives chooses tars: a context in one folder, with all that folders
+// lose; and a complete request.
+func TestArchives(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+
+	dir := stack.Context(t, map[string]string{
+		"app/Dockerfile": "FROM busybox\nCOPY . /src/\n",
+		"app/tool":       "no script, but executable\n",
+		"app/" + long:    "deep\n",
+		"app/名前":         "names\n",
+	})
+	app := filepath.Join(dir, "app")
+	for _, err := range []error{
+		os.Chmod(filepath.Join(app, "tool"), 0o750),
+		os.Symlink("tool", filepath.Join(app, "soft")),
+		os.Link(filepath.Join(app, "tool"), filepath.Join(app, "hard")),
+		os.Mkdir(filepath.Join(app, "hollow"), 0o755),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, format := range []string{"pax", "gnu"} {
+		archive := filepath.Join(t.TempDir(), "app.tar.gz")
+		command(t, "tar", "--format="+format, "-C", dir, "-czf", archive, "app")
+		p.choose("archive", archive)
+		if got := p.text("#chosen-notes"); !strings.Contains(got, "lies in app/") {
+			t.Errorf("%s: the page says %q", format, got)
+		}
+		ref := s.Registry.Image("page/archive:" + format)
+		p.fill("image", ref)
+		p.fill("secret", f.Secret)
+		p.click("submit")
+		if title := p.ended(); title != "Pushed" {
+			t.Fatalf("%s: the build ended %q: %s", format, title, p.text("#build"))
+		}
+		img, err := stack.Pull(t.Context(), ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files, err := stack.Files(img)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tool := files["src/tool"]
+		if tool == nil || tool.Mode&0o777 != 0o750 {
+			t.Errorf("%s: the executable is %v", format, tool)
+		}
+		if soft := files["src/soft"]; soft == nil || soft.Typeflag != tar.TypeSymlink || soft.Linkname != "tool" {
+			t.Errorf("%s: the symbolic link is %v", format, soft)
+		}
+		if hard := files["src/hard"]; hard == nil || hard.Typeflag != tar.TypeLink && tool.Typeflag != tar.TypeLink {
+			t.Errorf("%s: the hard link is %v", format, hard)
+		}
+		if files["src/hollow"] == nil && files["src/hollow/"] == nil {
+			t.Errorf("%s: the empty directory is missing", format)
+		}
+		for name, want := range map[string]string{"src/" + long: "deep\n", "src/名前": "names\n"} {
+			if file := files[name]; file == nil || string(file.Content) != want {
+				t.Errorf("%s: %s is %v", format, name, file)
+			}
+		}
+		p.click("clear")
+	}
+
+	ref := s.Registry.Image("page/whole:v1")
+	body, err := stack.Tar(app, map[string]any{"image": ref, "labels": map[string]string{"from": "a complete request"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var compressed bytes.Buffer
+	w := gzip.NewWriter(&compressed)
+	w.Write(body)
+	w.Close()
+	whole := filepath.Join(t.TempDir(), "whole.tgz")
+	if err := os.WriteFile(whole, compressed.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	p.choose("archive", whole)
+	if got := p.text("#chosen-notes"); !strings.Contains(got, "complete request") || !strings.Contains(got, ref) || p.text("label[for=image]") != "" {
+		t.Errorf("the page says %q, and asks for %q", got, p.text("label[for=image]"))
+	}
+	p.looks("whole")
+	p.click("submit")
+	if title := p.ended(); title != "Pushed" || p.text("#out-image") != ref {
+		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
+	}
+
+	for name, content := range map[string]string{"text.tar": "no archive at all", "cut.tar": string(body[:len(body)-4096]), "zip.gz": "\x1f\x8bno"} {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if p.text("#clear") != "" {
+			p.click("clear")
+		}
+		p.run(chromedp.SetUploadFiles(chromedp.ID("archive"), []string{path}))
+		p.until("error of "+name, func() bool { return strings.Contains(p.text("#source-error"), "cannot be read") })
+		p.run(chromedp.SetUploadFiles(chromedp.ID("archive"), []string{whole}))
+		p.until("another choice", func() bool { return p.text("#chosen-name") == "whole.tgz" })
+	}
+}
+
+// TestDrop drops a folder, which is read again for the second build.
+func TestDrop(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	dir := stack.Context(t, map[string]string{"handler.go": "package function\n"})
+	if err := os.Mkdir(filepath.Join(dir, "hollow"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p.drop(dir)
+	p.until("error", func() bool { return strings.Contains(p.text("#source-error"), "no Dockerfile") })
+	if err := stack.WriteContext(dir, map[string]string{"Dockerfile": "FROM busybox\nCOPY . /src/\n"}); err != nil {
+		t.Fatal(err)
+	}
+	ref := s.Registry.Image("page/dropped:v1")
+	p.fill("image", ref)
+	p.fill("secret", f.Secret)
+	p.click("submit")
+	if title := p.ended(); title != "Pushed" {
+		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
+	}
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := stack.Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files["src/handler.go"] == nil || files["src/hollow"] == nil && files["src/hollow/"] == nil {
+		t.Errorf("the image lacks the file or the empty directory")
+	}
+}
+
+func (p *tab) drop(path string) {
+	p.t.Helper()
+	data := &input.DragData{Items: []*input.DragDataItem{}, Files: []string{path}, DragOperationsMask: 1}
+	for _, event := range []input.DispatchDragEventType{
+		input.DispatchDragEventTypeDragEnter, input.DispatchDragEventTypeDragOver, input.DispatchDragEventTypeDrop,
+	} {
+		if _, err := chromedp.Call(p.ctx, input.DispatchDragEvent, input.DispatchDragEventParams{Type: event, X: 200, Y: 300, Data: data}); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+}
+
+// TestLongLog shows the end of a log that is too long to be shown, and stays
+// where the reader is.
+func TestLongLog(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	// In lumps below the rate at which buildkitd clips a step's output.
+	p.choose("folder", stack.Context(t, map[string]string{
+		"Dockerfile": "FROM busybox\nRUN i=0; while [ $i -lt 60 ]; do i=$((i+1)); for j in $(seq 100); do echo line $i.$j; done; sleep 0.05; done; echo the last\n",
+	}))
+	p.fill("image", s.Registry.Image("page/long:v1"))
+	p.fill("secret", f.Secret)
+	p.click("submit")
+	p.until("lines", func() bool { return js[int](p, `document.getElementById("lines").childElementCount`) > 500 })
+	atEnd := `(() => { const e = document.getElementById("log"); return e.scrollHeight - e.scrollTop - e.clientHeight < 2 })()`
+	p.until("end of the log", func() bool { return js[bool](p, atEnd) })
+	js[chromedp.Void](p, `void (document.getElementById("log").scrollTop = 100)`)
+	p.until("button to follow", func() bool { return p.text("#follow") != "" })
+	before := js[int](p, `document.getElementById("lines").childElementCount`)
+	p.until("more lines", func() bool { return js[int](p, `document.getElementById("lines").childElementCount`) > before+100 })
+	if js[bool](p, atEnd) {
+		t.Error("the log follows though the reader scrolled up")
+	}
+	p.click("follow")
+	if title := p.ended(); title != "Pushed" {
+		t.Fatalf("the build ended %q", title)
+	}
+	if !js[bool](p, atEnd) || !slices.Contains(p.texts("#lines .l"), "the last") {
+		t.Error("the log does not follow again")
+	}
+	if n := js[int](p, `document.getElementById("lines").childElementCount`); n > 4000 || !strings.Contains(p.text("#dropped"), "not shown") {
+		t.Errorf("%d lines are shown, %q", n, p.text("#dropped"))
+	}
+}
+
+func command(t *testing.T, name string, args ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", name, err, out)
+	}
+}
