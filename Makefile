@@ -8,6 +8,7 @@ SHELL := /bin/bash -euo pipefail -c
 FUNCTION ?=
 IMAGE ?=
 REGISTRY_CONFIG ?=
+PAYLOAD_SECRET ?= payload-secret
 STANDINS ?= auto
 DIR ?= certs
 FUZZTIME ?= 20s
@@ -33,6 +34,10 @@ up: root ## start the builder with its daemons and leave them running until Ctrl
 .PHONY: publish
 publish: root ## build the builder's own image with itself and push it: IMAGE=ref [REGISTRY_CONFIG=config.json]
 	@$(stack) publish $(flags) -image=$(IMAGE)
+
+.PHONY: envelope
+envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [IMAGE=ref] [PAYLOAD_SECRET=file]
+	@tests/envelope.sh $(or $(call abs,$(FUNCTION)),tests/testdata/hello) $(call abs,$(PAYLOAD_SECRET)) $(IMAGE)
 
 .PHONY: test
 test: test-unit test-e2e ## every test but the fuzz targets
