@@ -8,7 +8,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"math"
 	"runtime/debug"
 	"sync"
 
@@ -43,6 +45,9 @@ type Options struct {
 
 	// TimeKey keys the hashes that carry files' content in their times.
 	TimeKey [32]byte
+
+	// SHA256 has all of the body hashed while it arrives.
+	SHA256 bool
 }
 
 // maxWindow bounds the memory of a zstd decoder. It is what RFC 8878 recommends
@@ -54,7 +59,8 @@ const maxWindow = 8 << 20
 type Spool struct {
 	store    *store
 	size     int64
-	sum      [sha256.Size]byte
+	sum      hash.Hash
+	hashed   int64     // bytes of the body that sum has seen
 	envelope *envelope // nil but for the text form
 	payload  *Payload
 	err      error
@@ -102,8 +108,7 @@ func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer in.close()
-	sum := sha256.New()
-	copyTo(&work, in.tap(), sum)
+	s.hash(&work, in.tap(), formOf(first.buf), opts)
 	if formOf(first.buf) == formEnvelope {
 		s.envelope = &envelope{}
 		t := in.tap()
@@ -127,7 +132,6 @@ func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 	in.close()
 	work.Wait()
 
-	sum.Sum(s.sum[:0])
 	if s.err == nil {
 		s.hold(func() (*Payload, error) { return s.payload, s.store.finish() })
 	}
@@ -151,6 +155,21 @@ func (s *Spool) fill(c *chunk, body io.Reader, limit int64) (eof bool, err error
 		}
 	}
 	return false, nil
+}
+
+// hash sums the body. Of a plain tar what is stored is the body, so that what is
+// too large for memory can be summed later, by [Spool.SHA256]: while it arrives,
+// the signature and the index need the processors.
+func (s *Spool) hash(work *sync.WaitGroup, t *tap, f form, opts *Options) {
+	s.sum = sha256.New()
+	most := int64(math.MaxInt64)
+	if f == formTar && !opts.SHA256 {
+		most = opts.Memory
+	}
+	work.Go(func() {
+		defer t.drain()
+		s.hashed, _ = io.CopyN(s.sum, t, most)
+	})
 }
 
 // copyTo writes the stream of t to w. A hash takes everything; what another
@@ -251,8 +270,18 @@ func (s *Spool) Signature() (value string, ok bool) {
 	return s.envelope.signature, true
 }
 
-// SHA256 is of the body as it was sent.
-func (s *Spool) SHA256() [sha256.Size]byte { return s.sum }
+// SHA256 is of the body as it was sent. It is not known of a large plain tar that
+// was refused, unless Options asked for it. It must not be called concurrently,
+// nor after Close.
+func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
+	if s.hashed < s.size && s.err == nil {
+		// What cannot be read is missing from hashed.
+		n, _ := io.Copy(s.sum, io.NewSectionReader(s.store, s.hashed, s.size-s.hashed))
+		s.hashed += n
+	}
+	s.sum.Sum(sum[:0])
+	return sum, s.hashed == s.size
+}
 
 // Size is of the body as it was sent, in bytes.
 func (s *Spool) Size() int64 { return s.size }

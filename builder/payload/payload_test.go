@@ -49,8 +49,16 @@ func receive(t testing.TB, body string, opts payload.Options) (p *payload.Payloa
 		t.Fatalf("Receive: %v", err)
 	}
 	t.Cleanup(func() { s.Close() })
-	if s.Size() != int64(len(body)) || s.SHA256() != sha256.Sum256([]byte(body)) {
-		t.Errorf("size %d and SHA-256 %x are not the body's %d, %x", s.Size(), s.SHA256(), len(body), sha256.Sum256([]byte(body)))
+	sum, ok := s.SHA256()
+	again, _ := s.SHA256()
+	if sum != again {
+		t.Error("the SHA-256 differs the second time")
+	}
+	if _, refused := s.Payload(); !ok && (refused == nil || opts.SHA256 || int64(len(body)) <= opts.Memory) {
+		t.Error("the SHA-256 is not known")
+	}
+	if s.Size() != int64(len(body)) || ok && sum != sha256.Sum256([]byte(body)) {
+		t.Errorf("size %d and SHA-256 %x are not the body's %d, %x", s.Size(), sum, len(body), sha256.Sum256([]byte(body)))
 	}
 	if _, ok := s.Signature(); ok != strings.HasPrefix(body, "{") {
 		t.Errorf("Signature says ok = %v", ok)

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -35,6 +36,9 @@ type call struct {
 // waits says that the caller waits for a slot: it would not come back.
 func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
 
+// joins says that the call may be a second delivery.
+func (c *call) joins() bool { return c.queued && c.named }
+
 func (s *Server) newCall(r *http.Request) *call {
 	c := &call{
 		id:    r.Header.Get(api.CallIDHeader),
@@ -59,7 +63,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	defer end()
 
-	body, err := s.receive(w, r)
+	body, err := s.receive(w, r, c.joins())
 	if err != nil {
 		s.refuse(w, r, c, err)
 		return
@@ -76,8 +80,9 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	// Not the request's context: the build is that of all who wait for it.
 	f := &flight{call: c, done: make(chan struct{})}
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
-	if c.queued && c.named {
-		f.id = flightID{key: string(body.key), call: c.id, body: body.SHA256()}
+	if c.joins() {
+		sum, _ := body.SHA256()
+		f.id = flightID{key: string(body.key), call: c.id, body: sum}
 	}
 	f, seat, run := s.flights.begin(f, out)
 	if run {
@@ -97,10 +102,17 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 func (s *Server) fly(f *flight, body *upload) {
 	defer f.cancel(nil)
 	b := &build{flight: f, body: body, mask: redact.New(nil)}
-	sum := body.SHA256()
-	b.log = f.call.log.With().Str("sha256", hex.EncodeToString(sum[:])).Int64("bytes", body.Size()).Logger()
+	b.log = f.call.log.With().Int64("bytes", body.Size()).Logger()
 
+	// The sum is for the log alone, and takes its time of a large body.
+	var hashing sync.WaitGroup
+	hashing.Go(func() {
+		if sum, ok := body.SHA256(); ok {
+			b.sha256 = hex.EncodeToString(sum[:])
+		}
+	})
 	outcome, stats, err := s.build(b)
+	hashing.Wait()
 	body.Close()
 	rec := api.Record{Image: b.image, ImageName: b.image, Status: api.Success}
 	if err != nil {
@@ -125,6 +137,8 @@ type build struct {
 	body *upload
 	mask *redact.Redactor
 	log  zerolog.Logger
+
+	sha256 string // of the body, if it is known, once the build has ended
 }
 
 // build does the work between the signature and the verdict. Its Outcome has
@@ -250,6 +264,7 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err error) 
 		event = b.log.Error()
 	}
 	event.
+		Str("sha256", b.sha256).
 		Str("image", b.image).
 		Str("digest", rec.Digest).
 		Str("outcome", string(rec.Status)).

@@ -30,8 +30,8 @@ const uploadWait = 30 * time.Second
 const drainWait = 500 * time.Millisecond
 
 // receive reads the body and checks its signature. On success the caller closes
-// the upload.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request) (_ *upload, err error) {
+// the upload. With sum, its SHA-256 is known at once.
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, sum bool) (_ *upload, err error) {
 	rc := http.NewResponseController(w)
 	defer func() {
 		if err != nil {
@@ -70,6 +70,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request) (_ *upload, err
 		Dir:     s.TempDir,
 		Memory:  s.SpoolMemory,
 		TimeKey: s.isolationKey(keys).TimeKey(tenant),
+		SHA256:  sum,
 	})
 	if err != nil {
 		return nil, bodyError(err)
