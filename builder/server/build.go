@@ -86,7 +86,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	f, seat, run := s.flights.begin(f, out)
 	if run {
-		// It ends with the last call that waits for it.
+		s.active.Add(1)
 		go s.fly(f, body)
 	} else {
 		body.Close()
@@ -98,8 +98,9 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fly builds, and gives the flight its verdict.
+// fly builds, and gives the flight its verdict. It ends soon after it has.
 func (s *Server) fly(f *flight, body *upload) {
+	defer s.active.Done()
 	defer f.cancel(nil)
 	b := &build{flight: f, body: body, mask: redact.New(nil)}
 	b.log = f.call.log.With().Int64("bytes", body.Size()).Logger()
@@ -112,8 +113,6 @@ func (s *Server) fly(f *flight, body *upload) {
 		}
 	})
 	outcome, stats, err := s.build(b)
-	hashing.Wait()
-	body.Close()
 	rec := api.Record{Image: b.image, ImageName: b.image, Status: api.Success}
 	if err != nil {
 		e := api.AsError(err)
@@ -125,10 +124,13 @@ func (s *Server) fly(f *flight, body *upload) {
 	for _, warning := range outcome.Warnings {
 		rec.Warnings = append(rec.Warnings, b.mask.Line(warning))
 	}
-	s.metrics.Built(rec.Status, rec.Code, time.Since(f.call.start), stats)
-	s.logEnd(b, rec, stats, err)
+	took := time.Since(f.call.start)
+	s.metrics.Built(rec.Status, rec.Code, took, stats)
 	f.end(rec)
 	s.flights.end(f)
+	hashing.Wait()
+	body.Close()
+	s.logEnd(b, rec, stats, took, err)
 }
 
 // build is what it takes to give a flight its verdict.
@@ -258,7 +260,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err err
 	refuse(w, r, e)
 }
 
-func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err error) {
+func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.Duration, err error) {
 	event := b.log.Info()
 	if rec.Code == api.Internal {
 		event = b.log.Error()
@@ -269,7 +271,7 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, err error) 
 		Str("digest", rec.Digest).
 		Str("outcome", string(rec.Status)).
 		Str("code", string(rec.Code)).
-		Dur("duration_ms", time.Since(b.call.start)).
+		Dur("duration_ms", took).
 		Int("steps", stats.Steps).
 		Int("cached_steps", stats.Cached).
 		Int("attempts", stats.Attempts).
