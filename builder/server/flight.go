@@ -160,6 +160,15 @@ func (f *flight) past() api.Record {
 	return rec
 }
 
+// size is what is kept of a flight that has ended, in bytes.
+func (f *flight) size() int {
+	n := f.spoken.Size() + len(f.verdict.Error)
+	for _, w := range f.verdict.Warnings {
+		n += len(w)
+	}
+	return n
+}
+
 // final says that a further attempt would come to the same.
 func final(rec api.Record) bool {
 	if rec.Status == api.Success {
@@ -176,7 +185,7 @@ func final(rec api.Record) bool {
 // for GET /builds. The Pro queue gives up after hours.
 const (
 	keepFlights = 1000
-	keepBytes   = 16 << 20 // of their logs
+	keepBytes   = 16 << 20 // of their logs and errors
 	keepFor     = 24 * time.Hour
 )
 
@@ -185,7 +194,7 @@ type flights struct {
 	mu    sync.Mutex
 	all   map[flightID]*flight
 	ended []*flight // in the order they did
-	bytes int       // of the logs of ended
+	bytes int       // sum of the sizes of ended
 }
 
 // begin returns the flight that a call is to wait for, and whether the caller
@@ -225,7 +234,7 @@ func (fs *flights) end(f *flight) {
 		return // deserted, and begun anew
 	}
 	fs.ended = append(fs.ended, f)
-	fs.bytes += f.spoken.Size()
+	fs.bytes += f.size()
 	for len(fs.ended) > keepFlights || fs.bytes > keepBytes || time.Since(fs.ended[0].ended) > keepFor {
 		fs.forget(fs.ended[0])
 	}
@@ -236,7 +245,7 @@ func (fs *flights) forget(f *flight) {
 	delete(fs.all, f.id)
 	if i := slices.Index(fs.ended, f); i >= 0 {
 		fs.ended = slices.Delete(fs.ended, i, i+1)
-		fs.bytes -= f.spoken.Size()
+		fs.bytes -= f.size()
 	}
 }
 

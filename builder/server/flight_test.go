@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -294,5 +295,32 @@ func TestVerdictOfAnother(t *testing.T) {
 	f.do(t, f.request(t, pack(t, config), api.CallIDHeader, "call"))
 	if len(named) != 4 || named[0] != asked[0] || named[1] == "" || named[2] != "" || named[3] != "" {
 		t.Errorf("asked for %q, built %q: want the first build's name alone to be known, by its call", asked, named)
+	}
+}
+
+// TestKeptVerdictsAreBounded: the log of each build is 1 MiB, so that 16 are
+// kept at most.
+func TestKeptVerdictsAreBounded(t *testing.T) {
+	line := strings.Repeat("x", 1<<10)
+	solver := &scripted{solve: func(_ context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+		for range 1 << 10 {
+			log(line)
+		}
+		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+	}}
+	f := start(t, solver, nil)
+	kept := 0
+	for i := range 20 {
+		<-f.deliver(t, fmt.Sprint("call", i), pack(t, config))
+	}
+	for i := range 20 {
+		if a := f.verdict(t, fmt.Sprint("call", i), secret); a.status == http.StatusOK {
+			kept++
+		} else if i > 4 {
+			t.Errorf("call %d is forgotten before older ones: %d", i, a.status)
+		}
+	}
+	if kept < 15 || kept > 17 {
+		t.Errorf("%d verdicts kept", kept)
 	}
 }
