@@ -45,8 +45,9 @@ func open(t *testing.T, url string, allowed ...string) *tab {
 	opts := append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.NoSandbox, // root has none
 		chromedp.Flag("no-proxy-server", true),
-		// Not localhost, and so no secure context on plain http.
-		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1"),
+		// A name that is not localhost, and so no secure context on plain http;
+		// and nothing from anywhere else.
+		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 		chromedp.WindowSize(1280, 900),
 	)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
@@ -142,8 +143,8 @@ func (p *tab) until(what string, ok func() bool) {
 	p.t.Helper()
 	for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			p.shoot("failed")
-			p.t.Fatalf("no %s after a minute; the page shows:\n%s", what, p.text("main"))
+			p.shoot("failed-" + p.t.Name())
+			p.t.Fatalf("no %s after a minute; the page shows:\n%.2000s", what, p.text("main"))
 		}
 	}
 }
