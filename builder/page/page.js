@@ -354,6 +354,7 @@ async function run(from, config, secret, signal) {
     },
   });
   if (!res.ok) return refusal(res);
+  view.answered = true;
   view.phase("Waiting");
   for await (const record of records(res.body)) {
     if (record.image) view.image(record.image);
@@ -397,6 +398,7 @@ const view = {
   following: true,
   timer: 0,
   started: 0,
+  answered: false,
   pushes: true,
 
   begin({ image = "", skipPush = false }) {
@@ -405,6 +407,7 @@ const view = {
     this.pending = [];
     this.dropped = 0;
     this.following = true;
+    this.answered = false;
     this.started = performance.now();
     for (const id of ["empty", "course", "success", "failure", "warnings", "dropped", "follow"]) $(id).hidden = true;
     for (const id of ["steps", "lines"]) $(id).replaceChildren();
@@ -569,7 +572,6 @@ let running = null; // the AbortController of the build
 function setError(field, message) {
   $(field + "-error").textContent = message;
   const input = field === "source" ? $("drop") : $(field);
-  if (field === "form") return;
   if (message) input.setAttribute("aria-invalid", "true");
   else input.removeAttribute("aria-invalid");
 }
@@ -581,7 +583,7 @@ function showProblem(problem) {
 }
 
 async function submit() {
-  for (const field of ["source", "image", "secret", "args", "form"]) setError(field, "");
+  for (const field of ["source", "image", "secret", "args"]) setError(field, "");
   let config;
   let secret;
   try {
@@ -625,7 +627,7 @@ function failure(err) {
   if (err.name === "NotReadableError" || err.name === "NotFoundError") {
     return { status: "failed", title: "Not sent", error: "A file changed after it was chosen, or cannot be read.", hint: "Choose the folder again. A dropped folder is read anew each time." };
   }
-  if (view.steps.byName.size > 0 || $("build-title").textContent === "Waiting") return { ...LOST, error: `${LOST.error} (${err.message})` };
+  if (view.answered) return { ...LOST, error: `${LOST.error} (${err.message})` };
   return { status: "failed", title: "Not built", error: `The builder cannot be reached: ${err.message}.` };
 }
 
@@ -639,6 +641,7 @@ async function describe() {
     if (!res.ok) throw new Error(String(res.status));
     about = await res.json();
     const { daemons, builds_in_flight: builds, limits, version } = about;
+    $("about").classList.toggle("error", daemons.reachable === 0);
     $("about").textContent = [
       `version ${version}`,
       daemons.reachable === 0 ? "no buildkitd can be reached" : daemons.total > 1 ? `${daemons.reachable} of ${daemons.total} daemons` : "daemon reachable",
