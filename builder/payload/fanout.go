@@ -2,6 +2,7 @@ package payload
 
 import (
 	"io"
+	"sync"
 	"sync/atomic"
 )
 
@@ -28,6 +29,10 @@ type fanout struct {
 	closed bool
 }
 
+// chunks and blocks are used again: memory that is new to the process costs more
+// than all that is done with a small body. The collector empties them.
+var chunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
+
 func newFanout() *fanout {
 	return &fanout{free: make(chan *chunk, maxChunks)}
 }
@@ -51,7 +56,7 @@ func (f *fanout) next() *chunk {
 	}
 	if f.made < maxChunks {
 		f.made++
-		return &chunk{buf: make([]byte, 0, chunkSize)}
+		return chunks.Get().(*chunk)
 	}
 	return <-f.free
 }
@@ -95,6 +100,18 @@ func (f *fanout) close() {
 	}
 	for _, t := range f.taps {
 		close(t.in)
+	}
+}
+
+// recycle lets go of the chunks, after all taps have ended.
+func (f *fanout) recycle() {
+	for {
+		select {
+		case c := <-f.free:
+			chunks.Put(c)
+		default:
+			return
+		}
 	}
 }
 

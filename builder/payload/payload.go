@@ -98,6 +98,7 @@ func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
 
 func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 	in := newFanout()
+	defer in.recycle()
 	first := in.next()
 	eof, err := s.fill(first, body, opts.Limits.Body)
 	if err != nil {
@@ -216,6 +217,7 @@ func (s *Spool) unwrap(t *tap, signed io.Writer, opts *Options) (*Payload, error
 		payload  *Payload
 		indexErr error
 	)
+	defer out.recycle()
 	defer work.Wait()
 	defer out.close()
 	copyTo(&work, out.tap(), signed)

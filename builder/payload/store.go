@@ -61,7 +61,7 @@ func (s *store) writeMemory(p []byte) {
 	for len(p) > 0 {
 		last := len(s.blocks) - 1
 		if last < 0 || len(s.blocks[last]) == blockSize {
-			s.blocks = append(s.blocks, make([]byte, 0, min(blockSize, s.memory)))
+			s.blocks = append(s.blocks, blocks.Get().(*[blockSize]byte)[:0])
 			last++
 		}
 		b := s.blocks[last]
@@ -86,8 +86,17 @@ func (s *store) moveToFile() error {
 			return storeError(err)
 		}
 	}
-	s.blocks = nil
+	s.freeBlocks()
 	return nil
+}
+
+var blocks = sync.Pool{New: func() any { return new([blockSize]byte) }}
+
+func (s *store) freeBlocks() {
+	for _, b := range s.blocks {
+		blocks.Put((*[blockSize]byte)(b[:blockSize]))
+	}
+	s.blocks = nil
 }
 
 // writeFile gathers what is small: a decompressed tar comes in pieces as small
@@ -161,7 +170,8 @@ func (s *store) Close() error {
 }
 
 func (s *store) drop() error {
-	s.blocks, s.buf = nil, nil
+	s.freeBlocks()
+	s.buf = nil
 	if s.file == nil {
 		return nil
 	}
