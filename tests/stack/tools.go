@@ -25,13 +25,15 @@ type Tools struct {
 	Buildkitd, Buildctl, Runc, Registry string
 }
 
-// toolModules pin the daemons' versions, each in a module of its own under
-// tests/tools, because their dependencies do not agree.
-var toolModules = []struct {
+// toolModule pins a daemon's version, in a module of its own under tests/tools,
+// because their dependencies do not agree.
+type toolModule struct {
 	module, pkg, name string
 	flags             []string
 	cgo               string
-}{
+}
+
+var toolModules = []toolModule{
 	{module: "buildkit", pkg: "github.com/moby/buildkit/cmd/buildkitd", name: "buildkitd", cgo: "0"},
 	{module: "buildkit", pkg: "github.com/moby/buildkit/cmd/buildctl", name: "buildctl", cgo: "0"},
 	// runc refuses a seccomp profile, which buildkitd always gives it, when it
@@ -40,23 +42,36 @@ var toolModules = []struct {
 	{module: "registry", pkg: "github.com/distribution/distribution/v3/cmd/registry", name: "registry", cgo: "0"},
 }
 
+// openfaasModules are under OpenFaaS's Community Edition licence: commercial use is
+// limited, and they may not be passed on. They are built where they are used.
+var openfaasModules = []toolModule{
+	{module: "gateway", pkg: "github.com/openfaas/faas/gateway", name: "gateway", cgo: "0"},
+	{module: "queue-worker", pkg: "github.com/openfaas/nats-queue-worker", name: "queue-worker", cgo: "0"},
+	{module: "nats-streaming", pkg: "github.com/nats-io/nats-streaming-server", name: "nats-streaming", cgo: "0"},
+}
+
 // BuildTools builds what is missing in the cache and says so on log: it takes
 // ten minutes on a fresh machine with two cores, and nothing afterwards. The
-// environment variable STACK_BIN names a directory of ready-made ones instead.
+// environment variable STACK_BIN names a directory of ready-made ones.
 func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) {
+	paths, err := buildTools(ctx, repo, log, toolModules)
+	return Tools{paths["buildkitd"], paths["buildctl"], paths["runc"], paths["registry"]}, err
+}
+
+// buildTools returns the tools' paths by name. What STACK_BIN lacks is built.
+func buildTools(ctx context.Context, repo string, log io.Writer, modules []toolModule) (map[string]string, error) {
 	paths := map[string]string{}
 	unlock, err := lockCache(ctx, repo)
 	if err != nil {
-		return Tools{}, err
+		return nil, err
 	}
 	defer unlock()
-	for _, t := range toolModules {
+	for _, t := range modules {
 		if dir := os.Getenv("STACK_BIN"); dir != "" {
 			paths[t.name] = filepath.Join(dir, t.name)
-			if _, err := os.Stat(paths[t.name]); err != nil {
-				return Tools{}, fmt.Errorf("finding a tool in STACK_BIN: %w", err)
+			if _, err := os.Stat(paths[t.name]); err == nil {
+				continue
 			}
-			continue
 		}
 		src := filepath.Join(repo, "tests", "tools", t.module)
 		key := sha256.New()
@@ -64,7 +79,7 @@ func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) 
 		for _, name := range []string{"go.mod", "go.sum"} {
 			b, err := os.ReadFile(filepath.Join(src, name))
 			if err != nil {
-				return Tools{}, err
+				return nil, err
 			}
 			key.Write(b)
 		}
@@ -80,14 +95,14 @@ func BuildTools(ctx context.Context, repo string, log io.Writer) (Tools, error) 
 			if t.name == "runc" {
 				err = fmt.Errorf("%w\nrunc needs gcc, pkg-config and libseccomp-dev: apt-get install gcc libc6-dev pkg-config libseccomp-dev", err)
 			}
-			return Tools{}, fmt.Errorf("building %s: %w", t.name, err)
+			return nil, fmt.Errorf("building %s: %w", t.name, err)
 		}
 		if err := os.Rename(bin+".tmp", bin); err != nil {
-			return Tools{}, err
+			return nil, err
 		}
 		fmt.Fprintf(log, "built %s in %s\n", t.name, time.Since(began).Round(time.Second))
 	}
-	return Tools{paths["buildkitd"], paths["buildctl"], paths["runc"], paths["registry"]}, nil
+	return paths, nil
 }
 
 // handler returns the path of the compiled function, which it makes the first
