@@ -10,6 +10,7 @@ IMAGE ?=
 REGISTRY_CONFIG ?=
 PAYLOAD_SECRET ?= payload-secret
 STANDINS ?= auto
+OPENFAAS ?= true
 DIR ?= certs
 FUZZTIME ?= 20s
 
@@ -28,8 +29,8 @@ run: root ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
 	@$(stack) run $(flags) $(if $(FUNCTION),-function=$(call abs,$(FUNCTION))) $(if $(IMAGE),-image=$(IMAGE))
 
 .PHONY: up
-up: root ## start the builder with its daemons and leave them running until Ctrl-C
-	@$(stack) up $(flags)
+up: root ## leave the builder running with its daemons behind OpenFaaS until Ctrl-C; OPENFAAS=false leaves OpenFaaS out
+	@$(stack) up $(flags) -openfaas=$(OPENFAAS)
 
 .PHONY: publish
 publish: root ## build the builder's own image with itself and push it: IMAGE=ref [REGISTRY_CONFIG=config.json]

@@ -2,7 +2,7 @@
 // buildkitd, runc and a registry. Nothing of it is left when it ends.
 //
 //	stack run [-function dir] [-image ref]   build, push, pull back and run one function
-//	stack up                                 leave it running until Ctrl-C
+//	stack up [-openfaas=false]               leave it running until Ctrl-C, behind OpenFaaS's gateway and queue
 //	stack publish -image ref                 build and push the builder's own image
 //
 // A folder with a Dockerfile is a build context; any other is a function for
@@ -48,6 +48,7 @@ func run(ctx context.Context, args []string) (err error) {
 	image := flags.String("image", "", "the `reference` to push; run: its registry is the stack's if it names none")
 	registryConfig := flags.String("registry-config", "", "Docker `config.json` with the credentials for -image (default ~/.docker/config.json)")
 	standins := flags.String("standins", "auto", "stand-ins for base images: `auto` uses them where docker.io and ghcr.io cannot be reached; always, never")
+	openfaas := flags.Bool("openfaas", true, "up: OpenFaaS Community Edition in front, on port 8080")
 	flags.Usage = func() {
 		fmt.Fprintln(flags.Output(), "usage: stack run|up|publish [flags]")
 		flags.PrintDefaults()
@@ -75,7 +76,9 @@ func run(ctx context.Context, args []string) (err error) {
 			return buildAndRun(ctx, s, f, dir, *image)
 		}
 	case "up":
-		do = up
+		do = func(ctx context.Context, s *stack.Stack, f *stack.Function) error {
+			return up(ctx, s, f, *openfaas)
+		}
 	case "publish":
 		if *image == "" {
 			return errors.New("publish: which image? make publish IMAGE=registry/owner/builder:tag")
@@ -120,6 +123,7 @@ func run(ctx context.Context, args []string) (err error) {
 		// A first build compiles Go's standard library, on whatever this is.
 		Env: map[string]string{
 			"build_timeout": "1h", "read_timeout": "65m", "write_timeout": "65m", "exec_timeout": "65m",
+			"context_repository": s.Registry.Image("builder/contexts"),
 		},
 	})
 	if err != nil {
@@ -281,11 +285,31 @@ func publish(ctx context.Context, s *stack.Stack, f *stack.Function, image strin
 	return nil
 }
 
-func up(ctx context.Context, s *stack.Stack, f *stack.Function) error {
-	image := s.Registry.Image("hello:latest")
+func up(ctx context.Context, s *stack.Stack, f *stack.Function, openfaas bool) error {
+	gateway := "not started; faas-cli invoke, the queue and the UI need it"
+	if openfaas {
+		fmt.Println("starting OpenFaaS Community Edition: gateway, NATS Streaming and queue worker")
+		fmt.Println("they are built here and under its own licence: commercial use is limited, and they may not be passed on")
+		o, err := s.OpenFaaS(ctx, f, stack.OpenFaaSConfig{})
+		if err != nil {
+			return fmt.Errorf("%w\nmake up OPENFAAS=false leaves OpenFaaS out", err)
+		}
+		gateway = o.URL + ", on every interface"
+	}
 	fmt.Printf(`
-The builder is at %[1]s, its registry at %[2]s, buildkitd at %[3]s.
-Logs: %[5]s and %[6]s
+  the builder     %[1]s
+  its page        %[1]s/ in a browser
+  the gateway     %[8]s
+  OpenFaaS's UI   http://127.0.0.1:8080/ui/
+  the registry    %[2]s
+  buildkitd       %[3]s
+  payload secret  %[4]s
+  logs            %[5]s
+                  %[6]s
+
+For the commands of the README:
+
+  export BUILDER=%[1]s GATEWAY=http://127.0.0.1:8080 REGISTRY=%[2]s PAYLOAD_SECRET=%[4]s
 
 A build with curl:
 
@@ -301,7 +325,8 @@ A function with faas-cli, from the folder of its stack.yml, whose image begins w
   faas-cli publish --remote-builder %[1]s --payload-secret %[4]s
 
 Ctrl-C ends all of it and leaves nothing behind.
-`, f.URL, s.Registry.Addr, s.Buildkitd.Addr, filepath.Join(f.SecretsDir, "payload-secret"), f.LogFile(), s.Buildkitd.LogFile(), image)
+`, f.URL, s.Registry.Addr, s.Buildkitd.Addr, filepath.Join(f.SecretsDir, "payload-secret"), f.LogFile(), s.Buildkitd.LogFile(),
+		s.Registry.Image("hello:latest"), gateway)
 	<-ctx.Done()
 	fmt.Println("\nstopping")
 	return nil
