@@ -56,7 +56,7 @@ function folderSource(name, list) {
   };
 }
 
-async function folderEntries({ files, dirs }) {
+function folderEntries({ files, dirs }) {
   const entries = new Map();
   const addDir = (name) => {
     for (let end = name.length; end > 0; end = name.lastIndexOf("/", end - 1)) {
@@ -68,21 +68,14 @@ async function folderEntries({ files, dirs }) {
   dirs.forEach(addDir);
   for (const { name, file } of files) {
     if (name.includes("/")) addDir(name.slice(0, name.lastIndexOf("/")));
-    entries.set(name, { name, flag: "0", mode: 0o644, mtime: file.lastModified / 1000, data: file });
+    entries.set(name, { name, flag: "0", mode: (head) => (runs(head) ? 0o755 : 0o644), mtime: file.lastModified / 1000, data: file });
   }
-  const all = [...entries.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
-  const regular = all.filter((entry) => entry.data);
-  for (let i = 0; i < regular.length; i += 64) {
-    await Promise.all(regular.slice(i, i + 64).map(async (entry) => {
-      if (runs(await bytes(entry.data.slice(0, 4)))) entry.mode = 0o755;
-    }));
-  }
-  return all;
+  return [...entries.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
 }
 
 // runs tells a script and an ELF program by how they begin.
 function runs(head) {
-  const text = String.fromCharCode(...head);
+  const text = String.fromCharCode(...head.subarray(0, 4));
   return text.startsWith("#!") || text === "\x7fELF";
 }
 
@@ -259,12 +252,13 @@ function readConfig() {
   return config;
 }
 
-// pack returns the request's body, compressed: what is signed is what is sent.
+// pack returns the request's body as a Blob, compressed: what is signed is what
+// is sent.
 async function pack(from, config) {
-  if (from.whole) return from.whole.arrayBuffer();
+  if (from.whole) return from.whole;
   const entries = await from.entries();
   checkDockerfile(entries);
-  const packed = new Blob(packTar([
+  const packed = tarStream([
     { name: CONFIG_FILE, flag: "0", mode: 0o644, mtime: 0, data: new Blob([JSON.stringify(config)]) },
     { name: CONTEXT_DIR + "/", flag: "5", mode: 0o755, mtime: 0 },
     ...entries.map((entry) => ({
@@ -272,8 +266,8 @@ async function pack(from, config) {
       name: `${CONTEXT_DIR}/${entry.name}${entry.flag === "5" ? "/" : ""}`,
       link: entry.flag === "1" ? `${CONTEXT_DIR}/${entry.link}` : entry.link,
     })),
-  ]));
-  return new Response(packed.stream().pipeThrough(new CompressionStream("gzip"))).arrayBuffer();
+  ]);
+  return new Response(packed.pipeThrough(new CompressionStream("gzip"))).blob();
 }
 
 async function sign(secret, body) {
@@ -335,13 +329,13 @@ async function run(from, config, secret, signal) {
   view.phase("Packing");
   const body = await pack(from, config);
   const limit = about?.limits?.body_bytes;
-  if (limit && body.byteLength > limit) {
-    return { status: "failed", title: "Too large", error: `The request has ${size(body.byteLength)}. This builder takes ${size(limit)}.` };
+  if (limit && body.size > limit) {
+    return { status: "failed", title: "Too large", error: `The request has ${size(body.size)}. This builder takes ${size(limit)}.` };
   }
   signal.throwIfAborted();
-  const signature = await sign(secret, body);
+  const signature = await sign(secret, await body.arrayBuffer());
   signal.throwIfAborted();
-  view.phase(`Sending ${size(body.byteLength)}`);
+  view.phase(`Sending ${size(body.size)}`);
   const res = await fetch(endpoint, {
     method: "POST",
     body,

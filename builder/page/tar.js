@@ -3,28 +3,94 @@
 const BLOCK = 512;
 const encoder = new TextEncoder();
 
-// An entry is {name, flag, mode, mtime, link, data}: flag is the type's character
-// ("0" file, "1" hard link, "2" symbolic link, "5" directory), mtime is in
-// seconds, data is a Blob and only a file's.
+const PIECE = 1 << 20;
+const SMALL = 256 * 1024;
+const AHEAD = 64;
 
-// packTar returns the parts of an archive, for new Blob(). Nothing is read yet.
-function packTar(entries) {
-  const parts = [];
-  for (const entry of entries) {
-    const size = entry.data ? entry.data.size : 0;
-    const records = {};
-    if (!fits(entry.name, 100)) records.path = entry.name;
-    if (entry.link && !fits(entry.link, 100)) records.linkpath = entry.link;
-    if (size >= 8 ** 11) records.size = String(size);
-    if (Object.keys(records).length > 0) {
-      const data = paxRecords(records);
-      parts.push(header({ name: "PaxHeaders/" + entry.name, flag: "x", mode: 0o644, mtime: 0 }, data.length), data, padding(data.length));
+// An entry is {name, flag, mode, mtime, link, data}: flag is the type's character
+// ("0" file, "1" hard link, "2" symbolic link, "5" directory), mode is a number
+// or a function of a file's first bytes, mtime is in seconds, data is a Blob and
+// only a file's.
+
+// tarStream is an archive of entries, which are read while it is. Small files
+// are read many at once and passed on by the megabyte: browsers take a
+// millisecond for each read, however short.
+function tarStream(entries) {
+  const reads = [];
+  const read = (i) => {
+    for (let next = reads.length; next < entries.length && next < i + AHEAD; next++) {
+      const data = entries[next].data;
+      reads[next] = data && bytes(data.size > SMALL ? data.slice(0, BLOCK) : data);
+      // Whoever awaits it is told; until then nobody need be.
+      reads[next]?.catch(() => {});
     }
-    parts.push(header(entry, size));
-    if (size > 0) parts.push(entry.data, padding(size));
+    return reads[i];
+  };
+  async function* blocks() {
+    for (const [i, entry] of entries.entries()) {
+      const start = await read(i);
+      reads[i] = undefined;
+      const size = entry.data ? entry.data.size : 0;
+      const mode = typeof entry.mode === "function" ? entry.mode(start ?? new Uint8Array()) : entry.mode;
+      yield* headers({ ...entry, mode }, size);
+      if (size > SMALL) yield* chunks(entry.data.stream());
+      else if (size > 0) yield start;
+      yield padding(size);
+    }
+    yield new Uint8Array(2 * BLOCK);
   }
-  parts.push(new Uint8Array(2 * BLOCK));
-  return parts;
+  const source = pieces(blocks());
+  return new ReadableStream({
+    async pull(controller) {
+      const { value, done } = await source.next();
+      if (done) controller.close();
+      else controller.enqueue(value);
+    },
+    cancel: () => source.return(),
+  });
+}
+
+async function* chunks(readable) {
+  const reader = readable.getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    yield value;
+  }
+}
+
+// pieces joins what is small.
+async function* pieces(parts) {
+  let piece = new Uint8Array(PIECE);
+  let used = 0;
+  for await (const part of parts) {
+    if (used + part.length > PIECE) {
+      yield piece.subarray(0, used);
+      piece = new Uint8Array(PIECE);
+      used = 0;
+    }
+    if (part.length > PIECE) {
+      yield part;
+    } else {
+      piece.set(part, used);
+      used += part.length;
+    }
+  }
+  yield piece.subarray(0, used);
+}
+
+function* headers(entry, size) {
+  const records = {};
+  if (!fits(entry.name, 100)) records.path = entry.name;
+  if (entry.link && !fits(entry.link, 100)) records.linkpath = entry.link;
+  if (size >= 8 ** 11) records.size = String(size);
+  if (Object.keys(records).length > 0) {
+    const data = paxRecords(records);
+    yield header({ name: "PaxHeaders/" + entry.name, flag: "x", mode: 0o644, mtime: 0 }, data.length);
+    yield data;
+    yield padding(data.length);
+  }
+  yield header(entry, size);
 }
 
 function fits(text, length) {
