@@ -108,7 +108,8 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 	gateway := exec.Command(tools["gateway"])
 	gateway.Dir = filepath.Dir(assets)
 	err = o.start(ctx, "gateway", gateway,
-		append(append(timeouts, queue...), "upstream_timeout="+c.Timeout.String(), "functions_provider_url="+fmt.Sprintf("http://127.0.0.1:%d/", providerPort)),
+		append(append(timeouts, queue...), "upstream_timeout="+c.Timeout.String(), "functions_provider_url="+fmt.Sprintf("http://127.0.0.1:%d/", providerPort),
+			"faas_prometheus_host=127.0.0.1", "faas_prometheus_port="+fmt.Sprint(providerPort)),
 		answersHTTP(o.URL+"/healthz"))
 	if err != nil {
 		return nil, err
