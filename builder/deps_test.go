@@ -17,7 +17,7 @@ const module = "handler/function"
 // request, verified payload, solve, records, reply. A package that is not here
 // may import none of ours.
 var imports = map[string][]string{
-	".":           {"api", "buildkit", "payload", "registry", "reply", "server"},
+	".":           {"api", "buildkit", "contexts", "payload", "registry", "reply", "server"},
 	"server":      {"api", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
 	"buildkit":    {"api", "buildconfig", "payload", "redact", "registry", "solve"},
 	"solve":       {"buildconfig", "payload", "redact"},
@@ -27,6 +27,7 @@ var imports = map[string][]string{
 	"buildconfig": {"api"},
 	"sealed":      {"api"},
 	"registry":    {"api"},
+	"contexts":    {"api"},
 }
 
 // reserved are modules that one package alone may import, and why.
@@ -35,6 +36,7 @@ var reserved = []struct{ module, by, why string }{
 	{"github.com/tonistiigi/fsutil", "buildkit", "it is BuildKit's wire format"},
 	{"google.golang.org/grpc", "buildkit", "it is BuildKit's transport"},
 	{"github.com/docker/", "registry", "credentials are read in one place; go-units is the exception"},
+	{"github.com/google/go-containerregistry", "contexts", "images are BuildKit's to push"},
 	{"github.com/openfaas/go-sdk", "sealed", "the envelope is its only part that belongs in the function"},
 	{"github.com/openfaas/templates-sdk", "server", "the plain endpoints are its only use"},
 	{"github.com/prometheus/", "metrics", "the rest counts without knowing who scrapes"},
@@ -43,8 +45,9 @@ var reserved = []struct{ module, by, why string }{
 }
 
 var exceptions = map[string][]string{
-	"github.com/docker/go-units": {".", "buildkit"},
-	"crypto/hmac":                {"buildkit", "isolation", "payload"},
+	"github.com/docker/go-units":                       {".", "buildkit"},
+	"github.com/google/go-containerregistry/pkg/authn": {"."},
+	"crypto/hmac": {"buildkit", "isolation", "payload"},
 }
 
 // TestImports reads every Go file that is not a test.

@@ -4,6 +4,7 @@ package function
 
 import (
 	"bytes"
+	"context"
 	"net/http"
 	"os"
 	"os/signal"
@@ -11,10 +12,12 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
 	"handler/function/buildkit"
+	"handler/function/contexts"
 	"handler/function/registry"
 	"handler/function/reply"
 	"handler/function/server"
@@ -49,7 +52,11 @@ var service = sync.OnceValues(func() (*server.Server, error) {
 		return nil, err
 	}
 	log = log.Level(cfg.LogLevel)
-	s := newServer(cfg, log)
+	s, err := newServer(cfg, log)
+	if err != nil {
+		log.Error().Err(err).Msg("not serving")
+		return nil, err
+	}
 	go func() {
 		// of-watchdog passes SIGTERM on at once; the template then serves for
 		// healthcheck_interval more and waits for the requests that run.
@@ -62,12 +69,24 @@ var service = sync.OnceValues(func() (*server.Server, error) {
 	return s, nil
 })
 
-func newServer(cfg *Config, log zerolog.Logger) *server.Server {
+func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	registryCA := make(map[string]string)
 	for host, name := range cfg.RegistryCA {
 		registryCA[host] = cfg.Secret(name)
 	}
+	credentials := registry.New(registry.Config{
+		File:       cfg.Secret(cfg.RegistryConfig),
+		TokenHosts: cfg.TokenHosts,
+		CAFiles:    registryCA,
+		AllowBasic: cfg.AllowBasic,
+		Log:        log,
+	})
+	store, err := newContexts(cfg, credentials, log)
+	if err != nil {
+		return nil, err
+	}
 	s := server.New(server.Config{
+		Contexts: store,
 		Solver: buildkit.New(buildkit.Config{
 			Addr:            cfg.BuildkitAddr,
 			ServerName:      cfg.BuildkitServerName,
@@ -78,14 +97,8 @@ func newServer(cfg *Config, log zerolog.Logger) *server.Server {
 			PushTimeout:     cfg.PushTimeout,
 			DefaultPlatform: cfg.DefaultPlatform,
 			AllowSyntax:     cfg.AllowSyntax,
-			Credentials: registry.New(registry.Config{
-				File:       cfg.Secret(cfg.RegistryConfig),
-				TokenHosts: cfg.TokenHosts,
-				CAFiles:    registryCA,
-				AllowBasic: cfg.AllowBasic,
-				Log:        log,
-			}),
-			Log: log,
+			Credentials:     credentials,
+			Log:             log,
 		}),
 		PayloadSecret: func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) },
 		BuildSecretsKey: func() ([]byte, error) {
@@ -115,7 +128,30 @@ func newServer(cfg *Config, log zerolog.Logger) *server.Server {
 		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.BuildTimeout).
 			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
 	}
-	return s
+	return s, nil
+}
+
+// newContexts is nil without a repository for them.
+func newContexts(cfg *Config, credentials *registry.Credentials, log zerolog.Logger) (server.Contexts, error) {
+	if cfg.ContextRepository == "" {
+		return nil, nil
+	}
+	store, err := contexts.New(contexts.Config{
+		Repository: cfg.ContextRepository,
+		MaxAge:     cfg.ContextMaxAge,
+		Login: func(ctx context.Context, host string) (authn.AuthConfig, error) {
+			l, err := credentials.Login(ctx, host)
+			return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
+		},
+		RootCAs: credentials.RootCAs,
+		Log:     log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// It deletes old contexts for as long as the process lives.
+	go store.Run(context.Background())
+	return store, nil
 }
 
 // shorterTimeouts are the variables of of-watchdog and the template whose

@@ -64,6 +64,9 @@ func checkContext(t *testing.T, p *payload.Payload, limits payload.Limits) {
 	if int64(len(p.Config)) > limits.Config || int64(len(p.Secrets)) > limits.Secrets {
 		t.Errorf("config of %d bytes, secrets of %d", len(p.Config), len(p.Secrets))
 	}
+	if p.Context == nil {
+		return
+	}
 	entries := p.Context.Entries()
 	if len(entries) > limits.Entries {
 		t.Errorf("%d entries", len(entries))

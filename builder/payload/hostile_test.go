@@ -110,8 +110,6 @@ func hostileBodies(t testing.TB) []hostile {
 	bad("nothing", "", "there is none")
 	bad("only zeros", end, "no "+configName)
 	bad("no config", dir("context")+ctxFile+end, "no "+configName)
-	bad("no context", config+end, `no directory "context"`)
-	bad("context beside", config+file("contexts/a", "")+end, `no directory "context"`)
 	bad("context as a file", config+file("context", "")+end, "not a directory")
 	bad("context as a symlink", config+symlink("context", "/")+end, "not a directory")
 	bad("context as a symlink with a file below", config+symlink("context", "/etc")+file("context/passwd", "")+end, "not a directory")

@@ -69,14 +69,19 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
 	if err := x.zeros(); err != nil {
 		return nil, err
 	}
+	if opts.ContextOnly && !x.context {
+		return nil, ErrNoContext
+	}
+	if _, ok := x.others[api.ConfigFile]; !ok && !opts.ContextOnly {
+		return nil, refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
+	}
 	entries, inodes, err := x.finish(&opts.TimeKey)
 	if err != nil {
 		return nil, err
 	}
-	p := &Payload{
-		Config:  x.config,
-		Secrets: x.secrets,
-		Context: &Context{entries: entries, inodes: inodes, data: data},
+	p := &Payload{Config: x.config, Secrets: x.secrets}
+	if x.context {
+		p.Context = &Context{entries: entries, inodes: inodes, data: data}
 	}
 	if x.ignored > 0 {
 		p.Warnings = append(p.Warnings, x.warning())
@@ -403,12 +408,6 @@ func (x *indexer) zeros() error {
 // finish puts the entries in order, each with its parents, and sets the links
 // and times of files.
 func (x *indexer) finish(timeKey *[32]byte) ([]Entry, []inode, error) {
-	if _, ok := x.others[api.ConfigFile]; !ok {
-		return nil, nil, refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
-	}
-	if !x.context {
-		return nil, nil, refuse(nil, "reading tar: it holds no directory %q", api.ContextDir)
-	}
 	if err := x.addParents(); err != nil {
 		return nil, nil, err
 	}

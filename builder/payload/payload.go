@@ -48,6 +48,14 @@ type Options struct {
 
 	// SHA256 has all of the body hashed while it arrives.
 	SHA256 bool
+
+	// ContextOnly is for a build context that is sent ahead: the tar holds
+	// context/ and need hold nothing else, and is no text envelope.
+	ContextOnly bool
+
+	// Raw keeps the body as it was sent, for Spool.Raw, and not the tar in it.
+	// The Context cannot be read then.
+	Raw bool
 }
 
 // maxWindow bounds the memory of a zstd decoder. It is what RFC 8878 recommends
@@ -68,9 +76,9 @@ type Spool struct {
 
 // Payload is what a client sent, its form checked.
 type Payload struct {
-	Config  []byte
-	Secrets []byte // nil if there are none
-	Context *Context
+	Config  []byte   // nil if there is none, as with ContextOnly there may be
+	Secrets []byte   // nil if there are none
+	Context *Context // nil if there is none: the config may say where it is
 
 	// Warnings name what was ignored.
 	Warnings []string
@@ -109,8 +117,12 @@ func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer in.close()
-	s.hash(&work, in.tap(), formOf(first.buf), opts)
-	if formOf(first.buf) == formEnvelope {
+	form := formOf(first.buf)
+	if form == formEnvelope && opts.ContextOnly {
+		form = formTar
+	}
+	s.hash(&work, in.tap(), form, opts)
+	if form == formEnvelope {
 		s.envelope = &envelope{}
 		t := in.tap()
 		work.Go(func() {
@@ -119,7 +131,7 @@ func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 		})
 	} else {
 		copyTo(&work, in.tap(), signed)
-		s.unpack(&work, in, formOf(first.buf), opts)
+		s.unpack(&work, in, form, opts)
 	}
 
 	in.send(first)
@@ -184,6 +196,22 @@ func copyTo(work *sync.WaitGroup, t *tap, w io.Writer) {
 
 // unpack starts to spool and index a stream that is no envelope.
 func (s *Spool) unpack(work *sync.WaitGroup, in *fanout, f form, opts *Options) {
+	if opts.Raw && f != formTar {
+		copyTo(work, in.tap(), s.store)
+		t := in.tap()
+		work.Go(func() {
+			defer t.drain()
+			s.hold(func() (*Payload, error) {
+				d, err := newDecompressor(f, t)
+				if err != nil {
+					return nil, err
+				}
+				defer d.Close()
+				return index(d, s.store, opts)
+			})
+		})
+		return
+	}
 	if f == formTar {
 		// What is stored is what was sent, so it need not pass through the
 		// index.
@@ -284,6 +312,12 @@ func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
 	s.sum.Sum(sum[:0])
 	return sum, s.hashed == s.size
 }
+
+// Raw reads the body as it was sent, if Options asked for that.
+func (s *Spool) Raw() *io.SectionReader { return io.NewSectionReader(s.store, 0, s.size) }
+
+// ErrNoContext is of a tar without a context whose config names none.
+var ErrNoContext = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("reading tar: it holds no directory %q", api.ContextDir)}
 
 // Size is of the body as it was sent, in bytes.
 func (s *Spool) Size() int64 { return s.size }

@@ -6,11 +6,13 @@ package registry
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"net"
+	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -181,6 +183,24 @@ func (c *Credentials) lookup(ctx context.Context, host string) (types.AuthConfig
 		}
 	}
 	return types.AuthConfig{}, nil
+}
+
+// Login is what is configured for a registry, all of it empty if nothing is.
+type Login struct {
+	Username, Password           string
+	IdentityToken, RegistryToken string
+}
+
+// Login finds what is configured for a registry that the function itself uses.
+func (c *Credentials) Login(ctx context.Context, host string) (Login, error) {
+	auth, err := c.lookup(ctx, serverHost(host))
+	return Login{auth.Username, auth.Password, auth.IdentityToken, auth.RegistryToken}, err
+}
+
+// RootCAs are those that a registry's certificate is checked against: nil is the
+// system's.
+func (c *Credentials) RootCAs(host string) (*x509.CertPool, error) {
+	return c.roots(host, &url.URL{Host: host})
 }
 
 // logHelper says once for each content of the file that helper failed.

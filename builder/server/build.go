@@ -16,6 +16,7 @@ import (
 
 	"handler/function/api"
 	"handler/function/buildconfig"
+	"handler/function/payload"
 	"handler/function/redact"
 	"handler/function/reply"
 	"handler/function/sealed"
@@ -63,7 +64,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	defer end()
 
-	body, err := s.receive(w, r, c.joins())
+	body, err := s.receive(w, r, payload.Options{SHA256: c.joins()})
 	if err != nil {
 		s.refuse(w, r, c, err)
 		return
@@ -166,14 +167,27 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	defer context.AfterFunc(s.stopped, func() { b.cancel(errShuttingDown) })()
 
 	b.log.Info().Str("image", b.image).Bool("queued", b.call.queued).Msg("build started")
+	if source := req.Config.Context; source != nil && source.Digest != "" {
+		spool, files, err := s.fetchContext(b, source.Digest)
+		if err != nil {
+			return outcome, stats, b.because(err)
+		}
+		defer spool.Close()
+		req.Context = files
+	}
 	solved, stats, err := s.Solver.Solve(b.ctx, req, b.say)
 	solved.Warnings = append(warnings, solved.Warnings...)
-	if err != nil && b.ctx.Err() != nil {
-		// Whatever the daemon called it, this is why it ended.
-		why := api.AsError(canceled(context.Cause(b.ctx)))
-		err = &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
+	return solved, stats, b.because(err)
+}
+
+// because is err, or why the build ended, whatever that made a daemon or a
+// registry say.
+func (b *build) because(err error) error {
+	if err == nil || b.ctx.Err() == nil {
+		return err
 	}
-	return solved, stats, err
+	why := api.AsError(canceled(context.Cause(b.ctx)))
+	return &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
 }
 
 // request checks what the client asks for.
@@ -187,6 +201,12 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 		return nil, p.Warnings, err
 	}
 	b.setImage(cfg.Image)
+	switch {
+	case cfg.Context == nil && p.Context == nil:
+		return nil, p.Warnings, payload.ErrNoContext
+	case cfg.Context != nil && p.Context != nil:
+		return nil, p.Warnings, &api.Error{Code: api.BadConfig, Msg: fmt.Sprintf("%s: %q is set, and the tar holds a context of its own", api.ConfigFile, "context")}
+	}
 	warnings := append(p.Warnings, cfg.Warnings...)
 	if err := cfg.Allow(s.AllowedImages); err != nil {
 		return nil, warnings, err

@@ -53,6 +53,9 @@ type Config struct {
 	// its key, when DisableHMAC is set and there is no secret.
 	FallbackSecret []byte
 
+	// Contexts may be nil: then none are taken.
+	Contexts Contexts
+
 	// AllowedImages are repository prefixes, normalised; empty allows any.
 	AllowedImages []string
 
@@ -115,8 +118,12 @@ func New(cfg Config) *Server {
 
 	build := http.HandlerFunc(s.serveBuild)
 	s.routes = map[string]map[string]http.Handler{
-		"/":          {http.MethodPost: build, http.MethodGet: page.Or(plain(description{s}))},
-		"/build":     {http.MethodPost: build},
+		"/":      {http.MethodPost: build, http.MethodGet: page.Or(plain(description{s}))},
+		"/build": {http.MethodPost: build},
+		"/contexts/": {
+			http.MethodHead: http.HandlerFunc(s.headContext),
+			http.MethodPut:  http.HandlerFunc(s.putContext),
+		},
 		"/builds/":   {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
 		"/publickey": {http.MethodGet: plain(publicKey{s})},
 		"/healthz":   {http.MethodGet: plain(health{})},

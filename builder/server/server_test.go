@@ -109,9 +109,14 @@ func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture
 // pack makes a tar of a config, a Dockerfile, and more name, content pairs.
 func pack(t testing.TB, config string, more ...string) []byte {
 	t.Helper()
+	return packTar(t, append([]string{"context/Dockerfile", "FROM scratch\n", api.ConfigFile, config}, more...)...)
+}
+
+// packTar makes a tar of name, content pairs.
+func packTar(t testing.TB, files ...string) []byte {
+	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	files := append([]string{"context/Dockerfile", "FROM scratch\n", api.ConfigFile, config}, more...)
 	for i := 0; i < len(files); i += 2 {
 		if err := w.WriteHeader(&tar.Header{Name: files[i], Mode: 0o644, Size: int64(len(files[i+1]))}); err != nil {
 			t.Fatal(err)
@@ -442,6 +447,10 @@ func TestStatusCodes(t *testing.T) {
 	}{
 		{"bad tar", []byte("x"), nil, 400, api.BadTar},
 		{"bad config", pack(t, "{}"), nil, 400, api.BadConfig},
+		{"no context", packTar(t, api.ConfigFile, config), nil, 400, api.BadTar},
+		{"context beside", packTar(t, api.ConfigFile, config, "contexts/a", ""), nil, 400, api.BadTar},
+		{"two contexts", pack(t, `{"image":"ghcr.io/acme/app","context":{"digest":"sha256:`+strings.Repeat("a", 64)+`"}}`), nil, 400, api.BadConfig},
+		{"no repository for contexts", packTar(t, api.ConfigFile, `{"image":"ghcr.io/acme/app","context":{"digest":"sha256:`+strings.Repeat("a", 64)+`"}}`), nil, 400, api.BadContext},
 		{"bad secrets", pack(t, config, api.SecretsFile, "x"), nil, 400, api.BadSecrets},
 		{"forbidden image", pack(t, `{"image":"ghcr.io/evil/app"}`), nil, 403, api.ImageForbidden},
 		{"large body", make([]byte, 1<<20+1), nil, 413, api.TooLarge},

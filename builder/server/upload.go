@@ -29,9 +29,9 @@ const uploadWait = 30 * time.Second
 // sends nothing must not keep its answer from being written.
 const drainWait = 500 * time.Millisecond
 
-// receive reads the body and checks its signature. On success the caller closes
-// the upload. With sum, its SHA-256 is known at once.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request, sum bool) (_ *upload, err error) {
+// receive reads the body and checks its signature. opts says what the body is;
+// its limits and places are set here. On success the caller closes the upload.
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Options) (_ *upload, err error) {
 	rc := http.NewResponseController(w)
 	defer func() {
 		if err != nil {
@@ -65,13 +65,9 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, sum bool) (_ *u
 
 	verifier := keys.Verifier()
 	start := time.Now()
-	spool, err := payload.Receive(body, verifier, payload.Options{
-		Limits:  s.Limits,
-		Dir:     s.TempDir,
-		Memory:  s.SpoolMemory,
-		TimeKey: s.isolationKey(keys).TimeKey(tenant),
-		SHA256:  sum,
-	})
+	opts.Limits, opts.Dir, opts.Memory = s.Limits, s.TempDir, s.SpoolMemory
+	opts.TimeKey = s.isolationKey(keys).TimeKey(tenant)
+	spool, err := payload.Receive(body, verifier, opts)
 	if err != nil {
 		return nil, bodyError(err)
 	}

@@ -1,0 +1,153 @@
+package server
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	"handler/function/api"
+	"handler/function/buildconfig"
+	"handler/function/payload"
+)
+
+// Contexts keeps build contexts that are sent ahead of their builds. Every error
+// is an *api.Error, but for those of what Open reads.
+type Contexts interface {
+	Has(ctx context.Context, digest string) (bool, error)
+	Put(ctx context.Context, digest string, size int64, open func() io.Reader) error
+	Open(ctx context.Context, digest string) (io.ReadCloser, error)
+}
+
+// contextDigest is the path's, of a request that may ask for it.
+func (s *Server) contextDigest(r *http.Request) (string, error) {
+	if s.Contexts == nil {
+		return "", &api.Error{Code: api.NotFound, Msg: "no contexts are taken here: context_repository is not set"}
+	}
+	digest := r.PathValue(segment)
+	if !buildconfig.ValidDigest(digest) {
+		return "", &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("%q is not sha256: and 64 hex digits", digest)}
+	}
+	return digest, nil
+}
+
+// headContext says with 200 or 404 whether a context is there.
+func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
+	_, err := s.signedBy(r)
+	var digest string
+	if err == nil {
+		digest, err = s.contextDigest(r)
+	}
+	var there bool
+	if err == nil {
+		there, err = s.Contexts.Has(r.Context(), digest)
+	}
+	if err == nil && !there {
+		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
+	}
+	if err != nil {
+		refuse(w, r, api.AsError(err))
+		return
+	}
+	w.WriteHeader(http.StatusOK)
+}
+
+// putContext takes a context in: 201, or 200 if it was there. It is read and
+// checked as a build's is, and reaches the registry only after its signature has
+// passed.
+func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
+	c := s.newCall(r)
+	end, ok := s.begin()
+	if !ok {
+		s.refuse(w, r, c, errShuttingDown)
+		return
+	}
+	defer end()
+	digest, err := s.contextDigest(r)
+	if err != nil {
+		s.refuse(w, r, c, err)
+		return
+	}
+	body, err := s.receive(w, r, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
+	if err != nil {
+		s.refuse(w, r, c, err)
+		return
+	}
+	defer body.Close()
+	there, err := s.storeContext(r.Context(), digest, body)
+	if err != nil {
+		s.refuse(w, r, c, err)
+		return
+	}
+	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
+	w.Header().Set("Content-Type", api.JSONType)
+	if !there {
+		w.WriteHeader(http.StatusCreated)
+	}
+	fmt.Fprintf(w, "{\n  \"digest\": %q,\n  \"bytes\": %d\n}\n", digest, body.Size())
+}
+
+func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {
+	if _, err := body.Payload(); err != nil {
+		return false, err
+	}
+	if err := checkDigest(body.Spool, digest); err != nil {
+		return false, err
+	}
+	if there, err := s.Contexts.Has(ctx, digest); there || err != nil {
+		return there, err
+	}
+	return false, s.Contexts.Put(ctx, digest, body.Size(), func() io.Reader { return body.Raw() })
+}
+
+func checkDigest(spool *payload.Spool, want string) error {
+	sum, _ := spool.SHA256()
+	if got := "sha256:" + hex.EncodeToString(sum[:]); got != want {
+		return &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("the context is %s, not %s", got, want)}
+	}
+	return nil
+}
+
+// fetchContext reads a context that was sent ahead, checks it, and indexes it as
+// one that came with its build. The caller closes the Spool.
+func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload.Context, error) {
+	if s.Contexts == nil {
+		return nil, nil, &api.Error{Code: api.BadContext, Msg: "no contexts are kept here: context_repository is not set"}
+	}
+	stream, err := s.Contexts.Open(b.ctx, digest)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer stream.Close()
+	spool, err := payload.Receive(stream, io.Discard, payload.Options{
+		Limits:      s.Limits,
+		Dir:         s.TempDir,
+		Memory:      s.SpoolMemory,
+		TimeKey:     s.isolationKey(b.body.keys).TimeKey(tenant),
+		SHA256:      true,
+		ContextOnly: true,
+	})
+	if err != nil {
+		if e, ok := errors.AsType[*api.Error](err); ok {
+			return nil, nil, e
+		}
+		if strings.Contains(err.Error(), "error verifying") {
+			// The registry's client compares too, and has no type for it.
+			return nil, nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("what the registry holds is not %s", digest), Err: err}
+		}
+		return nil, nil, &api.Error{Code: api.RegistryFailed, Msg: "the context cannot be read from the registry", Err: err}
+	}
+	if err := checkDigest(spool, digest); err != nil {
+		spool.Close()
+		return nil, nil, err
+	}
+	p, err := spool.Payload()
+	if err != nil {
+		spool.Close()
+		return nil, nil, err
+	}
+	return spool, p.Context, nil
+}

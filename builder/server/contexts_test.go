@@ -1,0 +1,197 @@
+package server_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"handler/function/api"
+	"handler/function/server"
+	"handler/function/signature"
+	"handler/function/solve"
+)
+
+// inMemory stands in for the registry, which cannot be had where these tests run.
+type inMemory struct {
+	mu   sync.Mutex
+	puts int
+	all  map[string][]byte
+	err  error
+}
+
+func (m *inMemory) Has(_ context.Context, digest string) (bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.all[digest] != nil, m.err
+}
+
+func (m *inMemory) Put(_ context.Context, digest string, size int64, open func() io.Reader) error {
+	b, err := io.ReadAll(open())
+	if err != nil || int64(len(b)) != size {
+		return fmt.Errorf("%d bytes, not %d: %w", len(b), size, err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.puts++
+	m.all[digest] = b
+	return m.err
+}
+
+func (m *inMemory) Open(_ context.Context, digest string) (io.ReadCloser, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.all[digest] == nil {
+		return nil, &api.Error{Code: api.BadContext, Msg: "not here"}
+	}
+	return io.NopCloser(bytes.NewReader(m.all[digest])), m.err
+}
+
+func digestOf(b []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(b)) }
+
+// context is a request for a context, signed.
+func (f *fixture) context(t *testing.T, method, digest string, body []byte) *http.Request {
+	t.Helper()
+	path := "/contexts/" + digest
+	r, err := http.NewRequestWithContext(t.Context(), method, f.URL+path, bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := body
+	if method == http.MethodHead {
+		signed = []byte(method + " " + path)
+	}
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), signed))
+	return r
+}
+
+func TestContexts(t *testing.T) {
+	var built [][]string
+	solver := &scripted{solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
+		var files []string
+		for _, e := range req.Context.Entries() {
+			b, err := io.ReadAll(req.Context.Open(&e))
+			files = append(files, fmt.Sprint(e.Path, " ", string(b), " ", e.ModTime, " ", err))
+		}
+		built = append(built, files)
+		return solve.Outcome{}, solve.Stats{}, nil
+	}}
+	store := &inMemory{all: map[string][]byte{}}
+	var dir string
+	f := start(t, solver, func(c *server.Config) { c.Contexts = store; dir = c.TempDir; c.SpoolMemory = 1 << 10 })
+	plain := packTar(t, "context/Dockerfile", "FROM scratch\n", "context/a/b", strings.Repeat("content", 1000))
+	var zipped bytes.Buffer
+	zw := gzip.NewWriter(&zipped)
+	zw.Write(plain)
+	zw.Close()
+	for form, body := range map[string][]byte{"tar": plain, "gzip": zipped.Bytes()} {
+		digest := digestOf(body)
+		for i, want := range []struct {
+			method string
+			status int
+		}{{"HEAD", 404}, {"PUT", 201}, {"HEAD", 200}, {"PUT", 200}} {
+			if a := f.do(t, f.context(t, want.method, digest, body)); a.status != want.status {
+				t.Errorf("%s: %d, %s: %d %s, want %d", form, i, want.method, a.status, a.body, want.status)
+			}
+		}
+		if !bytes.Equal(store.all[digest], body) {
+			t.Errorf("%s: not stored as it was sent", form)
+		}
+		a := f.do(t, f.request(t, packTar(t, api.ConfigFile, `{"image":"ghcr.io/acme/app:v1","context":{"digest":"`+digest+`"}}`)))
+		if a.status != http.StatusOK {
+			t.Fatalf("%s: %d %s", form, a.status, a.body)
+		}
+	}
+	if store.puts != 2 {
+		t.Errorf("%d puts, want 2", store.puts)
+	}
+	// The same as with the context in the request.
+	if a := f.do(t, f.request(t, packTar(t, "context/Dockerfile", "FROM scratch\n", "context/a/b", strings.Repeat("content", 1000), api.ConfigFile, config))); a.status != http.StatusOK {
+		t.Fatalf("%d %s", a.status, a.body)
+	}
+	for i, files := range built {
+		if len(files) != 3 || fmt.Sprint(files) != fmt.Sprint(built[2]) {
+			t.Errorf("build %d: %.300q, want %.300q", i, files, built[2])
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+func TestContextsRefused(t *testing.T) {
+	body := packTar(t, "context/Dockerfile", "FROM scratch\n")
+	digest := digestOf(body)
+	other := digestOf(nil)
+	asked := func(digest string) []byte {
+		return packTar(t, api.ConfigFile, `{"skipPush":true,"context":{"digest":"`+digest+`"}}`)
+	}
+	for name, tt := range map[string]struct {
+		request func(*fixture) *http.Request
+		err     error // of the registry
+		lies    bool  // it holds something else
+		status  int
+		code    api.Code
+	}{
+		"another digest":   {request: func(f *fixture) *http.Request { return f.context(t, "PUT", other, body) }, status: 400, code: api.BadContext},
+		"no digest":        {request: func(f *fixture) *http.Request { return f.context(t, "PUT", "sha256:abc", body) }, status: 400, code: api.BadContext},
+		"no tar":           {request: func(f *fixture) *http.Request { return f.context(t, "PUT", digestOf([]byte("x")), []byte("x")) }, status: 400, code: api.BadTar},
+		"no context in it": {request: func(f *fixture) *http.Request { b := packTar(t, "a", ""); return f.context(t, "PUT", digestOf(b), b) }, status: 400, code: api.BadTar},
+		"an envelope":      {request: func(f *fixture) *http.Request { b := []byte(`{"tar":""}`); return f.context(t, "PUT", digestOf(b), b) }, status: 400, code: api.BadTar},
+		"too large":        {request: func(f *fixture) *http.Request { return f.context(t, "PUT", digest, make([]byte, 1<<20+1)) }, status: 413, code: api.TooLarge},
+		"wrong signature": {request: func(f *fixture) *http.Request {
+			r := f.context(t, "PUT", digest, body)
+			r.Header.Set(api.SignatureHeader, signature.Sign([]byte("x"), body))
+			return r
+		}, status: 401, code: api.Unauthorized},
+		"no signature": {request: func(f *fixture) *http.Request {
+			r := f.context(t, "PUT", digest, body)
+			r.Header.Del(api.SignatureHeader)
+			return r
+		}, status: 401, code: api.Unauthorized},
+		"registry in trouble": {request: func(f *fixture) *http.Request { return f.context(t, "PUT", digest, body) }, err: &api.Error{Code: api.RegistryFailed, Msg: "503"}, status: 503, code: api.RegistryFailed},
+		"never sent":          {request: func(f *fixture) *http.Request { return f.request(t, asked(digest)) }, status: 400, code: api.BadContext},
+		"another content":     {request: func(f *fixture) *http.Request { return f.request(t, asked(digest)) }, lies: true, status: 400, code: api.BadContext},
+	} {
+		t.Run(name, func(t *testing.T) {
+			store := &inMemory{all: map[string][]byte{}, err: tt.err}
+			if tt.lies {
+				store.all[digest] = packTar(t, "context/Dockerfile", "FROM other\n")
+			}
+			solver := &scripted{}
+			f := start(t, solver, func(c *server.Config) { c.Contexts = store })
+			a := f.do(t, tt.request(f))
+			if a.status != tt.status || a.rec.Code != tt.code {
+				t.Errorf("%d %s, want %d %s", a.status, a.body, tt.status, tt.code)
+			}
+			if store.puts > 0 || solver.calls.Load() > 0 {
+				t.Errorf("%d puts, %d builds", store.puts, solver.calls.Load())
+			}
+		})
+	}
+	t.Run("head", func(t *testing.T) {
+		f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{err: errors.New("internal detail")} })
+		if a := f.do(t, f.context(t, "HEAD", digest, nil)); a.status != http.StatusInternalServerError {
+			t.Errorf("%d", a.status)
+		}
+		r := f.context(t, "HEAD", digest, nil)
+		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), []byte("HEAD /contexts/"+other)))
+		if a := f.do(t, r); a.status != http.StatusUnauthorized {
+			t.Errorf("another's signature: %d", a.status)
+		}
+	})
+	t.Run("no repository", func(t *testing.T) {
+		f := start(t, &scripted{}, nil)
+		if a := f.do(t, f.context(t, "PUT", digest, body)); a.status != http.StatusNotFound || !strings.Contains(a.rec.Error, "context_repository") {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	})
+}
