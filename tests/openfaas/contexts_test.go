@@ -1,0 +1,334 @@
+package openfaas
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"handler/function/tests/stack"
+)
+
+// contextTar is a tar of context/ alone, with n random bytes in it.
+func contextTar(t *testing.T, n int) (body []byte, digest string) {
+	t.Helper()
+	random := make([]byte, n)
+	rand.NewChaCha8([32]byte([]byte((mark() + mark())[:32]))).Read(random)
+	dir := stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY random /\n", "random": string(random)})
+	parent := t.TempDir()
+	if err := os.Rename(dir, filepath.Join(parent, "context")); err != nil {
+		t.Fatal(err)
+	}
+	body, err := exec.CommandContext(t.Context(), "tar", "-C", parent, "-cf", "-", "context").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body, fmt.Sprintf("sha256:%x", sha256.Sum256(body))
+}
+
+// sendAhead is a signed request for a context.
+func sendAhead(t *testing.T, f *stack.Function, url, method, digest string, body []byte) int {
+	t.Helper()
+	path := "/contexts/" + digest
+	req, err := http.NewRequestWithContext(t.Context(), method, url+path, bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := body
+	if method == http.MethodHead {
+		req.Body, signed = http.NoBody, []byte(method+" "+path)
+	}
+	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, signed))
+	return do(t, req).status
+}
+
+// small is the request that names a context.
+func small(t *testing.T, image, digest string) []byte {
+	t.Helper()
+	parent := t.TempDir()
+	config := fmt.Sprintf(`{"image":%q,"context":{"digest":%q}}`, image, digest)
+	if err := os.WriteFile(filepath.Join(parent, "com.openfaas.docker.config"), []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	body, err := exec.CommandContext(t.Context(), "tar", "-C", parent, "-cf", "-", "com.openfaas.docker.config").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+// content is an image's file, without a leading slash.
+func content(t *testing.T, ref, file string) string {
+	t.Helper()
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := stack.Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files[file] == nil {
+		t.Fatalf("%s has no %s", ref, file)
+	}
+	return string(files[file].Content)
+}
+
+// TestContextAhead sends 30 MB ahead and queues a few hundred bytes.
+func TestContextAhead(t *testing.T) {
+	s := stack.Shared(t)
+	env := map[string]string{"context_repository": s.Registry.Image("builder/contexts")}
+	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: env})
+	r := newReceiver(t)
+	body, digest := contextTar(t, 30<<20)
+	url := o.URL + "/function/builder"
+	for i, want := range []struct {
+		method string
+		status int
+	}{{"HEAD", 404}, {"PUT", 201}, {"HEAD", 200}, {"PUT", 200}} {
+		if status := sendAhead(t, f, url, want.method, digest, body); status != want.status {
+			t.Fatalf("%d, %s: HTTP %d, want %d", i, want.method, status, want.status)
+		}
+	}
+	image := s.Registry.Image("ahead:v1")
+	request := small(t, image, digest)
+	t.Logf("%d bytes ahead, %d queued", len(body), len(request))
+	enqueue(t, f, o, request, "X-Callback-Url", r.URL)
+	c := r.next(t)
+	if c.header.Get("X-Function-Status") != "200" || c.rec.Status != "success" {
+		t.Fatalf("%s %s", c.header.Get("X-Function-Status"), c.body)
+	}
+	if got := content(t, image, "random"); len(got) != 30<<20 || !bytes.Contains(body, []byte(got)) {
+		t.Error("the image does not hold the context's file")
+	}
+
+	// Another replica, and another form of the same tar.
+	_, other := stack.Test(t, stack.FunctionConfig{Env: env})
+	if a := do(t, direct(t, other, small(t, image, digest))); a.rec.Status != "success" || a.rec.Digest != c.rec.Digest {
+		t.Errorf("another replica: HTTP %d %s", a.status, a.body)
+	}
+	var zipped bytes.Buffer
+	zw := gzip.NewWriter(&zipped)
+	zw.Write(body)
+	zw.Close()
+	digest = fmt.Sprintf("sha256:%x", sha256.Sum256(zipped.Bytes()))
+	if status := sendAhead(t, other, other.URL, "PUT", digest, zipped.Bytes()); status != 201 {
+		t.Errorf("gzip: HTTP %d", status)
+	}
+	if a := do(t, direct(t, f, small(t, image, digest))); a.rec.Status != "success" || a.rec.Digest != c.rec.Digest {
+		t.Errorf("gzip: HTTP %d %s", a.status, a.body)
+	}
+	for _, f := range []*stack.Function{f, other} {
+		names, unlinked, err := f.TempFiles()
+		if err != nil || len(names) > 0 || unlinked > 0 {
+			t.Errorf("left behind: %v, %d bytes, %v", names, unlinked, err)
+		}
+	}
+}
+
+// direct is a signed build, past the gateway.
+func direct(t *testing.T, f *stack.Function, body []byte) *http.Request {
+	t.Helper()
+	req, err := f.Request(t.Context(), body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
+}
+
+// blobs counts a registry's files that hold a context's bytes.
+func blobs(t *testing.T, r *stack.Registry, digest string) []string {
+	t.Helper()
+	hex := strings.TrimPrefix(digest, "sha256:")
+	files, err := filepath.Glob(filepath.Join(r.Dir, "docker/registry/v2/blobs/sha256", hex[:2], hex, "data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// TestContextRefused has a registry that lacks a context, or holds a wrong one,
+// and requests that must not reach it.
+func TestContextRefused(t *testing.T) {
+	s := stack.Shared(t)
+	registry, err := s.NewRegistry(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_repository": registry.Image("builder/contexts")}})
+	body, digest := contextTar(t, 1<<20)
+	image := s.Registry.Image("refused:v1")
+	want := func(name string, a answer, status int, code string) {
+		t.Helper()
+		if a.status != status || a.rec.Code != code {
+			t.Errorf("%s: HTTP %d %s, want %d %s", name, a.status, a.body, status, code)
+		}
+	}
+	want("never sent", do(t, direct(t, f, small(t, image, digest))), 400, "bad_context")
+
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, f.URL+"/contexts/"+digest, bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Build-Signature", stack.Sign("wrong", body))
+	want("wrong signature", do(t, req), 401, "unauthorized")
+	if log, err := os.ReadFile(registry.LogFile()); err != nil || strings.Contains(string(log), "/v2/builder/contexts/blobs/uploads") {
+		t.Errorf("an unsigned context reached the registry: %v", err)
+	}
+
+	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+		t.Fatalf("PUT: HTTP %d", status)
+	}
+	files := blobs(t, registry, digest)
+	if len(files) != 1 {
+		t.Fatalf("blobs %v", files)
+	}
+	// One byte of the file in the tar, not of a header.
+	changed := bytes.Clone(body)
+	changed[len(changed)/2] ^= 1
+	if err := os.WriteFile(files[0], changed, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want("a changed blob", do(t, direct(t, f, small(t, image, digest))), 400, "bad_context")
+
+	registry.Kill()
+	want("no registry", do(t, direct(t, f, small(t, image, digest))), 503, "registry_failed")
+	if err := registry.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestContextExpires deletes what is too old, and takes it again.
+func TestContextExpires(t *testing.T) {
+	s := stack.Shared(t)
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
+		"context_repository": s.Registry.Image("builder/expiring"), "context_max_age": "4s",
+	}})
+	body, digest := contextTar(t, 1000)
+	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+		t.Fatalf("PUT: HTTP %d", status)
+	}
+	time.Sleep(2500 * time.Millisecond)
+	if status := sendAhead(t, f, f.URL, "HEAD", digest, nil); status != 404 {
+		t.Errorf("past half its age: HTTP %d", status)
+	}
+	if a := do(t, direct(t, f, small(t, s.Registry.Image("expiring:v1"), digest))); a.rec.Status != "success" {
+		t.Errorf("a build that was queued before: HTTP %d %s", a.status, a.body)
+	}
+	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+		t.Errorf("sent again: HTTP %d", status)
+	}
+	if status := sendAhead(t, f, f.URL, "HEAD", digest, nil); status != 200 {
+		t.Errorf("young again: HTTP %d", status)
+	}
+	eventually(t, 20*time.Second, func() error {
+		if log, err := f.Log(); err != nil || !strings.Contains(log, "old contexts deleted") {
+			return fmt.Errorf("nothing has been deleted, %v", err)
+		}
+		return nil
+	})
+	resp, err := http.Get("http://" + s.Registry.Addr + "/v2/builder/expiring/manifests/sha256-" + strings.TrimPrefix(digest, "sha256:"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusNotFound {
+		t.Errorf("the registry answers %s", resp.Status)
+	}
+}
+
+// TestContextCredentials uses a registry with a password and a certificate of a
+// private CA.
+func TestContextCredentials(t *testing.T) {
+	s := stack.Shared(t)
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	out, err := exec.CommandContext(t.Context(), "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+		"-subj", "/CN=registry", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", file("key.pem"), "-out", file("ca.pem")).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	line, err := stack.Htpasswd("user", "password")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file("htpasswd"), []byte(line), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	registry, err := s.NewRegistry(t.Context(), map[string]string{
+		"REGISTRY_HTTP_TLS_CERTIFICATE": file("ca.pem"), "REGISTRY_HTTP_TLS_KEY": file("key.pem"),
+		"REGISTRY_AUTH": "htpasswd", "REGISTRY_AUTH_HTPASSWD_REALM": "test", "REGISTRY_AUTH_HTPASSWD_PATH": file("htpasswd"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := os.ReadFile(file("ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, digest := contextTar(t, 1000)
+	for _, tt := range []struct {
+		name, login, ca string
+		status          int
+	}{
+		{"all of it", "user:password", "registry_ca", 201},
+		{"another password", "user:another", "registry_ca", 422},
+		{"no CA", "user:password", "unused", 503},
+	} {
+		_, f := stack.Test(t, stack.FunctionConfig{
+			Env: map[string]string{"context_repository": registry.Image("builder/contexts"), tt.ca: registry.Addr + "=private-ca"},
+			Secrets: map[string][]byte{
+				"private-ca":      ca,
+				"registry-config": fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, registry.Addr, base64.StdEncoding.EncodeToString([]byte(tt.login))),
+			},
+		})
+		if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != tt.status {
+			t.Errorf("%s: HTTP %d, want %d", tt.name, status, tt.status)
+		}
+	}
+}
+
+// TestScript runs the README's script as it stands there.
+func TestScript(t *testing.T) {
+	s := stack.Shared(t)
+	readme, err := os.ReadFile(filepath.Join(s.Repo, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := regexp.MustCompile("(?s)```bash\n(#!/usr/bin/env bash\n.*?)```").FindSubmatch(readme)
+	if script == nil {
+		t.Fatal("the README has no script")
+	}
+	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"context_repository": s.Registry.Image("builder/contexts")}})
+	path := filepath.Join(t.TempDir(), "build.sh")
+	if err := os.WriteFile(path, script[1], 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run := func(builder string, files map[string]string) (string, error) {
+		m := mark()
+		cmd := exec.CommandContext(t.Context(), path, stack.Context(t, files), s.Registry.Image(strings.ToLower(m)+":v1"))
+		cmd.Env = append(os.Environ(), "BUILDER="+builder, "GATEWAY="+o.URL, "PAYLOAD_SECRET="+filepath.Join(f.SecretsDir, "payload-secret"))
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	large := strings.Repeat(mark(), 20_000) // over 256,000 bytes
+	files := map[string]string{"Dockerfile": "FROM busybox\nCOPY large /\nRUN wc -c /large\n", "large": large}
+	for _, builder := range []string{f.URL, o.URL + "/function/builder", f.URL} {
+		if out, err := run(builder, files); err != nil || !strings.Contains(out, "sha256:") || !strings.Contains(out, fmt.Sprint(len(large), " /large")) && builder == f.URL && !strings.Contains(out, "CACHED") {
+			t.Errorf("%s: %v\n%s", builder, err, out)
+		}
+	}
+	if out, err := run(f.URL, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 7\n"}); err == nil || !strings.Contains(out, "exit code 7") {
+		t.Errorf("a failure: %v\n%s", err, out)
+	}
+}
