@@ -105,6 +105,8 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 			key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
 			return bytes.TrimSpace(key), err
 		},
+		ContextHosts:    cfg.ContextHosts,
+		GitCredentials:  func() ([]byte, error) { return cfg.ReadSecret(cfg.GitCredentials, true) },
 		DisableHMAC:     cfg.DisableHMAC,
 		FallbackSecret:  cfg.FallbackSecret,
 		AllowedImages:   cfg.AllowedImages,

@@ -31,6 +31,7 @@ const (
 	DaemonFull       Code = "daemon_full"
 	RegistryFailed   Code = "registry_failed"
 	RegistryTimeout  Code = "registry_timeout"
+	ContextFailed    Code = "context_failed"
 	NoSpace          Code = "no_space"
 	NotReady         Code = "not_ready"
 	ShuttingDown     Code = "shutting_down"
@@ -66,6 +67,7 @@ var statuses = map[Code]int{
 	DaemonFull:      http.StatusServiceUnavailable,
 	RegistryFailed:  http.StatusServiceUnavailable,
 	RegistryTimeout: http.StatusServiceUnavailable,
+	ContextFailed:   http.StatusServiceUnavailable,
 	NoSpace:         http.StatusServiceUnavailable,
 	NotReady:        http.StatusServiceUnavailable,
 	ShuttingDown:    http.StatusServiceUnavailable,

@@ -28,6 +28,9 @@ type Config struct {
 	// and a tag. Empty when there is no image.
 	References []reference.Named
 
+	// Git is the context's, where it is in a repository.
+	Git *Git
+
 	// Warnings name what was ignored.
 	Warnings []string
 }
@@ -185,6 +188,12 @@ func (c *Config) checkContext() error {
 	}
 	if (c.Context.Digest == "") == (c.Context.Git == "") {
 		return bad(nil, "%s: %q needs either %q or %q", api.ConfigFile, "context", "digest", "git")
+	}
+	if text := c.Context.Git; text != "" {
+		var err error
+		if c.Git, err = parseGit(text); err != nil {
+			return bad(err, "%s: %q %q: %v", api.ConfigFile, "context.git", text, err)
+		}
 	}
 	if d := c.Context.Digest; d != "" && !ValidDigest(d) {
 		return bad(nil, "%s: %q %q: not sha256: and 64 hex digits", api.ConfigFile, "context.digest", d)

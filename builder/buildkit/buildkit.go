@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"strings"
 	"sync"
@@ -247,7 +248,17 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { b.progress.drain(status) })
-	resp, err := c.client.Solve(ctx, nil, b.solveOpt(ref, auths), status)
+	opt := b.solveOpt(ref, auths)
+	var git *gitSource
+	var resp *client.SolveResponse
+	if b.req.Config.Git == nil {
+		resp, err = c.client.Solve(ctx, nil, opt, status)
+	} else {
+		git = &gitSource{Git: b.req.Config.Git, secret: identity.NewID()}
+		opt.LocalMounts = nil
+		opt.Session = []session.Attachable{auths, b.secrets(git.secret)}
+		resp, err = git.solve(ctx, c.client, opt, status)
+	}
 	drained.Wait()
 	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
 	d.release(c, gone)
@@ -256,13 +267,19 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		return solve.Outcome{}, daemonLost(err)
 	case err != nil && runsAlready(err, ref):
 		return solve.Outcome{}, errRunsAlready
+	case err != nil && git != nil && git.err != nil:
+		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
 		return solve.Outcome{}, (&failure{
 			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
 	}
-	return b.outcome(c, resp.ExporterResponse["containerimage.digest"]), nil
+	outcome := b.outcome(c, resp.ExporterResponse["containerimage.digest"])
+	if git != nil {
+		outcome.Commit = git.commit
+	}
+	return outcome, nil
 }
 
 func (b *build) outcome(c *conn, digest string) solve.Outcome {
@@ -298,7 +315,7 @@ func (b *build) platforms() []string {
 func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 	attachables := []session.Attachable{auths}
 	if len(b.req.Secrets) > 0 {
-		attachables = append(attachables, secretsprovider.FromMap(b.req.Secrets))
+		attachables = append(attachables, b.secrets(""))
 	}
 	return client.SolveOpt{
 		Ref:           ref,
@@ -313,6 +330,17 @@ func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 		// deliver again has to be found there.
 		Internal: !b.named(),
 	}
+}
+
+// secrets are the session's: the build's own, and under the id git the header for
+// the git host.
+func (b *build) secrets(git string) session.Attachable {
+	all := make(map[string][]byte)
+	maps.Copy(all, b.req.Secrets)
+	if git != "" && b.req.GitAuthorization != "" {
+		all[git] = []byte(b.req.GitAuthorization)
+	}
+	return secretsprovider.FromMap(all)
 }
 
 func (b *build) frontendAttrs() map[string]string {

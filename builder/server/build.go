@@ -3,9 +3,11 @@ package server
 import (
 	"context"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"runtime/debug"
 	"strings"
@@ -120,7 +122,7 @@ func (s *Server) fly(f *flight, body *upload) {
 		rec = failure(e, b.image)
 		rec.Error = b.mask.Text(rec.Error)
 	} else {
-		rec.Digest, rec.Tags, rec.Platforms = outcome.Digest, outcome.Tags, outcome.Platforms
+		rec.Digest, rec.Commit, rec.Tags, rec.Platforms = outcome.Digest, outcome.Commit, outcome.Tags, outcome.Platforms
 	}
 	for _, warning := range outcome.Warnings {
 		rec.Warnings = append(rec.Warnings, b.mask.Line(warning))
@@ -211,6 +213,9 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 	if err := cfg.Allow(s.AllowedImages); err != nil {
 		return nil, warnings, err
 	}
+	if err := cfg.AllowContext(s.ContextHosts); err != nil {
+		return nil, warnings, err
+	}
 	req := &solve.Request{ID: b.call.id, Config: cfg, Context: p.Context}
 	if p.Secrets != nil {
 		private, err := s.BuildSecretsKey()
@@ -223,8 +228,25 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 		if req.Secrets, err = sealed.Open(private, p.Secrets); err != nil {
 			return nil, warnings, err
 		}
-		b.mask = redact.New(req.Secrets)
 	}
+	hidden := maps.Clone(req.Secrets)
+	if cfg.Git != nil {
+		req.Context = new(payload.Context)
+		file, err := s.GitCredentials()
+		if err != nil {
+			return nil, warnings, fmt.Errorf("reading the git credentials: %w", err)
+		}
+		if user, password, ok := cfg.Git.GitCredentials(file); ok {
+			basic := base64.StdEncoding.EncodeToString([]byte(user + ":" + password))
+			req.GitAuthorization = "Basic " + basic
+			if hidden == nil {
+				hidden = make(map[string][]byte)
+			}
+			// No id of a secret has a line break.
+			hidden["git\npassword"], hidden["git\nbasic"] = []byte(password), []byte(basic)
+		}
+	}
+	b.mask = redact.New(hidden)
 	req.Mask = b.mask
 
 	key := s.isolationKey(b.body.keys)
@@ -289,6 +311,7 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.D
 		Str("sha256", b.sha256).
 		Str("image", b.image).
 		Str("digest", rec.Digest).
+		Str("commit", rec.Commit).
 		Str("outcome", string(rec.Status)).
 		Str("code", string(rec.Code)).
 		Dur("duration_ms", took).

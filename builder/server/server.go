@@ -56,6 +56,12 @@ type Config struct {
 	// Contexts may be nil: then none are taken.
 	Contexts Contexts
 
+	// ContextHosts may have git contexts; empty allows none. GitCredentials are
+	// those for them, in the form of git's credential store, empty when there are
+	// none.
+	ContextHosts   []string
+	GitCredentials func() ([]byte, error)
+
 	// AllowedImages are repository prefixes, normalised; empty allows any.
 	AllowedImages []string
 

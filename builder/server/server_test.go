@@ -88,6 +88,7 @@ func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture
 		Solver:          solver,
 		PayloadSecret:   func() ([]byte, error) { return []byte(secret), nil },
 		BuildSecretsKey: func() ([]byte, error) { return nil, nil },
+		GitCredentials:  func() ([]byte, error) { return nil, nil },
 		Limits: payload.Limits{
 			Body: 1 << 20, Unpacked: 1 << 20, Entries: 100, Path: 200, Names: 1 << 16, Config: 1 << 16, Secrets: 1 << 16,
 		},

@@ -15,7 +15,11 @@ type Request struct {
 	// ID is for logs: the caller's X-Call-Id, or one made here.
 	ID      string
 	Config  *buildconfig.Config
-	Context *payload.Context
+	Context *payload.Context // empty where Config.Git says where it is
+
+	// GitAuthorization is the header's value for the git context's host, or
+	// empty.
+	GitAuthorization string
 
 	// Secrets are the unsealed build secrets, by the id that
 	// RUN --mount=type=secret names.
@@ -50,6 +54,7 @@ type Log func(lines ...string)
 // Outcome is a build that succeeded.
 type Outcome struct {
 	Digest    string   // of the image, or of the index of several
+	Commit    string   // of a git context; empty if the build was found in the history
 	Tags      []string // further references pushed, as they were sent
 	Platforms []string // built, as "os/arch[/variant]"
 	Warnings  []string

@@ -1,0 +1,300 @@
+package content
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/cgi"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"handler/function/tests/stack"
+)
+
+// gitServer is git's own http-backend on loopback.
+type gitServer struct {
+	*httptest.Server
+	dir string // of the repositories
+
+	mu       sync.Mutex
+	requests []string
+}
+
+// newGitServer serves repositories; with a login, only to who has that.
+func newGitServer(t *testing.T, login string) *gitServer {
+	t.Helper()
+	path, err := exec.Command("git", "--exec-path").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &gitServer{dir: t.TempDir()}
+	backend := &cgi.Handler{
+		Path:   filepath.Join(strings.TrimSpace(string(path)), "git-http-backend"),
+		Stderr: io.Discard,
+		Env:    []string{"GIT_PROJECT_ROOT=" + g.dir, "GIT_HTTP_EXPORT_ALL=1"},
+	}
+	g.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		g.mu.Lock()
+		g.requests = append(g.requests, r.Method+" "+r.URL.String())
+		g.mu.Unlock()
+		if user, password, _ := r.BasicAuth(); login != "" && user+":"+password != login {
+			w.Header().Set("WWW-Authenticate", `Basic realm="git"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		backend.ServeHTTP(w, r)
+	}))
+	t.Cleanup(g.Close)
+	return g
+}
+
+func (g *gitServer) seen() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.requests)
+}
+
+// git runs git in dir and returns what it prints.
+func git(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "git", append([]string{"-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always"}, args...)...)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("git %q: %v: %s", args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// repository makes one with a commit of files, and returns its work tree, from
+// which git push publishes.
+func (g *gitServer) repository(t *testing.T, name string, files map[string]string) (work string) {
+	t.Helper()
+	git(t, g.dir, "init", "-q", "--bare", name)
+	work = t.TempDir()
+	git(t, work, "init", "-q")
+	git(t, work, "remote", "add", "origin", filepath.Join(g.dir, name))
+	commit(t, work, files)
+	return work
+}
+
+// commit commits files, pushes, and returns the commit.
+func commit(t *testing.T, work string, files map[string]string) string {
+	t.Helper()
+	if err := stack.WriteContext(work, files); err != nil {
+		t.Fatal(err)
+	}
+	git(t, work, "add", "-A")
+	git(t, work, "commit", "-qm", "x")
+	git(t, work, "push", "-q", "origin", "HEAD")
+	return git(t, work, "rev-parse", "HEAD")
+}
+
+// fromGit is a request for a build of a git context.
+func fromGit(t *testing.T, image, source string, more map[string]any) []byte {
+	t.Helper()
+	config := map[string]any{"image": image, "context": map[string]string{"git": source}}
+	for k, v := range more {
+		config[k] = v
+	}
+	b, err := json.Marshal(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "com.openfaas.docker.config"), b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	body, err := exec.CommandContext(t.Context(), "tar", "-C", dir, "-cf", "-", "com.openfaas.docker.config").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+// gitAnswer is the record with the key that only these builds have.
+type gitAnswer struct {
+	stack.Record
+	Commit string `json:"commit"`
+	status int
+}
+
+func buildGit(t *testing.T, f *stack.Function, body []byte) (a gitAnswer) {
+	t.Helper()
+	resp, err := f.Post(t.Context(), body, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil {
+		err = json.Unmarshal(text, &a)
+	}
+	if err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	a.status = resp.StatusCode
+	return a
+}
+
+// fileOf is the content of /file in an image.
+func fileOf(t *testing.T, ref string) string {
+	t.Helper()
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := stack.Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files["file"] == nil {
+		t.Fatalf("%s has no /file", ref)
+	}
+	return string(files["file"].Content)
+}
+
+const copyFile = "FROM scratch\nCOPY file /file\n"
+
+func TestGit(t *testing.T) {
+	g := newGitServer(t, "")
+	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_hosts": g.URL}})
+	work := g.repository(t, "app.git", map[string]string{
+		"Dockerfile": copyFile, "file": "first", "sub/Dockerfile": copyFile, "sub/file": "in sub", "sub/Other": "FROM scratch\nCOPY Other /file\n",
+	})
+	first := git(t, work, "rev-parse", "HEAD")
+	git(t, work, "tag", "-a", "-m", "x", "v1")
+	git(t, work, "push", "-q", "origin", "v1")
+	git(t, work, "checkout", "-q", "-b", "feature/x")
+	feature := commit(t, work, map[string]string{"file": "feature"})
+	url := g.URL + "/app.git"
+	image := s.Registry.Image("git")
+	check := func(name, source, wantCommit, wantFile string, more map[string]any) {
+		t.Helper()
+		a := buildGit(t, f, fromGit(t, image, source, more))
+		if a.Status != "success" || a.Commit != wantCommit {
+			t.Errorf("%s: HTTP %d, commit %s, want %s: %s\n%s", name, a.status, a.Commit, wantCommit, a.Error, strings.Join(a.Log, "\n"))
+			return
+		}
+		if got := fileOf(t, image+"@"+a.Digest); got != wantFile {
+			t.Errorf("%s: built %q, want %q", name, got, wantFile)
+		}
+	}
+	check("default branch", url, first, "first", nil)
+	check("branch", url+"#main", first, "first", nil)
+	check("branch with a slash", url+"#feature/x", feature, "feature", nil)
+	check("annotated tag", url+"#v1", first, "first", nil)
+	check("commit", url+"#"+first, first, "first", nil)
+	check("directory", url+"#main:sub", first, "in sub", nil)
+	check("directory of the default branch", url+"#:sub/", first, "in sub", nil)
+	check("dockerfile", url+"#main:sub", first, "FROM scratch\nCOPY Other /file\n", map[string]any{"dockerfile": "Other"})
+
+	// What is pushed is built.
+	git(t, work, "checkout", "-q", "main")
+	second := commit(t, work, map[string]string{"file": "second"})
+	check("after a push", url+"#main", second, "second", nil)
+	check("the commit before", url+"#"+first, first, "first", nil)
+
+	for name, tt := range map[string]struct {
+		source string
+		status int
+		code   string
+		text   string
+	}{
+		"no such branch":     {url + "#nothing", 400, "bad_context", "nothing"},
+		"no such repository": {g.URL + "/none.git", 400, "bad_context", "none.git"},
+		"no Dockerfile":      {url + "#main:nothing", 422, "build_failed", ""},
+		"host that is down":  {"http://127.0.0.1:1/app.git", 403, "context_forbidden", "127.0.0.1:1"},
+	} {
+		a := buildGit(t, f, fromGit(t, image, tt.source, nil))
+		if a.status != tt.status || a.Code != tt.code || !strings.Contains(a.Error, tt.text) {
+			t.Errorf("%s: HTTP %d %s: %s, want %d %s", name, a.status, a.Code, a.Error, tt.status, tt.code)
+		}
+	}
+}
+
+// TestGitHosts: what is not listed is not asked, nor reached by way of what is.
+func TestGitHosts(t *testing.T) {
+	listed, other := newGitServer(t, ""), newGitServer(t, "")
+	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_hosts": listed.URL + ",http://127.0.0.1:1"}})
+	image := s.Registry.Image("hosts:v1")
+	other.repository(t, "evil.git", map[string]string{"Dockerfile": copyFile, "file": "evil"})
+	for _, source := range []string{
+		other.URL + "/evil.git",
+		strings.Replace(other.URL, "http://", "https://", 1) + "/evil.git",
+		strings.Replace(listed.URL, "http://", "https://", 1) + "/evil.git",
+		strings.Replace(listed.URL, "127.0.0.1", "localhost", 1) + "/evil.git",
+	} {
+		if a := buildGit(t, f, fromGit(t, image, source, nil)); a.status != 403 || a.Code != "context_forbidden" {
+			t.Errorf("%s: HTTP %d %s: %s", source, a.status, a.Code, a.Error)
+		}
+	}
+	work := listed.repository(t, "with-submodule.git", map[string]string{"Dockerfile": copyFile, "file": "with a submodule"})
+	if err := os.WriteFile(filepath.Join(work, ".gitmodules"), fmt.Appendf(nil, "[submodule \"evil\"]\n\tpath = evil\n\turl = %s/evil.git\n", other.URL), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	git(t, work, "update-index", "--add", "--cacheinfo", "160000,"+git(t, filepath.Join(other.dir, "evil.git"), "rev-parse", "HEAD")+",evil")
+	git(t, work, "add", ".gitmodules")
+	git(t, work, "commit", "-qm", "submodule")
+	git(t, work, "push", "-q", "origin", "HEAD")
+	a := buildGit(t, f, fromGit(t, image, listed.URL+"/with-submodule.git", nil))
+	if a.Status != "success" || fileOf(t, image) != "with a submodule" {
+		t.Errorf("HTTP %d %s", a.status, a.Error)
+	}
+	if n := other.seen(); n != 0 {
+		t.Errorf("the unlisted server got %d requests: %q", n, other.requests)
+	}
+	if a := buildGit(t, f, fromGit(t, image, "http://127.0.0.1:1/app.git", nil)); a.status != 503 || a.Code != "context_failed" {
+		t.Errorf("a host that is down: HTTP %d %s: %s", a.status, a.Code, a.Error)
+	}
+	none := stack.FunctionConfig{}
+	_, f = stack.Test(t, none)
+	if a := buildGit(t, f, fromGit(t, image, listed.URL+"/with-submodule.git", nil)); a.status != 403 {
+		t.Errorf("without context_hosts: HTTP %d %s", a.status, a.Error)
+	}
+}
+
+// TestGitCredentials fetches with a password that no step of the build can read.
+func TestGitCredentials(t *testing.T) {
+	const password = "a-password-of-git"
+	g := newGitServer(t, "user:"+password)
+	host := strings.TrimPrefix(g.URL, "http://")
+	with := stack.FunctionConfig{
+		Env:     map[string]string{"context_hosts": g.URL},
+		Secrets: map[string][]byte{"git-credentials": fmt.Appendf(nil, "https://x:y@example.com\nhttp://user:%s@%s\n", url.QueryEscape(password), host)},
+	}
+	var steps strings.Builder
+	for i, id := range []string{"GIT_AUTH_TOKEN", "GIT_AUTH_HEADER", "GIT_AUTH_TOKEN." + host, "GIT_AUTH_HEADER." + host} {
+		fmt.Fprintf(&steps, "RUN --mount=type=secret,id=%s,target=/s%d cat /s%d 2>/dev/null && echo found-%s || echo none\n", id, i, i, id)
+	}
+	work := g.repository(t, "private.git", map[string]string{"Dockerfile": "FROM busybox\n" + steps.String() + "RUN ls -R /run/secrets 2>&1 || true\nCOPY file /file\n", "file": "private"})
+	s, f := stack.Test(t, with)
+	image := s.Registry.Image("private:v1")
+	a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git", nil))
+	if a.Status != "success" || a.Commit != git(t, work, "rev-parse", "HEAD") {
+		t.Fatalf("HTTP %d %s\n%s", a.status, a.Error, strings.Join(a.Log, "\n"))
+	}
+	log, err := f.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(a.Log, "\n") + log
+	for _, leak := range []string{password, base64.StdEncoding.EncodeToString([]byte("user:" + password)), "l: found-"} {
+		if strings.Contains(text, leak) {
+			t.Errorf("the log has %q:\n%s", leak, text)
+		}
+	}
+	with.Secrets = nil
+	_, f = stack.Test(t, with)
+	if a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git", nil)); a.status != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
+		t.Errorf("without credentials: HTTP %d %s: %s", a.status, a.Code, a.Error)
+	}
+}
