@@ -273,7 +273,7 @@ func TestGitCredentials(t *testing.T) {
 	}
 	var steps strings.Builder
 	for i, id := range []string{"GIT_AUTH_TOKEN", "GIT_AUTH_HEADER", "GIT_AUTH_TOKEN." + host, "GIT_AUTH_HEADER." + host} {
-		fmt.Fprintf(&steps, "RUN --mount=type=secret,id=%s,target=/s%d cat /s%d 2>/dev/null && echo found-%s || echo none\n", id, i, i, id)
+		fmt.Fprintf(&steps, "RUN --mount=type=secret,id=%s,target=/s%d [ -s /s%d ] && echo found-%s || echo none\n", id, i, i, id)
 	}
 	work := g.repository(t, "private.git", map[string]string{"Dockerfile": "FROM busybox\n" + steps.String() + "RUN ls -R /run/secrets 2>&1 || true\nCOPY file /file\n", "file": "private"})
 	s, f := stack.Test(t, with)
