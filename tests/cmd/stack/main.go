@@ -286,7 +286,7 @@ func publish(ctx context.Context, s *stack.Stack, f *stack.Function, image strin
 }
 
 func up(ctx context.Context, s *stack.Stack, f *stack.Function, openfaas bool) error {
-	gateway := "not started; faas-cli invoke, the queue and the UI need it"
+	gateway := "  the gateway     not started; faas-cli invoke, the queue and the UI need it\n"
 	if openfaas {
 		fmt.Println("starting OpenFaaS Community Edition: gateway, NATS Streaming and queue worker")
 		fmt.Println("they are built here and under its own licence: commercial use is limited, and they may not be passed on")
@@ -294,14 +294,12 @@ func up(ctx context.Context, s *stack.Stack, f *stack.Function, openfaas bool) e
 		if err != nil {
 			return fmt.Errorf("%w\nmake up OPENFAAS=false leaves OpenFaaS out", err)
 		}
-		gateway = o.URL + ", on every interface"
+		gateway = fmt.Sprintf("  the gateway     %[1]s, on every interface\n  OpenFaaS's UI   %[1]s/ui/\n", o.URL)
 	}
 	fmt.Printf(`
   the builder     %[1]s
   its page        %[1]s/ in a browser
-  the gateway     %[8]s
-  OpenFaaS's UI   http://127.0.0.1:8080/ui/
-  the registry    %[2]s
+%[8]s  the registry    %[2]s
   buildkitd       %[3]s
   payload secret  %[4]s
   logs            %[5]s
