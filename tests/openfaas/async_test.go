@@ -71,6 +71,41 @@ func TestCallback(t *testing.T) {
 	}
 }
 
+// TestClassedForTheQueue: what the worker tells of a failure, from which a queue
+// that retries decides.
+func TestClassedForTheQueue(t *testing.T) {
+	s, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{
+		"buildkit_addr": "tcp://127.0.0.1:1", "allowed_images": stack.Shared(t).Registry.Image("allowed"), "max_config_bytes": "100",
+	}})
+	r := newReceiver(t)
+	for _, tt := range []struct {
+		name   string
+		body   []byte
+		status string
+		code   string
+	}{
+		{"no tar", []byte("x"), "400", "bad_tar"},
+		{"forbidden", request(t, s, "other", "FROM busybox"), "403", "image_forbidden"},
+		{"over a limit", request(t, s, "allowed/"+strings.Repeat("x", 100), "FROM busybox"), "413", "too_large"},
+		{"no daemon", request(t, s, "allowed/app", "FROM busybox"), "503", "no_daemon"},
+	} {
+		id := enqueue(t, f, o, tt.body, "X-Callback-Url", r.URL)
+		c := r.next(t)
+		if c.header.Get("X-Function-Status") != tt.status || c.rec.Code != tt.code || c.rec.Status != "failed" || c.rec.Error == "" {
+			t.Errorf("%s: %s %s, want %s %s", tt.name, c.header.Get("X-Function-Status"), c.body, tt.status, tt.code)
+		}
+		if got := c.header.Get("Retry-After") != ""; got != (tt.status == "503") {
+			t.Errorf("%s: Retry-After is there: %v", tt.name, got)
+		}
+		if c.header.Get("X-OpenFaaS-Internal") != "" {
+			t.Errorf("%s: X-OpenFaaS-Internal has it tried again", tt.name)
+		}
+		if v := verdict(t, f, o, id); v.status != http.StatusOK || v.rec.Code != tt.code {
+			t.Errorf("%s: GET /builds: HTTP %d %s", tt.name, v.status, v.body)
+		}
+	}
+}
+
 // keysOf are the top level's of an indented object.
 func keysOf(body string) []string {
 	return regexp.MustCompile(`(?m)^  "(\w+)":`).FindAllString(body, -1)
