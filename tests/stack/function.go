@@ -221,7 +221,9 @@ func (f *Function) TempFiles() (names []string, unlinked int64, err error) {
 		return nil, 0, err
 	}
 	for _, e := range entries {
-		names = append(names, e.Name())
+		if e.Name() != ".lock" { // of-watchdog's own, for its readiness
+			names = append(names, e.Name())
+		}
 	}
 	fds := fmt.Sprintf("/proc/%d/fd", f.Pid())
 	open, err := os.ReadDir(fds)
