@@ -22,8 +22,8 @@ import (
 // its secrets' files. Each field says the variable it comes from; the
 // README's table has the defaults.
 type Config struct {
-	BuildkitAddr       string // buildkit_addr: tcp://host:port or unix:///path
-	BuildkitServerName string // buildkit_server_name: in the daemon's certificate
+	BuildkitAddrs      []string // buildkit_addr: tcp://host:port or unix:///path, one or several
+	BuildkitServerName string   // buildkit_server_name: in each daemon's certificate
 
 	SecretsDir      string // secrets_dir
 	PayloadSecret   string // payload_secret_file, a name in SecretsDir like those below
@@ -35,10 +35,12 @@ type Config struct {
 	GitCredentials  string // git_credentials_file
 
 	MaxBuilds       int           // max_builds
+	DaemonBuilds    int           // daemon_builds
 	MaxUploads      int           // max_uploads
 	QueueWait       time.Duration // queue_wait
 	BuildTimeout    time.Duration // build_timeout
 	PushTimeout     time.Duration // push_timeout
+	StallTimeout    time.Duration // stall_timeout
 	ShutdownTimeout time.Duration // shutdown_timeout
 	UploadMinRate   int64         // upload_min_rate: bytes per second
 	UploadGrace     time.Duration // upload_grace
@@ -70,7 +72,7 @@ type Config struct {
 func LoadConfig(getenv func(string) string) (*Config, error) {
 	e := &environment{getenv: getenv}
 	c := &Config{
-		BuildkitAddr:       e.text("buildkit_addr", "tcp://buildkitd.openfaas:1234"),
+		BuildkitAddrs:      e.list("buildkit_addr", "tcp://buildkitd.openfaas:1234"),
 		BuildkitServerName: e.text("buildkit_server_name", "buildkitd"),
 
 		SecretsDir:      e.text("secrets_dir", "/var/openfaas/secrets"),
@@ -83,10 +85,12 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
 
 		MaxBuilds:       int(e.number("max_builds", 4)),
+		DaemonBuilds:    int(e.number("daemon_builds", 4)),
 		MaxUploads:      int(e.number("max_uploads", 16)),
 		QueueWait:       e.duration("queue_wait", 10*time.Minute),
 		BuildTimeout:    e.duration("build_timeout", 15*time.Minute),
 		PushTimeout:     e.duration("push_timeout", 5*time.Minute),
+		StallTimeout:    e.duration("stall_timeout", 10*time.Minute),
 		ShutdownTimeout: e.duration("shutdown_timeout", 20*time.Second),
 		UploadMinRate:   e.size("upload_min_rate", 64*units.KiB),
 		UploadGrace:     e.duration("upload_grace", 10*time.Second),
@@ -198,12 +202,15 @@ func (e *environment) boolean(name string, fallback bool) bool {
 	return b
 }
 
-func (e *environment) list(name string) []string {
+func (e *environment) list(name string, fallback ...string) []string {
 	var list []string
 	for v := range strings.SplitSeq(e.getenv(name), ",") {
 		if v = strings.TrimSpace(v); v != "" {
 			list = append(list, v)
 		}
+	}
+	if len(list) == 0 {
+		return fallback
 	}
 	return list
 }

@@ -19,7 +19,7 @@ const module = "handler/function"
 var imports = map[string][]string{
 	".":           {"api", "buildkit", "contexts", "payload", "registry", "reply", "server"},
 	"server":      {"api", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
-	"buildkit":    {"api", "buildconfig", "payload", "redact", "registry", "solve"},
+	"buildkit":    {"api", "buildconfig", "payload", "placement", "redact", "registry", "solve"},
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},

@@ -81,25 +81,31 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		AllowBasic: cfg.AllowBasic,
 		Log:        log,
 	})
+	solver, err := buildkit.New(buildkit.Config{
+		Addrs:           cfg.BuildkitAddrs,
+		ServerName:      cfg.BuildkitServerName,
+		CAFile:          cfg.Secret(cfg.BuildkitCA),
+		CertFile:        cfg.Secret(cfg.BuildkitCert),
+		KeyFile:         cfg.Secret(cfg.BuildkitKey),
+		BuildTimeout:    cfg.BuildTimeout,
+		PushTimeout:     cfg.PushTimeout,
+		StallTimeout:    cfg.StallTimeout,
+		DaemonBuilds:    cfg.DaemonBuilds,
+		DefaultPlatform: cfg.DefaultPlatform,
+		AllowSyntax:     cfg.AllowSyntax,
+		Credentials:     credentials,
+		Log:             log,
+	})
+	if err != nil {
+		return nil, err
+	}
 	store, err := newContexts(cfg, credentials, log)
 	if err != nil {
 		return nil, err
 	}
 	s := server.New(server.Config{
-		Contexts: store,
-		Solver: buildkit.New(buildkit.Config{
-			Addr:            cfg.BuildkitAddr,
-			ServerName:      cfg.BuildkitServerName,
-			CAFile:          cfg.Secret(cfg.BuildkitCA),
-			CertFile:        cfg.Secret(cfg.BuildkitCert),
-			KeyFile:         cfg.Secret(cfg.BuildkitKey),
-			BuildTimeout:    cfg.BuildTimeout,
-			PushTimeout:     cfg.PushTimeout,
-			DefaultPlatform: cfg.DefaultPlatform,
-			AllowSyntax:     cfg.AllowSyntax,
-			Credentials:     credentials,
-			Log:             log,
-		}),
+		Solver:        solver,
+		Contexts:      store,
 		PayloadSecret: func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) },
 		BuildSecretsKey: func() ([]byte, error) {
 			key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
@@ -122,7 +128,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		Version:         Version,
 		Log:             log,
 	})
-	log.Info().Str("version", Version).Str("buildkit_addr", cfg.BuildkitAddr).Int("max_builds", cfg.MaxBuilds).Msg("serving")
+	log.Info().Str("version", Version).Strs("buildkit_addr", cfg.BuildkitAddrs).Int("max_builds", cfg.MaxBuilds).Msg("serving")
 	if cfg.DisableHMAC {
 		log.Warn().Msg("disable_hmac is set: anybody who can reach this function can build and push")
 	}

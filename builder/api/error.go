@@ -28,6 +28,7 @@ const (
 	Busy             Code = "busy"
 	NoDaemon         Code = "no_daemon"
 	DaemonLost       Code = "daemon_lost"
+	Stalled          Code = "stalled"
 	DaemonFull       Code = "daemon_full"
 	RegistryFailed   Code = "registry_failed"
 	RegistryTimeout  Code = "registry_timeout"
@@ -64,6 +65,7 @@ var statuses = map[Code]int{
 	Busy:            http.StatusTooManyRequests,
 	NoDaemon:        http.StatusServiceUnavailable,
 	DaemonLost:      http.StatusServiceUnavailable,
+	Stalled:         http.StatusServiceUnavailable,
 	DaemonFull:      http.StatusServiceUnavailable,
 	RegistryFailed:  http.StatusServiceUnavailable,
 	RegistryTimeout: http.StatusServiceUnavailable,

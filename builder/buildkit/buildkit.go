@@ -11,6 +11,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/buildkit/client"
@@ -26,10 +27,12 @@ import (
 	"handler/function/solve"
 )
 
-// Config says which daemon solves, and for how long it may.
+// Config says which daemons solve, and for how long they may.
 type Config struct {
-	Addr       string // tcp://host:port or unix:///path
-	ServerName string // in the daemon's certificate
+	// Addrs are tcp://host:port or unix:///path. A name with several addresses is
+	// several daemons.
+	Addrs      []string
+	ServerName string // in the certificate of each daemon
 
 	// CAFile, CertFile and KeyFile are PEM, read again when they change. All
 	// empty, or a unix address: no TLS.
@@ -37,6 +40,11 @@ type Config struct {
 
 	BuildTimeout time.Duration // until the push begins; zero is none
 	PushTimeout  time.Duration // from then on, its retries included; zero is none
+	StallTimeout time.Duration // without a sign from the daemon; zero is none
+
+	// DaemonBuilds is how many builds a daemon has before further ones go to the
+	// next, if that has less. Zero is no limit.
+	DaemonBuilds int
 
 	// DefaultPlatform is that of a request that names none. Empty is the
 	// daemon's own.
@@ -49,44 +57,59 @@ type Config struct {
 	Log         zerolog.Logger
 }
 
-// Solver solves on one daemon, over one connection.
+// Solver solves on a pool of daemons, over one connection to each.
 type Solver struct {
 	cfg       Config
-	daemon    *daemon
+	pool      *pool
 	pushWaits []time.Duration // before each retry of a push that was told to wait
 }
 
-// New dials nothing.
-func New(cfg Config) *Solver {
-	return &Solver{
-		cfg: cfg,
-		daemon: &daemon{
-			addr:       cfg.Addr,
+// New dials nothing. Its error is of an address.
+func New(cfg Config) (*Solver, error) {
+	var targets []target
+	for _, addr := range cfg.Addrs {
+		t, err := parseTarget(addr)
+		if err != nil {
+			return nil, fmt.Errorf("reading the address %q of buildkitd: %w", addr, err)
+		}
+		targets = append(targets, t)
+	}
+	if len(targets) == 0 {
+		return nil, errors.New("no address of buildkitd")
+	}
+	dial := func(addr string) *daemon {
+		return &daemon{
+			addr:       addr,
 			serverName: cfg.ServerName,
 			files:      [3]string{cfg.CAFile, cfg.CertFile, cfg.KeyFile},
 			log:        cfg.Log,
-		},
+			health:     health{pruning: make(chan struct{}, 1)},
+		}
+	}
+	return &Solver{
+		cfg:  cfg,
+		pool: newPool(targets, cfg.DaemonBuilds, dial, cfg.Log),
 		// BuildKit keeps a registry's Retry-After to itself.
 		pushWaits: []time.Duration{2 * time.Second, 5 * time.Second, 15 * time.Second},
-	}
+	}, nil
 }
 
-// Close closes the connection, after the last Solve that uses it.
-func (s *Solver) Close() error { return s.daemon.close() }
+// Close closes the connections, each after the last Solve that uses it.
+func (s *Solver) Close() error { return s.pool.close() }
 
-// Daemons says how many of the daemons answer. It takes a few seconds when one
-// does not.
-func (s *Solver) Daemons(ctx context.Context) (reachable, total int) {
-	c, _, err := s.daemon.get()
-	if err != nil {
-		return 0, 1
+// Daemons counts the daemons. It takes a few seconds when one does
+// not answer that did before.
+func (s *Solver) Daemons(ctx context.Context) solve.Daemons {
+	var reachable atomic.Int32
+	s.pool.each(ctx, func(*daemon, *conn) { reachable.Add(1) })
+	count := solve.Daemons{Reachable: int(reachable.Load())}
+	for _, d := range s.pool.list(ctx) {
+		count.Total++
+		if d.isFull() {
+			count.Full++
+		}
 	}
-	err = c.check(ctx)
-	s.daemon.release(c, err != nil && ctx.Err() == nil)
-	if err != nil {
-		return 0, 1
-	}
-	return 1, 1
+	return count
 }
 
 // Solve builds req and pushes it. It returns when ctx ends, and nothing is read
@@ -130,6 +153,9 @@ type build struct {
 	stats    solve.Stats
 	warnings []string
 	followed bool // what progress has seen was another replica's
+
+	daemon *daemon // of the current attempt
+	lost   *daemon // that an attempt was lost on, or that was full
 }
 
 func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *build {
@@ -139,25 +165,30 @@ func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *
 		redact: req.Mask,
 		log:    log,
 		fs:     files,
-		limits: &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout},
+		limits: &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout},
 	}
 	if b.redact == nil {
 		b.redact = redact.New(req.Secrets)
 	}
-	b.progress = newProgress(log, b.redact, b.limits.pushing)
+	b.progress = b.newProgress()
 	if syntax := syntaxLine(b.fs, req.Config.Dockerfile); syntax != "" && !s.cfg.AllowSyntax {
 		b.warnings = append(b.warnings, fmt.Sprintf("the Dockerfile's line syntax=%s is not followed: the daemon's own frontend is used", b.redact.Line(syntax)))
 	}
 	return b
 }
 
-// run solves, a second time when the daemon was lost: it pushes last, so that
-// nothing is done twice. A registry that wants the push to wait gets it again.
+func (b *build) newProgress() *progress {
+	return newProgress(b.log, b.redact, b.limits.listening, b.limits.pushing)
+}
+
+// run solves, a second time and elsewhere when the daemon was lost or its disk
+// is full: it pushes last, so that nothing is done twice. A registry that wants
+// the push to wait gets it again.
 func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 	for _, w := range b.warnings {
 		b.progress.warn(w)
 	}
-	lost, pushes := false, 0
+	pushes := 0
 	for {
 		outcome, err := b.attempt(ctx)
 		if err == nil {
@@ -167,10 +198,14 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 			return solve.Outcome{}, ended
 		}
 		switch e := api.AsError(err); {
-		case e.Code == api.DaemonLost && !lost:
-			lost = true
-			b.solver.cfg.Log.Warn().Err(e.Err).Str("call_id", b.req.ID).Msg("solving again: buildkitd was lost")
-			b.progress.warn("the connection to buildkitd was lost: building again")
+		case b.lost == nil && b.daemon != nil && (e.Code == api.DaemonLost || e.Code == api.DaemonFull && b.solver.pool.hasRoom(ctx)):
+			b.lost = b.daemon
+			b.solver.cfg.Log.Warn().Err(e.Err).Str("call_id", b.req.ID).Str("daemon", b.lost.addr).Str("code", string(e.Code)).Msg("solving again")
+			if e.Code == api.DaemonFull {
+				b.progress.warn("buildkitd has no space left on its disk: building on another")
+			} else {
+				b.progress.warn("the connection to buildkitd was lost: building again")
+			}
 		case errors.Is(err, errRunsAlready):
 			// The next attempt finds it in the history and waits for its end.
 		case errors.Is(err, errPushLater) && pushes < len(b.solver.pushWaits):
@@ -182,7 +217,7 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 				return solve.Outcome{}, b.ended(ctx)
 			case <-time.After(wait):
 			}
-		case e.Code == api.NoDaemon && lost:
+		case e.Code == api.NoDaemon && b.lost != nil:
 			return solve.Outcome{}, &api.Error{Code: api.NoDaemon, Msg: "buildkitd was lost while building, and cannot be reached again", Err: e.Err}
 		default:
 			return solve.Outcome{}, e
@@ -203,6 +238,15 @@ func (b *build) ended(ctx context.Context) error {
 			msg += "; it was at " + step
 		}
 		return &api.Error{Code: api.Deadline, Msg: msg}
+	case errors.Is(cause, errStalled):
+		msg := fmt.Sprintf("buildkitd reported no progress for %v (stall_timeout)", b.solver.cfg.StallTimeout)
+		if step := b.progress.running(); step != "" {
+			msg += "; it was at " + step
+		}
+		if b.daemon != nil {
+			b.solver.pool.takeOut(b.daemon, stallRest, cause)
+		}
+		return &api.Error{Code: api.Stalled, Msg: msg}
 	case errors.Is(cause, errPushTimeout):
 		return &api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the push did not end within %v (push_timeout)", b.solver.cfg.PushTimeout)}
 	}
@@ -218,20 +262,26 @@ func (b *build) ended(ctx context.Context) error {
 // attempt solves once, with a Ref of its own: BuildKit looks a finished one up
 // in its history.
 func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
-	d := b.solver.daemon
-	c, err := d.acquire(ctx)
+	pool := b.solver.pool
+	b.daemon = nil
+	at, err := pool.place(ctx, b.req.SharedKey, b.elsewhere(ctx), b.lost)
 	if err != nil {
-		return solve.Outcome{}, noDaemon(err)
+		return solve.Outcome{}, err
 	}
+	d, c := at.daemon, at.conn
+	b.daemon = d
+	b.stats.Daemon, b.stats.Choice = d.addr, at.choice
+	b.stats.Moved = b.lost != nil && b.lost != d
 	end := c.ends.next()
 	ref := identity.NewID()
 	if b.named() {
 		past, next, err := b.recall(ctx, c)
 		if err != nil || past != nil {
 			gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
-			d.release(c, gone)
+			at.give(gone)
 			switch {
 			case gone:
+				pool.lose(d, err)
 				return solve.Outcome{}, daemonLost(err)
 			case err != nil:
 				return solve.Outcome{}, err
@@ -242,7 +292,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	}
 	if b.stats.Attempts++; b.stats.Attempts > 1 || b.followed {
 		b.stats.Transfer += b.progress.transfer
-		b.progress = newProgress(b.log, b.redact, b.limits.pushing)
+		b.progress = b.newProgress()
 	}
 	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.req.Config.References))
 	status := make(chan *client.SolveStatus)
@@ -261,19 +311,28 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	}
 	drained.Wait()
 	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
-	d.release(c, gone)
-	switch {
-	case gone:
+	at.give(gone)
+	if gone {
+		pool.lose(d, err)
 		return solve.Outcome{}, daemonLost(err)
+	}
+	if ctx.Err() == nil {
+		d.works()
+	}
+	switch {
 	case err != nil && runsAlready(err, ref):
 		return solve.Outcome{}, errRunsAlready
 	case err != nil && git != nil && git.err != nil:
 		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
-		return solve.Outcome{}, (&failure{
+		err := (&failure{
 			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
+		if ctx.Err() == nil && api.AsError(err).Code == api.DaemonFull {
+			pool.fill(d, err)
+		}
+		return solve.Outcome{}, err
 	}
 	outcome := b.outcome(c, resp.ExporterResponse["containerimage.digest"])
 	if git != nil {
@@ -327,8 +386,9 @@ func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: b.exporterAttrs()}},
 		// The daemon's history would keep the build arguments in the clear for two
 		// days, and takes a quarter of a cached build's time. What a queue may
-		// deliver again has to be found there.
-		Internal: !b.named(),
+		// deliver again has to be found there; and from what is in it, replicas know
+		// how many builds each daemon of a pool has.
+		Internal: !b.named() && !b.solver.pool.several(),
 	}
 }
 
@@ -410,17 +470,19 @@ func (b *build) exporterAttrs() map[string]string {
 // limits end a build that takes too long. The push has a limit of its own: a
 // registry is not the build's fault.
 type limits struct {
-	build, push time.Duration
+	build, push, stall time.Duration
 
 	mu     sync.Mutex
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
+	silent *time.Timer
 	began  time.Time // when the push did
 }
 
 var (
 	errBuildTimeout = errors.New("build_timeout passed")
 	errPushTimeout  = errors.New("push_timeout passed")
+	errStalled      = errors.New("stall_timeout passed")
 )
 
 func (l *limits) start(ctx context.Context) (context.Context, func()) {
@@ -431,13 +493,30 @@ func (l *limits) start(ctx context.Context) (context.Context, func()) {
 	if l.build > 0 {
 		l.timer = time.AfterFunc(l.build, func() { cancel(errBuildTimeout) })
 	}
+	if l.stall > 0 {
+		l.silent = time.AfterFunc(l.stall, func() { cancel(errStalled) })
+	}
 	return ctx, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.timer != nil {
-			l.timer.Stop()
+		for _, t := range []*time.Timer{l.timer, l.silent} {
+			if t != nil {
+				t.Stop()
+			}
 		}
 		cancel(nil)
+	}
+}
+
+// listening is told whether the daemon's next sign is waited for.
+func (l *limits) listening(yes bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.silent == nil {
+		return
+	}
+	if l.silent.Stop(); yes {
+		l.silent.Reset(l.stall)
 	}
 }
 

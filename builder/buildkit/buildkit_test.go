@@ -27,7 +27,8 @@ func newTestBuild(t *testing.T, cfg Config, config string) *build {
 	}
 	cfg.Credentials = registry.New(registry.Config{})
 	req := &solve.Request{Config: c, SharedKey: "key", Hostname: "host", CacheMountNS: "ns"}
-	return New(cfg).newBuild(req, newContextFS(sample()), func(...string) {})
+	cfg.Addrs = []string{"tcp://127.0.0.1:1"}
+	return mustNew(t, cfg).newBuild(req, newContextFS(sample()), func(...string) {})
 }
 
 func TestAttributes(t *testing.T) {
@@ -84,7 +85,7 @@ func TestSyntaxWarning(t *testing.T) {
 	for allow, want := range map[bool]int{false: 1, true: 0} {
 		var lines []string
 		c, _ := buildconfig.Parse([]byte(`{"skipPush":true}`))
-		b := New(Config{AllowSyntax: allow}).newBuild(&solve.Request{Config: c}, newContextFS(m), func(l ...string) { lines = append(lines, l...) })
+		b := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}, AllowSyntax: allow}).newBuild(&solve.Request{Config: c}, newContextFS(m), func(l ...string) { lines = append(lines, l...) })
 		if len(b.warnings) != want {
 			t.Errorf("allow_syntax=%v: warnings %q", allow, b.warnings)
 		}

@@ -44,6 +44,7 @@ type daemon struct {
 	serverName string
 	files      [3]string // CA, certificate, key; all empty without TLS
 	log        zerolog.Logger
+	health     health
 
 	mu     sync.Mutex
 	cur    *conn
@@ -182,16 +183,13 @@ func (d *daemon) release(c *conn, failed bool) {
 	}
 }
 
-// acquire is a connection that has just answered. It must be released.
+// acquire is a connection that has just answered, a new one where the kept one
+// does not. It must be released.
 func (d *daemon) acquire(ctx context.Context) (*conn, error) {
-	var fresh time.Time // since when new connections are tried
 	for {
 		c, kept, err := d.get()
 		if err != nil {
 			return nil, err
-		}
-		if !kept && fresh.IsZero() {
-			fresh = time.Now()
 		}
 		if err = c.check(ctx); err == nil {
 			return c, nil
@@ -200,16 +198,8 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if !fresh.IsZero() && time.Since(fresh) > dialWindow-dialInterval {
+		if !kept {
 			return nil, err
-		}
-		if kept {
-			continue
-		}
-		select {
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(dialInterval):
 		}
 	}
 }

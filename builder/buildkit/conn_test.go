@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"os"
@@ -24,16 +25,49 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"handler/function/api"
+	"handler/function/solve"
 )
 
-// control answers the two RPCs that a connection is checked with, and nothing
-// else of a daemon.
+// control answers the RPCs that a connection is checked with and that a build is
+// placed by, and nothing else of a daemon.
 type control struct {
 	controlapi.UnimplementedControlServer
 	mu      sync.Mutex
 	clients []string // common names, one for each RPC
+	active  int      // builds
+	prunes  int
+	stuck   bool // nothing can be pruned
+}
+
+func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.active {
+		if err := stream.Send(&controlapi.BuildHistoryEvent{Record: &controlapi.BuildHistoryRecord{Ref: fmt.Sprint(i)}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *control) DiskUsage(context.Context, *controlapi.DiskUsageRequest) (*controlapi.DiskUsageResponse, error) {
+	return &controlapi.DiskUsageResponse{Record: []*controlapi.UsageRecord{{Size: 1000}, {Size: 24}}}, nil
+}
+
+func (c *control) Prune(req *controlapi.PruneRequest, stream grpc.ServerStreamingServer[controlapi.UsageRecord]) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.prunes++
+	if c.stuck || req.MaxUsedSpace != 512 {
+		return status.Errorf(codes.ResourceExhausted, "pruning to %d bytes: no space left on device", req.MaxUsedSpace)
+	}
+	return stream.Send(&controlapi.UsageRecord{Size: 600})
 }
 
 func (c *control) seen(ctx context.Context) {
@@ -264,25 +298,31 @@ func TestCertificatesRefused(t *testing.T) {
 }
 
 func TestDaemonRestarted(t *testing.T) {
+	t.Parallel()
 	ctl := &control{}
 	socket := filepath.Join(t.TempDir(), "s")
 	_, s := listen(t, ctl, "unix", socket, nil)
-	d := &daemon{addr: "unix://" + socket, files: [3]string{"absent", "absent", "absent"}}
-	defer d.close()
-	c := mustAcquire(t, d)
-	end := c.ends.next()
+	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}, CAFile: "absent", CertFile: "absent", KeyFile: "absent"}).pool
+	first, err := p.place(t.Context(), "key", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := first.ends.next()
 	s.Stop()
 	select {
 	case <-end:
 	case <-time.After(5 * time.Second):
 		t.Error("the end of the transport is not told")
 	}
-	d.release(c, true)
+	first.give(true)
 	time.AfterFunc(500*time.Millisecond, func() { listen(t, ctl, "unix", socket, nil) })
 	start := time.Now()
-	again := mustAcquire(t, d)
-	d.release(again, false)
-	if again == c {
+	again, err := p.place(t.Context(), "key", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.give(false)
+	if again.conn == first.conn {
 		t.Error("the lost connection is used again")
 	}
 	if took := time.Since(start); took > 3*time.Second {
@@ -290,33 +330,49 @@ func TestDaemonRestarted(t *testing.T) {
 	}
 }
 
+func mustNew(t *testing.T, cfg Config) *Solver {
+	t.Helper()
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
 func TestDaemonAbsent(t *testing.T) {
-	s := New(Config{Addr: "unix://" + filepath.Join(t.TempDir(), "absent")})
-	if reachable, total := s.Daemons(t.Context()); reachable != 0 || total != 1 {
-		t.Errorf("%d of %d", reachable, total)
+	t.Parallel()
+	s := mustNew(t, Config{Addrs: []string{"unix://" + filepath.Join(t.TempDir(), "absent")}})
+	if got := s.Daemons(t.Context()); got != (solve.Daemons{Total: 1}) {
+		t.Errorf("%+v", got)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	time.AfterFunc(300*time.Millisecond, func() { cancel(errClosed) })
-	if _, err := s.daemon.acquire(ctx); err != errClosed {
+	if _, err := s.pool.place(ctx, "key", nil, nil); err != errClosed {
 		t.Errorf("canceled: %v", err)
+	}
+	start := time.Now()
+	if _, err := s.pool.place(t.Context(), "key", nil, nil); api.AsError(err).Code != api.NoDaemon || time.Since(start) > 2*dialWindow {
+		t.Errorf("%v after %v", err, time.Since(start))
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.daemon.acquire(t.Context()); err != errClosed {
-		t.Errorf("closed: %v", err)
+	for _, d := range s.pool.daemons {
+		if _, err := d.acquire(t.Context()); err != errClosed {
+			t.Errorf("closed: %v", err)
+		}
 	}
 }
 
 func TestDaemons(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	listen(t, &control{}, "unix", socket, nil)
-	s := New(Config{Addr: "unix://" + socket})
-	defer s.Close()
-	if reachable, total := s.Daemons(t.Context()); reachable != 1 || total != 1 {
-		t.Errorf("%d of %d", reachable, total)
+	s := mustNew(t, Config{Addrs: []string{"unix://" + socket}})
+	if got := s.Daemons(t.Context()); got != (solve.Daemons{Total: 1, Reachable: 1}) {
+		t.Errorf("%+v", got)
 	}
-	if s.daemon.cur.refs != 0 {
+	if s.pool.daemons[0].cur.refs != 0 {
 		t.Error("the connection is not given back")
 	}
 }

@@ -189,7 +189,7 @@ func TestConnectionLost(t *testing.T) {
 }
 
 func TestEnded(t *testing.T) {
-	b := &build{solver: New(Config{}), progress: newProgress(nil, redact.New(nil), func() {})}
+	b := &build{solver: mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}}), progress: newProgress(nil, redact.New(nil), func(bool) {}, func() {})}
 	shutting := &api.Error{Code: api.ShuttingDown, Msg: "bye"}
 	for _, tt := range []struct {
 		cause error

@@ -1,10 +1,12 @@
 package buildkit
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -30,8 +32,10 @@ import (
 const maxRefs = 20
 
 func refOf(name solve.Name, attempt int) string {
-	return fmt.Sprintf("%sx%sx%d", name.Call, name.Body, attempt)
+	return refPrefix(name) + strconv.Itoa(attempt)
 }
+
+func refPrefix(name solve.Name) string { return name.Call + "x" + name.Body + "x" }
 
 // historyTimeout bounds a look into the history: the daemon reads it from its
 // disk, all of it.
@@ -157,28 +161,62 @@ func (c *conn) listen(ctx context.Context, req *controlapi.BuildHistoryRequest, 
 	}
 }
 
-// Find returns what the daemon remembers of the call's builds, the latest of
+// Find returns what the daemons remember of the call's builds, the latest of
 // them, or nil. Errors are *api.Error: no_daemon, or internal.
 func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
-	c, err := s.daemon.acquire(ctx)
-	if err != nil {
-		return nil, noDaemon(err)
-	}
-	records, err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true})
-	s.daemon.release(c, false)
-	if err != nil {
-		return nil, api.AsError(err)
-	}
+	var mu sync.Mutex
 	var last *controlapi.BuildHistoryRecord
-	for _, r := range records {
-		if strings.HasPrefix(r.Ref, call+"x") && (last == nil || r.CreatedAt.AsTime().After(last.CreatedAt.AsTime())) {
-			last = r
+	var failed error
+	answered := false
+	s.pool.each(ctx, func(_ *daemon, c *conn) {
+		records, err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true})
+		mu.Lock()
+		defer mu.Unlock()
+		answered = true
+		failed = errors.Join(failed, err)
+		for _, r := range records {
+			if strings.HasPrefix(r.Ref, call+"x") && (last == nil || r.CreatedAt.AsTime().After(last.CreatedAt.AsTime())) {
+				last = r
+			}
 		}
+	})
+	switch {
+	case last != nil:
+		return past(last), nil
+	case failed != nil:
+		return nil, api.AsError(failed)
+	case !answered:
+		return nil, noDaemon(errors.New("none answered"))
 	}
-	if last == nil {
-		return nil, nil
+	return nil, nil
+}
+
+// elsewhere is the daemon of a pool that knows the build's name: where it runs,
+// or else has succeeded. It is nil of a build without a name.
+func (b *build) elsewhere(ctx context.Context) *daemon {
+	if !b.named() || !b.solver.pool.several() {
+		return nil
 	}
-	return past(last), nil
+	var mu sync.Mutex
+	var running, done *daemon
+	b.solver.pool.each(ctx, func(d *daemon, c *conn) {
+		records, err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true})
+		if err != nil {
+			return // the daemon that the build is placed on is asked again
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		for _, r := range records {
+			switch {
+			case !strings.HasPrefix(r.Ref, refPrefix(b.req.Name)):
+			case isRunning(r):
+				running = d
+			case succeeded(r):
+				done = d
+			}
+		}
+	})
+	return cmp.Or(running, done)
 }
 
 // past reads a record. A build that was cancelled has come to nothing: its

@@ -18,9 +18,10 @@ import (
 // keeps of it what the outcome and the errors need. It is used by one goroutine
 // at a time.
 type progress struct {
-	log     solve.Log
-	redact  *redact.Redactor
-	pushing func() // called for each status of a push, before it is logged
+	log       solve.Log
+	redact    *redact.Redactor
+	listening func(bool) // called around each message with whether the next one is waited for
+	pushing   func()     // called for each status of a push, before it is logged
 
 	vertices map[digest.Digest]*vertex
 	order    []*vertex
@@ -62,14 +63,15 @@ type streamKey struct {
 	stream int
 }
 
-func newProgress(log solve.Log, r *redact.Redactor, pushing func()) *progress {
+func newProgress(log solve.Log, r *redact.Redactor, listening func(bool), pushing func()) *progress {
 	return &progress{
-		log:      log,
-		redact:   r,
-		pushing:  pushing,
-		vertices: make(map[digest.Digest]*vertex),
-		statuses: make(map[statusKey]*client.VertexStatus),
-		streams:  make(map[streamKey]*redact.Stream),
+		log:       log,
+		redact:    r,
+		listening: listening,
+		pushing:   pushing,
+		vertices:  make(map[digest.Digest]*vertex),
+		statuses:  make(map[statusKey]*client.VertexStatus),
+		streams:   make(map[streamKey]*redact.Stream),
 	}
 }
 
@@ -77,7 +79,10 @@ func newProgress(log solve.Log, r *redact.Redactor, pushing func()) *progress {
 // before its status channel has been read.
 func (p *progress) drain(ch <-chan *client.SolveStatus) {
 	for s := range ch {
+		// A client that reads slowly is not the daemon's silence.
+		p.listening(false)
 		p.handle(s)
+		p.listening(true)
 	}
 	for _, st := range p.streams {
 		st.Flush()

@@ -31,7 +31,7 @@ func logged(name string, stream int, text string) *client.VertexLog {
 }
 
 func progressOf(messages ...*client.SolveStatus) (lines []string, p *progress, pushing int) {
-	p = newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(map[string][]byte{"s": []byte("verysecret")}), func() { pushing++ })
+	p = newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(map[string][]byte{"s": []byte("verysecret")}), func(bool) {}, func() { pushing++ })
 	ch := make(chan *client.SolveStatus, len(messages))
 	for _, m := range messages {
 		ch <- m
@@ -211,6 +211,7 @@ func TestLimits(t *testing.T) {
 		{"build", &limits{build: time.Millisecond, push: time.Hour}, false, errBuildTimeout},
 		{"push", &limits{build: time.Hour, push: time.Millisecond}, true, errPushTimeout},
 		{"push after a long build", &limits{build: 50 * time.Millisecond, push: time.Hour}, true, nil},
+		{"silence", &limits{build: time.Hour, stall: time.Millisecond}, false, errStalled},
 		{"none", &limits{}, true, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -17,19 +17,21 @@ import (
 type Metrics struct {
 	registry *prometheus.Registry
 
-	builds   *prometheus.CounterVec
-	refused  *prometheus.CounterVec
-	received prometheus.Counter
-	sent     prometheus.Counter
-	steps    *prometheus.CounterVec
-	Joined   prometheus.Counter
-	InFlight prometheus.Gauge
-	Waiting  prometheus.Gauge
-	duration *prometheus.HistogramVec
-	receive  prometheus.Histogram
-	wait     prometheus.Histogram
-	transfer prometheus.Histogram
-	push     prometheus.Histogram
+	builds     *prometheus.CounterVec
+	refused    *prometheus.CounterVec
+	received   prometheus.Counter
+	sent       prometheus.Counter
+	steps      *prometheus.CounterVec
+	placements *prometheus.CounterVec
+	moved      prometheus.Counter
+	Joined     prometheus.Counter
+	InFlight   prometheus.Gauge
+	Waiting    prometheus.Gauge
+	duration   *prometheus.HistogramVec
+	receive    prometheus.Histogram
+	wait       prometheus.Histogram
+	transfer   prometheus.Histogram
+	push       prometheus.Histogram
 }
 
 // buckets fit builds: a cached one takes a fraction of a second, a long one
@@ -37,7 +39,7 @@ type Metrics struct {
 var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1200, 1800}
 
 // New makes the metrics. daemons is asked at each scrape; it must be quick.
-func New(daemons func() (reachable, total int)) *Metrics {
+func New(daemons func() solve.Daemons) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
 		builds: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -53,6 +55,11 @@ func New(daemons func() (reachable, total int)) *Metrics {
 		steps: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "builder_steps_total", Help: "Build steps, by whether they came from the cache."},
 			[]string{"cached"}),
+		placements: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "builder_placements_total", Help: "Builds that got a buildkitd, by why it was that one: first, where their cache is; full or down, because the first was."},
+			[]string{"choice"}),
+		moved: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "builder_builds_moved_total", Help: "Builds that went on to another buildkitd because theirs was lost or its disk full."}),
 		Joined: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "builder_deliveries_joined_total", Help: "Deliveries by a queue that were told of a build which another had begun."}),
 		InFlight: prometheus.NewGauge(prometheus.GaugeOpts{
@@ -71,10 +78,11 @@ func New(daemons func() (reachable, total int)) *Metrics {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
 	}
 	m.registry.MustRegister(
-		m.builds, m.refused, m.received, m.sent, m.steps, m.Joined, m.InFlight, m.Waiting,
+		m.builds, m.refused, m.received, m.sent, m.steps, m.placements, m.moved, m.Joined, m.InFlight, m.Waiting,
 		m.duration, m.receive, m.wait, m.transfer, m.push,
-		gauge("builder_daemons", "buildkitds configured.", func() int { _, n := daemons(); return n }),
-		gauge("builder_daemons_reachable", "buildkitds that answer.", func() int { n, _ := daemons(); return n }),
+		gauge("builder_daemons", "buildkitds known.", func() int { return daemons().Total }),
+		gauge("builder_daemons_reachable", "buildkitds that answer.", func() int { return daemons().Reachable }),
+		gauge("builder_daemons_full", "buildkitds whose disk was full and has not been pruned since.", func() int { return daemons().Full }),
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
@@ -109,6 +117,12 @@ func (m *Metrics) Built(status api.Status, code api.Code, d time.Duration, stats
 	m.sent.Add(float64(stats.Sent))
 	m.steps.WithLabelValues("true").Add(float64(stats.Cached))
 	m.steps.WithLabelValues("false").Add(float64(stats.Steps - stats.Cached))
+	if stats.Choice != "" {
+		m.placements.WithLabelValues(string(stats.Choice)).Inc()
+	}
+	if stats.Moved {
+		m.moved.Inc()
+	}
 	if stats.Transfer > 0 {
 		m.transfer.Observe(stats.Transfer.Seconds())
 	}

@@ -318,6 +318,8 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.D
 		Int("steps", stats.Steps).
 		Int("cached_steps", stats.Cached).
 		Int("attempts", stats.Attempts).
+		Str("daemon", stats.Daemon).
+		Str("choice", string(stats.Choice)).
 		Int64("context_sent_bytes", stats.Sent)
 	if err != nil {
 		event.AnErr("cause", cut(errors.New(b.mask.Text(err.Error()))))

@@ -13,6 +13,7 @@ import (
 
 	"handler/function/api"
 	"handler/function/sealed"
+	"handler/function/solve"
 )
 
 // plain serves an OpenFaaS FunctionHandler: a small answer that needs no body.
@@ -86,7 +87,7 @@ type description struct{ s *Server }
 
 func (h description) Handle(handler.Request) (handler.Response, error) {
 	s := h.s
-	reachable, total := s.daemons.get()
+	daemons := s.daemons.get()
 	return asJSON(map[string]any{
 		"name":    "builder",
 		"version": s.Version,
@@ -97,7 +98,7 @@ func (h description) Handle(handler.Request) (handler.Response, error) {
 			"builds":         s.MaxBuilds,
 		},
 		"builds_in_flight": len(s.builds),
-		"daemons":          map[string]int{"reachable": reachable, "total": total},
+		"daemons":          map[string]int{"reachable": daemons.Reachable, "total": daemons.Total},
 	})
 }
 
@@ -131,11 +132,11 @@ func isText(r *http.Request) bool {
 // daemonCount keeps the last count for a while: GET / and /metrics are open to
 // everybody, and must not make a daemon's work.
 type daemonCount struct {
-	count func(context.Context) (reachable, total int)
+	count func(context.Context) solve.Daemons
 
-	mu               sync.Mutex
-	at               time.Time
-	reachable, total int
+	mu   sync.Mutex
+	at   time.Time
+	last solve.Daemons
 }
 
 const (
@@ -143,14 +144,14 @@ const (
 	daemonCountWait = 2 * time.Second
 )
 
-func (d *daemonCount) get() (reachable, total int) {
+func (d *daemonCount) get() solve.Daemons {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.at.IsZero() || time.Since(d.at) > daemonCountAge {
 		ctx, cancel := context.WithTimeout(context.Background(), daemonCountWait)
 		defer cancel()
-		d.reachable, d.total = d.count(ctx)
+		d.last = d.count(ctx)
 		d.at = time.Now()
 	}
-	return d.reachable, d.total
+	return d.last
 }

@@ -30,8 +30,8 @@ type Solver interface {
 	// Find returns what is remembered of the last build whose solve.Name has this
 	// Call, or nil.
 	Find(ctx context.Context, call string) (*solve.Past, error)
-	// Daemons says how many of the configured daemons answer, within ctx.
-	Daemons(ctx context.Context) (reachable, total int)
+	// Daemons counts the daemons, within ctx.
+	Daemons(ctx context.Context) solve.Daemons
 }
 
 // Config is what a Server works with. Every field without "may be" is needed.

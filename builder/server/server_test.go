@@ -53,7 +53,9 @@ func (s *scripted) Find(_ context.Context, call string) (*solve.Past, error) {
 	return s.find(call)
 }
 
-func (s *scripted) Daemons(context.Context) (reachable, total int) { return 1, 1 }
+func (s *scripted) Daemons(context.Context) solve.Daemons {
+	return solve.Daemons{Total: 1, Reachable: 1}
+}
 
 const secret = "payload secret"
 

@@ -70,12 +70,31 @@ type Past struct {
 	Began, Ended time.Time
 }
 
+// Choice is why a build was on its daemon.
+type Choice string
+
+const (
+	First Choice = "first" // where its cache is
+	Full  Choice = "full"  // the first had its share of builds
+	Down  Choice = "down"  // the first could not be reached, or its disk was full
+)
+
+// Daemons counts those of the pool.
+type Daemons struct {
+	Total     int
+	Reachable int // those that answer
+	Full      int // those whose disk was, and has not been pruned since
+}
+
 // Stats is how a build went, for the log and the metrics, also of one that
 // failed. Durations are zero for what did not happen.
 type Stats struct {
 	Steps    int // vertices, those of the frontend not counted
 	Cached   int
 	Attempts int           // solves started: 2 when a daemon was lost on the way
+	Daemon   string        // the address of the last attempt's
+	Choice   Choice        // of that daemon
+	Moved    bool          // to another daemon, on the way
 	Sent     int64         // bytes of context sent to the daemon
 	Transfer time.Duration // of the context to the daemon
 	Push     time.Duration

@@ -1,0 +1,91 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// lookupAge is for how long the daemons that a name has are taken as known:
+	// about as long as Kubernetes' DNS has an answer cached.
+	lookupAge     = 5 * time.Second
+	lookupTimeout = 2 * time.Second
+)
+
+// service is the port's name in the records of a headless Service.
+const service = "buildkit"
+
+// A resolver is *net.Resolver.
+type resolver interface {
+	LookupSRV(ctx context.Context, service, proto, name string) (string, []*net.SRV, error)
+	LookupHost(ctx context.Context, host string) ([]string, error)
+}
+
+// target is one entry of Config.Addrs.
+type target struct {
+	addr       string
+	host, port string // empty where there is nothing to look up
+}
+
+func parseTarget(addr string) (target, error) {
+	if path, ok := strings.CutPrefix(addr, "unix://"); ok && path != "" {
+		return target{addr: addr}, nil
+	}
+	u, err := url.Parse(addr)
+	if err != nil {
+		return target{}, err
+	}
+	if u.Scheme != "tcp" || u.Hostname() == "" || u.Port() == "" || u.Host != strings.TrimPrefix(addr, "tcp://") {
+		return target{}, errors.New("not of the form tcp://host:port or unix:///path")
+	}
+	t := target{addr: addr, host: u.Hostname(), port: u.Port()}
+	if _, err := netip.ParseAddr(t.host); err == nil || t.host == "localhost" {
+		t.host = ""
+	}
+	return t, nil
+}
+
+// lookup returns the addresses of the daemons behind t.
+//
+// The pods of a StatefulSet have SRV records with names that outlive them, and a
+// cache that stays with the name; those come first. Without them each address of
+// the name is a daemon, and a name with one address is one that may move.
+func (t target) lookup(ctx context.Context, r resolver) ([]string, error) {
+	if t.host == "" {
+		return []string{t.addr}, nil
+	}
+	var list []string
+	_, records, srvErr := r.LookupSRV(ctx, service, "tcp", t.host)
+	for _, srv := range records {
+		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(srv.Target, "."), fmt.Sprint(srv.Port)))
+	}
+	if len(list) == 0 {
+		ips, err := r.LookupHost(ctx, t.host)
+		if err != nil {
+			return nil, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
+		}
+		if len(ips) == 1 {
+			return []string{t.addr}, nil
+		}
+		for _, ip := range ips {
+			list = append(list, "tcp://"+net.JoinHostPort(ip, t.port))
+		}
+	}
+	slices.Sort(list)
+	return slices.Compact(list), nil
+}
+
+// temporary is err unless it says that there is no such record.
+func temporary(err error) error {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
+		return nil
+	}
+	return err
+}

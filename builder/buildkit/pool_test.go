@@ -1,0 +1,309 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"handler/function/api"
+	"handler/function/solve"
+)
+
+// trio are three daemons behind one Solver.
+type trio struct {
+	*Solver
+	t       *testing.T
+	sockets []string
+	servers map[string]*grpc.Server // by address
+	ctl     map[string]*control
+}
+
+func newTrio(t *testing.T, limit int) *trio {
+	t.Helper()
+	tr := &trio{t: t, servers: make(map[string]*grpc.Server), ctl: make(map[string]*control)}
+	dir := t.TempDir()
+	var addrs []string
+	for i := range 3 {
+		addr := "unix://" + filepath.Join(dir, fmt.Sprint(i))
+		tr.ctl[addr] = &control{}
+		tr.serve(addr)
+		addrs = append(addrs, addr)
+	}
+	tr.Solver = mustNew(t, Config{Addrs: addrs, DaemonBuilds: limit})
+	return tr
+}
+
+func (tr *trio) serve(addr string) {
+	tr.t.Helper()
+	_, tr.servers[addr] = listen(tr.t, tr.ctl[addr], "unix", addr[len("unix://"):], nil)
+}
+
+func (tr *trio) order() []*daemon { return tr.pool.order(tr.t.Context(), "key") }
+
+// placed is the index in the key's order, and why.
+func (tr *trio) placed(prefer, avoid *daemon) (int, *seat) {
+	tr.t.Helper()
+	s, err := tr.pool.place(tr.t.Context(), "key", prefer, avoid)
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	return slices.Index(tr.order(), s.daemon), s
+}
+
+func TestPlace(t *testing.T) {
+	tr := newTrio(t, 2)
+	var seats []*seat
+	for i, want := range []struct {
+		at     int
+		choice solve.Choice
+	}{
+		{0, solve.First}, {0, solve.First}, {1, solve.Full}, {1, solve.Full}, {2, solve.Full}, {2, solve.Full},
+		// All have as many as they should: the one with the fewest.
+		{0, solve.First}, {1, solve.Full},
+	} {
+		at, s := tr.placed(nil, nil)
+		if at != want.at || s.choice != want.choice {
+			t.Errorf("build %d: at %d, %s; want %+v", i, at, s.choice, want)
+		}
+		seats = append(seats, s)
+	}
+	for _, s := range seats {
+		s.give(false)
+	}
+	if at, s := tr.placed(nil, nil); at != 0 {
+		t.Errorf("after all have ended: at %d", at)
+	} else {
+		s.give(false)
+	}
+	for _, d := range tr.pool.daemons {
+		if d.health.mine != 0 || d.cur.refs != 0 {
+			t.Errorf("%d builds and %d uses left", d.health.mine, d.cur.refs)
+		}
+	}
+}
+
+// TestLoadOfOthers: what other replicas have placed counts, and is asked again.
+func TestLoadOfOthers(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 4)
+	first := tr.ctl[tr.order()[0].addr]
+	first.mu.Lock()
+	first.active = 4
+	first.mu.Unlock()
+	at, s := tr.placed(nil, nil)
+	s.give(false)
+	if at != 1 {
+		t.Errorf("placed at %d", at)
+	}
+	if at, s = tr.placed(tr.order()[0], nil); at != 0 {
+		t.Errorf("where the build runs already: at %d", at)
+	}
+	s.give(false)
+	first.mu.Lock()
+	first.active = 3
+	first.mu.Unlock()
+	time.Sleep(loadAge + 100*time.Millisecond)
+	at, s = tr.placed(nil, nil)
+	if s.give(false); at != 0 {
+		t.Errorf("after they have ended: at %d", at)
+	}
+}
+
+func TestDaemonOut(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	first := tr.order()[0]
+	_, s := tr.placed(nil, nil)
+	tr.servers[first.addr].Stop()
+	s.give(true)
+	start := time.Now()
+	at, s := tr.placed(nil, nil)
+	s.give(false)
+	if took := time.Since(start); at != 1 || s.choice != solve.Down || took > time.Second {
+		t.Errorf("at %d, %s, after %v", at, s.choice, took)
+	}
+	if got := tr.Daemons(t.Context()); got != (solve.Daemons{Total: 3, Reachable: 2}) {
+		t.Errorf("%+v", got)
+	}
+	tr.serve(first.addr)
+	for deadline := time.Now().Add(10 * time.Second); !first.fit(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it does not come back")
+		}
+	}
+	at, s = tr.placed(nil, nil)
+	if s.give(false); at != 0 {
+		t.Errorf("back, and placed at %d", at)
+	}
+
+	at, s = tr.placed(nil, first)
+	if s.give(false); at != 1 {
+		t.Errorf("placed at %d again, where it was lost", at)
+	}
+	for _, d := range tr.order()[1:] {
+		tr.servers[d.addr].Stop()
+	}
+	at, s = tr.placed(nil, first)
+	if s.give(false); at != 0 {
+		t.Errorf("at %d: the only one left is good enough", at)
+	}
+}
+
+// TestRest: the more often a daemon is lost in turn, the longer it is left alone.
+func TestRest(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	d := tr.order()[0]
+	for range 3 {
+		tr.pool.lose(d, errors.New("lost"))
+	}
+	start := time.Now()
+	for !d.fit() {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if took := time.Since(start); took > 2*probeMin {
+		t.Errorf("the first loss counts, it came back after %v", took)
+	}
+	tr.pool.lose(d, errors.New("lost"))
+	time.Sleep(4 * probeMin)
+	if d.fit() {
+		t.Error("lost four times in turn, and back after four seconds")
+	}
+	d.works()
+	if d.health.losses != 0 {
+		t.Error("a build that ended well does not count")
+	}
+}
+
+func TestFull(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	first := tr.order()[0]
+	ctl := tr.ctl[first.addr]
+	ctl.stuck = true
+	tr.pool.fill(first, errors.New("no space"))
+	at, s := tr.placed(nil, nil)
+	s.give(false)
+	if at != 1 || s.choice != solve.Down || tr.Daemons(t.Context()).Full != 1 {
+		t.Errorf("at %d, %s", at, s.choice)
+	}
+	for _, d := range tr.order()[1:] {
+		tr.ctl[d.addr].stuck = true
+		tr.pool.fill(d, errors.New("no space"))
+	}
+	if tr.pool.hasRoom(t.Context()) {
+		t.Error("there is said to be room")
+	}
+	if _, err := tr.pool.place(t.Context(), "key", nil, nil); api.AsError(err).Code != api.DaemonFull {
+		t.Errorf("all are full: %v", err)
+	}
+	ctl.mu.Lock()
+	ctl.stuck = false
+	ctl.mu.Unlock()
+	at, s = tr.placed(nil, nil)
+	if s.give(false); at != 0 || !first.fit() {
+		t.Errorf("one could be pruned: at %d", at)
+	}
+}
+
+// records is a fake of the resolver.
+type records struct {
+	mu    sync.Mutex
+	srv   map[string][]string
+	hosts map[string][]string
+}
+
+func (r *records) LookupSRV(_ context.Context, service, proto, name string) (string, []*net.SRV, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var list []*net.SRV
+	for _, target := range r.srv["_"+service+"._"+proto+"."+name] {
+		list = append(list, &net.SRV{Target: target + ".", Port: 1234})
+	}
+	if list == nil {
+		return "", nil, &net.DNSError{Name: name, IsNotFound: true}
+	}
+	return "", list, nil
+}
+
+func (r *records) LookupHost(_ context.Context, host string) ([]string, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if list := r.hosts[host]; list != nil {
+		return list, nil
+	}
+	return nil, &net.DNSError{Name: host, IsNotFound: true}
+}
+
+func TestLookup(t *testing.T) {
+	r := &records{
+		srv:   map[string][]string{"_buildkit._tcp.pool.ns": {"pool-1.pool.ns", "pool-0.pool.ns"}},
+		hosts: map[string][]string{"headless": {"10.0.0.2", "10.0.0.1", "fd00::1"}, "one": {"10.0.0.1"}},
+	}
+	for addr, want := range map[string][]string{
+		"tcp://pool.ns:1":       {"tcp://pool-0.pool.ns:1234", "tcp://pool-1.pool.ns:1234"},
+		"tcp://headless:1":      {"tcp://10.0.0.1:1", "tcp://10.0.0.2:1", "tcp://[fd00::1]:1"},
+		"tcp://one:1":           {"tcp://one:1"},
+		"tcp://10.0.0.9:1":      {"tcp://10.0.0.9:1"},
+		"tcp://localhost:1":     {"tcp://localhost:1"},
+		"unix:///run/buildkitd": {"unix:///run/buildkitd"},
+		"tcp://none:1":          nil,
+	} {
+		target, err := parseTarget(addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := target.lookup(t.Context(), r)
+		if !slices.Equal(got, want) || (err != nil) != (want == nil) {
+			t.Errorf("%s: %q, %v", addr, got, err)
+		}
+	}
+	for _, addr := range []string{"", "buildkitd:1234", "tcp://", "tcp://host", "tcp://host:1/path", "http://host:1", "unix://", "tcp://user@host:1"} {
+		if _, err := New(Config{Addrs: []string{addr}}); err == nil {
+			t.Errorf("%q is taken", addr)
+		}
+	}
+	if _, err := New(Config{}); err == nil {
+		t.Error("no address is taken")
+	}
+}
+
+func TestDaemonsComeAndGo(t *testing.T) {
+	r := &records{hosts: map[string][]string{"pool": {"127.0.0.1", "127.0.0.2"}}}
+	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}}).pool
+	p.resolver = r
+	again := func() []*daemon {
+		p.mu.Lock()
+		p.looked = time.Time{}
+		p.mu.Unlock()
+		return p.list(t.Context())
+	}
+	before := p.list(t.Context())
+	r.mu.Lock()
+	r.hosts["pool"] = []string{"127.0.0.2", "127.0.0.3"}
+	r.mu.Unlock()
+	if now := p.list(t.Context()); !slices.Equal(now, before) {
+		t.Error("looked up again at once")
+	}
+	after := again()
+	if len(after) != 2 || after[0] != before[1] || after[1].addr != "tcp://127.0.0.3:1" {
+		t.Errorf("%d daemons", len(after))
+	}
+	if _, err := before[0].acquire(t.Context()); err != errClosed {
+		t.Errorf("the one that left: %v", err)
+	}
+	r.mu.Lock()
+	delete(r.hosts, "pool")
+	r.mu.Unlock()
+	if now := again(); !slices.Equal(now, after) {
+		t.Error("forgotten when the name could not be looked up")
+	}
+}
