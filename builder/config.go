@@ -53,9 +53,10 @@ type Config struct {
 	TokenHosts      []string          // token_hosts
 	RegistryCA      map[string]string // registry_ca: host=name in SecretsDir
 
-	ContextRepository string        // context_repository: empty takes no contexts by digest
-	ContextMaxAge     time.Duration // context_max_age
-	ContextHosts      []string      // context_hosts: of git contexts; empty refuses all
+	CacheRepository   reference.Named // cache_repository: nil keeps no cache in a registry
+	ContextRepository string          // context_repository: empty takes no contexts by digest
+	ContextMaxAge     time.Duration   // context_max_age
+	ContextHosts      []string        // context_hosts: of git contexts; empty refuses all
 
 	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
 	SpoolMemory int64          // spool_memory_bytes
@@ -103,6 +104,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		TokenHosts:      e.list("token_hosts"),
 		RegistryCA:      e.pairs("registry_ca"),
 
+		CacheRepository:   e.repository("cache_repository"),
 		ContextRepository: e.text("context_repository", ""),
 		ContextMaxAge:     e.duration("context_max_age", 48*time.Hour),
 		ContextHosts:      e.list("context_hosts"),
@@ -253,6 +255,20 @@ func (e *environment) repositories(name string) []string {
 		list = append(list, prefix)
 	}
 	return list
+}
+
+// repository takes one, without a tag; nil where the variable is not set.
+func (e *environment) repository(name string) reference.Named {
+	v := e.text(name, "")
+	if v == "" {
+		return nil
+	}
+	named, err := reference.ParseNormalizedNamed(v)
+	if err != nil || !reference.IsNameOnly(named) {
+		e.fail(name, v, `a repository such as "ghcr.io/acme/cache"`)
+		return nil
+	}
+	return named
 }
 
 func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {

@@ -30,6 +30,8 @@ func TestLoadConfig(t *testing.T) {
 		"allowed_images", "ghcr.io/acme, acme,registry.example:5000 ,docker.io/library/app/",
 		"registry_ca", "registry.example:5000=registry-ca",
 		"disable_hmac", "true",
+		"buildkit_addr", "tcp://a:1, tcp://b:1",
+		"cache_repository", "acme/cache",
 	))
 	if err != nil {
 		t.Fatal(err)
@@ -41,6 +43,9 @@ func TestLoadConfig(t *testing.T) {
 	if want := []string{"ghcr.io/acme", "docker.io/acme", "registry.example:5000", "docker.io/library/app"}; !slices.Equal(c.AllowedImages, want) {
 		t.Errorf("allowed images %q, want %q", c.AllowedImages, want)
 	}
+	if !slices.Equal(c.BuildkitAddrs, []string{"tcp://a:1", "tcp://b:1"}) || c.CacheRepository.Name() != "docker.io/acme/cache" {
+		t.Errorf("daemons %q, cache %v", c.BuildkitAddrs, c.CacheRepository)
+	}
 	if c.RegistryCA["registry.example:5000"] != "registry-ca" {
 		t.Errorf("registry CAs %q", c.RegistryCA)
 	}
@@ -50,7 +55,7 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 	for _, pair := range [][2]string{
 		{"max_builds", "0"}, {"max_uploads", "many"}, {"queue_wait", "-1s"}, {"build_timeout", "soon"},
 		{"max_body_bytes", "512 apples"}, {"disable_hmac", "perhaps"}, {"allowed_images", "ghcr.io/acme:tag"},
-		{"allowed_images", "ghcr.io/UPPER"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
+		{"allowed_images", "ghcr.io/UPPER"}, {"cache_repository", "ghcr.io/acme/cache:tag"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
 	} {
 		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))
 		if err == nil || c != nil {

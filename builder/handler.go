@@ -92,6 +92,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		StallTimeout:    cfg.StallTimeout,
 		DaemonBuilds:    cfg.DaemonBuilds,
 		DefaultPlatform: cfg.DefaultPlatform,
+		CacheRepository: cfg.CacheRepository,
 		AllowSyntax:     cfg.AllowSyntax,
 		Credentials:     credentials,
 		Log:             log,

@@ -9,11 +9,13 @@ import (
 	"fmt"
 	"maps"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
@@ -49,6 +51,10 @@ type Config struct {
 	// DefaultPlatform is that of a request that names none. Empty is the
 	// daemon's own.
 	DefaultPlatform string
+
+	// CacheRepository is where builds keep their cache beside the daemons', for
+	// those that have none of theirs. Empty: nowhere.
+	CacheRepository reference.Named
 
 	// AllowSyntax follows a Dockerfile's "# syntax=" line.
 	AllowSyntax bool
@@ -294,7 +300,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		b.stats.Transfer += b.progress.transfer
 		b.progress = b.newProgress()
 	}
-	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.req.Config.References))
+	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.repositories()))
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { b.progress.drain(status) })
@@ -326,7 +332,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
 		err := (&failure{
-			err: err, redact: b.redact, step: b.progress.name, pushing: b.limits.isPushing(),
+			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}).classify()
 		if ctx.Err() == nil && api.AsError(err).Code == api.DaemonFull {
@@ -376,7 +382,7 @@ func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 	if len(b.req.Secrets) > 0 {
 		attachables = append(attachables, b.secrets(""))
 	}
-	return client.SolveOpt{
+	opt := client.SolveOpt{
 		Ref:           ref,
 		Frontend:      "dockerfile.v0",
 		FrontendAttrs: b.frontendAttrs(),
@@ -390,6 +396,40 @@ func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 		// how many builds each daemon of a pool has.
 		Internal: !b.named() && !b.solver.pool.several(),
 	}
+	if cache := b.cache(); cache != nil {
+		opt.CacheImports = []client.CacheOptionsEntry{{Type: "registry", Attrs: map[string]string{"ref": cache.String()}}}
+		if b.pushes() {
+			opt.CacheExports = []client.CacheOptionsEntry{{Type: "registry", Attrs: map[string]string{
+				"ref": cache.String(),
+				// The results of all stages, as an image: some registries take no other
+				// manifest. Without ignore-error the image would not be pushed either.
+				"mode": "max", "image-manifest": "true", "oci-mediatypes": "true", "ignore-error": "true",
+			}}}
+		}
+	}
+	return opt
+}
+
+// cache is the image's own tag in the cache repository, or nil.
+func (b *build) cache() reference.Named {
+	if b.solver.cfg.CacheRepository == nil || len(b.req.Config.References) == 0 {
+		return nil
+	}
+	// Hex digits: a key that no other tenant has, and a tag.
+	tag, err := reference.WithTag(b.solver.cfg.CacheRepository, b.req.SharedKey)
+	if err != nil {
+		return nil
+	}
+	return tag
+}
+
+// repositories are what the build may push to.
+func (b *build) repositories() []reference.Named {
+	list := b.req.Config.References
+	if cache := b.cache(); cache != nil {
+		list = append(slices.Clone(list), cache)
+	}
+	return list
 }
 
 // secrets are the session's: the build's own, and under the id git the header for

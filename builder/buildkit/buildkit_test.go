@@ -3,7 +3,9 @@ package buildkit
 import (
 	"bytes"
 	"crypto/sha256"
+	"github.com/distribution/reference"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 
@@ -76,6 +78,44 @@ func TestAttributes(t *testing.T) {
 				t.Error("a build with a name is kept out of the history")
 			}
 		})
+	}
+}
+
+func TestCacheRepository(t *testing.T) {
+	repository, err := reference.ParseNormalizedNamed("r:5000/cache")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{CacheRepository: repository}
+	for _, tt := range []struct {
+		config           string
+		imports, exports int
+	}{
+		{`{"image":"acme/app:1"}`, 1, 1},
+		{`{"image":"acme/app:1","skipPush":true}`, 1, 0},
+		{`{"skipPush":true}`, 0, 0}, // nothing says whose cache it would be
+	} {
+		b := newTestBuild(t, cfg, tt.config)
+		opt := b.solveOpt("ref", newAuthServer(nil))
+		if len(opt.CacheImports) != tt.imports || len(opt.CacheExports) != tt.exports {
+			t.Errorf("%s: %d imports, %d exports", tt.config, len(opt.CacheImports), len(opt.CacheExports))
+		}
+		for _, e := range slices.Concat(opt.CacheImports, opt.CacheExports) {
+			if e.Type != "registry" || e.Attrs["ref"] != "r:5000/cache:key" {
+				t.Errorf("%s: %+v", tt.config, e)
+			}
+		}
+		for _, e := range opt.CacheExports {
+			if e.Attrs["ignore-error"] != "true" || e.Attrs["mode"] != "max" {
+				t.Errorf("%+v", e)
+			}
+		}
+		if n := len(b.repositories()); n != 2*tt.imports {
+			t.Errorf("%s: tokens for %d repositories", tt.config, n)
+		}
+		if len(b.req.Config.References) > 1 {
+			t.Error("the cache is one of the image's names")
+		}
 	}
 }
 

@@ -69,6 +69,7 @@ type failure struct {
 	err     error
 	redact  *redact.Redactor
 	step    func(digest string) string // name of a vertex
+	noSpace func(digest string) bool   // whether it ran out of disk; may be nil
 	pushing bool                       // the push had begun
 	auths   []*api.Error               // what the daemon was told of registries, the last first
 
@@ -80,7 +81,7 @@ type failure struct {
 func (f *failure) classify() error {
 	text := strings.TrimPrefix(f.err.Error(), "failed to solve: ")
 	if exit, ok := errors.AsType[*gatewayapi.ExitError](f.err); ok {
-		return f.buildFailed(exitText(exit.ExitCode))
+		return f.buildFailed(exitText(exit.ExitCode, f.ranOutOfDisk()))
 	}
 	for _, e := range f.auths {
 		if strings.Contains(text, e.Msg) {
@@ -100,12 +101,20 @@ func (f *failure) classify() error {
 	return f.buildFailed(plain(text))
 }
 
-func exitText(code uint32) string {
+func exitText(code uint32, noSpace bool) string {
 	text := fmt.Sprintf("exit code %d", code)
-	if code == 137 {
+	switch {
+	case code == 137:
 		text += ": killed, probably because memory ran out"
+	case noSpace:
+		text += ": buildkitd's disk is full, or the step needs more than it has"
 	}
 	return text
+}
+
+func (f *failure) ranOutOfDisk() bool {
+	v, ok := errors.AsType[*errdefs.VertexError](f.err)
+	return ok && f.noSpace != nil && f.noSpace(v.Digest)
 }
 
 // maxStep is how much of a step's name an error has, in bytes: a RUN line can be

@@ -62,6 +62,8 @@ Dockerfile:3
 			msg: "RUN " + strings.Repeat("é", (maxStep-4)/2) + " …: exit code 3"},
 		{name: "memory", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 137}, digest.FromString("step")), code: api.BuildFailed,
 			msg: "[2/2] RUN exit 3: exit code 137: killed, probably because memory ran out"},
+		{name: "disk", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 2}, digest.FromString("filler")), code: api.BuildFailed,
+			msg: "exit code 2: buildkitd's disk is full, or the step needs more than it has"},
 		{name: "a step that fills its disk", code: api.BuildFailed, msg: "exit code 1",
 			err: &gatewayapi.ExitError{ExitCode: 1, Err: errors.New("dd: no space left on device")}},
 		{name: "a step that talks of registries", code: api.BuildFailed, msg: "exit code 1", pushing: true,
@@ -140,6 +142,7 @@ Dockerfile:2
 					}
 					return ""
 				},
+				noSpace: func(d string) bool { return d == digest.FromString("filler").String() },
 				auths: []*api.Error{
 					{Code: api.RegistryFailed, Msg: "registry r: it is away"},
 					{Code: api.RegistryDenied, Msg: "registry r: it says no"},

@@ -46,6 +46,11 @@ func (g *gitSource) state(opts ...llb.GitOption) llb.State {
 func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.SolveOpt, status chan *client.SolveStatus) (*client.SolveResponse, error) {
 	attrs := opt.FrontendAttrs
 	opt.FrontendAttrs = nil
+	var imports []gateway.CacheOptionsEntry
+	for _, entry := range opt.CacheImports {
+		imports = append(imports, gateway.CacheOptionsEntry{Type: entry.Type, Attrs: entry.Attrs})
+	}
+	opt.CacheImports = nil
 	return c.Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		checksum, err := g.resolve(ctx, c)
 		if err != nil {
@@ -61,6 +66,7 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 		return c.Solve(ctx, gateway.SolveRequest{
 			Frontend:       "dockerfile.v0",
 			FrontendOpt:    attrs,
+			CacheImports:   imports,
 			FrontendInputs: map[string]*pb.Definition{"context": def.ToPB(), "dockerfile": def.ToPB()},
 		})
 	}, status)

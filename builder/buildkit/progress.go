@@ -1,6 +1,7 @@
 package buildkit
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"strings"
@@ -40,6 +41,7 @@ type vertex struct {
 	completed *time.Time
 	cached    bool
 	canceled  bool
+	noSpace   bool // its output said so, in the C library's words
 	streams   []streamKey
 }
 
@@ -220,6 +222,9 @@ func (p *progress) output(l *client.VertexLog) {
 		}
 	}
 	st.Write(l.Data)
+	if v := p.vertices[l.Vertex]; v != nil && bytes.Contains(l.Data, []byte("No space left on device")) {
+		v.noSpace = true
+	}
 }
 
 func (p *progress) warning(w *client.VertexWarning) {
@@ -276,9 +281,15 @@ func (p *progress) name(d string) string {
 	return ""
 }
 
+// noSpace says whether the vertex with the given digest ran out of disk.
+func (p *progress) noSpace(d string) bool {
+	v := p.vertices[digest.Digest(d)]
+	return v != nil && v.noSpace
+}
+
 // isStep tells the steps of a Dockerfile from what BuildKit adds.
 func isStep(name string) bool {
-	return !strings.HasPrefix(name, "[internal]") && !isExport(name)
+	return strings.HasPrefix(name, "[") && !strings.HasPrefix(name, "[internal]") && !strings.HasPrefix(name, "[auth]")
 }
 
 func isExport(name string) bool { return strings.HasPrefix(name, "exporting to ") }

@@ -201,6 +201,20 @@ func TestProgressPush(t *testing.T) {
 	}
 }
 
+func TestNoSpaceSeen(t *testing.T) {
+	_, p, _ := progressOf(
+		&client.SolveStatus{Vertexes: []*client.Vertex{vtx("[1/2] RUN dd", at(0), nil), vtx("[2/2] RUN :", at(0), nil)}},
+		&client.SolveStatus{Logs: []*client.VertexLog{
+			logged("[1/2] RUN dd", 2, "dd: writing: No space left on device\n"), logged("[2/2] RUN :", 1, "fine\n"),
+		}},
+	)
+	for name, want := range map[string]bool{"[1/2] RUN dd": true, "[2/2] RUN :": false, "another": false} {
+		if got := p.noSpace(digest.FromString(name).String()); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
 func TestLimits(t *testing.T) {
 	for _, tt := range []struct {
 		name string

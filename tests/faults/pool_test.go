@@ -3,14 +3,20 @@ package faults
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"github.com/openfaas/go-sdk/builder"
 
 	"handler/function/tests/stack"
@@ -334,4 +340,361 @@ func TestStalled(t *testing.T) {
 	if second, line := a.placed(t, f); second == first || line["choice"] != "down" {
 		t.Errorf("built on %s and then on %s, %v", first, second, line["choice"])
 	}
+}
+
+// zone is a stand-in for the cluster's DNS: the headless Service "pool".
+type zone struct {
+	mu   sync.Mutex
+	pods map[string]*stack.Buildkitd // by name
+}
+
+func (z *zone) set(pods map[string]*stack.Buildkitd) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.pods = pods
+}
+
+func (z *zone) ServeDNS(w dns.ResponseWriter, req *dns.Msg) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	resp := new(dns.Msg)
+	resp.SetReply(req)
+	resp.Authoritative = true
+	q := req.Question[0]
+	header := dns.RR_Header{Name: q.Name, Rrtype: q.Qtype, Class: dns.ClassINET}
+	known := q.Name == "pool.test." || q.Name == "_buildkit._tcp.pool.test."
+	for name, b := range z.pods {
+		host := name + ".pool.test."
+		switch {
+		case q.Name == "_buildkit._tcp.pool.test." && q.Qtype == dns.TypeSRV:
+			port, _ := strconv.Atoi(b.Addr[strings.LastIndex(b.Addr, ":")+1:])
+			resp.Answer = append(resp.Answer, &dns.SRV{Hdr: header, Port: uint16(port), Target: host})
+		case q.Name == host:
+			known = true
+			if q.Qtype == dns.TypeA {
+				resp.Answer = append(resp.Answer, &dns.A{Hdr: header, A: net.IPv4(127, 0, 0, 1)})
+			}
+		}
+	}
+	if !known {
+		resp.Rcode = dns.RcodeNameError
+	}
+	w.WriteMsg(resp)
+}
+
+// serveZone returns the address of a server of its own, whose port is 53.
+func serveZone(t *testing.T, z *zone) string {
+	t.Helper()
+	addr := fmt.Sprintf("127.%d.%d.53", 1+rand.IntN(250), rand.IntN(250))
+	conn, err := net.ListenPacket("udp", addr+":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &dns.Server{PacketConn: conn, Handler: z}
+	var done sync.WaitGroup
+	done.Go(func() { server.ActivateAndServe() })
+	t.Cleanup(func() {
+		conn.Close()
+		done.Wait()
+	})
+	return addr
+}
+
+// TestHeadlessService finds the daemons by their SRV records, which name them.
+func TestHeadlessService(t *testing.T) {
+	t.Parallel()
+	list := daemons(t, 3)
+	z := &zone{}
+	z.set(map[string]*stack.Buildkitd{"buildkitd-0": list[0], "buildkitd-1": list[1]})
+	s, f := stack.Test(t, stack.FunctionConfig{
+		Nameserver: serveZone(t, z),
+		Env:        map[string]string{"buildkit_addr": "tcp://pool.test:1234", "max_builds": "100"},
+	})
+	reachable := func(want float64) {
+		t.Helper()
+		eventually(t, 30*time.Second, func() error {
+			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != want {
+				return fmt.Errorf("%v reachable, want %v; %v", n, want, err)
+			}
+			return nil
+		})
+	}
+	reachable(2)
+	images := apps(s, 12)
+	before := everywhere(t, f, images)
+	names := make(map[string]int)
+	for _, addr := range before {
+		names[addr]++
+	}
+	for i, b := range list[:2] {
+		if want := fmt.Sprintf("tcp://buildkitd-%d.pool.test:%s", i, b.Addr[strings.LastIndex(b.Addr, ":")+1:]); names[want] == 0 {
+			t.Errorf("no build on %s, but on %v", want, names)
+		}
+	}
+
+	z.set(map[string]*stack.Buildkitd{"buildkitd-0": list[0], "buildkitd-1": list[1], "buildkitd-2": list[2]})
+	reachable(3)
+	moved := 0
+	for a, addr := range everywhere(t, f, images) {
+		if addr != before[a] {
+			moved++
+			if !strings.Contains(addr, "buildkitd-2") {
+				t.Errorf("an image moved from %s to %s", before[a], addr)
+			}
+		}
+	}
+	if moved == 0 || moved > 9 {
+		t.Errorf("%d of %d images moved to the daemon that joined", moved, len(images))
+	}
+
+	// One leaves while it builds: the build ends there.
+	var running app
+	for _, a := range images {
+		if strings.Contains(before[a], "buildkitd-0") {
+			running = a
+		}
+	}
+	wait := background(t, f, running.body(t, sleep(running.mark, 8*time.Second)), sse)
+	eventually(t, 20*time.Second, func() error {
+		for _, b := range list {
+			if runs(t, b, running.mark) {
+				return nil
+			}
+		}
+		return fmt.Errorf("the step does not run")
+	})
+	z.set(map[string]*stack.Buildkitd{"buildkitd-1": list[1]})
+	reachable(1)
+	wait().wantSuccess(t)
+	if _, line := running.placed(t, f); line["attempts"] != 1.0 {
+		t.Errorf("%v attempts", line["attempts"])
+	}
+	for _, addr := range everywhere(t, f, images) {
+		if !strings.Contains(addr, "buildkitd-1") {
+			t.Errorf("a build on %s, which has left", addr)
+		}
+	}
+}
+
+// TestColdDaemon: with a cache repository, what one daemon has built is not built
+// again by another.
+func TestColdDaemon(t *testing.T) {
+	t.Parallel()
+	list := daemons(t, 2)
+	shared := stack.Shared(t)
+	repository := strings.ToLower(mark())
+	env := map[string]string{"cache_repository": shared.Registry.Image("cache/" + repository)}
+	s, warm := pool(t, list[:1], env)
+	_, cold := pool(t, list[1:], env)
+	_, without := pool(t, list[1:], nil)
+	a := apps(s, 1)[0]
+	body := request(t, &builder.BuildConfig{Image: a.image},
+		"FROM busybox AS one", "RUN sleep 1; echo "+a.mark+" > /one", "FROM busybox", "COPY --from=one /one /", "RUN echo "+a.mark+" > /two")
+	first := mustSend(t, warm, body, jsonForm)
+	first.wantSuccess(t)
+	second := mustSend(t, cold, body, jsonForm)
+	second.wantSuccess(t)
+	cached := 0
+	for _, l := range second.Log {
+		if strings.Contains(l, "] RUN ") || strings.Contains(l, "] COPY ") {
+			if strings.HasPrefix(l, "v: ") && strings.HasSuffix(l, " CACHED") {
+				cached++
+			}
+		}
+	}
+	_, line := a.placed(t, cold)
+	if second.Digest != first.Digest || cached != 3 {
+		t.Errorf("%d steps cached, %v of %v; digests %s and %s\n%s", cached, line["cached_steps"], line["steps"], first.Digest, second.Digest, strings.Join(second.Log, "\n"))
+	}
+
+	// A repository that cannot be written to fails no build.
+	_, f := pool(t, list[:1], map[string]string{"cache_repository": "127.0.0.1:1/cache"})
+	mustSend(t, f, a.body(t, "RUN : "+a.mark), jsonForm).wantSuccess(t)
+	// Nor has a build without one any of it.
+	other := apps(s, 1)[0]
+	mustSend(t, without, other.body(t, "RUN : "+other.mark), jsonForm).wantSuccess(t)
+	if tags := wantWhole(t, s.Registry.Image("cache/"+repository)); len(tags) != 1 {
+		t.Errorf("%d images have a cache", len(tags))
+	}
+}
+
+// TestCertificatesRotated replaces the CA and every certificate, one daemon
+// after the other, while builds run.
+func TestCertificatesRotated(t *testing.T) {
+	t.Parallel()
+	shared := stack.Shared(t)
+	dir := t.TempDir()
+	certs, next := filepath.Join(dir, "certs"), filepath.Join(dir, "next")
+	script := filepath.Join(shared.Repo, "buildkit", "certs.sh")
+	for _, d := range []string{certs, next} {
+		if out, err := exec.Command(script, d).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	read := func(path ...string) []byte {
+		data, err := os.ReadFile(filepath.Join(path...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	// Each file at once, as Kubernetes replaces it.
+	write := func(name string, data []byte) {
+		if err := os.WriteFile(name+".new", data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(name+".new", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	daemonCA := filepath.Join(certs, "ca.pem")
+	list := make([]*stack.Buildkitd, 2)
+	for i := range list {
+		list[i] = newBuildkitd(t, stack.BuildkitdConfig{Certs: certs})
+	}
+	s, f := stack.Test(t, stack.FunctionConfig{
+		Env: map[string]string{"buildkit_addr": addrs(list), "max_builds": "100"},
+		Secrets: map[string][]byte{
+			"buildkit-ca": read(certs, "ca.pem"), "buildkit-cert": read(certs, "client", "cert.pem"), "buildkit-key": read(certs, "client", "key.pem"),
+		},
+	})
+
+	stop := make(chan struct{})
+	var load sync.WaitGroup
+	var built atomic.Int32
+	for _, a := range apps(s, 4) {
+		load.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				case <-time.After(100 * time.Millisecond):
+				}
+				body := a.body(t, sleep(fmt.Sprint(a.mark, i), time.Second))
+				if got, err := send(testContext(t), f, body, ndjson); err != nil || got.Status != "success" {
+					t.Errorf("%v, %v", got, err)
+				}
+				built.Add(1)
+			}
+		})
+	}
+	restart := func() {
+		t.Helper()
+		for _, b := range list {
+			if err := b.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Wait(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Start(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	secret := func(name string) string { return filepath.Join(f.SecretsDir, name) }
+	both := append(read(certs, "ca.pem"), read(next, "ca.pem")...)
+
+	// First both CAs are trusted everywhere, then the certificates change, then the
+	// old CA goes.
+	write(daemonCA, both)
+	restart()
+	write(secret("buildkit-ca"), both)
+	write(secret("buildkit-cert"), read(next, "client", "cert.pem"))
+	write(secret("buildkit-key"), read(next, "client", "key.pem"))
+	for _, name := range []string{"daemon/cert.pem", "daemon/key.pem", "client/cert.pem", "client/key.pem"} {
+		write(filepath.Join(certs, name), read(next, name))
+	}
+	restart()
+	write(daemonCA, read(next, "ca.pem"))
+	write(secret("buildkit-ca"), read(next, "ca.pem"))
+	restart()
+	before := built.Load()
+	eventually(t, time.Minute, func() error {
+		if built.Load() < before+8 {
+			return fmt.Errorf("%d builds since the last restart", built.Load()-before)
+		}
+		return nil
+	})
+	close(stop)
+	load.Wait()
+	t.Logf("%d builds, none failed", built.Load())
+}
+
+// TestVolumeFull fills the volume of one daemon. Builds move, it is pruned, and
+// it comes back.
+func TestVolumeFull(t *testing.T) {
+	t.Parallel()
+	image := filepath.Join(t.TempDir(), "volume")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 256<<20); err != nil {
+		t.Fatal(err)
+	}
+	mount := t.TempDir()
+	for _, command := range [][]string{{"mkfs.ext4", "-q", "-m", "0", image}, {"mount", "-o", "loop", image, mount}} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", command[0], err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(mount, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	small := newBuildkitd(t, stack.BuildkitdConfig{Args: []string{"--root", filepath.Join(mount, "root")}})
+	large := newBuildkitd(t, stack.BuildkitdConfig{})
+	s, f := pool(t, []*stack.Buildkitd{small, large}, nil)
+
+	images := apps(s, 12)
+	var home []app // on the small volume
+	for a, addr := range everywhere(t, f, images) {
+		if addr == small.Addr {
+			home = append(home, a)
+		}
+	}
+	if len(home) < 2 {
+		t.Fatalf("%d of %d images on the small volume", len(home), len(images))
+	}
+	// Something that a prune can remove, and something that it cannot.
+	a := home[0]
+	mustSend(t, f, a.body(t, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark), jsonForm).wantSuccess(t)
+	ballast := filepath.Join(mount, "ballast")
+	fill(t, ballast)
+
+	start := time.Now()
+	for _, a := range home {
+		mustSend(t, f, a.body(t, "RUN : again "+a.mark), jsonForm).wantSuccess(t)
+	}
+	moved, err := metric(f, "builder_builds_moved_total")
+	if err != nil || moved == 0 {
+		t.Errorf("%v builds moved, %v", moved, err)
+	}
+	took := time.Since(start)
+	if took > 30*time.Second*time.Duration(len(home)) {
+		t.Errorf("%d builds took %v", len(home), took)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, time.Minute, func() error {
+		if n, err := metric(f, "builder_daemons_full"); err != nil || n != 0 {
+			return fmt.Errorf("%v full, %v", n, err)
+		}
+		return nil
+	})
+	if log, err := f.Log(); err != nil || !strings.Contains(log, "buildkitd pruned") {
+		t.Errorf("nothing was pruned: %v", err)
+	}
+	for _, a := range home {
+		mustSend(t, f, a.body(t, "RUN : and again "+a.mark), jsonForm).wantSuccess(t)
+		if addr, line := a.placed(t, f); addr != small.Addr || line["choice"] != "first" {
+			t.Errorf("with room again, on %s: %v", addr, line["choice"])
+		}
+	}
+
+	// What a step itself writes is the build's own failure, wherever it runs.
+	mustSend(t, f, a.body(t, "RUN dd if=/dev/zero of=/blob bs=1M; : "+a.mark+"; false"), jsonForm).wantFailed(t, "build_failed", "disk is full")
+	t.Logf("%d images there, %v builds moved, in %v", len(home), moved, took.Round(100*time.Millisecond))
 }

@@ -29,6 +29,9 @@ type FunctionConfig struct {
 	// Watchdog puts the real of-watchdog in front, where this machine has one.
 	// Two of them cannot run at once: they share the metrics port 8081.
 	Watchdog bool
+	// Nameserver is the address that the function's process looks names up at;
+	// empty is the machine's.
+	Nameserver string
 	// Plain leaves out the race detector, for a test that measures memory or
 	// time: it takes many times the function's own.
 	Plain bool
@@ -100,6 +103,14 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	maps.Copy(env, c.Env)
 
 	cmd := exec.Command(command)
+	if c.Nameserver != "" {
+		resolv := filepath.Join(dir, "resolv.conf")
+		if err := os.WriteFile(resolv, []byte("nameserver "+c.Nameserver+"\n"), 0o644); err != nil {
+			return nil, err
+		}
+		cmd = exec.Command("/bin/sh", "-c", `mount --bind "$0" "$(readlink -f /etc/resolv.conf)" && exec "$1"`, resolv, command)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	}
 	cmd.Dir = dir
 	// Not this process's whole environment: CI's variables are not the
 	// function's. PATH finds credential helpers.
