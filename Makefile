@@ -73,6 +73,10 @@ test-fuzz: ## every fuzz target for FUZZTIME each
 bench: root ## time the function against buildctl and the BuildKit client
 	go -C tests run ./cmd/bench
 
+.PHONY: bench-pool
+bench-pool: root ## time rebuilds on three daemons with the function's placement against random placement
+	go -C tests run ./cmd/bench-pool
+
 .PHONY: certs
 certs: ## the CA and both certificates for buildkitd and the function: DIR=certs, FORCE=1 replaces
 	buildkit/certs.sh $(DIR)

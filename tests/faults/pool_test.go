@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -19,6 +20,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/openfaas/go-sdk/builder"
 
+	poolbench "handler/function/tests/pool"
 	"handler/function/tests/stack"
 )
 
@@ -697,4 +699,25 @@ func TestVolumeFull(t *testing.T) {
 	// What a step itself writes is the build's own failure, wherever it runs.
 	mustSend(t, f, a.body(t, "RUN dd if=/dev/zero of=/blob bs=1M; : "+a.mark+"; false"), jsonForm).wantFailed(t, "build_failed", "disk is full")
 	t.Logf("%d images there, %v builds moved, in %v", len(home), moved, took.Round(100*time.Millisecond))
+}
+
+// TestAffinity: with three daemons and two replicas, what can come from a cache
+// does, and by chance it would not.
+func TestAffinity(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	affinity, random, err := poolbench.Compare(ctx, stack.Shared(t), poolbench.Workload{
+		Daemons: 3, Replicas: 2, Images: 30, Rebuilds: 5, AtOnce: 3, DepsEvery: 2,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if affinity.Share() < 0.99 {
+		t.Errorf("%d of %d cacheable steps came from the cache", affinity.Cached, affinity.Cacheable)
+	}
+	// Else this shows nothing.
+	if random.Share() > 0.8 {
+		t.Errorf("at random %d of %d", random.Cached, random.Cacheable)
+	}
+	t.Logf("cached: %.3f with affinity, %.3f at random", affinity.Share(), random.Share())
 }
