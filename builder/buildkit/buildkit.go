@@ -136,15 +136,33 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS
 	ctx, stop := b.limits.start(ctx)
 	defer stop()
 
-	outcome, err := b.run(ctx)
-	b.stats.Steps, b.stats.Cached = b.progress.counts()
-	b.stats.Sent = b.fs.sent.Load()
-	b.stats.Transfer += b.progress.transfer
-	b.stats.Push = b.limits.pushed()
-	if err != nil {
-		return solve.Outcome{}, b.stats, err
+	for _, w := range b.warnings {
+		b.progress.warn(w)
 	}
-	return outcome, b.stats, nil
+	var outcome solve.Outcome
+	var err error
+	if parts := b.split(ctx); len(parts) > 1 {
+		outcome, err = b.runParts(ctx, parts)
+	} else {
+		b.part = parts[0]
+		outcome, err = b.run(ctx)
+	}
+	stats := b.finish()
+	stats.Sent = b.fs.sent.Load()
+	stats.Push = b.limits.pushed()
+	if err != nil {
+		return solve.Outcome{}, stats, err
+	}
+	return outcome, stats, nil
+}
+
+// finish is how the build went, after its last attempt.
+func (b *build) finish() solve.Stats {
+	steps, cached := b.progress.counts()
+	b.stats.Steps += steps
+	b.stats.Cached += cached
+	b.stats.Transfer += b.progress.transfer
+	return b.stats
 }
 
 // build is one request on its way, over all its attempts.
@@ -159,6 +177,10 @@ type build struct {
 	stats    solve.Stats
 	warnings []string
 	followed bool // what progress has seen was another replica's
+
+	part    part   // what is built of the platforms
+	partial bool   // other parts are built beside it
+	joins   []part // that are in the registry, where this is what joins them
 
 	daemon *daemon // of the current attempt
 	lost   *daemon // that an attempt was lost on, or that was full
@@ -184,16 +206,17 @@ func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *
 }
 
 func (b *build) newProgress() *progress {
-	return newProgress(b.log, b.redact, b.limits.listening, b.limits.pushing)
+	pushing := b.limits.pushing
+	if b.partial {
+		pushing = func() {} // others may still build
+	}
+	return newProgress(b.log, b.redact, b.limits.listening, pushing)
 }
 
 // run solves, a second time and elsewhere when the daemon was lost or its disk
 // is full: it pushes last, so that nothing is done twice. A registry that wants
 // the push to wait gets it again.
 func (b *build) run(ctx context.Context) (solve.Outcome, error) {
-	for _, w := range b.warnings {
-		b.progress.warn(w)
-	}
 	pushes := 0
 	for {
 		outcome, err := b.attempt(ctx)
@@ -270,7 +293,7 @@ func (b *build) ended(ctx context.Context) error {
 func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	pool := b.solver.pool
 	b.daemon = nil
-	at, err := pool.place(ctx, b.req.SharedKey, b.elsewhere(ctx), b.lost)
+	at, err := pool.place(ctx, placeKey{b.req.SharedKey, b.part.native}, b.elsewhere(ctx), b.lost)
 	if err != nil {
 		return solve.Outcome{}, err
 	}
@@ -281,7 +304,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	end := c.ends.next()
 	ref := identity.NewID()
 	if b.named() {
-		past, next, err := b.recall(ctx, c)
+		past, next, err := b.recall(ctx, at)
 		if err != nil || past != nil {
 			gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
 			at.give(gone)
@@ -300,6 +323,9 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		b.stats.Transfer += b.progress.transfer
 		b.progress = b.newProgress()
 	}
+	if b.stats.Attempts == 1 {
+		b.emulated(d)
+	}
 	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.repositories()))
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
@@ -307,9 +333,12 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	opt := b.solveOpt(ref, auths)
 	var git *gitSource
 	var resp *client.SolveResponse
-	if b.req.Config.Git == nil {
+	switch {
+	case b.joins != nil:
+		resp, err = b.join(ctx, c.client, opt, status)
+	case b.req.Config.Git == nil:
 		resp, err = c.client.Solve(ctx, nil, opt, status)
-	} else {
+	default:
 		git = &gitSource{Git: b.req.Config.Git, secret: identity.NewID()}
 		opt.LocalMounts = nil
 		opt.Session = []session.Attachable{auths, b.secrets(git.secret)}
@@ -340,21 +369,21 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		}
 		return solve.Outcome{}, err
 	}
-	outcome := b.outcome(c, resp.ExporterResponse["containerimage.digest"])
+	outcome := b.outcome(d, resp.ExporterResponse["containerimage.digest"])
 	if git != nil {
 		outcome.Commit = git.commit
 	}
 	return outcome, nil
 }
 
-func (b *build) outcome(c *conn, digest string) solve.Outcome {
+func (b *build) outcome(d *daemon, digest string) solve.Outcome {
 	outcome := solve.Outcome{
 		Digest:    digest,
 		Platforms: b.platforms(),
 		Warnings:  b.warnings,
 	}
-	if len(outcome.Platforms) == 0 && c.defaultPlatform() != "" {
-		outcome.Platforms = []string{c.defaultPlatform()}
+	if native := d.native(); len(outcome.Platforms) == 0 && native != "" {
+		outcome.Platforms = []string{native}
 	}
 	if b.pushes() {
 		outcome.Tags = b.req.Config.Tags
@@ -368,6 +397,9 @@ func (b *build) pushes() bool { return !b.req.Config.SkipPush }
 
 // platforms are those asked for; none are the daemon's own.
 func (b *build) platforms() []string {
+	if list := b.part.platforms; len(list) > 0 {
+		return list
+	}
 	if list := b.req.Config.Platforms; len(list) > 0 {
 		return list
 	}
@@ -416,7 +448,11 @@ func (b *build) cache() reference.Named {
 		return nil
 	}
 	// Hex digits: a key that no other tenant has, and a tag.
-	tag, err := reference.WithTag(b.solver.cfg.CacheRepository, b.req.SharedKey)
+	name := b.req.SharedKey
+	if b.partial {
+		name += strings.ReplaceAll("-"+b.part.native, "/", "-")
+	}
+	tag, err := reference.WithTag(b.solver.cfg.CacheRepository, name)
 	if err != nil {
 		return nil
 	}
@@ -461,6 +497,10 @@ func (b *build) frontendAttrs() map[string]string {
 	if p := b.platforms(); len(p) > 0 {
 		attrs["platform"] = strings.Join(p, ",")
 	}
+	if b.partial {
+		// Its steps are named with their platform then.
+		attrs["multi-platform"] = "true"
+	}
 	if cfg.NoCache {
 		attrs["no-cache"] = ""
 	}
@@ -503,6 +543,9 @@ func (b *build) exporterAttrs() map[string]string {
 		}
 		attrs["name"] = strings.Join(list, ",")
 		attrs["push"] = "true"
+		if b.partial {
+			attrs["name"], attrs["push-by-digest"] = b.untagged(), "true"
+		}
 	}
 	return attrs
 }
@@ -523,6 +566,9 @@ var (
 	errBuildTimeout = errors.New("build_timeout passed")
 	errPushTimeout  = errors.New("push_timeout passed")
 	errStalled      = errors.New("stall_timeout passed")
+
+	// errOtherPlatform ends the builds beside the one that failed.
+	errOtherPlatform = errors.New("another platform failed")
 )
 
 func (l *limits) start(ctx context.Context) (context.Context, func()) {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/platforms"
@@ -46,9 +47,10 @@ type daemon struct {
 	log        zerolog.Logger
 	health     health
 
-	mu     sync.Mutex
-	cur    *conn
-	closed bool
+	mu       sync.Mutex
+	cur      *conn
+	closed   bool
+	platform string // its own, as it said last
 }
 
 // conn is one client's connection. It is closed when it has been dropped and
@@ -61,8 +63,7 @@ type conn struct {
 	refs    int // guarded by daemon.mu, as is dropped
 	dropped bool
 
-	mu       sync.Mutex
-	platform string // the daemon's own
+	known atomic.Bool // what the daemon's platform is
 }
 
 var errClosed = errors.New("the solver is closed")
@@ -191,7 +192,7 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err = c.check(ctx); err == nil {
+		if err = d.check(ctx, c); err == nil {
 			return c, nil
 		}
 		d.release(c, true)
@@ -205,13 +206,10 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 }
 
 // check makes one small RPC.
-func (c *conn) check(ctx context.Context) error {
+func (d *daemon) check(ctx context.Context, c *conn) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	c.mu.Lock()
-	known := c.platform != ""
-	c.mu.Unlock()
-	if known {
+	if c.known.Load() {
 		_, err := c.client.Info(ctx)
 		return err
 	}
@@ -222,18 +220,14 @@ func (c *conn) check(ctx context.Context) error {
 	if len(workers) == 0 {
 		return errors.New("buildkitd has no worker")
 	}
+	// Its own comes first, before those it emulates.
 	if p := workers[0].Platforms; len(p) > 0 {
-		c.mu.Lock()
-		c.platform = platforms.Format(platforms.Normalize(p[0]))
-		c.mu.Unlock()
+		d.mu.Lock()
+		d.platform = platforms.Format(platforms.Normalize(p[0]))
+		d.mu.Unlock()
+		c.known.Store(true)
 	}
 	return nil
-}
-
-func (c *conn) defaultPlatform() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.platform
 }
 
 func (d *daemon) close() error {

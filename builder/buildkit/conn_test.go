@@ -209,7 +209,7 @@ func TestConnectionKept(t *testing.T) {
 	d, write := tlsDaemon(t, addr, &bytes.Buffer{})
 	write(authority, "one")
 	first := mustAcquire(t, d)
-	if p := first.defaultPlatform(); p != "linux/arm64" {
+	if p := d.native(); p != "linux/arm64" {
 		t.Errorf("platform %q", p)
 	}
 	second := mustAcquire(t, d)
@@ -237,11 +237,11 @@ func TestCertificatesReplaced(t *testing.T) {
 	if c == old || ctl.last() != "two" {
 		t.Fatalf("the new certificate is not used: %q", ctl.last())
 	}
-	if err := old.check(t.Context()); err != nil || ctl.last() != "one" {
+	if err := d.check(t.Context(), old); err != nil || ctl.last() != "one" {
 		t.Errorf("the old connection, in use, is closed: %v", err)
 	}
 	d.release(old, false)
-	if err := old.check(t.Context()); err == nil {
+	if err := d.check(t.Context(), old); err == nil {
 		t.Error("the old connection is open after its last build")
 	}
 	d.release(c, false)
@@ -303,7 +303,7 @@ func TestDaemonRestarted(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	_, s := listen(t, ctl, "unix", socket, nil)
 	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}, CAFile: "absent", CertFile: "absent", KeyFile: "absent"}).pool
-	first, err := p.place(t.Context(), "key", nil, nil)
+	first, err := p.place(t.Context(), placeKey{cache: "key"}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,7 +317,7 @@ func TestDaemonRestarted(t *testing.T) {
 	first.give(true)
 	time.AfterFunc(500*time.Millisecond, func() { listen(t, ctl, "unix", socket, nil) })
 	start := time.Now()
-	again, err := p.place(t.Context(), "key", nil, nil)
+	again, err := p.place(t.Context(), placeKey{cache: "key"}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -348,11 +348,11 @@ func TestDaemonAbsent(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	time.AfterFunc(300*time.Millisecond, func() { cancel(errClosed) })
-	if _, err := s.pool.place(ctx, "key", nil, nil); err != errClosed {
+	if _, err := s.pool.place(ctx, placeKey{cache: "key"}, nil, nil); err != errClosed {
 		t.Errorf("canceled: %v", err)
 	}
 	start := time.Now()
-	if _, err := s.pool.place(t.Context(), "key", nil, nil); api.AsError(err).Code != api.NoDaemon || time.Since(start) > 2*dialWindow {
+	if _, err := s.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.NoDaemon || time.Since(start) > 2*dialWindow {
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
 	if err := s.Close(); err != nil {

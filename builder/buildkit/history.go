@@ -44,10 +44,10 @@ const historyTimeout = 30 * time.Second
 // recall looks for what the daemon knows of the build's name. It returns an
 // Outcome when an attempt has succeeded, after having waited for one that runs,
 // and otherwise the Ref of the next.
-func (b *build) recall(ctx context.Context, c *conn) (*solve.Outcome, string, error) {
+func (b *build) recall(ctx context.Context, at *seat) (*solve.Outcome, string, error) {
 	for n := 0; n < maxRefs; {
 		ref := refOf(b.req.Name, n)
-		records, err := c.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true})
+		records, err := at.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true})
 		if err != nil {
 			return nil, "", err
 		}
@@ -57,11 +57,11 @@ func (b *build) recall(ctx context.Context, c *conn) (*solve.Outcome, string, er
 		case isRunning(records[0]):
 			b.progress.warn("this build runs already: following it")
 			b.followed = true
-			if err := b.follow(ctx, c, ref); err != nil {
+			if err := b.follow(ctx, at.conn, ref); err != nil {
 				return nil, "", err
 			}
 		case succeeded(records[0]):
-			outcome := b.outcome(c, digestOf(records[0]))
+			outcome := b.outcome(at.daemon, digestOf(records[0]))
 			return &outcome, "", nil
 		default:
 			n++

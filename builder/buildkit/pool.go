@@ -154,16 +154,30 @@ func (p *pool) replace(addrs []string) {
 	p.daemons = next
 }
 
-// order is the list in the order of the key.
-func (p *pool) order(ctx context.Context, key string) []*daemon {
+// placeKey is what a build is placed by.
+type placeKey struct {
+	cache  string // daemons are ordered by it
+	native string // their platform; empty is any
+}
+
+// order is the daemons of the key's platform in the order of its cache, or all
+// of them where none has that platform any more.
+func (p *pool) order(ctx context.Context, key placeKey) []*daemon {
+	list := p.list(ctx)
+	if key.native != "" {
+		other := func(d *daemon) bool { return d.native() != key.native }
+		if some := slices.DeleteFunc(slices.Clone(list), other); len(some) > 0 {
+			list = some
+		}
+	}
 	byAddr := make(map[string]*daemon)
 	var addrs []string
-	for _, d := range p.list(ctx) {
+	for _, d := range list {
 		byAddr[d.addr] = d
 		addrs = append(addrs, d.addr)
 	}
 	order := make([]*daemon, 0, len(addrs))
-	for _, addr := range placement.Order(key, addrs) {
+	for _, addr := range placement.Order(key.cache, addrs) {
 		order = append(order, byAddr[addr])
 	}
 	return order
@@ -175,7 +189,7 @@ func (p *pool) order(ctx context.Context, key string) []*daemon {
 //
 // Where no daemon answers, all of them are tried again for as long as a restart
 // takes. Errors are *api.Error: no_daemon or daemon_full; or ctx's cause.
-func (p *pool) place(ctx context.Context, key string, prefer, avoid *daemon) (*seat, error) {
+func (p *pool) place(ctx context.Context, key placeKey, prefer, avoid *daemon) (*seat, error) {
 	order := p.order(ctx, key)
 	var fit []*daemon
 	for _, d := range order {

@@ -46,12 +46,12 @@ func (tr *trio) serve(addr string) {
 	_, tr.servers[addr] = listen(tr.t, tr.ctl[addr], "unix", addr[len("unix://"):], nil)
 }
 
-func (tr *trio) order() []*daemon { return tr.pool.order(tr.t.Context(), "key") }
+func (tr *trio) order() []*daemon { return tr.pool.order(tr.t.Context(), placeKey{cache: "key"}) }
 
 // placed is the index in the key's order, and why.
 func (tr *trio) placed(prefer, avoid *daemon) (int, *seat) {
 	tr.t.Helper()
-	s, err := tr.pool.place(tr.t.Context(), "key", prefer, avoid)
+	s, err := tr.pool.place(tr.t.Context(), placeKey{cache: "key"}, prefer, avoid)
 	if err != nil {
 		tr.t.Fatal(err)
 	}
@@ -202,7 +202,7 @@ func TestFull(t *testing.T) {
 	if tr.pool.hasRoom(t.Context()) {
 		t.Error("there is said to be room")
 	}
-	if _, err := tr.pool.place(t.Context(), "key", nil, nil); api.AsError(err).Code != api.DaemonFull {
+	if _, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull {
 		t.Errorf("all are full: %v", err)
 	}
 	ctl.mu.Lock()

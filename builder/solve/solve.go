@@ -99,3 +99,14 @@ type Stats struct {
 	Transfer time.Duration // of the context to the daemon
 	Push     time.Duration
 }
+
+// Add counts another part of the same build. Where it was built is the last
+// part's.
+func (s *Stats) Add(part Stats) {
+	s.Steps += part.Steps
+	s.Cached += part.Cached
+	s.Attempts += part.Attempts
+	s.Transfer += part.Transfer
+	s.Daemon, s.Choice = part.Daemon, part.Choice
+	s.Moved = s.Moved || part.Moved
+}

@@ -1,0 +1,230 @@
+package faults
+
+import (
+	"archive/tar"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/moby/buildkit/client"
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/stack"
+)
+
+// perArch has a stage for each architecture; a stage of another name fails.
+func perArch(t *testing.T, config any, arm string) []byte {
+	t.Helper()
+	dir := stack.Context(t, map[string]string{
+		"Dockerfile": "ARG TARGETARCH\nFROM scratch AS amd64\nCOPY one /file\nFROM scratch AS arm64\nCOPY " + arm + " /file\nFROM ${TARGETARCH}\nCOPY both /\nLABEL a=b\nCMD [\"/file\"]\n",
+		"one":        "amd64 " + mark(), "other": "arm64 " + mark(), "both": mark(),
+	})
+	body, err := stack.Tar(dir, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+// mixed are a daemon of this machine's architecture and one that says it is an
+// arm64 one: it can do everything but run a step.
+func mixed(t *testing.T) []*stack.Buildkitd {
+	t.Helper()
+	return []*stack.Buildkitd{
+		newBuildkitd(t, stack.BuildkitdConfig{}),
+		newBuildkitd(t, stack.BuildkitdConfig{Args: []string{"--oci-worker-platform=linux/arm64"}}),
+	}
+}
+
+// platformsOf pulls every image of an index, by platform.
+func platformsOf(t *testing.T, ref string) (digest string, files map[string]string, annotations map[string]string) {
+	t.Helper()
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	index, err := remote.Index(r, remote.WithContext(testContext(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := index.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = make(map[string]string)
+	for _, d := range manifest.Manifests {
+		img, err := index.Image(d.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[d.Platform.String()] = firstFile(t, img)
+		config, err := img.ConfigFile()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := (v1.Platform{OS: config.OS, Architecture: config.Architecture}).String(); got != d.Platform.String() {
+			t.Errorf("the image for %s says %s", d.Platform, got)
+		}
+		if config.Config.Labels["a"] != "b" || len(config.Config.Cmd) != 1 || len(config.History) != 4 {
+			t.Errorf("config of %s: %+v, %d lines of history", d.Platform, config.Config, len(config.History))
+		}
+	}
+	return h.String(), files, manifest.Annotations
+}
+
+func firstFile(t *testing.T, img v1.Image) string {
+	t.Helper()
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := layers[0].Uncompressed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for tr := tar.NewReader(r); ; {
+		h, err := tr.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Name == "file" {
+			text, err := io.ReadAll(tr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(text)
+		}
+	}
+}
+
+// TestPlatformsOfTheirOwn: each platform is built by a daemon of its own, and
+// they become one index.
+func TestPlatformsOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	list := mixed(t)
+	s, f := pool(t, list, nil)
+	repository := strings.ToLower(mark())
+	ref, second := s.Registry.Image(repository+":v1"), s.Registry.Image(repository+"-copy:v2")
+	config := map[string]any{
+		"image": ref, "tags": []string{second}, "platforms": []string{"linux/arm64", "linux/amd64"},
+		"annotations": map[string]string{"note": "kept"},
+	}
+	got := mustSend(t, f, perArch(t, config, "other"), ndjson)
+	got.wantSuccess(t)
+	// Of what was pushed nothing but the configs is fetched for the index.
+	if text, err := os.ReadFile(s.Registry.LogFile()); err != nil || strings.Count(string(text), `"GET /v2/`+repository+`/blobs/`) > 2 {
+		t.Errorf("%d blobs were pulled to join them, %v", strings.Count(string(text), `"GET /v2/`+repository+`/blobs/`), err)
+	}
+	for _, r := range []string{ref, second} {
+		digest, files, annotations := platformsOf(t, r)
+		if digest != got.Digest || annotations["note"] != "kept" || len(files) != 2 ||
+			!strings.HasPrefix(files["linux/amd64"], "amd64 ") || !strings.HasPrefix(files["linux/arm64"], "arm64 ") {
+			t.Errorf("%s: %s, want %s; %q, %v", r, digest, got.Digest, files, annotations)
+		}
+	}
+	if want := []string{"linux/arm64", "linux/amd64"}; !slices.Equal(got.Platforms, want) {
+		t.Errorf("platforms %q", got.Platforms)
+	}
+	log := strings.Join(got.Log, "\n")
+	for _, p := range []string{"linux/amd64", "linux/arm64"} {
+		if !strings.Contains(log, p+" is built by a buildkitd of its own architecture") || !strings.Contains(log, "["+p+" stage-2 1/1] COPY both /") {
+			t.Errorf("the log does not say how %s was built:\n%s", p, log)
+		}
+	}
+	if strings.Contains(log, "emulation") {
+		t.Errorf("emulated:\n%s", log)
+	}
+	// Both can build both, but for steps that run something.
+	body := perArch(t, config, "other")
+	for i, arch := range []string{"amd64", "arm64"} {
+		if n := layersKept(t, list[i]); n == 0 {
+			t.Errorf("the daemon of %s built nothing", arch)
+		}
+	}
+
+	// What has been built is in each daemon's cache.
+	mustSend(t, f, body, jsonForm).wantSuccess(t)
+	again := mustSend(t, f, body, jsonForm)
+	again.wantSuccess(t)
+	if _, line := (app{image: ref}).placed(t, f); line["cached_steps"] != 4.0 {
+		t.Errorf("%v of %v steps cached", line["cached_steps"], line["steps"])
+	}
+
+	// A platform of neither: emulated, beside the others.
+	body = request(t, &builder.BuildConfig{Image: ref, Platforms: []string{"linux/amd64", "linux/s390x"}}, "FROM scratch", "COPY Dockerfile /")
+	three := mustSend(t, f, body, jsonForm)
+	three.wantSuccess(t)
+	if log := strings.Join(three.Log, "\n"); !strings.Contains(log, "linux/s390x is built under emulation") {
+		t.Errorf("the log does not tell of emulation:\n%s", log)
+	}
+
+	// None named: that of the function's machine, wherever the image is placed.
+	for range 4 {
+		a := apps(s, 1)[0]
+		one := mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image}, "FROM busybox", "RUN : "+a.mark), jsonForm)
+		one.wantSuccess(t)
+		if !slices.Equal(one.Platforms, []string{"linux/amd64"}) {
+			t.Errorf("platforms %q", one.Platforms)
+		}
+	}
+
+	// Without a push there is nothing to join.
+	dry := mustSend(t, f, perArch(t, map[string]any{"skipPush": true, "platforms": []string{"linux/amd64", "linux/arm64"}}, "other"), jsonForm)
+	dry.wantSuccess(t)
+	if dry.Digest != "" || !strings.Contains(fmt.Sprint(dry.Warnings), "only when they are pushed") {
+		t.Errorf("digest %q, warnings %q", dry.Digest, dry.Warnings)
+	}
+}
+
+// layersKept counts what the daemon's cache holds.
+func layersKept(t *testing.T, b *stack.Buildkitd) int {
+	t.Helper()
+	c, err := b.Client(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	all, err := c.DiskUsage(testContext(t), client.WithFilter([]string{"type==regular"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
+
+// TestOnePlatformFails: no tag moves.
+func TestOnePlatformFails(t *testing.T) {
+	t.Parallel()
+	list := mixed(t)
+	s, f := pool(t, list, nil)
+	repository := strings.ToLower(mark())
+	ref := s.Registry.Image(repository + ":v1")
+	config := map[string]any{"image": ref, "platforms": []string{"linux/amd64", "linux/arm64"}}
+	before := mustSend(t, f, perArch(t, config, "other"), jsonForm)
+	before.wantSuccess(t)
+	mustSend(t, f, perArch(t, config, "absent"), jsonForm).wantFailed(t, "build_failed", "absent")
+	mustSend(t, f, perArch(t, config, "absent"), sse).wantFailed(t, "build_failed", "absent")
+	if got := digest(t, ref); got != before.Digest {
+		t.Errorf("the tag moved from %s to %s", before.Digest, got)
+	}
+	wantWhole(t, s.Registry.Image(repository))
+
+	// The daemon of one architecture is lost: emulation beats no image.
+	list[1].Kill()
+	body := request(t, &builder.BuildConfig{Image: ref, Platforms: []string{"linux/amd64", "linux/arm64"}}, "FROM scratch", "COPY Dockerfile /")
+	got := mustSend(t, f, body, jsonForm)
+	got.wantFailed(t, "no_daemon")
+	if got := digest(t, ref); got != before.Digest {
+		t.Errorf("the tag moved from %s to %s", before.Digest, got)
+	}
+}
