@@ -50,6 +50,7 @@ type Config struct {
 	DisableHMAC     bool              // disable_hmac
 	AllowSyntax     bool              // allow_syntax
 	AllowBasic      bool              // allow_basic
+	CreateRepos     bool              // create_repositories
 	TokenHosts      []string          // token_hosts
 	RegistryCA      map[string]string // registry_ca: host=name in SecretsDir
 
@@ -101,6 +102,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		DisableHMAC:     e.boolean("disable_hmac", false),
 		AllowSyntax:     e.boolean("allow_syntax", false),
 		AllowBasic:      e.boolean("allow_basic", true),
+		CreateRepos:     e.boolean("create_repositories", false),
 		TokenHosts:      e.list("token_hosts"),
 		RegistryCA:      e.pairs("registry_ca"),
 

@@ -26,7 +26,7 @@ var imports = map[string][]string{
 	"payload":     {"api"},
 	"buildconfig": {"api"},
 	"sealed":      {"api"},
-	"registry":    {"api"},
+	"registry":    {"api", "clouds"},
 	"contexts":    {"api"},
 }
 
@@ -36,6 +36,11 @@ var reserved = []struct{ module, by, why string }{
 	{"github.com/tonistiigi/fsutil", "buildkit", "it is BuildKit's wire format"},
 	{"google.golang.org/grpc", "buildkit", "it is BuildKit's transport"},
 	{"github.com/docker/", "registry", "credentials are read in one place; go-units is the exception"},
+	{"github.com/aws/", "clouds", "the rest knows Docker's helpers by name"},
+	{"github.com/awslabs/", "clouds", "the rest knows Docker's helpers by name"},
+	{"github.com/Azure/", "clouds", "the rest knows Docker's helpers by name"},
+	{"cloud.google.com/", "clouds", "the rest knows Docker's helpers by name"},
+	{"golang.org/x/oauth2", "clouds", "the rest knows Docker's helpers by name"},
 	{"github.com/google/go-containerregistry", "contexts", "images are BuildKit's to push"},
 	{"github.com/openfaas/go-sdk", "sealed", "the envelope is its only part that belongs in the function"},
 	{"github.com/openfaas/templates-sdk", "server", "the plain endpoints are its only use"},

@@ -75,11 +75,12 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		registryCA[host] = cfg.Secret(name)
 	}
 	credentials := registry.New(registry.Config{
-		File:       cfg.Secret(cfg.RegistryConfig),
-		TokenHosts: cfg.TokenHosts,
-		CAFiles:    registryCA,
-		AllowBasic: cfg.AllowBasic,
-		Log:        log,
+		File:               cfg.Secret(cfg.RegistryConfig),
+		TokenHosts:         cfg.TokenHosts,
+		CAFiles:            registryCA,
+		AllowBasic:         cfg.AllowBasic,
+		CreateRepositories: cfg.CreateRepos,
+		Log:                log,
 	})
 	solver, err := buildkit.New(buildkit.Config{
 		Addrs:           cfg.BuildkitAddrs,

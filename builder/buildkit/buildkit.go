@@ -139,14 +139,7 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS
 	for _, w := range b.warnings {
 		b.progress.warn(w)
 	}
-	var outcome solve.Outcome
-	var err error
-	if parts := b.split(ctx); len(parts) > 1 {
-		outcome, err = b.runParts(ctx, parts)
-	} else {
-		b.part = parts[0]
-		outcome, err = b.run(ctx)
-	}
+	outcome, err := b.all(ctx)
 	stats := b.finish()
 	stats.Sent = b.fs.sent.Load()
 	stats.Push = b.limits.pushed()
@@ -154,6 +147,22 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS
 		return solve.Outcome{}, stats, err
 	}
 	return outcome, stats, nil
+}
+
+// all builds what is asked for, in as many parts as that takes.
+func (b *build) all(ctx context.Context) (solve.Outcome, error) {
+	if err := b.prepare(ctx); err != nil {
+		if ended := b.ended(ctx); ended != nil {
+			return solve.Outcome{}, ended
+		}
+		return solve.Outcome{}, err
+	}
+	parts := b.split(ctx)
+	if len(parts) > 1 {
+		return b.runParts(ctx, parts)
+	}
+	b.part = parts[0]
+	return b.run(ctx)
 }
 
 // finish is how the build went, after its last attempt.
@@ -252,6 +261,21 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 			return solve.Outcome{}, e
 		}
 	}
+}
+
+// prepare has the repositories there that the build pushes to, as far as the
+// credentials' settings go. Without the cache's it builds all the same.
+func (b *build) prepare(ctx context.Context) error {
+	creds := b.solver.cfg.Credentials
+	if cache := b.cache(); cache != nil {
+		if err := creds.Prepare(ctx, []reference.Named{cache}); err != nil && ctx.Err() == nil {
+			b.solver.cfg.Log.Warn().Err(err).Str("call_id", b.req.ID).Msg("building without the cache repository")
+		}
+	}
+	if !b.pushes() {
+		return nil
+	}
+	return creds.Prepare(ctx, b.req.Config.References)
 }
 
 // ended is the error of a build whose ctx has, or nil.

@@ -13,6 +13,9 @@ import (
 	"github.com/docker/cli/cli/config/types"
 	"github.com/docker/docker-credential-helpers/client"
 	"github.com/docker/docker-credential-helpers/credentials"
+
+	"handler/function/api"
+	"handler/function/clouds"
 )
 
 const (
@@ -23,9 +26,52 @@ const (
 	identityUser = "<token>"
 )
 
-// askHelper runs docker-credential-<suffix> for server. That it has nothing is
-// no error. What a helper prints stays out of errors: it may be a secret.
-func (c *Credentials) askHelper(ctx context.Context, suffix, server string) (types.AuthConfig, error) {
+// askHelper asks the helper named suffix for server. That it has nothing is no
+// error. The clouds' helpers are in this program, whatever is on PATH.
+func (c *Credentials) askHelper(ctx context.Context, suffix, server string) (found, error) {
+	if clouds.Has(suffix) {
+		return c.askCloud(ctx, suffix, server)
+	}
+	auth, err := c.runHelper(ctx, suffix, server)
+	return found{auth: auth}, err
+}
+
+// askCloud's errors say on their own which helper failed and for whom.
+func (c *Credentials) askCloud(ctx context.Context, name, host string) (found, error) {
+	creds, err := c.clouds.Get(ctx, name, host)
+	if err != nil {
+		return found{}, cloudError(ctx, err, host, fmt.Sprintf("credential helper %q", name))
+	}
+	return found{
+		auth: types.AuthConfig{
+			Username: creds.Username, Password: creds.Password, IdentityToken: creds.RefreshToken, ServerAddress: host,
+		},
+		renew: creds.Renew,
+	}, nil
+}
+
+// cloudError makes of a cloud's error what a client may know: what failed, not
+// why.
+func cloudError(ctx context.Context, err error, host, what string) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	e := &api.Error{Code: api.RegistryFailed, Err: err}
+	why := "failed"
+	switch {
+	case errors.Is(err, clouds.ErrRefused):
+		e.Code = api.RegistryDenied
+		why = "was refused by its cloud"
+	case errors.Is(err, context.DeadlineExceeded):
+		why = "had no answer in time"
+	}
+	e.Msg = fmt.Sprintf("registry %s: %s %s; the builder's log has the cause", host, what, why)
+	return e
+}
+
+// runHelper runs docker-credential-<suffix>. What it prints stays out of
+// errors: it may be a secret.
+func (c *Credentials) runHelper(ctx context.Context, suffix, server string) (types.AuthConfig, error) {
 	if suffix != strings.TrimSpace(suffix) || strings.ContainsAny(suffix, `/\`) {
 		return types.AuthConfig{}, fmt.Errorf("credential helper %q: not a name", suffix)
 	}

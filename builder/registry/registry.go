@@ -23,6 +23,8 @@ import (
 	"github.com/docker/cli/cli/config/credentials"
 	"github.com/docker/cli/cli/config/types"
 	"github.com/rs/zerolog"
+
+	"handler/function/clouds"
 )
 
 // Config says where credentials come from and where they may go.
@@ -44,6 +46,9 @@ type Config struct {
 	// asks for Basic authentication.
 	AllowBasic bool
 
+	// CreateRepositories lets Prepare make repositories that are missing, in ECR.
+	CreateRepositories bool
+
 	Log zerolog.Logger
 }
 
@@ -52,6 +57,7 @@ type Credentials struct {
 	cfg        Config
 	tokenHosts map[string]bool
 	caFiles    map[string]string
+	clouds     *clouds.Clouds
 
 	helperTimeout time.Duration
 
@@ -76,6 +82,7 @@ func New(cfg Config) *Credentials {
 	for h, f := range cfg.CAFiles {
 		c.caFiles[serverHost(h)] = f
 	}
+	c.clouds = clouds.New(clouds.Config{Client: c.registryClient, Log: cfg.Log})
 	return c
 }
 
@@ -146,43 +153,93 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 	return file, nil
 }
 
+// found is what lookup comes to.
+type found struct {
+	auth  types.AuthConfig
+	renew time.Time // when to look again; zero is not before the next build
+}
+
 // lookup finds what is configured for host. Nothing configured is no error. A
-// helper named for this host alone must work; a global one that does not
-// leaves what the file itself holds.
-func (c *Credentials) lookup(ctx context.Context, host string) (types.AuthConfig, error) {
+// helper named for this host alone must work, and so must a global one of the
+// cloud that the host belongs to; any other global one that does not leaves
+// what the file itself holds.
+func (c *Credentials) lookup(ctx context.Context, host string) (found, error) {
 	file, err := c.load()
 	if err != nil {
-		return types.AuthConfig{}, err
+		return found{}, err
 	}
 	keys := configKeys(host)
-	for _, key := range keys {
-		if helper := file.CredentialHelpers[key]; helper != "" {
-			return c.askHelper(ctx, helper, keys[0])
-		}
+	helper, global := helperFor(file, host)
+	if helper != "" && !global {
+		return c.askHelper(ctx, helper, keys[0])
 	}
-	if helper := file.CredentialsStore; helper != "" {
-		auth, err := c.askHelper(ctx, helper, keys[0])
-		if err == nil && auth != (types.AuthConfig{}) {
-			return auth, nil
+	var failed error
+	if helper != "" {
+		f, err := c.askHelper(ctx, helper, keys[0])
+		if err == nil && f.auth != (types.AuthConfig{}) {
+			return f, nil
 		}
 		if ctx.Err() != nil {
-			return types.AuthConfig{}, context.Cause(ctx)
+			return found{}, context.Cause(ctx)
 		}
-		if err != nil {
-			c.logHelper(file, helper, err)
-		}
+		failed = err
 	}
 	store := credentials.NewFileStore(file)
 	for _, key := range keys {
 		auth, err := store.Get(key)
 		if err != nil {
-			return types.AuthConfig{}, err
+			return found{}, err
 		}
 		if auth.Username != "" || auth.IdentityToken != "" || auth.RegistryToken != "" {
-			return auth, nil
+			if failed != nil {
+				c.logHelper(file, helper, failed)
+			}
+			return found{auth: auth}, nil
 		}
 	}
-	return types.AuthConfig{}, nil
+	if failed != nil && !clouds.Has(helper) {
+		c.logHelper(file, helper, failed)
+		failed = nil
+	}
+	return found{}, failed
+}
+
+// helperFor is the helper to ask for host, and whether it is the global one. A
+// cloud's is not asked for hosts of others.
+func helperFor(file *configfile.ConfigFile, host string) (name string, global bool) {
+	for _, key := range configKeys(host) {
+		if name := file.CredentialHelpers[key]; name != "" {
+			return name, false
+		}
+	}
+	name = file.CredentialsStore
+	if clouds.Has(name) && !clouds.Owns(name, host) {
+		return "", true
+	}
+	return name, true
+}
+
+// Prepare makes the repositories that are missing, where Config says so: those
+// that a build is to push to, in ECR, by the same credentials as ecr-login's.
+// It is for before the build; its errors are an *api.Error or the context's.
+func (c *Credentials) Prepare(ctx context.Context, pushes []reference.Named) error {
+	if !c.cfg.CreateRepositories {
+		return nil
+	}
+	for _, ref := range pushes {
+		host := serverHost(reference.Domain(ref))
+		file, err := c.load()
+		if err != nil {
+			return unreadable(host, err)
+		}
+		if helper, _ := helperFor(file, host); helper != "ecr-login" {
+			continue
+		}
+		if err := c.clouds.CreateRepository(ctx, host, reference.Path(ref)); err != nil {
+			return cloudError(ctx, err, host, fmt.Sprintf("creating repository %q", reference.Path(ref)))
+		}
+	}
+	return nil
 }
 
 // Login is what is configured for a registry, all of it empty if nothing is.
@@ -193,7 +250,8 @@ type Login struct {
 
 // Login finds what is configured for a registry that the function itself uses.
 func (c *Credentials) Login(ctx context.Context, host string) (Login, error) {
-	auth, err := c.lookup(ctx, serverHost(host))
+	f, err := c.lookup(ctx, serverHost(host))
+	auth := f.auth
 	return Login{auth.Username, auth.Password, auth.IdentityToken, auth.RegistryToken}, err
 }
 
@@ -220,7 +278,7 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 	b := &Build{
 		creds:  c,
 		pushes: make(map[string]bool),
-		auths:  make(map[string]func() (types.AuthConfig, error)),
+		auths:  make(map[string]func() (found, error)),
 		none:   make(map[string]bool),
 	}
 	for _, ref := range pushes {
@@ -235,29 +293,36 @@ type Build struct {
 	pushes map[string]bool // by server host, a slash and the repository
 
 	mu    sync.Mutex
-	auths map[string]func() (types.AuthConfig, error)
+	auths map[string]func() (found, error)
 	none  map[string]bool // hosts that nothing was found for
 }
 
-// auth is lookup once for each host, so that a build runs a helper once.
+// auth is lookup once for each host, so that a build runs a helper once, but
+// again when what it found has to be renewed.
 func (b *Build) auth(ctx context.Context, host string) (types.AuthConfig, error) {
-	b.mu.Lock()
-	get := b.auths[host]
-	if get == nil {
-		get = sync.OnceValues(func() (types.AuthConfig, error) { return b.creds.lookup(ctx, host) })
-		b.auths[host] = get
+	for {
+		b.mu.Lock()
+		get, again := b.auths[host], true
+		if get == nil {
+			get, again = sync.OnceValues(func() (found, error) { return b.creds.lookup(ctx, host) }), false
+			b.auths[host] = get
+		}
+		b.mu.Unlock()
+		f, err := get()
+		b.mu.Lock()
+		stale := !f.renew.IsZero() && time.Now().After(f.renew)
+		if err != nil || stale {
+			// The next call asks again: the first caller may have gone away.
+			delete(b.auths, host)
+		} else if f.auth == (types.AuthConfig{}) {
+			b.none[host] = true
+		}
+		b.mu.Unlock()
+		if again && stale && err == nil {
+			continue
+		}
+		return f.auth, err
 	}
-	b.mu.Unlock()
-	auth, err := get()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err != nil {
-		// The next call asks again: the first caller may have gone away.
-		delete(b.auths, host)
-	} else if auth == (types.AuthConfig{}) {
-		b.none[host] = true
-	}
-	return auth, err
 }
 
 // Anonymous are the hosts that were asked for credentials and had none, in

@@ -181,6 +181,15 @@ func cutURL(s string) string {
 	return s[:min(len(s), 200)]
 }
 
+// registryClient is for requests to the registry itself, under the same rules.
+func (c *Credentials) registryClient(host string) (*http.Client, error) {
+	u, trusted, err := c.checkRealm(host, "https://"+host)
+	if err != nil {
+		return nil, err
+	}
+	return c.client(host, u, trusted)
+}
+
 var errAddress = errors.New("not a public address")
 
 // client is for one fetch: TLS and address rules differ from registry to
