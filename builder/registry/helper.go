@@ -61,7 +61,7 @@ func cloudError(ctx context.Context, err error, host, what string) error {
 	switch {
 	case errors.Is(err, clouds.ErrRefused):
 		e.Code = api.RegistryDenied
-		why = "was refused by its cloud"
+		why = "was refused by the cloud"
 	case errors.Is(err, context.DeadlineExceeded):
 		why = "had no answer in time"
 	}

@@ -157,11 +157,15 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 type found struct {
 	auth  types.AuthConfig
 	renew time.Time // when to look again; zero is not before the next build
+
+	// failed is why auth is empty where a cloud has nothing for a registry of
+	// its own. It counts once the registry wants more than nothing: a cloud's
+	// registries have public images too.
+	failed error
 }
 
 // lookup finds what is configured for host. Nothing configured is no error. A
-// helper named for this host alone must work, and so must a global one of the
-// cloud that the host belongs to; any other global one that does not leaves
+// helper named for this host alone must work; a global one that does not leaves
 // what the file itself holds.
 func (c *Credentials) lookup(ctx context.Context, host string) (found, error) {
 	file, err := c.load()
@@ -197,11 +201,16 @@ func (c *Credentials) lookup(ctx context.Context, host string) (found, error) {
 			return found{auth: auth}, nil
 		}
 	}
-	if failed != nil && !clouds.Has(helper) {
-		c.logHelper(file, helper, failed)
-		failed = nil
+	if clouds.Has(helper) {
+		if failed != nil {
+			c.cfg.Log.Warn().AnErr("error", errors.Unwrap(failed)).Msg("going on without credentials")
+		}
+		return found{failed: failed}, nil
 	}
-	return found{}, failed
+	if failed != nil {
+		c.logHelper(file, helper, failed)
+	}
+	return found{}, nil
 }
 
 // helperFor is the helper to ask for host, and whether it is the global one. A
@@ -251,6 +260,9 @@ type Login struct {
 // Login finds what is configured for a registry that the function itself uses.
 func (c *Credentials) Login(ctx context.Context, host string) (Login, error) {
 	f, err := c.lookup(ctx, serverHost(host))
+	if err == nil {
+		err = f.failed
+	}
 	auth := f.auth
 	return Login{auth.Username, auth.Password, auth.IdentityToken, auth.RegistryToken}, err
 }
@@ -299,7 +311,7 @@ type Build struct {
 
 // auth is lookup once for each host, so that a build runs a helper once, but
 // again when what it found has to be renewed.
-func (b *Build) auth(ctx context.Context, host string) (types.AuthConfig, error) {
+func (b *Build) auth(ctx context.Context, host string) (found, error) {
 	for {
 		b.mu.Lock()
 		get, again := b.auths[host], true
@@ -314,14 +326,14 @@ func (b *Build) auth(ctx context.Context, host string) (types.AuthConfig, error)
 		if err != nil || stale {
 			// The next call asks again: the first caller may have gone away.
 			delete(b.auths, host)
-		} else if f.auth == (types.AuthConfig{}) {
+		} else if f.auth == (types.AuthConfig{}) && f.failed == nil {
 			b.none[host] = true
 		}
 		b.mu.Unlock()
 		if again && stale && err == nil {
 			continue
 		}
-		return f.auth, err
+		return f, err
 	}
 }
 

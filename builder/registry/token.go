@@ -54,10 +54,14 @@ type Token struct {
 // Basic is the user name and password for host, both empty when there are
 // none that may be handed out.
 func (b *Build) Basic(ctx context.Context, host string) (username, password string, err error) {
-	auth, err := b.auth(ctx, lower(host))
+	f, err := b.auth(ctx, lower(host))
+	if err == nil {
+		err = f.failed
+	}
 	if err != nil {
 		return "", "", unreadable(host, err)
 	}
+	auth := f.auth
 	// An identity token is for the token service alone.
 	if auth.Username == "" || auth.Password == "" || auth.IdentityToken != "" {
 		return "", "", nil
@@ -85,10 +89,11 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	if err != nil {
 		return Token{}, err
 	}
-	auth, err := b.auth(ctx, lower(req.Host))
+	have, err := b.auth(ctx, lower(req.Host))
 	if err != nil {
 		return Token{}, unreadable(req.Host, err)
 	}
+	auth := have.auth
 	if auth.RegistryToken != "" {
 		now := time.Now()
 		return Token{Value: auth.RegistryToken, IssuedAt: now, Expires: now.Add(defaultExpiry)}, nil
@@ -102,7 +107,11 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 		return Token{}, err
 	}
 	defer f.client.CloseIdleConnections()
-	return f.run(ctx)
+	tok, err := f.run(ctx)
+	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.RegistryDenied && have.failed != nil {
+		return Token{}, unreadable(req.Host, have.failed)
+	}
+	return tok, err
 }
 
 // grant leaves of scopes what this build may do at host.
