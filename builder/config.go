@@ -45,14 +45,14 @@ type Config struct {
 	UploadMinRate   int64         // upload_min_rate: bytes per second
 	UploadGrace     time.Duration // upload_grace
 
-	DefaultPlatform string            // default_platform: empty is the daemon's own
-	AllowedImages   []string          // allowed_images: repository prefixes; empty allows any
-	DisableHMAC     bool              // disable_hmac
-	AllowSyntax     bool              // allow_syntax
-	AllowBasic      bool              // allow_basic
-	CreateRepos     bool              // create_repositories
-	TokenHosts      []string          // token_hosts
-	RegistryCA      map[string]string // registry_ca: host=name in SecretsDir
+	DefaultPlatform    string            // default_platform: empty is the daemon's own
+	AllowedImages      []string          // allowed_images: repository prefixes; empty allows any
+	DisableHMAC        bool              // disable_hmac
+	AllowSyntax        bool              // allow_syntax
+	AllowBasic         bool              // allow_basic
+	CreateRepositories bool              // create_repositories
+	TokenHosts         []string          // token_hosts
+	RegistryCA         map[string]string // registry_ca: host=name in SecretsDir
 
 	CacheRepository   reference.Named // cache_repository: nil keeps no cache in a registry
 	ContextRepository string          // context_repository: empty takes no contexts by digest
@@ -97,14 +97,14 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		UploadMinRate:   e.size("upload_min_rate", 64*units.KiB),
 		UploadGrace:     e.duration("upload_grace", 10*time.Second),
 
-		DefaultPlatform: e.text("default_platform", ""),
-		AllowedImages:   e.repositories("allowed_images"),
-		DisableHMAC:     e.boolean("disable_hmac", false),
-		AllowSyntax:     e.boolean("allow_syntax", false),
-		AllowBasic:      e.boolean("allow_basic", true),
-		CreateRepos:     e.boolean("create_repositories", false),
-		TokenHosts:      e.list("token_hosts"),
-		RegistryCA:      e.pairs("registry_ca"),
+		DefaultPlatform:    e.text("default_platform", ""),
+		AllowedImages:      e.repositories("allowed_images"),
+		DisableHMAC:        e.boolean("disable_hmac", false),
+		AllowSyntax:        e.boolean("allow_syntax", false),
+		AllowBasic:         e.boolean("allow_basic", true),
+		CreateRepositories: e.boolean("create_repositories", false),
+		TokenHosts:         e.list("token_hosts"),
+		RegistryCA:         e.pairs("registry_ca"),
 
 		CacheRepository:   e.repository("cache_repository"),
 		ContextRepository: e.text("context_repository", ""),

@@ -32,12 +32,13 @@ func TestLoadConfig(t *testing.T) {
 		"disable_hmac", "true",
 		"buildkit_addr", "tcp://a:1, tcp://b:1",
 		"cache_repository", "acme/cache",
+		"create_repositories", "true",
 	))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if c.MaxBuilds != 7 || c.BuildTimeout != 30*time.Minute || c.PushTimeout != 90*time.Second ||
-		c.Limits.Body != 64<<20 || c.Limits.Unpacked != 1<<20 || !c.DisableHMAC {
+		c.Limits.Body != 64<<20 || c.Limits.Unpacked != 1<<20 || !c.DisableHMAC || !c.CreateRepositories {
 		t.Errorf("got %+v", c)
 	}
 	if want := []string{"ghcr.io/acme", "docker.io/acme", "registry.example:5000", "docker.io/library/app"}; !slices.Equal(c.AllowedImages, want) {

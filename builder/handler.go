@@ -79,7 +79,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		TokenHosts:         cfg.TokenHosts,
 		CAFiles:            registryCA,
 		AllowBasic:         cfg.AllowBasic,
-		CreateRepositories: cfg.CreateRepos,
+		CreateRepositories: cfg.CreateRepositories,
 		Log:                log,
 	})
 	solver, err := buildkit.New(buildkit.Config{

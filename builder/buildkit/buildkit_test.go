@@ -3,12 +3,17 @@ package buildkit
 import (
 	"bytes"
 	"crypto/sha256"
-	"github.com/distribution/reference"
+	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/session/auth"
 	"golang.org/x/crypto/nacl/sign"
@@ -132,6 +137,57 @@ func TestSyntaxWarning(t *testing.T) {
 		if _, follows := b.frontendAttrs()["cmdline"]; follows == allow {
 			t.Errorf("allow_syntax=%v: cmdline %v", allow, follows)
 		}
+	}
+}
+
+// TestPrepare has the registry asked for the repositories before a daemon is
+// asked to build: for the image's if it is pushed, and for the cache's, without
+// which the build goes on.
+func TestPrepare(t *testing.T) {
+	var asked []string
+	ecr := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked = append(asked, r.Header.Get("X-Amz-Target"))
+		w.Header().Set("Content-Type", "application/x-amz-json-1.1")
+		w.WriteHeader(http.StatusBadRequest)
+		io.WriteString(w, `{"__type":"AccessDeniedException"}`)
+	}))
+	defer ecr.Close()
+	t.Setenv("AWS_ENDPOINT_URL", ecr.URL)
+	t.Setenv("AWS_ACCESS_KEY_ID", "AKID")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
+	file := filepath.Join(t.TempDir(), "config.json")
+	if err := os.WriteFile(file, []byte(`{"credsStore":"ecr-login"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/app"
+	cache, err := reference.ParseNamed("123456789012.dkr.ecr.eu-west-1.amazonaws.com/cache")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, config string
+		cache        reference.Named
+		want         api.Code // of a build that no daemon takes
+		asks         bool
+	}{
+		{"push", `{"image":"` + image + `"}`, nil, api.RegistryDenied, true},
+		{"no push", `{"image":"` + image + `","skipPush":true}`, nil, "", false},
+		{"cache", `{"image":"` + image + `","skipPush":true}`, cache, "", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			asked = nil
+			b := newTestBuild(t, Config{CacheRepository: tt.cache}, tt.config)
+			b.solver.cfg.Credentials = registry.New(registry.Config{File: file, CreateRepositories: true})
+			err := b.prepare(t.Context())
+			if err == nil != (tt.want == "") || err != nil && api.AsError(err).Code != tt.want || len(asked) > 0 != tt.asks {
+				t.Errorf("%v; asked %q", err, asked)
+			}
+			if err != nil {
+				if _, err := b.run(t.Context()); api.AsError(err).Code != tt.want {
+					t.Errorf("run: %v", err)
+				}
+			}
+		})
 	}
 }
 
