@@ -148,22 +148,26 @@ func TestCloudAzure(t *testing.T) {
 		}
 	})
 	ca := writeFile(t, filepath.Join(t.TempDir(), "ca.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})))
-	fetch := func(trusted ...string) (Token, error) {
-		c := New(Config{
-			File:    configFile(t, `{"credHelpers":{"`+s.host()+`":"acr-env"}}`),
+	_, port, _ := strings.Cut(s.host(), ":")
+	credentials := func(trusted ...string) *Credentials {
+		return New(Config{
+			File:    configFile(t, `{"credHelpers":{"`+s.host()+`":"acr-env","localhost:`+port+`":"acr-env"}}`),
 			CAFiles: map[string]string{s.host(): ca}, TokenHosts: trusted,
 		})
-		return c.Build(nil).Token(t.Context(), TokenRequest{
-			Host: s.host(), Realm: s.URL + "/oauth2/token", Service: s.host(), Scopes: []string{"repository:app:pull"},
-		})
 	}
-	if tok, err := fetch(s.host()); err != nil || tok.Value != "registry-token" {
+	tok, err := credentials(s.host()).Build(nil).Token(t.Context(), TokenRequest{
+		Host: s.host(), Realm: s.URL + "/oauth2/token", Service: s.host(), Scopes: []string{"repository:app:pull"},
+	})
+	if err != nil || tok.Value != "registry-token" {
 		t.Errorf("%+v, %v", tok, err)
 	}
-	// Where its token service may not be asked, it gets no token of Entra's.
+	// At a private address that is not listed, it gets no token of Entra's.
 	before := s.requests.Load()
-	if tok, err := fetch(); err == nil {
-		t.Errorf("%+v", tok)
+	for _, host := range []string{s.host(), "localhost:" + port} {
+		login, err := credentials().Login(t.Context(), host)
+		if err == nil || !strings.Contains(err.Error(), "not a public address") {
+			t.Errorf("%s: %+v, %v", host, login, err)
+		}
 	}
 	if n := s.requests.Load(); n != before {
 		t.Errorf("%d requests", n-before)
