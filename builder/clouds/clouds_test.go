@@ -133,9 +133,16 @@ func wantAWS(t *testing.T, c *Clouds, host string) {
 }
 
 func TestAmazon(t *testing.T) {
-	s := newECR(t, "AKID")
-	environ(t, "AWS_ACCESS_KEY_ID", "AKID", "AWS_SECRET_ACCESS_KEY", "secret", "AWS_ENDPOINT_URL_ECR", s.URL)
-	wantAWS(t, New(Config{}), ecrHost)
+	for name, vars := range map[string][]string{
+		"variables": {"AWS_ACCESS_KEY_ID", "AKID", "AWS_SECRET_ACCESS_KEY", "secret"},
+		"file":      {"AWS_SHARED_CREDENTIALS_FILE", writeFile(t, "[default]\naws_access_key_id=AKID\naws_secret_access_key=secret\n")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newECR(t, "AKID")
+			environ(t, append(vars, "AWS_ENDPOINT_URL_ECR", s.URL)...)
+			wantAWS(t, New(Config{}), ecrHost)
+		})
+	}
 }
 
 // TestAmazonKept takes the clock past the tokens' half, and to their end.

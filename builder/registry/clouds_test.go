@@ -70,6 +70,7 @@ func TestCloudAmazon(t *testing.T) {
 	for _, config := range []string{
 		`{"credHelpers":{"` + ecrHost + `":"ecr-login"}}`,
 		// What "faas-cli registry-login --ecr" writes.
+		`{"credsStore":"ecr-login","credHelpers":{"` + ecrHost + `":"ecr-login"}}`,
 		`{"auths":{"` + ecrHost + `":{}},"credsStore":"ecr-login"}`,
 	} {
 		s := newTokenServer(t, false, ecrAnswers(t))
