@@ -554,7 +554,6 @@ func TestAzureFails(t *testing.T) {
 			environ(t, "AZURE_TENANT_ID", "tenant-1", "AZURE_CLIENT_ID", "client-1", "AZURE_AUTHORITY_HOST", s.URL+"/", "AZURE_CLIENT_SECRET", "hush-hush")
 			host := strings.TrimPrefix(s.URL, "https://")
 			c := azureClouds(s)
-			c.timeout = 2 * time.Second
 			_, err := c.Get(t.Context(), "acr-env", host)
 			wantError(t, err, tt.refused, "acr-env", host, tt.want)
 		})
