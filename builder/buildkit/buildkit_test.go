@@ -183,8 +183,8 @@ func TestPrepare(t *testing.T) {
 				t.Errorf("%v; asked %q", err, asked)
 			}
 			if err != nil {
-				if _, err := b.run(t.Context()); api.AsError(err).Code != tt.want {
-					t.Errorf("run: %v", err)
+				if _, err := b.all(t.Context()); api.AsError(err).Code != tt.want {
+					t.Errorf("all: %v", err)
 				}
 			}
 		})
