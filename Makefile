@@ -9,9 +9,11 @@ FUNCTION ?=
 IMAGE ?=
 REGISTRY_CONFIG ?=
 PAYLOAD_SECRET ?= payload-secret
+BUILD_SECRETS_KEY ?=
+VIA ?= kubectl
 STANDINS ?= auto
 OPENFAAS ?= true
-DIR ?= certs
+DIR ?= buildkit/certs
 FUZZTIME ?= 20s
 
 # Where make was called from, so that FUNCTION and the like can be relative.
@@ -78,8 +80,12 @@ bench-pool: root ## time rebuilds on three daemons with the function's placement
 	go -C tests run ./cmd/bench-pool
 
 .PHONY: certs
-certs: ## the CA and both certificates for buildkitd and the function: DIR=certs, FORCE=1 replaces
+certs: ## the CA and both certificates for buildkitd and the function: DIR=buildkit/certs, FORCE=1 replaces
 	buildkit/certs.sh $(DIR)
+
+.PHONY: secrets
+secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=
+	@PAYLOAD_SECRET=$(call abs,$(PAYLOAD_SECRET)) REGISTRY_CONFIG=$(call abs,$(REGISTRY_CONFIG)) BUILD_SECRETS_KEY=$(call abs,$(BUILD_SECRETS_KEY)) buildkit/secrets.sh $(VIA)
 
 .PHONY: lint
 lint: vuln ## gofmt, go vet and govulncheck

@@ -31,7 +31,7 @@ type Buildkitd struct {
 }
 
 // BuildkitdConfig changes how a daemon is run. The zero value is the shipped
-// buildkit/buildkitd.toml with the stack's registry as a mirror.
+// buildkit/base/pod/buildkitd.toml with the stack's registry as a mirror.
 type BuildkitdConfig struct {
 	Args []string                 // further flags of buildkitd, which overrule the file
 	Edit func(toml string) string // changes the file
@@ -84,7 +84,7 @@ var ociWorkerTable = regexp.MustCompile(`(?m)^\[worker\.oci\][^\n]*\n`)
 // config is the shipped file with what only this machine can know. Flags
 // overrule the file, so only what has no flag is written here.
 func (b *Buildkitd) config(s *Stack) (string, error) {
-	shipped, err := os.ReadFile(filepath.Join(s.Repo, "buildkit", "buildkitd.toml"))
+	shipped, err := os.ReadFile(filepath.Join(s.Repo, "buildkit", "base", "pod", "buildkitd.toml"))
 	if err != nil {
 		return "", err
 	}
