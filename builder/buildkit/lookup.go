@@ -9,13 +9,16 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
 const (
 	// lookupAge is for how long the daemons that a name has are taken as known:
-	// about as long as Kubernetes' DNS has an answer cached.
+	// about as long as Kubernetes' DNS has an answer cached. A build waits for a
+	// look-up only where the last one is older than lookupWait.
 	lookupAge     = 5 * time.Second
+	lookupWait    = time.Minute
 	lookupTimeout = 2 * time.Second
 )
 
@@ -61,19 +64,24 @@ func (t target) lookup(ctx context.Context, r resolver) ([]string, error) {
 	if t.host == "" {
 		return []string{t.addr}, nil
 	}
-	var list []string
+	// At once: there are name servers that leave a question about SRV unanswered.
+	var ips []string
+	var err error
+	var asked sync.WaitGroup
+	asked.Go(func() { ips, err = r.LookupHost(ctx, t.host) })
 	_, records, srvErr := r.LookupSRV(ctx, service, "tcp", t.host)
+	asked.Wait()
+	var list []string
 	for _, srv := range records {
 		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(srv.Target, "."), fmt.Sprint(srv.Port)))
 	}
-	if len(list) == 0 {
-		ips, err := r.LookupHost(ctx, t.host)
-		if err != nil {
-			return nil, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
-		}
-		if len(ips) == 1 {
-			return []string{t.addr}, nil
-		}
+	switch {
+	case len(list) > 0:
+	case err != nil:
+		return nil, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
+	case len(ips) == 1:
+		return []string{t.addr}, nil
+	default:
 		for _, ip := range ips {
 			list = append(list, "tcp://"+net.JoinHostPort(ip, t.port))
 		}

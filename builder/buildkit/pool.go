@@ -57,8 +57,8 @@ type pool struct {
 	mu      sync.Mutex
 	closed  bool
 	daemons []*daemon
-	looked  time.Time // when the names were
-	looking bool
+	looked  time.Time     // when the names were
+	looking chan struct{} // closed when they have been; nil while they are not
 }
 
 // health says whether a daemon gets builds, and how many it has.
@@ -82,19 +82,41 @@ type seat struct {
 	choice solve.Choice
 }
 
-// list is the daemons there are now. While their names cannot be looked up, it
-// is those there were.
+// list is the daemons there are, as far as is known: what is older than lookupAge is
+// looked up again meanwhile, and what is older than lookupWait before it returns.
+// While the names cannot be looked up, it is those there were.
 func (p *pool) list(ctx context.Context) []*daemon {
 	p.mu.Lock()
-	fresh := time.Since(p.looked) < lookupAge || p.looking && p.daemons != nil
-	if fresh || p.closed {
-		defer p.mu.Unlock()
-		return slices.Clone(p.daemons)
+	age := time.Since(p.looked)
+	if p.looking == nil && age > lookupAge && !p.closed && p.named() {
+		done := make(chan struct{})
+		p.looking = done
+		p.running.Go(func() {
+			defer close(done)
+			p.look()
+		})
 	}
-	p.looking = true
+	looking := p.looking
 	p.mu.Unlock()
+	if looking != nil && age > lookupWait {
+		select {
+		case <-looking:
+		case <-ctx.Done():
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.daemons)
+}
 
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+// named says whether there is anything to look up.
+func (p *pool) named() bool {
+	return slices.ContainsFunc(p.targets, func(t target) bool { return t.host != "" })
+}
+
+// look looks the names up.
+func (p *pool) look() {
+	ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)
 	defer cancel()
 	var addrs []string
 	var failed error
@@ -105,32 +127,24 @@ func (p *pool) list(ctx context.Context) []*daemon {
 		}
 		addrs = append(addrs, found...)
 	}
-
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.looking = false
+	p.looking = nil
 	if p.closed {
-		return nil
+		return
 	}
-	switch {
-	case failed != nil && p.daemons == nil:
-		// Dialling the names says better what is wrong with them.
-		for _, t := range p.targets {
-			addrs = append(addrs, t.addr)
-		}
-		p.replace(addrs)
-	case failed != nil:
+	if failed != nil {
 		p.log.Warn().Err(failed).Msg("keeping the buildkitds that are known")
-		p.looked = time.Now()
-	default:
+	} else {
 		p.replace(addrs)
-		p.looked = time.Now()
 	}
-	return slices.Clone(p.daemons)
+	p.looked = time.Now()
 }
 
 // replace keeps the daemons that are still there. It holds p.mu.
 func (p *pool) replace(addrs []string) {
+	// At first there is no more than a name.
+	known := !p.looked.IsZero()
 	slices.Sort(addrs)
 	addrs = slices.Compact(addrs)
 	var next []*daemon
@@ -140,14 +154,16 @@ func (p *pool) replace(addrs []string) {
 			next = append(next, p.daemons[i])
 			continue
 		}
-		if p.daemons != nil {
+		if known {
 			p.log.Info().Str("daemon", addr).Msg("a buildkitd joined")
 		}
 		next = append(next, p.dial(addr))
 	}
 	for _, d := range p.daemons {
 		if !slices.Contains(next, d) {
-			p.log.Info().Str("daemon", d.addr).Msg("a buildkitd left")
+			if known {
+				p.log.Info().Str("daemon", d.addr).Msg("a buildkitd left")
+			}
 			d.close()
 		}
 	}
@@ -555,6 +571,12 @@ func (p *pool) close() error {
 func newPool(targets []target, limit int, dial func(string) *daemon, log zerolog.Logger) *pool {
 	p := &pool{targets: targets, resolver: net.DefaultResolver, limit: limit, dial: dial, log: log}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
+	// Until they are looked up: dialling a name says best what is wrong with it.
+	var addrs []string
+	for _, t := range targets {
+		addrs = append(addrs, t.addr)
+	}
+	p.replace(addrs)
 	return p
 }
 
