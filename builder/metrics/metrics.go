@@ -38,6 +38,13 @@ type Metrics struct {
 // half an hour. In seconds.
 var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1200, 1800}
 
+// faults are what nobody who sends a build can mend. Both counters begin at zero for
+// them: a rule sees a counter rise, and not that it appears.
+var faults = []api.Code{
+	api.Busy, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
+	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
+}
+
 // New makes the metrics. daemons is asked at each scrape; it must be quick.
 func New(daemons func() solve.Daemons) *Metrics {
 	m := &Metrics{
@@ -73,6 +80,11 @@ func New(daemons func() solve.Daemons) *Metrics {
 		wait:     histogram("builder_wait_seconds", "Waiting for a slot."),
 		transfer: histogram("builder_transfer_seconds", "Sending the context to buildkitd."),
 		push:     histogram("builder_push_seconds", "Pushing to the registry."),
+	}
+	m.builds.WithLabelValues(string(api.Success), "")
+	for _, code := range faults {
+		m.builds.WithLabelValues(string(api.Failed), string(code))
+		m.refused.WithLabelValues(string(code))
 	}
 	gauge := func(name, help string, value func() int) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
