@@ -22,6 +22,7 @@ import (
 	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"sigs.k8s.io/json"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
@@ -366,27 +367,38 @@ func TestSecretsHash(t *testing.T) {
 	}
 }
 
-// certificate has the fields of cert-manager.io/v1 that are used.
+// certificate has the fields of cert-manager.io/v1's Certificate and ClusterIssuer that
+// are used. https://cert-manager.io/docs/reference/api-docs/ has all.
 type certificate struct {
 	APIVersion string `json:"apiVersion"`
 	Kind       string `json:"kind"`
-	Metadata   struct{ Name, Namespace string }
-	Spec       struct {
-		SelfSigned *struct{}
-		CA         *struct{ SecretName string }
+	Metadata   struct {
+		Name      string `json:"name"`
+		Namespace string `json:"namespace"`
+	} `json:"metadata"`
+	Spec struct {
+		SelfSigned *struct{} `json:"selfSigned"`
+		CA         *struct {
+			SecretName string `json:"secretName"`
+		} `json:"ca"`
 
-		IsCA                             bool
-		CommonName, SecretName, Duration string
-		RenewBefore                      string
-		DNSNames                         []string `json:"dnsNames"`
-		Usages                           []string
-		PrivateKey                       struct {
-			Algorithm      string
-			Size           int
-			RotationPolicy string
-		}
-		IssuerRef struct{ Kind, Name string }
-	}
+		IsCA        bool     `json:"isCA"`
+		CommonName  string   `json:"commonName"`
+		SecretName  string   `json:"secretName"`
+		Duration    string   `json:"duration"`
+		RenewBefore string   `json:"renewBefore"`
+		DNSNames    []string `json:"dnsNames"`
+		Usages      []string `json:"usages"`
+		PrivateKey  struct {
+			Algorithm      string `json:"algorithm"`
+			Size           int    `json:"size"`
+			RotationPolicy string `json:"rotationPolicy"`
+		} `json:"privateKey"`
+		IssuerRef struct {
+			Kind string `json:"kind"`
+			Name string `json:"name"`
+		} `json:"issuerRef"`
+	} `json:"spec"`
 }
 
 func TestCertManager(t *testing.T) {
@@ -397,13 +409,14 @@ func TestCertManager(t *testing.T) {
 	}
 	all := map[string]certificate{}
 	for _, r := range resources.Resources() {
-		text, err := r.AsYAML()
+		text, err := r.MarshalJSON()
 		if err != nil {
 			t.Fatal(err)
 		}
 		var c certificate
-		if err := yaml.UnmarshalStrict(text, &c); err != nil {
-			t.Fatalf("%s %s: %v", r.GetKind(), r.GetName(), err)
+		// As the API server does, by case.
+		if strict, err := json.UnmarshalStrict(text, &c); err != nil || strict != nil {
+			t.Fatalf("%s %s: %v, %v", r.GetKind(), r.GetName(), err, strict)
 		}
 		if c.APIVersion != "cert-manager.io/v1" {
 			t.Errorf("%s %s", c.APIVersion, c.Kind)
