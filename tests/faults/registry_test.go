@@ -575,20 +575,28 @@ func TestCredentials(t *testing.T) {
 			code:   "registry_denied", texts: []string{"no credentials are configured for " + closed.Addr},
 		},
 		// What faas-cli registry-login --ecr writes, beside another registry.
-		"credsStore is missing": {config: map[string]any{
+		"credsStore of a cloud": {config: map[string]any{
 			"credsStore": "ecr-login",
 			"auths":      map[string]any{closed.Addr: login("user", password)},
 		}},
+		"credsStore is missing": {config: map[string]any{
+			"credsStore": "pass",
+			"auths":      map[string]any{closed.Addr: login("user", password)},
+		}},
 		"another's helper is missing": {config: map[string]any{
-			"credHelpers": map[string]string{"registry.example.com": "ecr-login"},
+			"credHelpers": map[string]string{"registry.example.com": "pass"},
 			"auths":       map[string]any{closed.Addr: login("user", password)},
 		}},
 		"its own helper is missing": {
 			config: map[string]any{
-				"credHelpers": map[string]string{closed.Addr: "ecr-login"},
+				"credHelpers": map[string]string{closed.Addr: "pass"},
 				"auths":       map[string]any{closed.Addr: login("user", password)},
 			},
 			code: "registry_failed", texts: []string{"credentials cannot be read"},
+		},
+		"its own helper is another cloud's": {
+			config: map[string]any{"credHelpers": map[string]string{closed.Addr: "ecr-login"}},
+			code:   "registry_failed", texts: []string{`credential helper "ecr-login" failed`, closed.Addr},
 		},
 		"allow_basic=false": {
 			config: map[string]any{"auths": map[string]any{closed.Addr: login("user", password)}},
