@@ -125,9 +125,10 @@ type callback struct {
 type receiver struct {
 	URL string
 
-	mu   sync.Mutex
-	got  []callback
-	more chan struct{}
+	mu    sync.Mutex
+	got   []callback
+	taken int // how many next has returned
+	more  chan struct{}
 }
 
 func newReceiver(t *testing.T) *receiver {
@@ -154,7 +155,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// next waits for one more callback, and returns it.
+// next waits for the callback after the one that it returned before.
 func (r *receiver) next(t *testing.T) callback {
 	t.Helper()
 	select {
@@ -164,7 +165,8 @@ func (r *receiver) next(t *testing.T) callback {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.got[len(r.got)-1]
+	r.taken++
+	return r.got[r.taken-1]
 }
 
 func (r *receiver) all() []callback {
