@@ -40,8 +40,11 @@ type Config struct {
 	// empty, or a unix address: no TLS.
 	CAFile, CertFile, KeyFile string
 
-	BuildTimeout time.Duration // until the push begins; zero is none
-	PushTimeout  time.Duration // from then on, its retries included; zero is none
+	// BuildTimeout is until the push begins, and PushTimeout from then on, its
+	// retries included; zero is none. Both begin anew on another daemon. Of
+	// several architectures each has its own, and the index a PushTimeout.
+	BuildTimeout, PushTimeout time.Duration
+
 	StallTimeout time.Duration // without a sign from the daemon; zero is none
 
 	// DaemonBuilds is how many builds a daemon has before further ones go to the
@@ -133,9 +136,6 @@ func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (
 func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS, log solve.Log) (solve.Outcome, solve.Stats, error) {
 	defer files.close()
 	b := s.newBuild(req, files, log)
-	ctx, stop := b.limits.start(ctx)
-	defer stop()
-
 	for _, w := range b.warnings {
 		b.progress.warn(w)
 	}
@@ -202,7 +202,7 @@ func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *
 		redact: req.Mask,
 		log:    log,
 		fs:     files,
-		limits: &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout},
+		limits: s.newLimits(),
 	}
 	if b.redact == nil {
 		b.redact = redact.New(req.Secrets)
@@ -215,17 +215,15 @@ func (s *Solver) newBuild(req *solve.Request, files *contextFS, log solve.Log) *
 }
 
 func (b *build) newProgress() *progress {
-	pushing := b.limits.pushing
-	if b.partial {
-		pushing = func() {} // others may still build
-	}
-	return newProgress(b.log, b.redact, b.limits.listening, pushing)
+	return newProgress(b.log, b.redact, b.limits.listening, b.limits.pushing)
 }
 
 // run solves, a second time and elsewhere when the daemon was lost or its disk
 // is full: it pushes last, so that nothing is done twice. A registry that wants
 // the push to wait gets it again.
 func (b *build) run(ctx context.Context) (solve.Outcome, error) {
+	ctx, stop := b.limits.start(ctx)
+	defer stop()
 	pushes := 0
 	for {
 		outcome, err := b.attempt(ctx)
@@ -244,6 +242,7 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 			} else {
 				b.progress.warn("the connection to buildkitd was lost: building again")
 			}
+			b.limits.again()
 		case errors.Is(err, errRunsAlready):
 			// The next attempt finds it in the history and waits for its end.
 		case errors.Is(err, errPushLater) && pushes < len(b.solver.pushWaits):
@@ -359,6 +358,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	var resp *client.SolveResponse
 	switch {
 	case b.joins != nil:
+		b.limits.pushing() // all that joining does is with the registry
 		resp, err = b.join(ctx, c.client, opt, status)
 	case b.req.Config.Git == nil:
 		resp, err = c.client.Solve(ctx, nil, opt, status)
@@ -581,9 +581,13 @@ type limits struct {
 
 	mu     sync.Mutex
 	cancel context.CancelCauseFunc
-	timer  *time.Timer
+	timer  *time.Timer // of the build, then of the push; nil without one
 	silent *time.Timer
 	began  time.Time // when the push did
+}
+
+func (s *Solver) newLimits() *limits {
+	return &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
 }
 
 var (
@@ -600,9 +604,7 @@ func (l *limits) start(ctx context.Context) (context.Context, func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cancel = cancel
-	if l.build > 0 {
-		l.timer = time.AfterFunc(l.build, func() { cancel(errBuildTimeout) })
-	}
+	l.building()
 	if l.stall > 0 {
 		l.silent = time.AfterFunc(l.stall, func() { cancel(errStalled) })
 	}
@@ -615,6 +617,27 @@ func (l *limits) start(ctx context.Context) (context.Context, func()) {
 			}
 		}
 		cancel(nil)
+	}
+}
+
+// building starts the build's timer. It holds l.mu.
+func (l *limits) building() {
+	l.timer, l.began = nil, time.Time{}
+	if l.build > 0 {
+		l.timer = time.AfterFunc(l.build, func() { l.cancel(errBuildTimeout) })
+	}
+}
+
+// again begins anew: what an attempt took is not the next one's.
+func (l *limits) again() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.building()
+	if l.silent != nil {
+		l.silent.Reset(l.stall)
 	}
 }
 

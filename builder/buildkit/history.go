@@ -60,6 +60,7 @@ func (b *build) recall(ctx context.Context, at *seat) (*solve.Outcome, string, e
 			if err := b.follow(ctx, at.conn, ref); err != nil {
 				return nil, "", err
 			}
+			b.limits.again()
 		case succeeded(records[0]):
 			outcome := b.outcome(at.daemon, digestOf(records[0]))
 			return &outcome, "", nil

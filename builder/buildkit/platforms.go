@@ -135,6 +135,7 @@ func (b *build) runParts(ctx context.Context, parts []part) (solve.Outcome, erro
 	for i := range parts {
 		sub := *b
 		sub.part, sub.partial = parts[i], true
+		sub.limits = b.solver.newLimits()
 		// Nothing but the joining is found again by the name, or is the push.
 		req := *b.req
 		req.Name = solve.Name{}

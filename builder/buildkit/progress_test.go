@@ -255,3 +255,47 @@ func TestLimits(t *testing.T) {
 		})
 	}
 }
+
+// TestLimitsAgain: a second attempt has all of its time, and no push of the
+// first's.
+func TestLimitsAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		l    *limits
+		push bool // the second attempt's
+		want error
+	}{
+		{"build", &limits{build: time.Second, push: time.Hour}, false, errBuildTimeout},
+		{"push", &limits{build: time.Hour, push: time.Second}, true, errPushTimeout},
+		{"no push timeout", &limits{build: time.Second}, false, errBuildTimeout},
+		{"silence", &limits{stall: time.Second}, false, errStalled},
+		{"no build timeout", &limits{push: time.Second}, false, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, stop := tt.l.start(t.Context())
+			defer stop()
+			tt.l.pushing()
+			time.Sleep(600 * time.Millisecond)
+			tt.l.again()
+			if tt.l.isPushing() || tt.l.pushed() != 0 {
+				t.Error("the push is still on")
+			}
+			if tt.push {
+				tt.l.pushing()
+			}
+			select {
+			case <-ctx.Done():
+				t.Errorf("ended by what the first attempt had left: %v", context.Cause(ctx))
+			case <-time.After(600 * time.Millisecond):
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+			if !errors.Is(context.Cause(ctx), tt.want) {
+				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+			}
+		})
+	}
+}
