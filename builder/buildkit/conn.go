@@ -30,8 +30,10 @@ const (
 	keepaliveTimeout = 10 * time.Second
 
 	// checkTimeout bounds the RPC that shows a connection to be alive, dialling
-	// included.
+	// included. keptTimeout is that of a kept one, whose failure costs no more than
+	// dialling.
 	checkTimeout = 5 * time.Second
+	keptTimeout  = 2 * time.Second
 
 	// dialWindow is for how long dialling is tried again: a daemon that is
 	// restarted is back within it.
@@ -192,13 +194,18 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err = d.check(ctx, c); err == nil {
+		limit := checkTimeout
+		if kept {
+			limit = keptTimeout
+		}
+		if err = d.check(ctx, c, limit); err == nil {
 			return c, nil
 		}
-		d.release(c, true)
 		if ctx.Err() != nil {
+			d.release(c, false) // of its state nothing is known
 			return nil, context.Cause(ctx)
 		}
+		d.release(c, true)
 		if !kept {
 			return nil, err
 		}
@@ -206,8 +213,8 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 }
 
 // check makes one small RPC.
-func (d *daemon) check(ctx context.Context, c *conn) error {
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+func (d *daemon) check(ctx context.Context, c *conn, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if c.known.Load() {
 		_, err := c.client.Info(ctx)

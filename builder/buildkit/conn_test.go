@@ -41,8 +41,10 @@ type control struct {
 	mu      sync.Mutex
 	clients []string // common names, one for each RPC
 	active  int      // builds
+	known   string   // Ref of another one
 	prunes  int
 	stuck   bool // nothing can be pruned
+	frozen  bool // no RPC is answered
 }
 
 func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
@@ -52,6 +54,9 @@ func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream g
 		if err := stream.Send(&controlapi.BuildHistoryEvent{Record: &controlapi.BuildHistoryRecord{Ref: fmt.Sprint(i)}}); err != nil {
 			return err
 		}
+	}
+	if c.known != "" {
+		return stream.Send(&controlapi.BuildHistoryEvent{Record: &controlapi.BuildHistoryRecord{Ref: c.known}})
 	}
 	return nil
 }
@@ -78,7 +83,17 @@ func (c *control) seen(ctx context.Context) {
 	}
 	c.mu.Lock()
 	c.clients = append(c.clients, name)
+	frozen := c.frozen
 	c.mu.Unlock()
+	if frozen {
+		<-ctx.Done()
+	}
+}
+
+func (c *control) freeze() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.frozen = true
 }
 
 func (c *control) last() string {
@@ -237,11 +252,11 @@ func TestCertificatesReplaced(t *testing.T) {
 	if c == old || ctl.last() != "two" {
 		t.Fatalf("the new certificate is not used: %q", ctl.last())
 	}
-	if err := d.check(t.Context(), old); err != nil || ctl.last() != "one" {
+	if err := d.check(t.Context(), old, checkTimeout); err != nil || ctl.last() != "one" {
 		t.Errorf("the old connection, in use, is closed: %v", err)
 	}
 	d.release(old, false)
-	if err := d.check(t.Context(), old); err == nil {
+	if err := d.check(t.Context(), old, checkTimeout); err == nil {
 		t.Error("the old connection is open after its last build")
 	}
 	d.release(c, false)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -180,34 +181,37 @@ func (p *pool) order(ctx context.Context, key placeKey) []*daemon {
 // others.
 //
 // Where no daemon answers, all of them are tried again for as long as a restart
-// takes. Errors are *api.Error: no_daemon or daemon_full; or ctx's cause.
+// takes. How many hang makes no difference to how long that is: one and then all
+// others at once take two times acquire's longest, or one if there is an avoid.
+// Errors are *api.Error: no_daemon or daemon_full; or ctx's cause.
 func (p *pool) place(ctx context.Context, key placeKey, prefer, avoid *daemon) (*seat, error) {
 	order := p.order(ctx, key)
-	var fit []*daemon
-	for _, d := range order {
-		if d.fit() && d != avoid && d != prefer {
-			fit = append(fit, d)
-		}
-	}
 	if prefer != nil {
-		if s, _ := p.offer(ctx, []*daemon{prefer}, order); s != nil {
+		if s, _ := p.offer(ctx, order, []*daemon{prefer}, nil, false); s != nil {
 			return s, nil
 		}
 	}
-	s, err := p.offer(ctx, fit, order)
-	for since := time.Now(); s == nil; {
-		if ctx.Err() != nil {
+	for since := time.Now(); ; {
+		var fit, rest []*daemon
+		for _, d := range order {
+			switch {
+			case d.isFull():
+			case d == avoid, !d.fit():
+				// It may be back, and better than none.
+				rest = append(rest, d)
+			default:
+				fit = append(fit, d)
+			}
+		}
+		s, err := p.offer(ctx, order, fit, rest, avoid != nil)
+		switch {
+		case s != nil:
+			return s, nil
+		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
-		}
-		if len(order) > 0 && !slices.ContainsFunc(order, func(d *daemon) bool { return !d.isFull() }) {
+		case len(order) > 0 && !slices.ContainsFunc(order, func(d *daemon) bool { return !d.isFull() }):
 			return p.prunedSeat(ctx, order)
-		}
-		// One that was taken out may be back, and better than none.
-		s, err = p.offer(ctx, slices.DeleteFunc(slices.Clone(order), (*daemon).isFull), order)
-		if s != nil {
-			break
-		}
-		if time.Since(since) > dialWindow-dialInterval {
+		case time.Since(since) > dialWindow-dialInterval:
 			return nil, noDaemon(err)
 		}
 		select {
@@ -217,42 +221,59 @@ func (p *pool) place(ctx context.Context, key placeKey, prefer, avoid *daemon) (
 		}
 		order = p.order(ctx, key)
 	}
-	return s, nil
 }
 
-// offer is a seat on the first of the daemons that has less than its limit of
-// builds, or on the one that has the fewest. Without a seat, err is of the last
-// that did not answer. order is for telling why it is not the first.
-func (p *pool) offer(ctx context.Context, daemons, order []*daemon) (s *seat, err error) {
-	var least *daemon
-	var fewest int
-	for _, d := range daemons {
-		c, e := d.acquire(ctx)
-		var n int
-		if e == nil && len(order) > 1 {
-			if n, e = d.load(ctx, c); e != nil {
-				d.release(c, true)
+// offer is a seat on the first of the fit daemons that has less than its limit of
+// builds, or on the one that has the fewest, or else on the first of the rest that
+// answers. They are asked in turn until one does not answer, and from then on, or
+// if atOnce is set from the beginning, all at once. Without a seat, err is of the
+// last that did not answer. order is for telling why it is not the first.
+func (p *pool) offer(ctx context.Context, order, fit, rest []*daemon, atOnce bool) (s *seat, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	all := slices.Concat(fit, rest)
+	answers := make([]chan answer, len(all)) // those not taken yet
+	defer func() {
+		cancel()
+		for i, ch := range answers {
+			if ch != nil {
+				if a := <-ch; a.err == nil {
+					all[i].release(a.conn, false)
+				}
 			}
 		}
+	}()
+	var least *daemon
+	var fewest int
+	for i, d := range all {
+		if i >= len(fit) && least != nil {
+			break
+		}
+		for j := i; j == i || j < len(all) && (atOnce || err != nil); j++ {
+			if answers[j] == nil {
+				answers[j] = all[j].ask(ctx, len(order) > 1)
+			}
+		}
+		a := <-answers[i]
+		answers[i] = nil
 		if ctx.Err() != nil {
-			if e == nil {
-				d.release(c, false)
+			if a.err == nil {
+				d.release(a.conn, false)
 			}
 			return nil, context.Cause(ctx)
 		}
-		if e != nil {
-			err = e
-			if !errors.Is(e, errClosed) {
-				p.lose(d, e)
+		if a.err != nil {
+			err = a.err
+			if !errors.Is(err, errClosed) {
+				p.lose(d, err)
 			}
 			continue
 		}
 		if d.take(p.limit) || len(order) == 1 && d.take(0) {
-			return &seat{c, d, choiceOf(d, order)}, nil
+			return &seat{a.conn, d, choiceOf(d, order)}, nil
 		}
-		d.release(c, false)
-		if least == nil || n < fewest {
-			least, fewest = d, n
+		d.release(a.conn, false)
+		if least == nil || a.builds < fewest {
+			least, fewest = d, a.builds
 		}
 	}
 	if least == nil {
@@ -264,6 +285,29 @@ func (p *pool) offer(ctx context.Context, daemons, order []*daemon) (s *seat, er
 	}
 	least.take(0)
 	return &seat{c, least, choiceOf(least, order)}, nil
+}
+
+// answer is a daemon's to being asked for a seat.
+type answer struct {
+	conn   *conn // to be released, if err is nil
+	builds int   // if they were to be counted
+	err    error
+}
+
+// ask sends one answer, soon after ctx has ended at the latest.
+func (d *daemon) ask(ctx context.Context, count bool) chan answer {
+	ch := make(chan answer, 1)
+	go func() {
+		var a answer
+		a.conn, a.err = d.acquire(ctx)
+		if a.err == nil && count {
+			if a.builds, a.err = d.load(ctx, a.conn); a.err != nil {
+				d.release(a.conn, ctx.Err() == nil)
+			}
+		}
+		ch <- a
+	}()
+	return ch
 }
 
 // choiceOf says why a build is on d and not on the first of its order.
@@ -286,7 +330,7 @@ func (p *pool) prunedSeat(ctx context.Context, order []*daemon) (*seat, error) {
 		if p.prune(waiting, d) != nil {
 			continue
 		}
-		if s, _ := p.offer(ctx, []*daemon{d}, order); s != nil {
+		if s, _ := p.offer(ctx, order, []*daemon{d}, nil, false); s != nil {
 			return s, nil
 		}
 	}
@@ -323,19 +367,22 @@ func (p *pool) sleep(d time.Duration) bool {
 }
 
 // each calls f at once for every daemon that is not out, with a connection that
-// has just answered.
-func (p *pool) each(ctx context.Context, f func(d *daemon, c *conn)) {
+// has just answered. It returns how many it was not called for.
+func (p *pool) each(ctx context.Context, f func(d *daemon, c *conn)) int {
+	var missed atomic.Int32
 	var all sync.WaitGroup
 	for _, d := range p.list(ctx) {
 		d.health.mu.Lock()
 		out := d.health.out
 		d.health.mu.Unlock()
 		if out {
+			missed.Add(1)
 			continue
 		}
 		all.Go(func() {
 			c, err := d.acquire(ctx)
 			if err != nil {
+				missed.Add(1)
 				if ctx.Err() == nil {
 					p.lose(d, err)
 				}
@@ -346,6 +393,7 @@ func (p *pool) each(ctx context.Context, f func(d *daemon, c *conn)) {
 		})
 	}
 	all.Wait()
+	return int(missed.Load())
 }
 
 // several says whether there is more than one daemon, as far as is known.

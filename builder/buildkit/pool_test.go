@@ -157,6 +157,58 @@ func TestDaemonOut(t *testing.T) {
 	}
 }
 
+// TestFrozen: the more daemons hang, the wait for one that does not stays the
+// same.
+func TestFrozen(t *testing.T) {
+	t.Parallel()
+	const longest = keptTimeout + checkTimeout // of acquire
+	for _, tt := range []struct {
+		name  string
+		lost  bool // the first is where the build was lost
+		limit time.Duration
+	}{
+		{"before", false, 2 * longest},
+		{"after one was lost", true, longest},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			tr := newTrio(t, 2)
+			tr.Daemons(t.Context()) // so that there are connections
+			var lost *daemon
+			if order := tr.order(); tt.lost {
+				lost = order[0]
+				tr.pool.lose(lost, errors.New("lost"))
+			}
+			for _, ctl := range tr.ctl {
+				ctl.freeze()
+			}
+			start := time.Now()
+			_, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, lost)
+			if took := time.Since(start); api.AsError(err).Code != api.NoDaemon || took > tt.limit+2*time.Second {
+				t.Errorf("%v after %v", err, took)
+			}
+		})
+	}
+	t.Run("one of those asked at once", func(t *testing.T) {
+		t.Parallel()
+		tr := newTrio(t, 2)
+		tr.Daemons(t.Context())
+		order := tr.order()
+		tr.servers[order[0].addr].Stop()
+		tr.ctl[order[2].addr].freeze()
+		kept := order[2].cur
+		start := time.Now()
+		at, s := tr.placed(nil, nil)
+		if took := time.Since(start); at != 1 || took > time.Second {
+			t.Errorf("at %d after %v", at, took)
+		}
+		s.give(false)
+		if !order[2].fit() || order[2].cur != kept || kept.refs != 0 {
+			t.Error("the one that was not waited for has lost something")
+		}
+	})
+}
+
 // TestRest: the more often a daemon is lost in turn, the longer it is left alone.
 func TestRest(t *testing.T) {
 	t.Parallel()
