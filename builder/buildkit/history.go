@@ -163,17 +163,16 @@ func (c *conn) listen(ctx context.Context, req *controlapi.BuildHistoryRequest, 
 }
 
 // Find returns what the daemons remember of the call's builds, the latest of
-// them, or nil. Errors are *api.Error: no_daemon, or internal.
+// them, or nil. An error is an *api.Error, no_daemon: one that may know cannot be
+// asked.
 func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
 	var mu sync.Mutex
 	var last *controlapi.BuildHistoryRecord
 	var failed error
-	answered := false
-	s.pool.each(ctx, func(_ *daemon, c *conn) {
+	missed := s.pool.each(ctx, func(_ *daemon, c *conn) {
 		records, err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true})
 		mu.Lock()
 		defer mu.Unlock()
-		answered = true
 		failed = errors.Join(failed, err)
 		for _, r := range records {
 			if strings.HasPrefix(r.Ref, call+"x") && (last == nil || r.CreatedAt.AsTime().After(last.CreatedAt.AsTime())) {
@@ -181,13 +180,16 @@ func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
 			}
 		}
 	})
-	switch {
-	case last != nil:
-		return past(last), nil
-	case failed != nil:
-		return nil, api.AsError(failed)
-	case !answered:
-		return nil, noDaemon(errors.New("none answered"))
+	if last != nil {
+		if p := past(last); p != nil {
+			return p, nil
+		}
+	}
+	if missed > 0 {
+		failed = errors.Join(failed, fmt.Errorf("%d cannot be reached", missed))
+	}
+	if failed != nil {
+		return nil, &api.Error{Code: api.NoDaemon, Msg: "a buildkitd that may know of the build cannot be asked", Err: failed}
 	}
 	return nil, nil
 }

@@ -209,6 +209,30 @@ func TestFrozen(t *testing.T) {
 	})
 }
 
+// TestFind: that a build is not known is only said when all have been asked.
+func TestFind(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	if past, err := tr.Find(t.Context(), "call"); past != nil || err != nil {
+		t.Errorf("before: %+v, %v", past, err)
+	}
+	order := tr.order()
+	tr.servers[order[0].addr].Stop()
+	// Noticed now, and out the second time.
+	for range 2 {
+		if past, err := tr.Find(t.Context(), "call"); past != nil || err == nil || api.AsError(err).Code != api.NoDaemon {
+			t.Errorf("one is gone: %+v, %v", past, err)
+		}
+	}
+	ctl := tr.ctl[order[1].addr]
+	ctl.mu.Lock()
+	ctl.known = "callxbodyx0"
+	ctl.mu.Unlock()
+	if past, err := tr.Find(t.Context(), "call"); past == nil || !past.Running || err != nil {
+		t.Errorf("another knows it: %+v, %v", past, err)
+	}
+}
+
 // TestRest: the more often a daemon is lost in turn, the longer it is left alone.
 func TestRest(t *testing.T) {
 	t.Parallel()
