@@ -190,6 +190,53 @@ func hostileTars(t testing.TB) []hostileTar {
 	add("time out of range", "context/x", extended('x', record("mtime", "9223372037")), file("context/x", "x"))
 	add("extended header of over 1 MiB", "1 MiB", extended('x', record("comment", strings.Repeat("x", 1<<20))), file("context/x", "x"))
 	add("wrong checksum", "", strings.Replace(file("context/x", "x"), "context/x", "context/y", 1))
+	// Beside the context nothing is built from, and no more is allowed.
+	add("dotdot beside the context", "x/../y", file("x/../y", "x"))
+	add("dotdot at the end beside", "x/..", dir("x/.."))
+	add("backslash beside", `x/a\\b`, file(`x/a\b`, "x"))
+	add("no UTF-8 beside", `x/\xff`, file("x/\xff", "x"))
+	add("block device beside", "x/d", block("x/d", '4', 0, nil))
+	add("FIFO beside", "x/d", block("x/d", '6', 0, nil))
+	add("unknown type beside", "x/d", block("x/d", 'Q', 0, nil))
+	add("GNU sparse file beside", "x/d", block("x/d", 'S', 0, map[int]string{257: "ustar  \x00", 483: "00000000000\x00"}))
+	add("one name twice beside", "x/f", file("x/f", "1"), file("x/f", "2"))
+	add("file and directory beside", "x/f", file("x/f", "1"), dir("x/f/"))
+	add("name of 256 bytes", "context/n", extended('L', "context/"+strings.Repeat("n", 256)+"\x00"), file("x", "x"))
+	add("name of 256 bytes beside", "x/n", extended('L', "x/"+strings.Repeat("n", 256)+"\x00"), file("x", "x"))
+	add("absolute PAX path", "/x", extended('x', record("path", "/x")), file("x", "x"))
+	add("absolute GNU name", "/x", extended('L', "/x\x00"), file("x", "x"))
+	add("two slashes first", "//x", file("//x", "x"))
+	add("root as a directory", "/", dir("/"))
+	add("dot dotdot", "./../x", file("./../x", "x"))
+	add("dot as a file", ".", file(".", "x"))
+	add("dot as a symlink", ".", symlink(".", "/"))
+	add("slash after a file", "context/f/", file("context/f/", "x"))
+	add("slash after a symlink", "context/f/", symlink("context/f/", "x"))
+	add("directory twice", "context/f", dir("context/f"), dir("context/f/"))
+	add("contiguous file", "context/f", block("context/f", '7', 0, nil))
+	add("volume label", "label", block("label", 'V', 0, map[int]string{257: "ustar  \x00"}))
+	add("multi-volume file", "context/f", block("context/f", 'M', 0, map[int]string{257: "ustar  \x00"}))
+	add("incremental dump", "context/f", block("context/f", 'D', 0, map[int]string{257: "ustar  \x00"}))
+	add("hard link to nothing", "context/l", hardlink("context/l", ""))
+	add("hard link to the context", "context/l", hardlink("context/l", "context"))
+	add("hard link relative to the context", "context/l", hardlink("context/l", "Dockerfile"))
+	add("hard link to the secrets", "context/l", hardlink("context/l", "com.openfaas.secrets"))
+	add("hard link over a file", "context/f", file("context/f", "x"), hardlink("context/f", "context/Dockerfile"))
+	add("symlink without a target", "context/l", symlink("context/l", ""))
+	add("symlink to no UTF-8", "context/l", symlink("context/l", "\xff"))
+	add("file below a hard link", "context/l/x", hardlink("context/l", "context/Dockerfile"), file("context/l/x", "x"))
+	add("directory below a file", "context/Dockerfile/x", dir("context/Dockerfile/x"))
+	add("NUL in a PAX link", "", extended('x', record("linkpath", "a\x00b")), symlink("context/l", "x"))
+	add("PAX record of length 0", "", extended('x', "0 path=x\n"), file("context/x", "x"))
+	add("PAX record of a negative length", "", extended('x', "-9 path=x\n"), file("context/x", "x"))
+	add("PAX record of a huge length", "", extended('x', "99999999999999999999 path=x\n"), file("context/x", "x"))
+	add("PAX record without an equals sign", "", extended('x', "7 path\n"), file("context/x", "x"))
+	add("PAX record without a newline", "", extended('x', "10 path=xy"), file("context/x", "x"))
+	add("PAX sparse map in disorder", "", extended('x', record("GNU.sparse.numbytes", "1")+record("GNU.sparse.offset", "1")), file("context/x", "x"))
+	add("time long ago", "context/x", extended('x', record("mtime", "-9223372037")), file("context/x", "x"))
+	add("global header of over 1 MiB", "1 MiB", extended('g', record("comment", strings.Repeat("x", 1<<20))), file("context/x", "x"))
+	add("GNU name of over 1 MiB", "1 MiB", extended('L', strings.Repeat("x", 1<<20+1)), file("context/x", "x"))
+	add("extended header before the end", "", extended('x', record("path", "x")))
 	whole("nothing", "", "")
 	whole("no tar", "", strings.Repeat("not a tar ", 200))
 	whole("no config", "com.openfaas.docker.config", dir("context/")+file("context/Dockerfile", "FROM scratch\n")+tarEnd)
@@ -212,6 +259,18 @@ func hostileTars(t testing.TB) []hostileTar {
 	whole("gzip in gzip", "", gzipped(gzipped(with())))
 	whole("zstd that is cut", "", zstded(t, with())[:60])
 	whole("zstd with text after it", "", zstded(t, with())+"text")
+	whole("zeros", "com.openfaas.docker.config", tarEnd)
+	whole("zip", "", "PK\x03\x04"+strings.Repeat("x", 1000))
+	whole("context twice", "context", plainConfig+dir("context")+dir("./context/")+tarEnd)
+	whole("config as a directory", "com.openfaas.docker.config", dir("com.openfaas.docker.config")+dir("context")+tarEnd)
+	whole("a byte far after the end", "", with()+strings.Repeat("\x00", 100_000)+"x")
+	whole("an entry after half an end", "", plainHead+tarEnd[:512]+file("context/x", "x")+tarEnd)
+	whole("gzip of nothing", "", gzipped(""))
+	whole("gzip of text", "", gzipped(strings.Repeat("no tar ", 200)))
+	whole("gzip and then zstd", "", gzipped(with())+zstded(t, with()))
+	whole("zstd in zstd", "", zstded(t, zstded(t, with())))
+	whole("zstd of a wrong checksum", "", zstded(t, with())[:len(zstded(t, with()))-4]+"xxxx")
+	whole("zstd with a dictionary", "", "\x28\xb5\x2f\xfd\x03\x01\x02\x03\x04\x00\x00")
 	whole("zstd with a window of 2 GiB", "", "\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00")
 	return list
 }
@@ -231,7 +290,15 @@ func aliases() string {
 // and the function serves the next build.
 func TestHostile(t *testing.T) {
 	ctx, _, f := start(t, stack.FunctionConfig{})
-	for _, tt := range hostileTars(t) {
+	list := hostileTars(t)
+	names := map[string]bool{}
+	for _, tt := range list {
+		names[tt.name] = true
+	}
+	if len(names) < 120 || len(names) < len(list) {
+		t.Errorf("%d archives have %d names, want at least 120", len(list), len(names))
+	}
+	for _, tt := range list {
 		t.Run(tt.name, func(t *testing.T) {
 			forms := map[string]string{"as it is": tt.body, "envelope": enveloped(f, tt.body)}
 			if !strings.HasPrefix(tt.body, "\x1f\x8b") && !strings.HasPrefix(tt.body, "\x28\xb5\x2f\xfd") {

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/buildkit/client"
+	"github.com/tonistiigi/fsutil"
 	"golang.org/x/sync/errgroup"
 
 	"handler/function/tests/stack"
@@ -137,6 +139,57 @@ func TestTwinsAtOnce(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestTrap shows what TestTwins and TestTwinsAtOnce would see if content were not
+// carried in the times: BuildKit's own client, given twins with the times that they
+// have, builds the second image with the first one's file.
+func TestTrap(t *testing.T) {
+	ctx, s, _ := start(t, stack.FunctionConfig{})
+	c, err := s.Buildkitd.Client(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	first, second := nextTwin(), nextTwin()
+	for _, n := range []int{first, second} {
+		dir := t.TempDir()
+		for _, e := range twin(n, "FROM scratch\nCOPY app /\n") {
+			path := filepath.Join(dir, e.name)
+			if strings.HasSuffix(e.name, "/") {
+				err = os.Mkdir(path, 0o755)
+			} else {
+				err = os.WriteFile(path, []byte(e.text), 0o644)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		// Only now: a file's arrival changes its directory's time.
+		for _, e := range twin(n, "") {
+			if err := os.Chtimes(filepath.Join(dir, e.name), e.time, e.time); err != nil {
+				t.Fatal(err)
+			}
+		}
+		files, err := fsutil.NewFS(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref := s.Registry.Image("trap:latest")
+		built, err := c.Solve(ctx, nil, client.SolveOpt{
+			Frontend:      "dockerfile.v0",
+			FrontendAttrs: map[string]string{"filename": "Dockerfile"},
+			LocalMounts:   map[string]fsutil.FS{"context": files, "dockerfile": files},
+			SharedKey:     "trap",
+			Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: map[string]string{"name": ref, "push": "true"}}},
+		}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := mustPulled(t, ctx, stack.Record{Image: ref, Digest: built.ExporterResponse["containerimage.digest"]}, "data"); got != twinText(first) {
+			t.Errorf("the image of twin %d holds %q, want %q: BuildKit looks at more than it did, and the twins prove nothing", n, got, twinText(first))
+		}
 	}
 }
 
