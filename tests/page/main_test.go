@@ -3,9 +3,14 @@
 package page_test
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -262,12 +267,13 @@ func (p *tab) shoot(name string) {
 func start(t *testing.T, c stack.FunctionConfig) (*stack.Stack, *stack.Function, string) {
 	t.Helper()
 	s, f := stack.Test(t, c)
-	return s, f, behind(t, f, nil) + "/function/builder"
+	return s, f, behind(t, f, "/function/builder", nil)
 }
 
-// behind serves f below /function/builder. answer, if not nil, may change what
-// f answers.
-func behind(t *testing.T, f *stack.Function, answer func(*http.Response) error) string {
+// behind serves f below a prefix, with and without a slash at its end, and returns
+// its address there. answer, if not nil, may change what f answers. At the end of
+// the test nothing that was sent may hold the payload secret.
+func behind(t *testing.T, f *stack.Function, prefix string, answer func(*http.Response) error) string {
 	t.Helper()
 	to, err := url.Parse(f.URL)
 	if err != nil {
@@ -277,16 +283,78 @@ func behind(t *testing.T, f *stack.Function, answer func(*http.Response) error) 
 		FlushInterval:  -1,
 		ModifyResponse: answer,
 		Rewrite: func(r *httputil.ProxyRequest) {
-			path, _ := strings.CutPrefix(r.In.URL.Path, "/function/builder")
+			path, _ := strings.CutPrefix(r.In.URL.Path, strings.TrimSuffix(prefix, "/"))
 			r.SetURL(to)
 			r.Out.URL.Path = "/" + strings.TrimPrefix(path, "/")
 			r.Out.URL.RawPath = ""
 		},
 	}
+	var sent wire
 	mux := http.NewServeMux()
-	mux.Handle("/function/builder", proxy)
-	mux.Handle("/function/builder/", proxy)
+	recorded := sent.record(proxy)
+	mux.Handle(prefix, recorded)
+	if !strings.HasSuffix(prefix, "/") {
+		mux.Handle(prefix+"/", recorded)
+	}
 	srv := httptest.NewServer(mux)
-	t.Cleanup(srv.Close)
-	return srv.URL
+	t.Cleanup(func() {
+		srv.Close()
+		sent.check(t, f.Secret)
+	})
+	return srv.URL + prefix
+}
+
+// wire is what a browser has sent.
+type wire struct {
+	mu       sync.Mutex
+	requests [][]byte // heads and bodies, those in gzip as they are and unpacked
+}
+
+func (w *wire) record(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(io.LimitReader(r.Body, 64<<20))
+		if err != nil {
+			return // canceled
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		text, err := httputil.DumpRequest(r, true)
+		if err != nil {
+			panic(err)
+		}
+		if zr, err := gzip.NewReader(bytes.NewReader(body)); err == nil {
+			// What is no gzip to its end was sent as it is.
+			unpacked, _ := io.ReadAll(io.LimitReader(zr, 256<<20))
+			text = append(text, unpacked...)
+		}
+		w.mu.Lock()
+		w.requests = append(w.requests, text)
+		w.mu.Unlock()
+		h.ServeHTTP(rw, r)
+	})
+}
+
+// check looks for a secret in all that was sent, in the forms that it could have.
+func (w *wire) check(t *testing.T, secret string) {
+	t.Helper()
+	forms := map[string]string{
+		"as it is": secret, "in hex": hex.EncodeToString([]byte(secret)), "escaped": url.QueryEscape(secret),
+		// Without the end, which depends on what follows.
+		"in base64":           strings.TrimRight(base64.StdEncoding.EncodeToString([]byte(secret)), "=")[:len(secret)],
+		"in base64, of a URL": strings.TrimRight(base64.URLEncoding.EncodeToString([]byte(secret)), "=")[:len(secret)],
+	}
+	if key, err := base64.StdEncoding.DecodeString(secret); err == nil {
+		forms["decoded"], forms["decoded, in hex"] = string(key), hex.EncodeToString(key)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.requests) == 0 {
+		t.Error("no request was recorded")
+	}
+	for _, request := range w.requests {
+		for form, text := range forms {
+			if bytes.Contains(request, []byte(text)) {
+				t.Errorf("the payload secret, %s, was sent: %.1000q", form, request)
+			}
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -15,7 +16,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/browser"
+	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/input"
+	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/chromedp"
 
 	"handler/function/tests/stack"
@@ -55,6 +59,9 @@ func TestBuild(t *testing.T) {
 	if title, running := p.text("#build-title"), p.texts("#steps .running .name"); title != "Building" || len(running) != 1 || !strings.Contains(running[0], "sleep 2") {
 		t.Errorf("while a step runs the title is %q and running are %q", title, running)
 	}
+	if got := js[float64](p, `document.getElementById("progress").value`); got <= 0 || got >= 1 {
+		t.Errorf("while a step runs the progress bar is at %v", got)
+	}
 	p.looks("building")
 	if title := p.ended(); title != "Pushed" {
 		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
@@ -75,6 +82,9 @@ func TestBuild(t *testing.T) {
 	} {
 		if got := p.text("#" + id); got != want {
 			t.Errorf("%s is %q, not %q", id, got, want)
+		}
+		if got := p.copied(id); got != want {
+			t.Errorf("the button of %s copies %q, not %q", id, got, want)
 		}
 	}
 	got, err := stack.Files(img)
@@ -108,6 +118,87 @@ func TestBuild(t *testing.T) {
 		t.Errorf("the page stores something: %q", got)
 	}
 	p.looks("cached")
+}
+
+// copied presses an element's copy button and returns what the clipboard then has.
+func (p *tab) copied(id string) string {
+	p.t.Helper()
+	b := chromedp.FromContext(p.ctx).Browser
+	for _, name := range []string{"clipboard-read", "clipboard-write"} {
+		if _, err := cdp.Call(p.ctx, b, browser.SetPermission, browser.SetPermissionParams{
+			Permission: &browser.PermissionDescriptor{Name: name}, Setting: browser.PermissionSettingGranted,
+		}); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	button := fmt.Sprintf("[data-copy=%q]", id)
+	p.run(chromedp.Click(chromedp.CSS(button)))
+	p.until("word that it is copied", func() bool { return p.text(button) == "Copied" && p.text("#status") != "" })
+	text, err := chromedp.Run(p.ctx, chromedp.Evaluate[string](`navigator.clipboard.readText()`, chromedp.EvalAwaitPromise))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return text
+}
+
+// TestPrefix builds where the page is at the root, as behind a port-forward or an
+// Ingress, and behind prefixes of its own.
+func TestPrefix(t *testing.T) {
+	s, f := stack.Test(t, stack.FunctionConfig{})
+	for i, prefix := range []string{"/", "/a/b", "/a/b/"} {
+		p := open(t, behind(t, f, prefix, nil))
+		p.until("description", func() bool { return strings.Contains(p.text("#about"), "builds running") })
+		ref := s.Registry.Image(fmt.Sprintf("page/prefix:v%d", i))
+		p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\n"}))
+		p.fill("image", ref)
+		p.fill("secret", f.Secret)
+		p.click("submit")
+		if title := p.ended(); title != "Pushed" || p.text("#out-image") != ref {
+			t.Errorf("%s: the build ended %q: %s", prefix, title, p.text("#build"))
+		}
+	}
+}
+
+// TestKeyboard goes through the form with Tab alone: every control is reached, in the
+// order in which it is read, and shows that it is; a key opens the file choosers.
+func TestKeyboard(t *testing.T) {
+	_, _, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	if _, err := chromedp.Call(p.ctx, page.SetInterceptFileChooserDialog, page.SetInterceptFileChooserDialogParams{Enabled: true}); err != nil {
+		t.Fatal(err)
+	}
+	choosers := make(chan struct{}, 2)
+	if err := chromedp.Listen(p.ctx, func(event any) {
+		if _, ok := event.(*page.EventFileChooserOpened); ok {
+			choosers <- struct{}{}
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"folder", "archive", "image", "secret", "args", "platforms", "SUMMARY", "submit"} {
+		p.run(chromedp.KeyEvent("\t"))
+		if got := js[string](p, `document.activeElement.id || document.activeElement.tagName`); got != want {
+			t.Fatalf("Tab leads to %q, not %q", got, want)
+		}
+		// A file input is not seen, its label is.
+		if !js[bool](p, `(() => {
+			const e = document.activeElement;
+			const { outlineStyle, outlineWidth } = getComputedStyle(e.type === "file" ? e.labels[0] : e);
+			return outlineStyle !== "none" && parseFloat(outlineWidth) >= 2;
+		})()`) {
+			t.Errorf("%s does not show that it has the focus", want)
+		}
+		p.shoot("focus-" + want)
+		if want != "folder" && want != "archive" {
+			continue
+		}
+		p.run(chromedp.KeyEvent(" "))
+		select {
+		case <-choosers:
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: a space opens no file chooser", want)
+		}
+	}
 }
 
 // TestFailure shows the error with the Dockerfile's lines, and what a build
@@ -194,7 +285,7 @@ func TestCancel(t *testing.T) {
 // TestLost cuts a stream off as a proxy's timeout does: cleanly.
 func TestLost(t *testing.T) {
 	s, f := stack.Test(t, stack.FunctionConfig{})
-	url := behind(t, f, func(res *http.Response) error {
+	url := behind(t, f, "/function/builder", func(res *http.Response) error {
 		if strings.HasPrefix(res.Header.Get("Content-Type"), "application/x-ndjson") {
 			res.Body = struct {
 				io.Reader
@@ -203,7 +294,7 @@ func TestLost(t *testing.T) {
 		}
 		return nil
 	})
-	p := open(t, url+"/function/builder")
+	p := open(t, url)
 	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nRUN sleep 5\n"}))
 	p.fill("image", s.Registry.Image("page/lost:v1"))
 	p.fill("secret", f.Secret)
