@@ -26,6 +26,7 @@ const (
 	RegistryDenied   Code = "registry_denied"
 	Deadline         Code = "deadline"
 	Busy             Code = "busy"
+	QueueTimeout     Code = "queue_timeout"
 	NoDaemon         Code = "no_daemon"
 	DaemonLost       Code = "daemon_lost"
 	Stalled          Code = "stalled"
@@ -63,6 +64,7 @@ var statuses = map[Code]int{
 	// Canceled has no reader: its client went away. The status is for the log.
 	Canceled:        http.StatusUnprocessableEntity,
 	Busy:            http.StatusTooManyRequests,
+	QueueTimeout:    http.StatusServiceUnavailable,
 	NoDaemon:        http.StatusServiceUnavailable,
 	DaemonLost:      http.StatusServiceUnavailable,
 	Stalled:         http.StatusServiceUnavailable,

@@ -41,7 +41,7 @@ var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600
 // faults are what nobody who sends a build can mend. Both counters begin at zero for
 // them: a rule sees a counter rise, and not that it appears.
 var faults = []api.Code{
-	api.Busy, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
+	api.Busy, api.QueueTimeout, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
 	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
 }
 

@@ -264,33 +264,48 @@ func (w *Writer) Finish(rec api.Record) error {
 // Object answers with one record as it is, whatever its status, and not before
 // the client has accepted it or can get no more.
 func Object(w http.ResponseWriter, status int, rec api.Record, opts Options) error {
-	rw := New(w, JSON, opts)
 	rec.Duration = milliseconds(rec.Duration)
 	if rec.Log == nil {
 		rec.Log = []string{}
 	}
+	return whole(w, opts).writeWhole(status, bounded(rec))
+}
+
+// Value is Object for what is no record.
+func Value(w http.ResponseWriter, status int, v any, opts Options) error {
+	var body bytes.Buffer
+	encode(&body, v, "  ")
+	return whole(w, opts).writeBody(status, api.JSONType, body.Bytes())
+}
+
+// whole is a Writer of an answer that is written now, at once.
+func whole(w http.ResponseWriter, opts Options) *Writer {
+	rw := New(w, JSON, opts)
 	rw.deadline = time.Now().Add(rw.opts.WriteTimeout)
-	return rw.writeWhole(status, bounded(rec))
+	return rw
 }
 
 // writeWhole writes an answer that does not stream.
 func (w *Writer) writeWhole(status int, rec api.Record) error {
 	var body bytes.Buffer
-	h := w.w.Header()
 	if w.opts.Text && rec.Status != api.Success {
-		h.Set("Content-Type", api.TextType+"; charset=utf-8")
 		writeText(&body, rec)
-	} else {
-		h.Set("Content-Type", api.JSONType)
-		encode(&body, rec, "  ")
+		return w.writeBody(status, api.TextType+"; charset=utf-8", body.Bytes())
 	}
+	encode(&body, rec, "  ")
+	return w.writeBody(status, api.JSONType, body.Bytes())
+}
+
+func (w *Writer) writeBody(status int, contentType string, body []byte) error {
+	h := w.w.Header()
+	h.Set("Content-Type", contentType)
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Content-Length", strconv.Itoa(body.Len()))
+	h.Set("Content-Length", strconv.Itoa(len(body)))
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", strconv.Itoa(retryAfter))
 	}
 	if w.opts.Signer != nil {
-		if s := w.opts.Signer(body.Bytes()); s != "" {
+		if s := w.opts.Signer(body); s != "" {
 			h.Set(api.SignatureHeader, s)
 		}
 	}
@@ -299,7 +314,7 @@ func (w *Writer) writeWhole(status int, rec api.Record) error {
 		return err
 	}
 	w.w.WriteHeader(status)
-	return w.send(body.Bytes())
+	return w.send(body)
 }
 
 // writeText writes a failure for a terminal or the OpenFaaS UI, the reason

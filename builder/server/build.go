@@ -22,7 +22,6 @@ import (
 	"handler/function/redact"
 	"handler/function/reply"
 	"handler/function/sealed"
-	"handler/function/signature"
 	"handler/function/solve"
 )
 
@@ -61,21 +60,17 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuse(w, r, c, errShuttingDown)
+		s.refuse(w, r, c, errShuttingDown, nil)
 		return
 	}
 	defer end()
 
-	body, err := s.receive(w, r, payload.Options{SHA256: c.joins()})
+	body, err := s.receive(w, r, c, payload.Options{SHA256: c.joins()})
 	if err != nil {
-		s.refuse(w, r, c, err)
+		s.refuse(w, r, c, err, nil)
 		return
 	}
-	opts := reply.Options{Start: c.start, NotBefore: time.Now().Add(settle), Text: isText(r)}
-	if body.key != nil {
-		opts.Signer = func(answer []byte) string { return signature.Sign(body.key, answer) }
-	}
-	out := reply.New(w, c.form, opts)
+	out := reply.New(w, c.form, reply.Options{Start: c.start, NotBefore: time.Now().Add(settle), Text: isText(r), Signer: signer(body.key)})
 	// The signature has passed. From here on a stream says in its last record
 	// what went wrong: go-sdk shows no body of a status other than 200.
 	out.Begin()
@@ -172,23 +167,22 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	if source := req.Config.Context; source != nil && source.Digest != "" {
 		spool, files, err := s.fetchContext(b, source.Digest)
 		if err != nil {
-			return outcome, stats, b.because(err)
+			return outcome, stats, because(b.ctx, err)
 		}
 		defer spool.Close()
 		req.Context = files
 	}
 	solved, stats, err := s.Solver.Solve(b.ctx, req, b.say)
 	solved.Warnings = append(warnings, solved.Warnings...)
-	return solved, stats, b.because(err)
+	return solved, stats, because(b.ctx, err)
 }
 
-// because is err, or why the build ended, whatever that made a daemon or a
-// registry say.
-func (b *build) because(err error) error {
-	if err == nil || b.ctx.Err() == nil {
+// because is err, or why ctx ended, whatever that made a daemon or a registry say.
+func because(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() == nil {
 		return err
 	}
-	why := api.AsError(canceled(context.Cause(b.ctx)))
+	why := api.AsError(canceled(context.Cause(ctx)))
 	return &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
 }
 
@@ -268,30 +262,19 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 
 // admit takes a build slot.
 func (s *Server) admit(b *build) error {
-	ctx, cancel := context.WithCancelCause(b.ctx)
-	defer cancel(nil)
-	// Waiting longer than the process lives is of no use.
-	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
-
-	var wait time.Duration
-	if b.call.waits() {
-		wait = s.QueueWait
-	}
 	start := time.Now()
 	s.metrics.Waiting.Inc()
-	err := s.builds.acquire(ctx, wait)
+	err := s.take(b.ctx, b.call, s.builds, 0, fmt.Sprintf("%d builds are running, as many as may at once", s.MaxBuilds))
 	s.metrics.Waiting.Dec()
 	s.metrics.Waited(time.Since(start))
-	if err != nil {
-		return busy(err, fmt.Sprintf("%d builds are running, as many as may at once", s.MaxBuilds))
-	}
-	return nil
+	return err
 }
 
 var errShuttingDown = &api.Error{Code: api.ShuttingDown, Msg: "the builder is shutting down"}
 
-// refuse answers and logs a request that did not become a build.
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error) {
+// refuse answers and logs a request that did not become a build. key is the one
+// that signed it, nil where none is known to have.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error, key []byte) {
 	e := api.AsError(err)
 	s.metrics.Refused(e.Code)
 	event := c.log.Warn()
@@ -299,7 +282,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err err
 		event = c.log.Error()
 	}
 	event.Str("code", string(e.Code)).AnErr("cause", cut(e)).Msg("request refused")
-	refuse(w, r, e)
+	refuse(w, r, e, key)
 }
 
 func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.Duration, err error) {

@@ -8,10 +8,12 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
 	"handler/function/payload"
+	"handler/function/reply"
 )
 
 // Contexts keeps build contexts that are sent ahead of their builds. Every error
@@ -49,7 +51,7 @@ func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
 	}
 	if err != nil {
-		refuse(w, r, api.AsError(err))
+		refuse(w, r, api.AsError(err), nil)
 		return
 	}
 	w.WriteHeader(http.StatusOK)
@@ -62,32 +64,41 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuse(w, r, c, errShuttingDown)
+		s.refuse(w, r, c, errShuttingDown, nil)
 		return
 	}
 	defer end()
-	digest, err := s.contextDigest(r)
+	body, err := s.receive(w, r, c, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
 	if err != nil {
-		s.refuse(w, r, c, err)
-		return
-	}
-	body, err := s.receive(w, r, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
-	if err != nil {
-		s.refuse(w, r, c, err)
+		s.refuse(w, r, c, err, nil)
 		return
 	}
 	defer body.Close()
-	there, err := s.storeContext(r.Context(), digest, body)
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+	digest, err := s.contextDigest(r)
+	var there bool
+	if err == nil {
+		there, err = s.storeContext(ctx, digest, body)
+	}
 	if err != nil {
-		s.refuse(w, r, c, err)
+		s.refuse(w, r, c, because(ctx, err), body.key)
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
-	w.Header().Set("Content-Type", api.JSONType)
-	if !there {
-		w.WriteHeader(http.StatusCreated)
+	status := http.StatusCreated
+	if there {
+		status = http.StatusOK
 	}
-	fmt.Fprintf(w, "{\n  \"digest\": %q,\n  \"bytes\": %d\n}\n", digest, body.Size())
+	answer := struct {
+		Digest string `json:"digest"`
+		Bytes  int64  `json:"bytes"`
+	}{digest, body.Size()}
+	opts := reply.Options{NotBefore: time.Now().Add(settle), Signer: signer(body.key)}
+	if err := reply.Value(w, status, answer, opts); err != nil {
+		c.log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+	}
 }
 
 func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {

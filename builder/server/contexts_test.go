@@ -100,6 +100,9 @@ func TestContexts(t *testing.T) {
 		}{{"HEAD", 404}, {"PUT", 201}, {"HEAD", 200}, {"PUT", 200}} {
 			if a := f.do(t, f.context(t, want.method, digest, body)); a.status != want.status {
 				t.Errorf("%s: %d, %s: %d %s, want %d", form, i, want.method, a.status, a.body, want.status)
+			} else if got, told := a.header.Get(api.SignatureHeader), fmt.Sprintf("{\n  \"digest\": %q,\n  \"bytes\": %d\n}\n", digest, len(body)); want.method == "PUT" &&
+				(a.body != told || got != signature.Sign([]byte(secret), []byte(told))) {
+				t.Errorf("%s: %d: told %s, signed %q, want %s", form, i, a.body, got, told)
 			}
 		}
 		if !bytes.Equal(store.all[digest], body) {
@@ -172,6 +175,13 @@ func TestContextsRefused(t *testing.T) {
 			if a.status != tt.status || a.rec.Code != tt.code {
 				t.Errorf("%d %s, want %d %s", a.status, a.body, tt.status, tt.code)
 			}
+			want := signature.Sign([]byte(secret), []byte(a.body))
+			if a.status == http.StatusUnauthorized || a.status == http.StatusRequestEntityTooLarge {
+				want = "" // no signature has passed
+			}
+			if got := a.header.Get(api.SignatureHeader); got != want {
+				t.Errorf("the answer is signed %q, want %q", got, want)
+			}
 			if store.puts > 0 || solver.calls.Load() > 0 {
 				t.Errorf("%d puts, %d builds", store.puts, solver.calls.Load())
 			}
@@ -186,6 +196,24 @@ func TestContextsRefused(t *testing.T) {
 		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), []byte("HEAD /contexts/"+other)))
 		if a := f.do(t, r); a.status != http.StatusUnauthorized {
 			t.Errorf("another's signature: %d", a.status)
+		}
+	})
+	// What a path names is looked at after the signature.
+	t.Run("wrong signatures", func(t *testing.T) {
+		for name, change := range map[string]func(*server.Config){
+			"no repository": nil,
+			"a repository":  func(c *server.Config) { c.Contexts = &inMemory{} },
+		} {
+			f := start(t, &scripted{}, change)
+			for _, digest := range []string{digest, "sha256:abc"} {
+				for _, sign := range [][]string{nil, {"sha256=abc"}, {signature.Sign([]byte("x"), body)}} {
+					r := f.context(t, "PUT", digest, body)
+					r.Header[api.SignatureHeader] = sign
+					if a := f.do(t, r); a.status != http.StatusUnauthorized || a.header.Get(api.SignatureHeader) != "" {
+						t.Errorf("%s, %s, signed %q: %d %s", name, digest, sign, a.status, a.body)
+					}
+				}
+			}
 		}
 	})
 	t.Run("no repository", func(t *testing.T) {

@@ -217,6 +217,11 @@ func TestLastToLeaveCancels(t *testing.T) {
 	}
 }
 
+// signed says that an answer is, with the usual key.
+func (a answer) signed() bool {
+	return a.header.Get(api.SignatureHeader) == signature.Sign([]byte(secret), []byte(a.body))
+}
+
 func (f *fixture) verdict(t testing.TB, id, key string) answer {
 	t.Helper()
 	path := "/builds/" + id
@@ -231,8 +236,8 @@ func (f *fixture) verdict(t testing.TB, id, key string) answer {
 func TestVerdict(t *testing.T) {
 	solver, started, release := speaking()
 	f := start(t, solver, nil)
-	if a := f.verdict(t, "call", secret); a.status != http.StatusNotFound || a.rec.Code != api.NotFound {
-		t.Errorf("before: %d %s", a.status, a.body)
+	if a := f.verdict(t, "call", secret); a.status != http.StatusNotFound || a.rec.Code != api.NotFound || !a.signed() {
+		t.Errorf("before: %d %s %s", a.status, a.header, a.body)
 	}
 	delivered := f.deliver(t, "call", pack(t, config))
 	<-started
@@ -270,8 +275,9 @@ func TestVerdictOfAnother(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
 	var asked, named []string
 	var past *solve.Past
+	var findErr error
 	solver := &scripted{
-		find: func(call string) (*solve.Past, error) { asked = append(asked, call); return past, nil },
+		find: func(call string) (*solve.Past, error) { asked = append(asked, call); return past, findErr },
 		solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
 			named = append(named, req.Name.Call, req.Name.Body)
 			return solve.Outcome{}, solve.Stats{}, nil
@@ -286,6 +292,11 @@ func TestVerdictOfAnother(t *testing.T) {
 	if a := f.verdict(t, "call", secret); a.status != http.StatusOK || a.rec.Status != api.Success || a.rec.Digest != "sha256:abc" || a.rec.Duration != 1 {
 		t.Errorf("ended: %d %s", a.status, a.body)
 	}
+	findErr = &api.Error{Code: api.NoDaemon, Msg: "none"}
+	if a := f.verdict(t, "call", secret); a.status != http.StatusServiceUnavailable || a.rec.Code != api.NoDaemon || !a.signed() {
+		t.Errorf("no daemon: %d %s %s", a.status, a.header, a.body)
+	}
+	findErr = nil
 	past.Err = &api.Error{Code: api.BuildFailed, Msg: "exit code 1"}
 	if a := f.verdict(t, "call", secret); a.status != http.StatusOK || a.rec.Code != api.BuildFailed {
 		t.Errorf("failed: %d %s", a.status, a.body)

@@ -23,7 +23,7 @@ func plain(h handler.FunctionHandler) http.Handler {
 		req.WithContext(r.Context())
 		res, err := h.Handle(req)
 		if err != nil {
-			refuse(w, r, api.AsError(err))
+			refuse(w, r, api.AsError(err), nil)
 			return
 		}
 		for key, values := range res.Header {

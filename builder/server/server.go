@@ -163,7 +163,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"})
+		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, nil)
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -175,7 +175,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method})
+		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, nil)
 		return
 	}
 	h.ServeHTTP(w, r)
@@ -206,13 +206,22 @@ func (s *Server) signedBy(r *http.Request) (key []byte, err error) {
 	return key, nil
 }
 
-// refuse answers a request that did not become a build.
-func refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
-	opts := reply.Options{Start: time.Now(), Text: isText(r)}
+// refuse answers a request that did not become a build. key is the one that signed
+// it, nil where none is known to have.
+func refuse(w http.ResponseWriter, r *http.Request, err *api.Error, key []byte) {
+	opts := reply.Options{Start: time.Now(), Text: isText(r), Signer: signer(key)}
 	if r.Body != http.NoBody {
 		opts.NotBefore = opts.Start.Add(settle)
 	}
 	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
+}
+
+// signer signs answers with the key that signed their request, if one did.
+func signer(key []byte) func(answer []byte) string {
+	if key == nil {
+		return nil
+	}
+	return func(answer []byte) string { return signature.Sign(key, answer) }
 }
 
 // settle is how long after the end of a body its answer may begin. A proxy made

@@ -557,10 +557,10 @@ func TestWaitEnds(t *testing.T) {
 	body := pack(t, config)
 	go f.Client().Do(f.request(t, body))
 	<-started
-	if a := f.do(t, f.request(t, body, "Accept", "application/x-ndjson")); a.status != 200 || a.rec.Code != api.Busy {
+	if a := f.do(t, f.request(t, body, "Accept", "application/x-ndjson")); a.status != 200 || a.rec.Code != api.QueueTimeout {
 		t.Errorf("a stream: %d %s", a.status, a.body)
 	}
-	if a := f.do(t, f.request(t, body, "X-Callback-Url", "x")); a.status != 429 || a.rec.Code != api.Busy {
+	if a := f.do(t, f.request(t, body, "X-Callback-Url", "x")); a.status != 503 || a.rec.Code != api.QueueTimeout || a.header.Get("Retry-After") == "" {
 		t.Errorf("from a queue: %d %s", a.status, a.body)
 	}
 }
@@ -607,6 +607,105 @@ func TestSlowUploads(t *testing.T) {
 	body, _ := io.ReadAll(res.Body)
 	if res.StatusCode != 400 || !strings.Contains(string(body), string(api.SlowUpload)) {
 		t.Errorf("the slow upload: %d %s", res.StatusCode, body)
+	}
+}
+
+// upload opens a connection that sends one byte of a body and no more.
+func (f *fixture) upload(t *testing.T, method, path string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", f.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nc", method, path, signature.Sign(nil, nil))
+	return conn
+}
+
+// answered reads what a connection is answered.
+func answered(t *testing.T, conn net.Conn) (status int, body string) {
+	t.Helper()
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, string(b)
+}
+
+// receiving says that all of n upload slots are taken.
+func (f *fixture) receiving(t *testing.T, n int) {
+	t.Helper()
+	eventually(t, "every upload slot is taken", func() bool { return f.s.Receiving() == n })
+}
+
+// TestUploadWaitEnds: who would not come back is not told 429 of bodies either.
+func TestUploadWaitEnds(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1; c.QueueWait = 200 * time.Millisecond })
+	f.upload(t, "POST", "/build")
+	f.receiving(t, 1)
+	body := pack(t, config)
+	for _, header := range [][2]string{{"Accept", api.NDJSONType}, {"Accept", api.SSEType}, {"X-Callback-Url", "x"}, {"User-Agent", "openfaas-ce/nats-queue-worker"}} {
+		began := time.Now()
+		a := f.do(t, f.request(t, body, header[0], header[1]))
+		if a.status != 503 || a.rec.Code != api.QueueTimeout || a.header.Get("Retry-After") == "" {
+			t.Errorf("%v: %d %s", header, a.status, a.body)
+		}
+		if took := time.Since(began); took < 200*time.Millisecond {
+			t.Errorf("%v: told after %v", header, took)
+		}
+	}
+}
+
+func TestUploadsWait(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1 })
+	conn := f.upload(t, "POST", "/build")
+	f.receiving(t, 1)
+	waits := f.deliver(t, "call", pack(t, config))
+	select {
+	case a := <-waits:
+		t.Fatalf("answered while every slot is taken: %d %s", a.status, a.body)
+	case <-time.After(100 * time.Millisecond):
+	}
+	conn.Close()
+	if a := <-waits; a.status != 200 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+}
+
+func TestShutdownEndsUploads(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.ShutdownTimeout = 300 * time.Millisecond
+		c.UploadGrace = time.Minute
+		c.MaxUploads = 2
+		c.Contexts = &inMemory{all: map[string][]byte{}}
+	})
+	build := f.upload(t, "POST", "/build")
+	context := f.upload(t, "PUT", "/contexts/"+digestOf(nil))
+	f.receiving(t, 2)
+	waits := f.deliver(t, "call", pack(t, config))
+	time.Sleep(50 * time.Millisecond)
+	began := time.Now()
+	down := make(chan struct{})
+	go func() { f.s.Shutdown(); close(down) }()
+	if a := <-waits; a.status != 503 || a.rec.Code != api.ShuttingDown || time.Since(began) > 200*time.Millisecond {
+		t.Errorf("one that waits: %d %s after %v", a.status, a.body, time.Since(began))
+	}
+	for name, conn := range map[string]net.Conn{"a build": build, "a context": context} {
+		status, body := answered(t, conn)
+		if took := time.Since(began); status != 503 || !strings.Contains(body, string(api.ShuttingDown)) || took < 300*time.Millisecond || took > 3*time.Second {
+			t.Errorf("%s: %d %s after %v", name, status, body, took)
+		}
+	}
+	select {
+	case <-down:
+	case <-time.After(5 * time.Second):
+		t.Error("Shutdown does not return")
 	}
 }
 

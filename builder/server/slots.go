@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"handler/function/api"
 )
 
 // slots bounds how many do a thing at once. Those who wait are served in the
@@ -36,3 +38,26 @@ func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 }
 
 func (s slots) release() { <-s }
+
+// take takes one of the slots for c: within QueueWait if it waits, and within
+// wait otherwise. full tells the client what there is too much of.
+func (s *Server) take(ctx context.Context, c *call, from slots, wait time.Duration, full string) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// Waiting longer than the process lives is of no use.
+	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
+
+	code := api.Busy
+	if c.waits() {
+		wait, code = s.QueueWait, api.QueueTimeout
+		full += ", and queue_wait has passed"
+	}
+	switch err := from.acquire(ctx, wait); {
+	case err == nil:
+		return nil
+	case errors.Is(err, errFull):
+		return &api.Error{Code: code, Msg: full, Err: err}
+	default:
+		return canceled(err)
+	}
+}

@@ -2,7 +2,9 @@ package server
 
 import (
 	"bufio"
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -20,8 +22,8 @@ type upload struct {
 	key  []byte // that signed the body; nil without HMAC
 }
 
-// uploadWait is how long a caller waits for others' bodies to be received. It
-// is short: bodies are, and what waits here has not shown a signature yet.
+// uploadWait is how long a caller that would come back waits for others' bodies to
+// be received. It is short: bodies are.
 const uploadWait = 30 * time.Second
 
 // drainWait is for how long net/http may read the rest of a body that is
@@ -31,9 +33,17 @@ const drainWait = 500 * time.Millisecond
 
 // receive reads the body and checks its signature. opts says what the body is;
 // its limits and places are set here. On success the caller closes the upload.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Options) (_ *upload, err error) {
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, c *call, opts payload.Options) (_ *upload, err error) {
 	rc := http.NewResponseController(w)
+	cut := make(chan struct{})
+	keep := context.AfterFunc(s.stopped, func() {
+		defer close(cut)
+		rc.SetReadDeadline(time.Unix(0, 0))
+	})
 	defer func() {
+		if !keep() {
+			<-cut
+		}
 		if err != nil {
 			rc.SetReadDeadline(time.Now().Add(drainWait))
 			return
@@ -48,7 +58,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	}
 	mac, macErr := signature.Parse(r.Header.Values(api.SignatureHeader))
 
-	pace := &paced{body: r.Body, rc: rc, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}
+	pace := &paced{body: r.Body, rc: rc, stopped: s.stopped, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}
 	body := bufio.NewReaderSize(pace, 16)
 	if macErr != nil && !s.DisableHMAC {
 		// Only the text envelope carries its signature itself. One byte tells,
@@ -57,8 +67,8 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 			return nil, unauthorized(macErr)
 		}
 	}
-	if err := s.uploads.acquire(r.Context(), uploadWait); err != nil {
-		return nil, busy(err, "too many bodies are being received")
+	if err := s.take(r.Context(), c, s.uploads, uploadWait, fmt.Sprintf("%d bodies are being received, as many as may at once", s.MaxUploads)); err != nil {
+		return nil, err
 	}
 	defer s.uploads.release()
 	pace.start = time.Now()
@@ -100,13 +110,6 @@ func unauthorized(cause error) error {
 	}
 }
 
-func busy(cause error, msg string) error {
-	if !errors.Is(cause, errFull) {
-		return canceled(cause)
-	}
-	return &api.Error{Code: api.Busy, Msg: msg, Err: cause}
-}
-
 func canceled(cause error) error {
 	if e, ok := errors.AsType[*api.Error](cause); ok {
 		return e
@@ -127,13 +130,14 @@ func bodyError(err error) error {
 // paced reads a body with a deadline that moves on as bytes come, so that a
 // client slower than rate does not hold its upload slot.
 type paced struct {
-	body  io.Reader
-	rc    *http.ResponseController
-	start time.Time
-	rate  int64 // bytes per second
-	grace time.Duration
-	n     int64
-	set   time.Time
+	body    io.Reader
+	rc      *http.ResponseController
+	stopped context.Context // its end puts the deadline into the past
+	start   time.Time
+	rate    int64 // bytes per second
+	grace   time.Duration
+	n       int64
+	set     time.Time
 }
 
 func (p *paced) Read(b []byte) (int, error) {
@@ -147,7 +151,14 @@ func (p *paced) Read(b []byte) (int, error) {
 		}
 		p.set = deadline
 	}
+	// Asked after the deadline was set, which may have moved it out of the past.
+	if p.stopped.Err() != nil {
+		return 0, errShuttingDown
+	}
 	n, err := p.body.Read(b)
 	p.n += int64(n)
+	if err != nil && err != io.EOF && p.stopped.Err() != nil {
+		err = errShuttingDown
+	}
 	return n, err
 }

@@ -7,7 +7,6 @@ import (
 
 	"handler/function/api"
 	"handler/function/reply"
-	"handler/function/signature"
 	"handler/function/solve"
 )
 
@@ -20,22 +19,19 @@ const findTimeout = 30 * time.Second
 func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	rec, key, err := s.verdict(r)
 	if err != nil {
-		refuse(w, r, api.AsError(err))
+		refuse(w, r, api.AsError(err), key)
 		return
-	}
-	opts := reply.Options{}
-	if key != nil {
-		opts.Signer = func(answer []byte) string { return signature.Sign(key, answer) }
 	}
 	status := http.StatusOK
 	if rec.Status == api.InProgress {
 		status = http.StatusAccepted
 	}
-	if err := reply.Object(w, status, rec, opts); err != nil {
+	if err := reply.Object(w, status, rec, reply.Options{Signer: signer(key)}); err != nil {
 		s.Log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
 	}
 }
 
+// verdict returns the key that signed the request beside an error too.
 func (s *Server) verdict(r *http.Request) (rec api.Record, key []byte, err error) {
 	key, err = s.signedBy(r)
 	if err != nil {
@@ -47,16 +43,16 @@ func (s *Server) verdict(r *http.Request) (rec api.Record, key []byte, err error
 	}
 	keys, err := s.keys()
 	if err != nil && !s.DisableHMAC {
-		return rec, nil, err
+		return rec, key, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
 	defer cancel()
 	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, key, id))
 	if err != nil {
-		return rec, nil, err
+		return rec, key, err
 	}
 	if past == nil {
-		return rec, nil, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
+		return rec, key, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
 	}
 	return recordOf(past), key, nil
 }

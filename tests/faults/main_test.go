@@ -221,7 +221,7 @@ var httpStatus = map[string]int{
 	"build_failed": 422, "registry_denied": 422, "deadline": 422,
 	"busy": 429, "slow_upload": 400, "unauthorized": 401,
 	"no_daemon": 503, "daemon_lost": 503, "daemon_full": 503, "registry_failed": 503, "registry_timeout": 503,
-	"no_space": 503, "shutting_down": 503, "stalled": 503,
+	"no_space": 503, "shutting_down": 503, "stalled": 503, "queue_timeout": 503,
 }
 
 // wantFailed checks a failure's code, its HTTP status, and that its error

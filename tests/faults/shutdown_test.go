@@ -1,8 +1,11 @@
 package faults
 
 import (
+	"bufio"
 	"fmt"
+	"net"
 	"net/http"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -81,5 +84,54 @@ func TestShutdown(t *testing.T) {
 	t.Logf("the last verdict came %v after SIGTERM, the end of the process %v after", took, time.Since(began))
 	if runs(t, b, waiting) {
 		t.Error("the build that waited was begun")
+	}
+}
+
+// TestShutdownUploads sends SIGTERM under bodies that do not come.
+func TestShutdownUploads(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
+		"max_uploads": "2", "upload_grace": "5m", "shutdown_timeout": "3s",
+		"context_repository": stack.Shared(t).Registry.Image("builder/shutdown"),
+	}})
+	uploads := map[string]net.Conn{
+		"a build":   startUpload(t, f, "POST", "/build"),
+		"a context": startUpload(t, f, "PUT", "/contexts/sha256:"+strings.Repeat("0", 64)),
+	}
+	waits := background(t, f, request(t, local(), "FROM busybox"), ndjson)
+	time.Sleep(200 * time.Millisecond)
+
+	began := time.Now()
+	if err := f.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	waits().wantFailed(t, "shutting_down")
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("a body that waited for its slot was told %v after SIGTERM", took)
+	}
+	for name, conn := range uploads {
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		defer resp.Body.Close()
+		a, err := read(resp, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		a.wantFailed(t, "shutting_down")
+		if took := time.Since(began); took < 3*time.Second || took > 5*time.Second {
+			t.Errorf("%s was ended %v after SIGTERM, want shutdown_timeout, 3s", name, took)
+		}
+	}
+	state, err := f.Wait(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !state.Success() {
+		t.Errorf("the function ended with %v", state)
+	}
+	if took := time.Since(began); took > 8*time.Second {
+		t.Errorf("the process ended %v after SIGTERM", took)
 	}
 }

@@ -96,7 +96,7 @@ func TestQueueWait(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		a.wantFailed(t, "busy")
+		a.wantFailed(t, "queue_timeout")
 		if a.took < 5*time.Second || a.took > 30*time.Second {
 			t.Errorf("%v waited %v, want queue_wait, 5s", header, a.took)
 		}
@@ -112,6 +112,56 @@ func TestQueueWait(t *testing.T) {
 	holds.Wait()
 	waitIdle(t, f)
 	mustSend(t, f, body, jsonForm).wantSuccess(t)
+}
+
+// TestUploadQueueWait has one body take the only slot for bodies. Only who would
+// come back is told 429: the CE worker takes that for the build's answer.
+func TestUploadQueueWait(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
+		"max_uploads": "1", "upload_grace": "2m", "queue_wait": "5s",
+	}})
+	body := request(t, local(), "FROM busybox", "RUN : "+mark())
+	conn := startUpload(t, f, "POST", "/build")
+	for _, header := range [][2]string{{"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}} {
+		req, err := f.Request(testContext(t), body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set(header[0], header[1])
+		a, err := do(http.DefaultClient, req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The signature has not passed, so that no stream has begun.
+		a.wantFailed(t, "queue_timeout")
+		if a.took < 5*time.Second || a.took > 30*time.Second {
+			t.Errorf("%v waited %v, want queue_wait, 5s", header, a.took)
+		}
+	}
+	waits := background(t, f, body, ndjson)
+	time.Sleep(time.Second)
+	conn.Close()
+	a := waits()
+	a.wantSuccess(t)
+	if a.took < time.Second {
+		t.Errorf("built after %v, while the slot was taken", a.took)
+	}
+}
+
+// startUpload opens a connection that sends the first byte of a body and no more.
+func startUpload(t *testing.T, f *stack.Function, method, path string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(f.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(testTimeout))
+	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\nX-Build-Signature: sha256=%064d\r\n\r\nx", method, path, 0)
+	// Until it has its slot.
+	time.Sleep(200 * time.Millisecond)
+	return conn
 }
 
 // TestAbortedStreams aborts a hundred streams at their first log line: each
