@@ -5,6 +5,7 @@
 package contexts
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"strings"
 	"time"
 
@@ -50,11 +52,12 @@ type Store struct {
 	cfg   Config
 	repo  name.Repository
 	plain bool
+	stall time.Duration // stallTimeout, but in tests
 }
 
 // New checks cfg and asks nobody.
 func New(cfg Config) (*Store, error) {
-	s := &Store{cfg: cfg}
+	s := &Store{cfg: cfg, stall: stallTimeout}
 	text, plain := strings.CutPrefix(cfg.Repository, "http://")
 	var opts []name.Option
 	if plain {
@@ -81,8 +84,13 @@ const (
 	created   = "org.opencontainers.image.created"
 
 	requestTimeout  = time.Minute
-	transferTimeout = 30 * time.Minute // of a context, either way
+	transferTimeout = 30 * time.Minute // of a context to the registry, or of a sweep
+	stallTimeout    = time.Minute      // of a context on its way to a build, without a byte
 )
+
+// ownTag is what tag makes. Others in the repository, such as signatures, are not
+// this Store's to delete.
+var ownTag = regexp.MustCompile("^sha256-[0-9a-f]{64}$")
 
 func (s *Store) tag(digest string) name.Tag {
 	return s.repo.Tag("sha256-" + strings.TrimPrefix(digest, "sha256:"))
@@ -209,38 +217,64 @@ func (l *layer) Uncompressed() (io.ReadCloser, error) { return io.NopCloser(l.op
 func (l *layer) Size() (int64, error)                 { return l.size, nil }
 func (l *layer) MediaType() (types.MediaType, error)  { return mediaType, nil }
 
-// Open streams a context. The caller checks what it reads, and closes it. Every
-// error of Open is an *api.Error; those of Read are the transport's.
+// Open streams a context within ctx, and no longer than its registry sends
+// something every minute. The caller checks what it reads, and closes it. Every
+// error of Open is an *api.Error. So are those of Read that ctx's cause or silence
+// made; others are the transport's.
 func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) {
-	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
+	ctx, cancel := context.WithCancelCause(ctx)
 	opts, done, err := s.options(ctx)
 	if err != nil {
-		cancel()
+		cancel(nil)
 		return nil, err
 	}
-	end := func() { cancel(); done() }
+	r := &stream{ctx: ctx, stall: s.stall}
+	r.silence = time.AfterFunc(s.stall, func() {
+		cancel(&api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry of contexts has sent nothing for %v", s.stall)})
+	})
+	r.end = func() { r.silence.Stop(); cancel(nil); done() }
 	l, err := remote.Layer(s.repo.Digest(digest), opts...)
-	var r io.ReadCloser
 	if err == nil {
-		r, err = l.Compressed()
+		r.body, err = l.Compressed()
 	}
 	if err != nil {
-		end()
+		err = r.because(err)
+		r.end()
 		if isMissing(err) {
 			return nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("the context %s has not been sent here, or has been deleted", digest), Err: err}
 		}
 		return nil, registryError(err)
 	}
-	return &stream{r, end}, nil
+	return r, nil
 }
 
+// stream is a context on its way.
 type stream struct {
-	io.ReadCloser
-	end func()
+	body    io.ReadCloser
+	ctx     context.Context
+	stall   time.Duration
+	silence *time.Timer // ends ctx when it fires
+	end     func()
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	s.silence.Reset(s.stall)
+	n, err := s.body.Read(p)
+	// What follows is the reader's time.
+	s.silence.Stop()
+	return n, s.because(err)
+}
+
+// because is err, or why this Store ended the transfer.
+func (s *stream) because(err error) error {
+	if why, ok := errors.AsType[*api.Error](context.Cause(s.ctx)); ok && err != nil && err != io.EOF {
+		return &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
+	}
+	return err
 }
 
 func (s *stream) Close() error {
-	err := s.ReadCloser.Close()
+	err := s.body.Close()
 	s.end()
 	return err
 }
@@ -252,13 +286,15 @@ var errNoDeletion = errors.New("the registry deletes nothing")
 func (s *Store) Run(ctx context.Context) {
 	for {
 		wait := min(time.Hour, s.cfg.MaxAge/2)
-		if n, err := s.sweep(ctx); errors.Is(err, errNoDeletion) {
+		n, err := s.sweep(ctx)
+		if n > 0 {
+			s.cfg.Log.Info().Int("contexts", n).Msg("old contexts deleted")
+		}
+		if errors.Is(err, errNoDeletion) {
 			wait = 24 * time.Hour
 			s.cfg.Log.Warn().Err(err).Msg("contexts are not deleted")
 		} else if err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn().Err(err).Msg("deleting old contexts")
-		} else if n > 0 {
-			s.cfg.Log.Info().Int("contexts", n).Msg("old contexts deleted")
 		}
 		// Replicas that start together shall not all ask at once.
 		wait += rand.N(wait/4 + 1)
@@ -270,6 +306,7 @@ func (s *Store) Run(ctx context.Context) {
 	}
 }
 
+// sweep deletes what is too old. Its error tells what could not be.
 func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
 	defer cancel()
@@ -285,16 +322,24 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("listing contexts: %w", err)
 	}
+	// One that the registry fails at does not keep the others.
+	var failed int
+	var first error
 	for _, t := range tags {
-		if !strings.HasPrefix(t, "sha256-") {
+		if !ownTag.MatchString(t) {
 			continue
 		}
 		digest, age, err := s.manifest(s.repo.Tag(t), opts)
 		if isMissing(err) {
 			continue
 		}
+		if ctx.Err() != nil {
+			return deleted, context.Cause(ctx)
+		}
 		if err != nil {
-			return deleted, fmt.Errorf("reading %s: %w", t, err)
+			failed++
+			first = cmp.Or(first, fmt.Errorf("reading %s: %w", t, err))
+			continue
 		}
 		if age < s.cfg.MaxAge {
 			continue
@@ -304,9 +349,14 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 		case status == http.StatusMethodNotAllowed, status == http.StatusUnauthorized, status == http.StatusForbidden, status == http.StatusNotImplemented:
 			return deleted, fmt.Errorf("%w: %w", errNoDeletion, err)
 		case err != nil && !isMissing(err):
-			return deleted, fmt.Errorf("deleting %s: %w", t, err)
+			failed++
+			first = cmp.Or(first, fmt.Errorf("deleting %s: %w", t, err))
+			continue
 		}
 		deleted++
+	}
+	if failed > 0 {
+		return deleted, fmt.Errorf("%d failed, the first of them: %w", failed, first)
 	}
 	return deleted, nil
 }
