@@ -203,6 +203,7 @@ func (fs *flights) begin(f *flight, out *reply.Writer) (_ *flight, s *seat, run 
 	if f.named() {
 		fs.mu.Lock()
 		defer fs.mu.Unlock()
+		fs.expire()
 		if before := fs.all[f.id]; before != nil {
 			ended := false
 			select {
@@ -235,7 +236,13 @@ func (fs *flights) end(f *flight) {
 	}
 	fs.ended = append(fs.ended, f)
 	fs.bytes += f.size()
-	for len(fs.ended) > keepFlights || fs.bytes > keepBytes || time.Since(fs.ended[0].ended) > keepFor {
+	fs.expire()
+}
+
+// expire forgets what is kept for too long, or is too much. It is called with
+// fs.mu held.
+func (fs *flights) expire() {
+	for len(fs.ended) > 0 && (len(fs.ended) > keepFlights || fs.bytes > keepBytes || time.Since(fs.ended[0].ended) > keepFor) {
 		fs.forget(fs.ended[0])
 	}
 }
@@ -253,6 +260,7 @@ func (fs *flights) forget(f *flight) {
 func (fs *flights) find(key []byte, call string) *flight {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
+	fs.expire()
 	var found *flight
 	for id, f := range fs.all {
 		if id.call == call && id.key == string(key) && (found == nil || f.call.start.After(found.call.start)) {
