@@ -285,6 +285,19 @@ func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {
 	return level
 }
 
+// ownRepositories are those that the builder keeps things of its own in,
+// normalised. One that the reference library does not take no image can name.
+func (c *Config) ownRepositories() []string {
+	var own []string
+	if c.CacheRepository != nil {
+		own = append(own, c.CacheRepository.Name())
+	}
+	if named, err := reference.ParseNormalizedNamed(strings.TrimPrefix(c.ContextRepository, "http://")); err == nil {
+		own = append(own, named.Name())
+	}
+	return own
+}
+
 // Secret is the path of a secret's file.
 func (c *Config) Secret(name string) string { return filepath.Join(c.SecretsDir, name) }
 

@@ -71,6 +71,26 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 	}
 }
 
+func TestOwnRepositories(t *testing.T) {
+	for _, tt := range []struct {
+		cache, contexts string
+		want            []string
+	}{
+		{"", "", nil},
+		{"acme/cache", "", []string{"docker.io/acme/cache"}},
+		{"", "registry.example.com/builder/contexts", []string{"registry.example.com/builder/contexts"}},
+		{"ghcr.io/acme/cache", "http://registry.openfaas:5000/contexts", []string{"ghcr.io/acme/cache", "registry.openfaas:5000/contexts"}},
+	} {
+		c, err := LoadConfig(env("cache_repository", tt.cache, "context_repository", tt.contexts))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.ownRepositories(); !slices.Equal(got, tt.want) {
+			t.Errorf("%q and %q: got %q, want %q", tt.cache, tt.contexts, got, tt.want)
+		}
+	}
+}
+
 func TestReadSecret(t *testing.T) {
 	c := &Config{SecretsDir: t.TempDir()}
 	if _, err := c.ReadSecret("missing", false); err == nil {

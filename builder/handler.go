@@ -30,6 +30,11 @@ const Version = "0.1.0"
 func Handle(w http.ResponseWriter, r *http.Request) {
 	s, err := service()
 	if err != nil {
+		if r.URL.Path == "/healthz" {
+			// It serves, and starting it again would mend nothing.
+			w.Write([]byte("ok\n"))
+			return
+		}
 		reply.New(w, reply.JSON, reply.Options{Start: time.Now()}).Finish(api.Record{
 			Status: api.Failed, Code: api.NotReady, Error: "the builder's configuration is wrong; its log says what",
 		})
@@ -118,12 +123,14 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		DisableHMAC:     cfg.DisableHMAC,
 		FallbackSecret:  cfg.FallbackSecret,
 		AllowedImages:   cfg.AllowedImages,
+		OwnRepositories: cfg.ownRepositories(),
 		Limits:          cfg.Limits,
 		SpoolMemory:     cfg.SpoolMemory,
 		TempDir:         cfg.TempDir,
 		MaxBuilds:       cfg.MaxBuilds,
 		MaxUploads:      cfg.MaxUploads,
 		QueueWait:       cfg.QueueWait,
+		BuildTimeout:    cfg.BuildTimeout,
 		ShutdownTimeout: cfg.ShutdownTimeout,
 		UploadMinRate:   cfg.UploadMinRate,
 		UploadGrace:     cfg.UploadGrace,

@@ -207,6 +207,10 @@ func ValidDigest(d string) bool {
 	return ok && len(digits) == 64 && strings.Trim(digits, "0123456789abcdef") == ""
 }
 
+// maxDomain is what DNS allows a name with a port, rounded up. The reference
+// library bounds the rest of a reference: 255 bytes of path, 128 of tag.
+const maxDomain = 255
+
 // parseReference normalises s as docker does: "alpine" is
 // docker.io/library/alpine:latest.
 func parseReference(s string) (reference.Named, error) {
@@ -216,6 +220,9 @@ func parseReference(s string) (reference.Named, error) {
 	}
 	if _, ok := named.(reference.Digested); ok {
 		return nil, errors.New("a digest cannot be pushed to")
+	}
+	if len(reference.Domain(named)) > maxDomain {
+		return nil, fmt.Errorf("the registry's name is over %d bytes", maxDomain)
 	}
 	return reference.TagNameOnly(named), nil
 }
@@ -246,6 +253,28 @@ func (c *Config) Allow(prefixes []string) error {
 		}
 	}
 	return nil
+}
+
+// Deny refuses every reference to one of the builder's own repositories, normalised,
+// or to one below it: what is built could write there what other builds read.
+func (c *Config) Deny(own []string) error {
+	for _, ref := range c.References {
+		if slices.ContainsFunc(own, func(o string) bool { return within(place(ref.Name()), place(o)) }) {
+			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is in a repository of the builder's own", ref.String())}
+		}
+	}
+	return nil
+}
+
+// place is a normalised name with one spelling of its host: without capitals, a
+// usual port, or Docker Hub's second name.
+func place(name string) string {
+	host, path, _ := strings.Cut(name, "/")
+	host = strings.TrimSuffix(strings.TrimSuffix(strings.ToLower(host), ":443"), ":80")
+	if host == "registry-1.docker.io" {
+		host = "docker.io"
+	}
+	return host + "/" + path
 }
 
 func within(name, prefix string) bool {

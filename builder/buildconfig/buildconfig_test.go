@@ -78,6 +78,8 @@ func TestParseRefuses(t *testing.T) {
 		{"a digest", `{"image":"acme/app@sha256:` + strings.Repeat("0", 64) + `"}`, "digest"},
 		{"a newline", `{"image":"acme/app\nx"}`, `"image"`},
 		{"a comma", `{"image":"acme/app,ghcr.io/other/app"}`, `"image"`},
+		{"a long host", `{"image":"` + strings.Repeat("a.", 127) + `aa/app"}`, "over 255 bytes"},
+		{"a long host in a tag", `{"image":"x","tags":["` + strings.Repeat("a.", 1<<17) + `b:5000/app"]}`, "over 255 bytes"},
 		{"a bad tag", `{"image":"x","tags":["y:"]}`, `"tags"`},
 		{"build args of a wrong type", `{"image":"x","buildArgs":{"A":1}}`, `"buildArgs`},
 		{"a reserved build arg", `{"image":"x","buildArgs":{"BUILDKIT_SYNTAX":"y"}}`, "BUILDKIT_SYNTAX"},
@@ -137,6 +139,44 @@ func TestAllow(t *testing.T) {
 		}
 		if e, ok := errors.AsType[*api.Error](err); err != nil && (!ok || e.Code != api.ImageForbidden) {
 			t.Errorf("%s under %q: %v, want image_forbidden", tt.image, tt.prefixes, err)
+		}
+	}
+}
+
+func TestDeny(t *testing.T) {
+	own := []string{"registry.example.com/builder/cache", "docker.io/acme/contexts"}
+	for _, tt := range []struct {
+		image, tag string
+		ok         bool
+	}{
+		{"registry.example.com/builder/cache", "", false},
+		{"registry.example.com/builder/cache:other", "", false},
+		{"registry.example.com/builder/cache/below", "", false},
+		{"registry.example.com/builder/app", "registry.example.com/builder/cache:tag", false},
+		{"Registry.Example.com:443/builder/cache", "", false},
+		{"registry.example.com:80/builder/cache", "", false},
+		{"acme/contexts", "", false},
+		{"registry-1.docker.io/acme/contexts", "", false},
+		{"index.docker.io/acme/contexts", "", false},
+		{"registry.example.com/builder/cached", "", true},
+		{"registry.example.com/builder", "", true},
+		{"registry.example.com:5000/builder/cache", "", true},
+		{"ghcr.io/acme/contexts", "", true},
+	} {
+		config := `{"image":"` + tt.image + `"}`
+		if tt.tag != "" {
+			config = `{"image":"` + tt.image + `","tags":["` + tt.tag + `"]}`
+		}
+		c, err := buildconfig.Parse([]byte(config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.Deny(own)
+		if e, ok := errors.AsType[*api.Error](err); (err == nil) != tt.ok || err != nil && (!ok || e.Code != api.ImageForbidden) {
+			t.Errorf("%s, %s: %v", tt.image, tt.tag, err)
+		}
+		if err := c.Deny(nil); err != nil {
+			t.Errorf("%s without any: %v", tt.image, err)
 		}
 	}
 }

@@ -104,8 +104,9 @@ func (s *Server) fly(f *flight, body *upload) {
 	b.log = f.call.log.With().Int64("bytes", body.Size()).Logger()
 
 	// The sum is for the log alone, and takes its time of a large body.
-	var hashing sync.WaitGroup
-	hashing.Go(func() {
+	b.hashed = make(chan struct{})
+	b.aside.Go(func() {
+		defer close(b.hashed)
 		if sum, ok := body.SHA256(); ok {
 			b.sha256 = hex.EncodeToString(sum[:])
 		}
@@ -126,7 +127,7 @@ func (s *Server) fly(f *flight, body *upload) {
 	s.metrics.Built(rec.Status, rec.Code, took, stats)
 	f.end(rec)
 	s.flights.end(f)
-	hashing.Wait()
+	b.aside.Wait()
 	body.Close()
 	s.logEnd(b, rec, stats, took, err)
 }
@@ -138,7 +139,9 @@ type build struct {
 	mask *redact.Redactor
 	log  zerolog.Logger
 
-	sha256 string // of the body, if it is known, once the build has ended
+	sha256 string // of the body, if it is known, once hashed is closed
+	hashed chan struct{}
+	aside  sync.WaitGroup // what goes on beside the build and ends soon after it
 }
 
 // build does the work between the signature and the verdict. Its Outcome has
@@ -163,7 +166,10 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	defer s.metrics.InFlight.Dec()
 	defer context.AfterFunc(s.stopped, func() { b.cancel(errShuttingDown) })()
 
-	b.log.Info().Str("image", b.image).Bool("queued", b.call.queued).Msg("build started")
+	b.aside.Go(func() {
+		<-b.hashed
+		b.log.Info().Str("sha256", b.sha256).Str("image", b.image).Bool("queued", b.call.queued).Msg("build started")
+	})
 	if source := req.Config.Context; source != nil && source.Digest != "" {
 		spool, files, err := s.fetchContext(b, source.Digest)
 		if err != nil {
@@ -205,6 +211,9 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 	}
 	warnings := append(p.Warnings, cfg.Warnings...)
 	if err := cfg.Allow(s.AllowedImages); err != nil {
+		return nil, warnings, err
+	}
+	if err := cfg.Deny(s.OwnRepositories); err != nil {
 		return nil, warnings, err
 	}
 	if err := cfg.AllowContext(s.ContextHosts); err != nil {

@@ -17,7 +17,7 @@ import (
 )
 
 // Contexts keeps build contexts that are sent ahead of their builds. Every error
-// is an *api.Error, but for those of what Open reads.
+// is an *api.Error, but for those of what Open reads, which need not be.
 type Contexts interface {
 	Has(ctx context.Context, digest string) (bool, error)
 	Put(ctx context.Context, digest string, size int64, open func() io.Reader) error
@@ -128,7 +128,11 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 	if s.Contexts == nil {
 		return nil, nil, &api.Error{Code: api.BadContext, Msg: "no contexts are kept here: context_repository is not set"}
 	}
-	stream, err := s.Contexts.Open(b.ctx, digest)
+	ctx, cancel := context.WithTimeoutCause(b.ctx, s.BuildTimeout, &api.Error{
+		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", s.BuildTimeout),
+	})
+	defer cancel()
+	stream, err := s.Contexts.Open(ctx, digest)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"handler/function/api"
 	"handler/function/server"
@@ -127,6 +128,40 @@ func TestContexts(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+// stalling is a registry that sends headers and then nothing.
+type stalling struct{ inMemory }
+
+func (*stalling) Open(ctx context.Context, _ string) (io.ReadCloser, error) {
+	return &silence{ctx}, nil
+}
+
+type silence struct{ ctx context.Context }
+
+func (s *silence) Read([]byte) (int, error) {
+	<-s.ctx.Done()
+	return 0, context.Cause(s.ctx)
+}
+
+func (*silence) Close() error { return nil }
+
+// TestContextTimeout: a registry does not hold a build's slot for longer than a
+// build may.
+func TestContextTimeout(t *testing.T) {
+	solver := &scripted{}
+	f := start(t, solver, func(c *server.Config) {
+		c.Contexts, c.BuildTimeout, c.MaxBuilds = &stalling{}, 200*time.Millisecond, 1
+	})
+	asks := packTar(t, api.ConfigFile, `{"skipPush":true,"context":{"digest":"`+digestOf(nil)+`"}}`)
+	began := time.Now()
+	a := f.do(t, f.request(t, asks))
+	if took := time.Since(began); a.status != 503 || a.rec.Code != api.RegistryTimeout || !strings.Contains(a.rec.Error, "build_timeout") || took < 200*time.Millisecond {
+		t.Errorf("%d %s after %v", a.status, a.body, took)
+	}
+	if a := f.do(t, f.request(t, pack(t, config))); a.status != 200 || solver.calls.Load() != 1 {
+		t.Errorf("the next: %d %s", a.status, a.body)
 	}
 }
 

@@ -65,6 +65,10 @@ type Config struct {
 	// AllowedImages are repository prefixes, normalised; empty allows any.
 	AllowedImages []string
 
+	// OwnRepositories are those that only the builder itself may write to,
+	// normalised.
+	OwnRepositories []string
+
 	Limits      payload.Limits
 	SpoolMemory int64  // bytes of a body kept in memory
 	TempDir     string // where the rest of it goes
@@ -72,6 +76,7 @@ type Config struct {
 	MaxBuilds       int
 	MaxUploads      int
 	QueueWait       time.Duration // that a streaming or queued caller waits for a slot
+	BuildTimeout    time.Duration // that a context sent ahead may take from the registry; the Solver has its own
 	ShutdownTimeout time.Duration // that builds get after Shutdown
 	UploadMinRate   int64         // bytes per second, averaged, after UploadGrace
 	UploadGrace     time.Duration

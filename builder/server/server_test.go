@@ -96,7 +96,7 @@ func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture
 		},
 		SpoolMemory: 1 << 16, TempDir: t.TempDir(),
 		MaxBuilds: 2, MaxUploads: 4,
-		QueueWait: 5 * time.Second, ShutdownTimeout: 5 * time.Second,
+		QueueWait: 5 * time.Second, BuildTimeout: 5 * time.Second, ShutdownTimeout: 5 * time.Second,
 		UploadMinRate: 1 << 16, UploadGrace: 5 * time.Second,
 		Version: "test", Log: zerolog.New(log),
 	}
@@ -455,6 +455,7 @@ func TestStatusCodes(t *testing.T) {
 		{"two contexts", pack(t, `{"image":"ghcr.io/acme/app","context":{"digest":"sha256:`+strings.Repeat("a", 64)+`"}}`), nil, 400, api.BadConfig},
 		{"no repository for contexts", packTar(t, api.ConfigFile, `{"image":"ghcr.io/acme/app","context":{"digest":"sha256:`+strings.Repeat("a", 64)+`"}}`), nil, 400, api.BadContext},
 		{"bad secrets", pack(t, config, api.SecretsFile, "x"), nil, 400, api.BadSecrets},
+		{"the builder's own repository", pack(t, `{"image":"ghcr.io/acme/cache:mine"}`), nil, 403, api.ImageForbidden},
 		{"forbidden image", pack(t, `{"image":"ghcr.io/evil/app"}`), nil, 403, api.ImageForbidden},
 		{"large body", make([]byte, 1<<20+1), nil, 413, api.TooLarge},
 		{"build failed", body, fails(api.BuildFailed), 422, api.BuildFailed},
@@ -473,6 +474,7 @@ func TestStatusCodes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			f := start(t, &scripted{solve: tt.solve}, func(c *server.Config) {
 				c.AllowedImages = []string{"ghcr.io/acme"}
+				c.OwnRepositories = []string{"ghcr.io/acme/cache"}
 				c.BuildSecretsKey = func() ([]byte, error) { return private, nil }
 			})
 			a := f.do(t, f.request(t, tt.body))
