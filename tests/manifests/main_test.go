@@ -1,0 +1,9 @@
+package manifests
+
+import (
+	"testing"
+
+	"handler/function/tests/stack"
+)
+
+func TestMain(m *testing.M) { stack.Main(m) }
