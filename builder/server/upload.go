@@ -35,14 +35,14 @@ const drainWait = 500 * time.Millisecond
 // its limits and places are set here. On success the caller closes the upload.
 func (s *Server) receive(w http.ResponseWriter, r *http.Request, c *call, opts payload.Options) (_ *upload, err error) {
 	rc := http.NewResponseController(w)
-	cut := make(chan struct{})
+	ended := make(chan struct{})
 	keep := context.AfterFunc(s.stopped, func() {
-		defer close(cut)
+		defer close(ended)
 		rc.SetReadDeadline(time.Unix(0, 0))
 	})
 	defer func() {
 		if !keep() {
-			<-cut
+			<-ended // its deadline is not to be the last
 		}
 		if err != nil {
 			rc.SetReadDeadline(time.Now().Add(drainWait))
