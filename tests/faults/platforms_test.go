@@ -4,10 +4,12 @@ import (
 	"archive/tar"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -202,6 +204,64 @@ func layersKept(t *testing.T, b *stack.Buildkitd) int {
 	return len(all)
 }
 
+// byDigest is the push of a part's manifest.
+func byDigest(r *http.Request) bool {
+	return manifestPut(r) && strings.Contains(r.URL.Path, "/sha256:")
+}
+
+// TestRegistryFailsPart: what becomes of the push of a part is what becomes of any
+// push.
+func TestRegistryFailsPart(t *testing.T) {
+	t.Parallel()
+	list := mixed(t)
+	s := stack.Shared(t)
+	for _, tt := range []struct {
+		name  string
+		fault *fault
+		code  string // empty is success
+	}{
+		{"silent", hang(byDigest), "registry_timeout"},
+		{"silent while they are joined", hang(func(r *http.Request) bool {
+			return r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/manifests/sha256:")
+		}), "registry_timeout"},
+		{"429 and back", during(3*time.Second, refuse(429, "TOOMANYREQUESTS", anyWrite)), ""},
+		{"429 and back for the index", during(3*time.Second, refuse(429, "TOOMANYREQUESTS", func(r *http.Request) bool {
+			return manifestPut(r) && !byDigest(r)
+		})), ""},
+		{"429", refuse(429, "TOOMANYREQUESTS", byDigest), "registry_timeout"},
+		{"403", refuse(403, "DENIED", byDigest), "registry_denied"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			_, f := pool(t, list, map[string]string{"push_timeout": "12s"})
+			proxy := newFaultProxy(t, s.Registry.Addr)
+			proxy.set(tt.fault)
+			repository := strings.ToLower(mark())
+			config := map[string]any{"image": proxy.addr + "/" + repository + ":v1", "platforms": []string{"linux/amd64", "linux/arm64"}}
+			got := mustSend(t, f, perArch(t, config, "other"), jsonForm)
+			n, since := proxy.broken()
+			took := time.Since(since)
+			t.Logf("%s %s, %d requests broken, %v from the first to the verdict: %s", got.Status, got.Code, n, took, got.Error)
+			if n == 0 {
+				t.Error("the fault was never met")
+			}
+			if took > 15*time.Second {
+				t.Errorf("the verdict took %v", took)
+			}
+			want := ""
+			if tt.code == "" {
+				got.wantSuccess(t)
+				want = got.Digest
+			} else {
+				got.wantFailed(t, tt.code)
+			}
+			if d := digest(t, s.Registry.Image(repository+":v1")); d != want {
+				t.Errorf("the tag is %q, want %q", d, want)
+			}
+		})
+	}
+}
+
 // TestOnePlatformFails: no tag moves.
 func TestOnePlatformFails(t *testing.T) {
 	t.Parallel()
@@ -219,7 +279,8 @@ func TestOnePlatformFails(t *testing.T) {
 	}
 	wantWhole(t, s.Registry.Image(repository))
 
-	// The daemon of one architecture is lost: emulation beats no image.
+	// The daemon of one architecture is lost. Its platform is not left to the other:
+	// emulation is for those that no daemon has.
 	list[1].Kill()
 	body := request(t, &builder.BuildConfig{Image: ref, Platforms: []string{"linux/amd64", "linux/arm64"}}, "FROM scratch", "COPY Dockerfile /")
 	got := mustSend(t, f, body, jsonForm)

@@ -2,9 +2,14 @@ package faults
 
 import (
 	"context"
+	crand "crypto/rand"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -103,7 +108,7 @@ func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
 	var all sync.WaitGroup
 	slots := make(chan struct{}, 4)
 	for _, a := range list {
-		body := a.body(t, "RUN : "+a.mark)
+		body := a.body(t, "LABEL mark="+a.mark)
 		all.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
@@ -121,6 +126,40 @@ func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
 	return at
 }
 
+// running waits until a step of each of the apps runs, and returns where.
+func running(t *testing.T, list []*stack.Buildkitd, images []app) map[*stack.Buildkitd][]app {
+	t.Helper()
+	var at map[*stack.Buildkitd][]app
+	eventually(t, time.Minute, func() error {
+		at = make(map[*stack.Buildkitd][]app)
+		n := 0
+		for _, b := range list {
+			steps, err := b.Steps()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, a := range images {
+				if slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, a.mark) }) {
+					at[b] = append(at[b], a)
+					n++
+				}
+			}
+		}
+		if n != len(images) {
+			return fmt.Errorf("%d of %d steps run", n, len(images))
+		}
+		return nil
+	})
+	return at
+}
+
+// saysMoved says whether the log tells of a daemon that was lost.
+func (a answer) saysMoved() bool {
+	return slices.ContainsFunc(a.Log, func(l string) bool {
+		return strings.HasPrefix(l, "w: ") && strings.Contains(l, "was lost: building again")
+	})
+}
+
 // TestDaemonKilled kills one of three daemons in the middle of 20 builds, and
 // starts it again.
 func TestDaemonKilled(t *testing.T) {
@@ -132,33 +171,15 @@ func TestDaemonKilled(t *testing.T) {
 	for _, a := range images {
 		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 6*time.Second)), sse))
 	}
-	running := func() map[*stack.Buildkitd][]app {
-		at := make(map[*stack.Buildkitd][]app)
-		for _, b := range list {
-			steps, err := b.Steps()
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, a := range images {
-				if slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, a.mark) }) {
-					at[b] = append(at[b], a)
-				}
-			}
-		}
-		return at
-	}
-	var at map[*stack.Buildkitd][]app
-	eventually(t, time.Minute, func() error {
-		at = running()
-		if n := len(at[list[0]]) + len(at[list[1]]) + len(at[list[2]]); n != len(images) {
-			return fmt.Errorf("%d steps run", n)
-		}
-		return nil
-	})
+	at := running(t, list, images)
 	victim := slices.MaxFunc(list, func(a, b *stack.Buildkitd) int { return len(at[a]) - len(at[b]) })
 	victim.Kill()
 	for i, wait := range waits {
-		wait().wantSuccess(t)
+		got := wait()
+		got.wantSuccess(t)
+		if moved := slices.Contains(at[victim], images[i]); got.saysMoved() != moved {
+			t.Errorf("moved: %v; the log says %q", moved, got.Log)
+		}
 		if n := pushes(t, s, images[i].repository); n != 1 {
 			t.Errorf("%d pushes of one image", n)
 		}
@@ -196,6 +217,97 @@ func TestDaemonKilled(t *testing.T) {
 	t.Logf("%d of %d builds moved", len(at[victim]), len(images))
 }
 
+// TestKilledWhilePushing kills a daemon in the middle of a push. The next one has
+// none of the build's steps, and needs longer for them than push_timeout.
+func TestKilledWhilePushing(t *testing.T) {
+	t.Parallel()
+	const step = 12 * time.Second
+	for _, tt := range []struct {
+		name      string
+		fault     *fault
+		manifests int // that the registry takes
+	}{
+		{"a layer is half there", &fault{blobBody, func(_ http.ResponseWriter, r *http.Request, next http.Handler) {
+			r.Body = &heldBody{r.Body, r.Context(), 500 << 10}
+			next.ServeHTTP(httptest.NewRecorder(), r)
+		}}, 1},
+		// The tag is there, and nobody knows: it is pushed twice.
+		{"all is there", &fault{manifestPut, func(_ http.ResponseWriter, r *http.Request, next http.Handler) {
+			next.ServeHTTP(httptest.NewRecorder(), r)
+			<-r.Context().Done()
+		}}, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			list := daemons(t, 2)
+			s, f := pool(t, list, map[string]string{"push_timeout": "10s"})
+			proxy := newFaultProxy(t, s.Registry.Addr)
+			proxy.set(first(1, tt.fault))
+			m := mark()
+			repository := strings.ToLower(m)
+			noise := make([]byte, 2<<20)
+			crand.Read(noise)
+			body, err := stack.Tar(stack.Context(t, map[string]string{
+				"Dockerfile": "FROM busybox\n" + sleep(m, step) + "\nCOPY noise /\n",
+				"noise":      string(noise),
+			}), &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wait := background(t, f, body, sse)
+			var victim *stack.Buildkitd
+			for b := range running(t, list, []app{{mark: m}}) {
+				victim = b
+			}
+			eventually(t, time.Minute, func() error {
+				if n, _ := proxy.broken(); n == 0 {
+					return errors.New("nothing is pushed")
+				}
+				return nil
+			})
+			time.Sleep(time.Second)
+			victim.Kill()
+			got := wait()
+			got.wantSuccess(t)
+			if !got.saysMoved() {
+				t.Errorf("the log does not say that it moved: %q", got.Log)
+			}
+			ends := logged(t, f)
+			if len(ends) != 1 || ends[0]["attempts"] != 2.0 || ends[0]["daemon"] == victim.Addr {
+				t.Errorf("want one build that ended on the second of two daemons, and %s was killed: %v", victim.Addr, ends)
+			}
+			if d := digest(t, s.Registry.Image(repository+":v1")); d != got.Digest {
+				t.Errorf("the tag is %s, the answer %s", d, got.Digest)
+			}
+			if tags := wantWhole(t, s.Registry.Image(repository)); len(tags) != 1 {
+				t.Errorf("the repository has the tags %q, want v1 alone", tags)
+			}
+			if n := pushes(t, s, repository); n != tt.manifests {
+				t.Errorf("the registry took %d manifests, want %d", n, tt.manifests)
+			}
+		})
+	}
+}
+
+// heldBody passes on a part, and nothing more until the client is gone.
+type heldBody struct {
+	io.ReadCloser
+	ctx  context.Context // of the request
+	left int64
+}
+
+func (b *heldBody) Read(p []byte) (int, error) {
+	if b.left <= 0 {
+		// net/http looks for the client's end only after the body's.
+		io.Copy(io.Discard, b.ReadCloser)
+		<-b.ctx.Done()
+		return 0, context.Cause(b.ctx)
+	}
+	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	return n, err
+}
+
 // drop has the machine lose every packet to and from a loopback port.
 func drop(t *testing.T, addr string) {
 	t.Helper()
@@ -213,61 +325,55 @@ func drop(t *testing.T, addr string) {
 	}
 }
 
-// TestDaemonUnwell has one daemon freeze, one cut off and one drain while builds
-// run and begin.
+// TestDaemonUnwell has a daemon freeze, one cut off and one drain while builds run
+// and begin: each in a pool of its own, and all in one.
 func TestDaemonUnwell(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name string
-		make func(t *testing.T, b *stack.Buildkitd)
+	type illness struct {
+		name   string
+		befall func(t *testing.T, b *stack.Buildkitd)
 		// ends says that what runs there comes to its end there.
 		ends bool
+	}
+	frozen := illness{"frozen", func(t *testing.T, b *stack.Buildkitd) {
+		freeze(t, b)
+		t.Cleanup(func() { b.Resume() })
+	}, false}
+	partitioned := illness{"partitioned", func(t *testing.T, b *stack.Buildkitd) { drop(t, b.Addr) }, false}
+	draining := illness{"draining", func(t *testing.T, b *stack.Buildkitd) {
+		if err := b.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+	}, true}
+	for _, tt := range []struct {
+		name      string
+		illnesses []illness
 	}{
-		{"frozen", func(t *testing.T, b *stack.Buildkitd) {
-			if err := b.Pause(); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { b.Resume() })
-		}, false},
-		{"partitioned", func(t *testing.T, b *stack.Buildkitd) { drop(t, b.Addr) }, false},
-		{"draining", func(t *testing.T, b *stack.Buildkitd) {
-			if err := b.Signal(syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-		}, true},
+		{frozen.name, []illness{frozen}},
+		{partitioned.name, []illness{partitioned}},
+		{draining.name, []illness{draining}},
+		{"each of them", []illness{frozen, partitioned, draining}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			list := daemons(t, 3)
+			list := daemons(t, max(3, len(tt.illnesses)+1))
 			s, f := pool(t, list, nil)
-			images := apps(s, 9)
+			images := apps(s, 12)
 			everywhere(t, f, images) // so that there are connections
 			const step = 5 * time.Second
 			var waits []func() answer
 			for _, a := range images {
 				waits = append(waits, background(t, f, a.body(t, sleep(a.mark, step)), ndjson))
 			}
-			victim := list[rand.IntN(len(list))]
-			eventually(t, time.Minute, func() error {
-				n := 0
-				for _, b := range list {
-					steps, err := b.Steps()
-					if err != nil {
-						return err
-					}
-					for _, a := range images {
-						if slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, a.mark) }) {
-							n++
-						}
-					}
-				}
-				if n != len(images) {
-					return fmt.Errorf("%d steps run", n)
-				}
-				return nil
-			})
-			tt.make(t, victim)
-			more := apps(s, 9)
+			at := running(t, list, images)
+			// Where most builds run.
+			slices.SortFunc(list, func(a, b *stack.Buildkitd) int { return len(at[b]) - len(at[a]) })
+			ill := make(map[string]illness) // by the daemon's address
+			for i, illness := range tt.illnesses {
+				illness.befall(t, list[i])
+				ill[list[i].Addr] = illness
+			}
+			more := apps(s, 12)
 			for _, a := range more {
 				waits = append(waits, background(t, f, a.body(t, "RUN : "+a.mark), ndjson))
 			}
@@ -282,18 +388,60 @@ func TestDaemonUnwell(t *testing.T) {
 				t.Errorf("one build took %v", longest)
 			}
 			for _, a := range more {
-				if addr, _ := a.placed(t, f); addr == victim.Addr {
-					t.Errorf("a build ended on the daemon that is %s", tt.name)
+				addr, _ := a.placed(t, f)
+				if illness, ok := ill[addr]; ok {
+					t.Errorf("a build ended on the daemon that is %s", illness.name)
 				}
 			}
-			for _, a := range images {
-				if addr, line := a.placed(t, f); !tt.ends && addr == victim.Addr || tt.ends && line["attempts"] != 1.0 {
-					t.Errorf("a build that ran ended on %s after %v attempts", addr, line["attempts"])
+			for b, some := range at {
+				illness, ok := ill[b.Addr]
+				attempts := 1.0
+				if ok && !illness.ends {
+					attempts = 2
+				}
+				for _, a := range some {
+					if addr, line := a.placed(t, f); (addr == b.Addr) != (attempts == 1) || line["attempts"] != attempts {
+						t.Errorf("a build that ran on a daemon that is %q ended on it: %v, after %v attempts", illness.name, addr == b.Addr, line["attempts"])
+					}
 				}
 			}
 			t.Logf("%s: the longest build took %v", tt.name, longest.Round(100*time.Millisecond))
 		})
 	}
+}
+
+// TestAllFrozen has every daemon of a pool freeze, between builds and under one.
+func TestAllFrozen(t *testing.T) {
+	t.Parallel()
+	list := daemons(t, 3)
+	s, f := pool(t, list, nil)
+	everywhere(t, f, apps(s, 12)) // so that there are connections
+	images := apps(s, 2)
+	wait := background(t, f, images[0].body(t, sleep(images[0].mark, 5*time.Minute)), ndjson)
+	running(t, list, images[:1])
+	for _, b := range list {
+		freeze(t, b)
+		t.Cleanup(func() { b.Resume() })
+	}
+	start := time.Now()
+	got := mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm)
+	got.wantFailed(t, "no_daemon")
+	if got.took > frozenLimit {
+		t.Errorf("the verdict took %v, want %v at most", got.took, frozenLimit)
+	}
+	lost := wait()
+	took := time.Since(start)
+	lost.wantFailed(t, "no_daemon")
+	if took > frozenLimit {
+		t.Errorf("the verdict of the build that ran took %v, want %v at most", took, frozenLimit)
+	}
+	t.Logf("verdicts after %v, and %v for the build that ran", got.took, took)
+	for _, b := range list {
+		if err := b.Resume(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm).wantSuccess(t)
 }
 
 // TestDaemonJoins: about a quarter of the images move to a fourth daemon, and
@@ -303,7 +451,7 @@ func TestDaemonJoins(t *testing.T) {
 	list := daemons(t, 4)
 	s, three := pool(t, list[:3], nil)
 	_, four := pool(t, list, nil)
-	images := apps(s, 30)
+	images := apps(s, 100)
 	before, after := everywhere(t, three, images), everywhere(t, four, images)
 	moved := 0
 	for _, a := range images {
@@ -315,8 +463,8 @@ func TestDaemonJoins(t *testing.T) {
 			t.Errorf("an image moved from %s to %s", before[a], after[a])
 		}
 	}
-	// 7.5 of 30, give or take two deviations.
-	if moved == 0 || moved > 12 {
+	// 25 of 100, give or take three and a half deviations.
+	if moved < 10 || moved > 40 {
 		t.Errorf("%d of %d images moved", moved, len(images))
 	}
 	t.Logf("%d of %d images moved", moved, len(images))
@@ -422,7 +570,7 @@ func TestHeadlessService(t *testing.T) {
 		})
 	}
 	reachable(2)
-	images := apps(s, 12)
+	images := apps(s, 30)
 	before := everywhere(t, f, images)
 	names := make(map[string]int)
 	for _, addr := range before {
@@ -445,7 +593,8 @@ func TestHeadlessService(t *testing.T) {
 			}
 		}
 	}
-	if moved == 0 || moved > 9 {
+	// 10 of 30, give or take three and a half deviations.
+	if moved == 0 || moved > 19 {
 		t.Errorf("%d of %d images moved to the daemon that joined", moved, len(images))
 	}
 
@@ -649,7 +798,7 @@ func TestVolumeFull(t *testing.T) {
 	large := newBuildkitd(t, stack.BuildkitdConfig{})
 	s, f := pool(t, []*stack.Buildkitd{small, large}, nil)
 
-	images := apps(s, 12)
+	images := apps(s, 16)
 	var home []app // on the small volume
 	for a, addr := range everywhere(t, f, images) {
 		if addr == small.Addr {

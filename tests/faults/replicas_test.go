@@ -2,6 +2,8 @@ package faults
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"strings"
@@ -174,6 +176,129 @@ func TestReplicaTakesOver(t *testing.T) {
 	a.wantSuccess(t)
 	if n := pushes(t, s, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
+	}
+}
+
+// TestReplicaTakesOverPush kills the one that builds in mid-push: what it took for
+// that is not the other's, which has all of push_timeout.
+func TestReplicaTakesOverPush(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"push_timeout": "9s"}
+	s, _, one := start(t, stack.FunctionConfig{Env: env})
+	_, _, two := start(t, stack.FunctionConfig{Env: env})
+	proxy := newFaultProxy(t, s.Registry.Addr)
+	proxy.set(&fault{blobBody, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		time.Sleep(6 * time.Second)
+		next.ServeHTTP(w, r)
+	}})
+	m := mark()
+	repository := strings.ToLower(m)
+	body := layered(t, &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v1"}, 1<<20)
+	go func() {
+		if resp, err := http.DefaultClient.Do(delivery(t, one, body, m)); err == nil {
+			resp.Body.Close()
+		}
+	}()
+	eventually(t, time.Minute, func() error {
+		if n, _ := proxy.broken(); n == 0 {
+			return errors.New("nothing is pushed")
+		}
+		return nil
+	})
+	second := deliver(t, two, body, m)
+	time.Sleep(5 * time.Second)
+	one.Kill()
+	a := second()
+	a.wantSuccess(t)
+	if log := strings.Join(a.Log, "\n"); !strings.Contains(log, "following it") {
+		t.Errorf("it followed nothing: %s", log)
+	}
+	if d := digest(t, s.Registry.Image(repository+":v1")); d != a.Digest {
+		t.Errorf("the tag is %s, the answer %s", d, a.Digest)
+	}
+}
+
+// TestReplicasOfPool delivers to a replica that would place the build on another
+// daemon of the pool than where it runs, or has run.
+func TestReplicasOfPool(t *testing.T) {
+	t.Parallel()
+	list := daemons(t, 3)
+	env := map[string]string{"daemon_builds": "1"}
+	s, one := pool(t, list, env)
+	_, two := pool(t, list, env)
+	_, three := pool(t, list, env)
+	_, four := pool(t, list, env)
+	body, repository, m := queued(t, s, 8*time.Second)
+	first := deliver(t, one, body, m)
+	var home *stack.Buildkitd
+	for b := range running(t, list, []app{{mark: m}}) {
+		home = b
+	}
+	// elsewhere shows that another build of the repository is not placed there.
+	elsewhere := func(f *stack.Function) {
+		t.Helper()
+		a := app{image: s.Registry.Image(repository + ":other"), mark: mark()}
+		mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image, SkipPush: true}, "FROM busybox", "RUN : "+a.mark), jsonForm).wantSuccess(t)
+		if addr, line := a.placed(t, f); addr == home.Addr || line["choice"] != "full" {
+			t.Errorf("a build without a name is on %s, %v; the first runs on %s", addr, line["choice"], home.Addr)
+		}
+	}
+	// found checks what the last delivery to f came to.
+	found := func(f *stack.Function, got, want answer) {
+		t.Helper()
+		got.wantSuccess(t)
+		if got.Digest != want.Digest || got.Digest == "" {
+			t.Errorf("digests %s and %s", got.Digest, want.Digest)
+		}
+		ends := logged(t, f)
+		if line := ends[len(ends)-1]; line["attempts"] != 0.0 || line["daemon"] != home.Addr {
+			t.Errorf("built again, or asked at the wrong daemon: %v", line)
+		}
+	}
+	elsewhere(two)
+	second := deliver(t, two, body, m)
+	a := first()
+	a.wantSuccess(t)
+	followed := second()
+	found(two, followed, a)
+	if log := strings.Join(followed.Log, "\n"); !strings.Contains(log, "following it") {
+		t.Errorf("it followed nothing: %s", log)
+	}
+
+	// Now that it has ended: another build has its place there.
+	busy := app{image: s.Registry.Image(repository + ":busy"), mark: mark()}
+	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 8*time.Second)), jsonForm)
+	if at := running(t, list, []app{busy}); len(at[home]) != 1 {
+		t.Errorf("the repository has moved: %v", at)
+	}
+	elsewhere(three)
+	found(three, deliver(t, three, body, m)(), a)
+	wait().wantSuccess(t)
+	if n := pushes(t, s, repository); n != 1 {
+		t.Errorf("%d pushes, want 1", n)
+	}
+
+	// While the one that knows is away, nobody can say that it never was.
+	if status, rec := verdict(t, four, m); status != http.StatusOK || rec.Digest != a.Digest {
+		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
+	}
+	home.Kill()
+	for range 2 {
+		if status, rec := verdict(t, four, m); status != http.StatusServiceUnavailable || rec.Code != "no_daemon" {
+			t.Errorf("with its daemon gone: HTTP %d, %+v", status, rec)
+		}
+	}
+	if err := home.Start(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 30*time.Second, func() error {
+		if status, rec := verdict(t, four, m); status != http.StatusOK || rec.Digest != a.Digest {
+			return fmt.Errorf("back again: HTTP %d, %+v", status, rec)
+		}
+		return nil
+	})
+	if status, rec := verdict(t, four, "never-"+m); status != http.StatusNotFound || rec.Code != "not_found" {
+		t.Errorf("of no build: HTTP %d, %+v", status, rec)
 	}
 }
 
