@@ -30,8 +30,8 @@ const (
 	keepaliveTimeout = 10 * time.Second
 
 	// checkTimeout bounds the RPC that shows a connection to be alive, dialling
-	// included. keptTimeout is that of a kept one, whose failure costs no more than
-	// dialling.
+	// included. keptTimeout is for one that has answered before: if it was too
+	// short, a new one is dialled for nothing.
 	checkTimeout = 5 * time.Second
 	keptTimeout  = 2 * time.Second
 
@@ -65,39 +65,39 @@ type conn struct {
 	refs    int // guarded by daemon.mu, as is dropped
 	dropped bool
 
-	known atomic.Bool // what the daemon's platform is
+	answered atomic.Bool // before
 }
 
 var errClosed = errors.New("the solver is closed")
 
 // get is the kept connection, or a new one where there is none or its TLS files
 // have changed. It does not wait for the network.
-func (d *daemon) get() (c *conn, kept bool, err error) {
+func (d *daemon) get() (*conn, error) {
 	tlsConfig, sum, tlsErr := d.loadTLS()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
-		return nil, false, errClosed
+		return nil, errClosed
 	}
 	if d.cur != nil && (tlsErr != nil || sum == d.cur.sum) {
 		if tlsErr != nil {
 			d.log.Error().Err(tlsErr).Msg("keeping the connection to buildkitd made with the files before")
 		}
 		d.cur.refs++
-		return d.cur, true, nil
+		return d.cur, nil
 	}
 	if tlsErr != nil {
-		return nil, false, tlsErr
+		return nil, tlsErr
 	}
-	c, err = d.dial(tlsConfig)
+	c, err := d.dial(tlsConfig)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	c.sum = sum
 	d.drop(d.cur)
 	d.cur = c
 	c.refs++
-	return c, false, nil
+	return c, nil
 }
 
 // dial needs no network: gRPC connects on the first RPC.
@@ -190,15 +190,12 @@ func (d *daemon) release(c *conn, failed bool) {
 // does not. It must be released.
 func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 	for {
-		c, kept, err := d.get()
+		c, err := d.get()
 		if err != nil {
 			return nil, err
 		}
-		limit := checkTimeout
-		if kept {
-			limit = keptTimeout
-		}
-		if err = d.check(ctx, c, limit); err == nil {
+		old := c.answered.Load()
+		if err = d.check(ctx, c); err == nil {
 			return c, nil
 		}
 		if ctx.Err() != nil {
@@ -206,20 +203,22 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 			return nil, context.Cause(ctx)
 		}
 		d.release(c, true)
-		if !kept {
+		if !old {
 			return nil, err
 		}
 	}
 }
 
 // check makes one small RPC.
-func (d *daemon) check(ctx context.Context, c *conn, limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if c.known.Load() {
+func (d *daemon) check(ctx context.Context, c *conn) error {
+	if c.answered.Load() {
+		ctx, cancel := context.WithTimeout(ctx, keptTimeout)
+		defer cancel()
 		_, err := c.client.Info(ctx)
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
 	workers, err := c.client.ListWorkers(ctx)
 	if err != nil {
 		return err
@@ -232,8 +231,8 @@ func (d *daemon) check(ctx context.Context, c *conn, limit time.Duration) error 
 		d.mu.Lock()
 		d.platform = platforms.Format(platforms.Normalize(p[0]))
 		d.mu.Unlock()
-		c.known.Store(true)
 	}
+	c.answered.Store(true)
 	return nil
 }
 

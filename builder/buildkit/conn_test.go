@@ -75,7 +75,7 @@ func (c *control) Prune(req *controlapi.PruneRequest, stream grpc.ServerStreamin
 	return stream.Send(&controlapi.UsageRecord{Size: 600})
 }
 
-func (c *control) seen(ctx context.Context) {
+func (c *control) seen(ctx context.Context) error {
 	p, _ := peer.FromContext(ctx)
 	name := ""
 	if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
@@ -88,6 +88,7 @@ func (c *control) seen(ctx context.Context) {
 	if frozen {
 		<-ctx.Done()
 	}
+	return ctx.Err()
 }
 
 func (c *control) freeze() {
@@ -103,15 +104,13 @@ func (c *control) last() string {
 }
 
 func (c *control) Info(ctx context.Context, _ *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
-	c.seen(ctx)
-	return &controlapi.InfoResponse{}, nil
+	return &controlapi.InfoResponse{}, c.seen(ctx)
 }
 
 func (c *control) ListWorkers(ctx context.Context, _ *controlapi.ListWorkersRequest) (*controlapi.ListWorkersResponse, error) {
-	c.seen(ctx)
 	return &controlapi.ListWorkersResponse{Record: []*apitypes.WorkerRecord{{
 		ID: "w", Platforms: []*pb.Platform{{OS: "linux", Architecture: "arm64"}, {OS: "linux", Architecture: "amd64"}},
-	}}}, nil
+	}}}, c.seen(ctx)
 }
 
 // ca makes certificates that it has signed.
@@ -252,11 +251,11 @@ func TestCertificatesReplaced(t *testing.T) {
 	if c == old || ctl.last() != "two" {
 		t.Fatalf("the new certificate is not used: %q", ctl.last())
 	}
-	if err := d.check(t.Context(), old, checkTimeout); err != nil || ctl.last() != "one" {
+	if err := d.check(t.Context(), old); err != nil || ctl.last() != "one" {
 		t.Errorf("the old connection, in use, is closed: %v", err)
 	}
 	d.release(old, false)
-	if err := d.check(t.Context(), old, checkTimeout); err == nil {
+	if err := d.check(t.Context(), old); err == nil {
 		t.Error("the old connection is open after its last build")
 	}
 	d.release(c, false)

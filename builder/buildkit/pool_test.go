@@ -167,7 +167,7 @@ func TestFrozen(t *testing.T) {
 		lost  bool // the first is where the build was lost
 		limit time.Duration
 	}{
-		{"before", false, 2 * longest},
+		{"before", false, 2*longest + checkTimeout},
 		{"after one was lost", true, longest},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
