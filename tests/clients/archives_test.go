@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -168,6 +169,41 @@ var layoutFiles = map[string]string{
 
 // layoutTime is in whole seconds: some archives have no more.
 var layoutTime = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+// TestContentEncoding: the header is accepted, not needed, and the signature is over
+// what is sent.
+func TestContentEncoding(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	plain := tarOf(t, config{"image": s.Registry.Image("encoding:latest")}, copyOnly)
+	pack := func(*testing.T, string) []byte { return plain }
+	gzipped, zipped := compressed(pack, "gzip")(t, ""), compressed(pack, "zstd", "-q")(t, "")
+	digests := map[string]string{}
+	for name, test := range map[string]struct {
+		body     []byte
+		encoding string
+	}{
+		"gzip":            {gzipped, "gzip"},
+		"gzip, untold":    {gzipped, ""},
+		"zstd":            {zipped, "zstd"},
+		"identity":        {plain, "identity"},
+		"not what it has": {plain, "gzip"},
+	} {
+		a := post(t, ctx, f, test.body, func(req *http.Request) {
+			if test.encoding != "" {
+				req.Header.Set("Content-Encoding", test.encoding)
+			}
+		})
+		r := record(t, a.text)
+		if a.StatusCode != http.StatusOK || r.Status != "success" {
+			t.Errorf("%s: %s: %s", name, a.Status, a.text)
+			continue
+		}
+		digests[r.Digest] = name
+	}
+	if len(digests) != 1 {
+		t.Errorf("not one image: %v", digests)
+	}
+}
 
 func writeLayout(t *testing.T, image string, plain bool) string {
 	t.Helper()

@@ -2,19 +2,23 @@ package clients_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"io"
 	"maps"
 	"net/http"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	control "github.com/moby/buildkit/api/services/control"
 
 	"handler/function/tests/stack"
 )
@@ -250,9 +254,11 @@ func TestNoCache(t *testing.T) {
 	}
 }
 
-// TestPull changes what a tag of a base image names between two builds. buildkitd
-// with its OCI worker asks the registry in every build, whether pull is set or
-// not; a daemon that keeps images of its own would not.
+// TestPull changes what a tag of a base image names between two builds. Images
+// cannot show the difference: buildkitd with its OCI worker has no image store, and
+// asks the registry in every build, whether pull is set or not. A daemon with
+// containerd's would not. So the daemon is asked what it was told: its history has
+// the attributes of builds that come from a queue.
 func TestPull(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	base, ref := s.Registry.Image("config:base"), s.Registry.Image("config:pull")
@@ -280,6 +286,47 @@ func TestPull(t *testing.T) {
 			if got := contents(t, pull(t, ctx, ref, got.Digest), "")["version"]; got != version+"\n" {
 				t.Errorf("with pull %v: built on version %q, want %q", again, got, version)
 			}
+		}
+	}
+	for again, want := range map[bool]string{true: "pull", false: ""} {
+		marker := rand.Text()
+		body := tarOf(t, config{"skipPush": true, "pull": again, "labels": config{"marker": marker}}, copyOnly)
+		a := post(t, ctx, f, body, func(req *http.Request) {
+			req.Header.Set("X-Call-Id", marker)
+			req.Header.Set("X-Callback-Url", "http://127.0.0.1:1/")
+		})
+		if r := record(t, a.text); r.Status != "success" {
+			t.Fatalf("got %s: %s", a.Status, a.text)
+		}
+		if got := attributes(t, ctx, s.Buildkitd, marker)["image-resolve-mode"]; got != want {
+			t.Errorf("with pull %v the daemon was told image-resolve-mode %q, want %q", again, got, want)
+		}
+	}
+}
+
+// attributes are the frontend's, of the build with that label, in the daemon's
+// history.
+func attributes(t *testing.T, ctx context.Context, b *stack.Buildkitd, marker string) map[string]string {
+	t.Helper()
+	c, err := b.Client(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	events, err := c.ControlClient().ListenBuildHistory(ctx, &control.BuildHistoryRequest{EarlyExit: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		e, err := events.Recv()
+		if err == io.EOF {
+			t.Fatal("the build is not in the daemon's history")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Record.FrontendAttrs["label:marker"] == marker {
+			return e.Record.FrontendAttrs
 		}
 	}
 }
@@ -314,6 +361,57 @@ func TestSyntax(t *testing.T) {
 	}
 	if got := mustBuild(t, ctx, f, tarOf(t, config{"skipPush": true}, copyOnly)); len(got.Warnings) > 0 {
 		t.Errorf("warnings of nothing: %q", got.Warnings)
+	}
+}
+
+// TestAllowSyntax has syntax lines followed. No frontend can be pulled here, so that
+// it is seen by the attempt.
+func TestAllowSyntax(t *testing.T) {
+	s := stack.Shared(t)
+	startCtx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	enabled, err := s.NewBuildkitd(startCtx, stack.BuildkitdConfig{Edit: func(toml string) string {
+		const off = "[frontend.\"gateway.v0\"]\n  enabled = false\n"
+		if !strings.Contains(toml, off) {
+			t.Fatal("buildkitd.toml does not turn gateway.v0 off")
+		}
+		return strings.Replace(toml, off, strings.Replace(off, "false", "true", 1), 1)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(enabled.Kill)
+	frontend := s.Registry.Image("syntax/frontend:1")
+	body := tarOf(t, config{"skipPush": true}, map[string]string{
+		"Dockerfile": "# syntax=" + frontend + "\nFROM scratch\nCOPY hello.txt /\n", "hello.txt": "hello\n",
+	})
+	for name, test := range map[string]struct {
+		allow  string
+		daemon *stack.Buildkitd
+		text   string // in the error
+	}{
+		"followed":              {"true", enabled, frontend},
+		"followed, but refused": {"true", s.Buildkitd, "gateway.v0"},
+		"not followed":          {"false", enabled, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"allow_syntax": test.allow}, Buildkitd: test.daemon})
+			got, err := f.Build(ctx, body, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if test.text == "" {
+				if got.Status != "success" || within(strings.Join(got.Warnings, "\n"), frontend) != nil {
+					t.Errorf("got %+v", got)
+				}
+				return
+			}
+			if got.Status != "failed" || !strings.Contains(got.Error, test.text) || len(got.Warnings) > 0 {
+				t.Errorf("got %+v, want a failure with %q", got, test.text)
+			}
+			// A Dockerfile without the line needs no frontend.
+			mustBuild(t, ctx, f, tarOf(t, config{"skipPush": true}, copyOnly))
+		})
 	}
 }
 

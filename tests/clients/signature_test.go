@@ -3,11 +3,13 @@ package clients_test
 import (
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -166,6 +168,44 @@ func TestSignature(t *testing.T) {
 	mustBuild(t, ctx, f, plain)
 	if daemon.connections.Load() == 0 || registry.connections.Load() == 0 {
 		t.Error("a build was not seen on its way to buildkitd and to the registry")
+	}
+}
+
+// TestDisableHMAC builds what nobody has signed, where that is asked for, and says
+// so at the start.
+func TestDisableHMAC(t *testing.T) {
+	const warning = "disable_hmac is set"
+	for _, off := range []bool{true, false} {
+		// Where nothing is signed no key is needed.
+		c := stack.FunctionConfig{Env: map[string]string{"disable_hmac": fmt.Sprint(off)}}
+		if off {
+			c.Secrets = map[string][]byte{"payload-secret": nil}
+		}
+		ctx, s, f := start(t, c)
+		log, err := f.Log()
+		if err != nil {
+			t.Fatal(err)
+		}
+		warned := slices.ContainsFunc(strings.Split(log, "\n"), func(line string) bool {
+			return strings.Contains(line, warning) && strings.Contains(line, `"level":"warn"`)
+		})
+		if warned != off {
+			t.Errorf("disable_hmac=%v: warned is %v", off, warned)
+		}
+		ref := s.Registry.Image("disable-hmac:latest")
+		body := tarOf(t, config{"image": ref}, copyOnly)
+		for name, values := range map[string][]string{"none": nil, "another's": {stack.Sign("another", body)}, "malformed": {"x"}} {
+			a := post(t, ctx, f, body, func(req *http.Request) { req.Header["X-Build-Signature"] = values })
+			want := http.StatusUnauthorized
+			if off {
+				want = http.StatusOK
+			}
+			if a.StatusCode != want || a.Header.Get("X-Build-Signature") != "" {
+				t.Errorf("disable_hmac=%v, %s: %s, signed %q: %s", off, name, a.Status, a.Header.Get("X-Build-Signature"), a.text)
+			} else if off {
+				pull(t, ctx, ref, record(t, a.text).Digest)
+			}
+		}
 	}
 }
 

@@ -79,8 +79,8 @@ func posting(t *testing.T, f *stack.Function, body []byte, change func(*http.Req
 	}
 }
 
-// Not here: 500, which needs a defect, and the failures of a registry and a
-// daemon under way, which are told by the package that breaks those.
+// Not here: the failures of a registry and a daemon under way, which are told by the
+// package that breaks those.
 
 func TestRefusals(t *testing.T) {
 	_, s, f := start(t, stack.FunctionConfig{Env: map[string]string{
@@ -247,6 +247,48 @@ func TestNotReady(t *testing.T) {
 	}
 	body := tarOf(t, config{"image": s.Registry.Image("not-ready:latest")}, copyOnly)
 	refusal{status: 503, code: "not_ready", text: "payload secret", retry: true}.check(t, posting(t, f, body, nil))
+}
+
+// TestInternal has a private key that cannot be read, which no client can mend.
+func TestInternal(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	key := filepath.Join(f.SecretsDir, "build-secrets-key")
+	if err := errors.Join(os.Remove(key), os.Mkdir(key, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	ref := s.Registry.Image("internal:latest")
+	body := tarOf(t, config{"image": ref}, copyOnly)
+	refusal{status: 500, code: "internal", text: "log has the cause", image: ref}.check(t, posting(t, f, withSecrets(t, body, "version: v1\n"), nil))
+	a := post(t, ctx, f, withSecrets(t, body, "version: v1\n"), nil)
+	if strings.Contains(a.text, key) {
+		t.Errorf("the client is told the cause: %s", a.text)
+	}
+	if log, err := f.Log(); err != nil || !strings.Contains(log, `"level":"error"`) || !strings.Contains(log, key) {
+		t.Errorf("the log does not have the cause, %v", err)
+	}
+	// Who sends none is not concerned.
+	mustBuild(t, ctx, f, body)
+}
+
+// TestOwnRepositories pushes where the builder keeps its cache and contexts.
+func TestOwnRepositories(t *testing.T) {
+	registry := stack.Shared(t).Registry
+	_, _, f := start(t, stack.FunctionConfig{Env: map[string]string{
+		"cache_repository": registry.Image("own/cache"), "context_repository": registry.Image("own/contexts"),
+	}})
+	beside := registry.Image("own/app:1")
+	for name, c := range map[string]config{
+		"a cache":        {"image": registry.Image("own/cache:app")},
+		"a context":      {"image": registry.Image("own/contexts:sha256-" + strings.Repeat("0", 64))},
+		"below":          {"image": registry.Image("own/cache/app")},
+		"a tag":          {"image": beside, "tags": []string{registry.Image("own/cache:app")}},
+		"without a push": {"image": registry.Image("own/cache:app"), "skipPush": true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			refusal{status: 403, code: "image_forbidden", text: "own", image: c["image"].(string)}.check(t, posting(t, f, tarOf(t, c, copyOnly), nil))
+		})
+	}
+	mustBuild(t, t.Context(), f, tarOf(t, config{"image": beside}, copyOnly))
 }
 
 // openStream starts a build and returns its answer once a line holds text.

@@ -1,0 +1,141 @@
+package clients_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"handler/function/tests/stack"
+)
+
+// scrape returns all samples of /metrics, by name with labels.
+func scrape(t *testing.T, ctx context.Context, f *stack.Function) map[string]float64 {
+	t.Helper()
+	text, err := get(ctx, f, "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	samples := map[string]float64{}
+	for _, m := range regexp.MustCompile(`(?m)^(builder_\S+(?:\{.*\})?) (\S+)$`).FindAllStringSubmatch(text, -1) {
+		v, err := strconv.ParseFloat(m[2], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		samples[m[1]] = v
+	}
+	return samples
+}
+
+// slowly reads all but the last byte, waits, and reads that.
+type slowly struct {
+	io.Reader
+	left  int
+	pause time.Duration
+}
+
+func (s *slowly) Read(p []byte) (int, error) {
+	if s.left == 1 {
+		time.Sleep(s.pause)
+	}
+	n, err := s.Reader.Read(p[:min(len(p), max(1, s.left-1))])
+	s.left -= n
+	return n, err
+}
+
+// TestMetrics builds the same twice, the second in the queue behind the first,
+// fails once, and is refused once.
+func TestMetrics(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1", "max_config_bytes": "64KiB"}})
+	const size = 8 << 20
+	content := make([]byte, size)
+	rand.NewChaCha8([32]byte{1}).Read(content)
+	body := tarOf(t, config{"image": s.Registry.Image("metrics:latest")}, map[string]string{
+		"Dockerfile": "FROM busybox\nCOPY content /\nRUN sleep 3\n", "content": string(content),
+	})
+	before := scrape(t, ctx, f)
+	for name, v := range before {
+		if strings.HasSuffix(name, "_total") && v != 0 {
+			t.Errorf("%s begins at %v", name, v)
+		}
+	}
+
+	const pause = 700 * time.Millisecond
+	first := make(chan answer, 1)
+	go func() {
+		first <- post(t, ctx, f, body, func(req *http.Request) {
+			req.Body = io.NopCloser(&slowly{bytes.NewReader(body), len(body), pause})
+		})
+	}()
+	for end := time.Now().Add(30 * time.Second); scrape(t, ctx, f)["builder_builds_in_flight"] != 1; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no build is in flight")
+		}
+	}
+	second := mustBuild(t, ctx, f, body)
+	a := <-first
+	if r := record(t, a.text); r.Status != "success" || r.Digest != second.Digest {
+		t.Fatalf("got %s: %s, and then %+v", a.Status, a.text, second)
+	}
+	fails := tarOf(t, config{"skipPush": true}, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 3\n"})
+	if a := post(t, ctx, f, fails, nil); a.StatusCode != 422 {
+		t.Fatalf("got %s: %s", a.Status, a.text)
+	}
+	unsigned := post(t, ctx, f, fails, func(req *http.Request) { req.Header.Del("X-Build-Signature") })
+	if unsigned.StatusCode != 401 {
+		t.Fatalf("got %s: %s", unsigned.Status, unsigned.text)
+	}
+
+	m := scrape(t, ctx, f)
+	for name, want := range map[string]struct{ least, most float64 }{
+		`builder_builds_total{code="",status="success"}`:            {2, 2},
+		`builder_builds_total{code="build_failed",status="failed"}`: {1, 1},
+		`builder_requests_refused_total{code="unauthorized"}`:       {1, 1},
+		`builder_builds_in_flight`:                                  {0, 0},
+		`builder_builds_waiting`:                                    {0, 0},
+		`builder_daemons_reachable`:                                 {1, 1},
+
+		`builder_received_bytes_total`:  {float64(2*len(body) + len(fails)), float64(2*len(body) + len(fails))},
+		`builder_receive_seconds_count`: {3, 3},
+		`builder_receive_seconds_sum`:   {pause.Seconds(), 20},
+
+		`builder_wait_seconds_count`: {3, 3},
+		`builder_wait_seconds_sum`:   {1, 20}, // the second waits for most of the first's RUN step
+
+		// What the first has sent the second need not.
+		`builder_context_sent_bytes_total`: {size, 1.5 * size},
+		`builder_transfer_seconds_count`:   {1, 3},
+		`builder_transfer_seconds_sum`:     {0.001, 20},
+		`builder_push_seconds_count`:       {2, 2},
+		`builder_push_seconds_sum`:         {0.001, 20},
+
+		`builder_steps_total{cached="false"}`:      {3, 8}, // COPY and RUN, and the RUN that fails
+		`builder_steps_total{cached="true"}`:       {2, 6},
+		`builder_placements_total{choice="first"}`: {3, 3},
+		`builder_builds_moved_total`:               {0, 0},
+
+		`builder_build_duration_seconds_count{status="success"}`:            {2, 2},
+		`builder_build_duration_seconds_sum{status="success"}`:              {5, 60}, // a RUN step of 3 s, which both see most of
+		`builder_build_duration_seconds_bucket{status="success",le="1"}`:    {0, 0},
+		`builder_build_duration_seconds_bucket{status="success",le="1800"}`: {2, 2},
+		`builder_build_duration_seconds_bucket{status="success",le="+Inf"}`: {2, 2},
+	} {
+		if got, ok := m[name]; !ok || got < want.least || got > want.most {
+			t.Errorf("%s is %v, there: %v; want %v to %v", name, got, ok, want.least, want.most)
+		}
+	}
+	if t.Failed() {
+		for name, v := range m {
+			if v != before[name] && !strings.Contains(name, "_bucket") {
+				t.Log(fmt.Sprint(name, " ", v))
+			}
+		}
+	}
+}
