@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -15,6 +16,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"handler/function/tests/stack"
 )
@@ -49,7 +54,12 @@ func sendAhead(t *testing.T, f *stack.Function, url, method, digest string, body
 		req.Body, signed = http.NoBody, []byte(method+" "+path)
 	}
 	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, signed))
-	return do(t, req).status
+	a := do(t, req)
+	// What follows a signature that has passed is signed.
+	if want := stack.Sign(f.Secret, []byte(a.body)); method == http.MethodPut && a.header.Get("X-Build-Signature") != want {
+		t.Errorf("HTTP %d %s is signed %q, want %q", a.status, a.body, a.header.Get("X-Build-Signature"), want)
+	}
+	return a.status
 }
 
 // small is the request that names a context.
@@ -214,6 +224,15 @@ func TestContextExpires(t *testing.T) {
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
 		"context_repository": s.Registry.Image("builder/expiring"), "context_max_age": "4s",
 	}})
+	// What others put there does not keep contexts from being deleted: a signature
+	// as cosign names it, and an image whose age nobody can tell.
+	odd := "sha256-" + strings.Repeat("0", 64)
+	for _, tag := range []string{odd + ".sig", odd} {
+		ref, err := name.NewTag(s.Registry.Image("builder/expiring:" + tag))
+		if err := errors.Join(err, remote.Write(ref, empty.Image, remote.WithContext(t.Context()))); err != nil {
+			t.Fatal(err)
+		}
+	}
 	body, digest := contextTar(t, 1000)
 	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
 		t.Fatalf("PUT: HTTP %d", status)
@@ -237,13 +256,15 @@ func TestContextExpires(t *testing.T) {
 		}
 		return nil
 	})
-	resp, err := http.Get("http://" + s.Registry.Addr + "/v2/builder/expiring/manifests/sha256-" + strings.TrimPrefix(digest, "sha256:"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	if resp.StatusCode != http.StatusNotFound {
-		t.Errorf("the registry answers %s", resp.Status)
+	for tag, want := range map[string]int{"sha256-" + strings.TrimPrefix(digest, "sha256:"): 404, odd + ".sig": 200, odd: 200} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+s.Registry.Addr+"/v2/builder/expiring/manifests/"+tag, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Accept", "application/vnd.docker.distribution.manifest.v2+json")
+		if a := do(t, req); a.status != want {
+			t.Errorf("%s: the registry answers %d, want %d", tag, a.status, want)
+		}
 	}
 }
 
