@@ -96,7 +96,7 @@ func TestGoSDK(t *testing.T) {
 				t.Errorf("exposed ports are %v", config.ExposedPorts)
 			}
 
-			c, err := s.Run(ctx, img, nil)
+			c, err := s.Run(ctx, img, stack.RunConfig{})
 			if err != nil {
 				t.Fatal(err)
 			}

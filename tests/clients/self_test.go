@@ -2,6 +2,8 @@ package clients_test
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -33,6 +35,7 @@ func TestSelf(t *testing.T) {
 			Handler     string            `yaml:"handler"`
 			Environment map[string]string `yaml:"environment"`
 			BuildArgs   map[string]string `yaml:"build_args"`
+			ReadOnly    bool              `yaml:"readonly_root_filesystem"`
 		} `yaml:"functions"`
 	}
 	if err := yaml.Unmarshal(text, &services); err != nil {
@@ -78,20 +81,56 @@ func TestSelf(t *testing.T) {
 		t.Errorf("the image is %d bytes compressed, over 30 MiB", size)
 	}
 
-	env := []string{"disable_hmac=true"}
-	for name, value := range function.Environment {
+	if !function.ReadOnly {
+		t.Error("stack.yml does not ask for a read-only root file system")
+	}
+	f.Kill() // the real of-watchdog's metrics port is fixed
+	checkSelfBuilds(t, ctx, s, img, f.SecretsDir, function.Environment)
+}
+
+// checkSelfBuilds runs the image as OpenFaaS does, but for its ports, and builds with
+// it: its user reads the secrets, and of its file system only /tmp can be written.
+func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.Image, secretsDir string, environment map[string]string) {
+	t.Helper()
+	secrets := t.TempDir() // for all to read, as Kubernetes mounts them
+	if err := os.CopyFS(secrets, os.DirFS(secretsDir)); err != nil {
+		t.Fatal(err)
+	}
+	var ports [2]int
+	for i := range ports {
+		var err error
+		if ports[i], err = stack.FreePort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	env := []string{fmt.Sprint("port=", ports[0]), fmt.Sprint("upstream_url=http://127.0.0.1:", ports[1]), "buildkit_addr=" + s.Buildkitd.Addr}
+	for name, value := range environment {
 		if !strings.Contains(value, "${") {
 			env = append(env, name+"="+value)
 		}
 	}
-	container, err := s.Run(ctx, img, env)
+	container, err := s.Run(ctx, img, stack.RunConfig{
+		Env: env, ReadOnly: true, HostNetwork: true, Mounts: map[string]string{"/var/openfaas/secrets": secrets},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(container.Kill)
 	for path, want := range map[string]string{"/ready": "ready", "/": `"name": "builder"`, "/metrics": "builder_"} {
-		if status, got, err := container.Get(ctx, 8080, path); err != nil || status != 200 || !strings.Contains(got, want) {
-			t.Errorf("%s answers %d, %.200q, %v, want %q", path, status, got, err, want)
+		if status, got, err := container.Get(ctx, ports[0], path); err != nil || status != 200 || !strings.Contains(got, want) {
+			t.Fatalf("%s answers %d, %.200q, %v, want %q", path, status, got, err, want)
 		}
+	}
+	// Larger than spool_memory_bytes, so that it goes through /tmp.
+	noise := make([]byte, 8<<20)
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	ref := s.Registry.Image("self/built-by-it:latest")
+	itself := &stack.Function{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret}
+	got := mustBuild(t, ctx, itself, tarOf(t, config{"image": ref}, map[string]string{
+		"Dockerfile": "FROM busybox\nRUN echo built > /built\nCOPY noise /\n", "noise": string(noise),
+	}))
+	if files := contents(t, pull(t, ctx, ref, got.Digest), ""); files["built"] != "built\n" || files["noise"] != string(noise) {
+		t.Errorf("the image holds built %q and %d bytes of noise", files["built"], len(files["noise"]))
 	}
 }
 

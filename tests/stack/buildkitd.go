@@ -48,7 +48,7 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 	if err != nil {
 		return nil, err
 	}
-	port, err := freePort()
+	port, err := FreePort()
 	if err != nil {
 		return nil, err
 	}

@@ -36,7 +36,7 @@
 //		if err != nil {
 //			t.Fatal(err)
 //		}
-//		c, err := s.Run(t.Context(), img, nil)
+//		c, err := s.Run(t.Context(), img, stack.RunConfig{})
 //		if err != nil {
 //			t.Fatal(err)
 //		}

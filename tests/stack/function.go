@@ -74,7 +74,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	if c.Buildkitd == nil {
 		c.Buildkitd = s.Buildkitd
 	}
-	port, err := freePort()
+	port, err := FreePort()
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		"GOMEMLIMIT":           "96MiB",
 	}
 	if watchdog, ok := FindWatchdog(); ok && c.Watchdog {
-		if upstream, err = freePort(); err != nil {
+		if upstream, err = FreePort(); err != nil {
 			return nil, err
 		}
 		command = watchdog

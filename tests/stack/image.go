@@ -62,16 +62,29 @@ type File struct {
 	Content []byte
 }
 
-// Container is an image that runs under runc, in a network of its own that
-// holds only loopback.
+// RunConfig says how a container differs from what its image says, which is its
+// zero value.
+type RunConfig struct {
+	Env  []string // added to the image's
+	Args []string // instead of the image's command
+	// ReadOnly makes the root file system so, with a tmpfs on /tmp: what
+	// readonly_root_filesystem in stack.yml asks for.
+	ReadOnly bool
+	// HostNetwork is this machine's network instead of one that holds only
+	// loopback.
+	HostNetwork bool
+	// Mounts are directories that the container can read, by their paths there.
+	Mounts map[string]string
+}
+
+// Container is an image that runs under runc.
 type Container struct {
 	dir  string
 	proc *process
 }
 
-// Run unpacks an image and starts it as its config says, or with other args.
-// env is added to the image's. It is killed with the stack.
-func (s *Stack) Run(ctx context.Context, img v1.Image, env []string, args ...string) (*Container, error) {
+// Run unpacks an image and starts it. It is killed with the stack.
+func (s *Stack) Run(ctx context.Context, img v1.Image, c RunConfig) (*Container, error) {
 	dir, err := os.MkdirTemp(s.Dir, "container-")
 	if err != nil {
 		return nil, err
@@ -88,23 +101,27 @@ func (s *Stack) Run(ctx context.Context, img v1.Image, env []string, args ...str
 		return nil, fmt.Errorf("unpacking the image: %w\n%s", err, out)
 	}
 	cgroup := filepath.Base(s.Dir) + "-" + filepath.Base(dir)
-	if err := s.writeSpec(ctx, dir, cgroup, img, env, args); err != nil {
+	if err := s.writeSpec(ctx, dir, cgroup, img, c); err != nil {
 		return nil, err
 	}
 	// The network is made here and not by runc, so that it is there, and can be
 	// entered, before the container is.
-	cmd := namespaced("busybox ip link set lo up &&", s.Tools.Runc, "--root", filepath.Join(dir, "runc"), "run", "--bundle", dir, cgroup)
-	cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
-	c := &Container{dir: dir}
-	if c.proc, err = startProcess("container", c.LogFile(), cmd); err != nil {
+	setup, flags := "busybox ip link set lo up &&", uintptr(unix.CLONE_NEWNET)
+	if c.HostNetwork {
+		setup, flags = "", 0
+	}
+	cmd := namespaced(setup, s.Tools.Runc, "--root", filepath.Join(dir, "runc"), "run", "--bundle", dir, cgroup)
+	cmd.SysProcAttr.Cloneflags |= flags
+	container := &Container{dir: dir}
+	if container.proc, err = startProcess("container", container.LogFile(), cmd); err != nil {
 		return nil, err
 	}
-	s.onClose(func() { c.Kill(); removeCgroups(cgroup) })
-	return c, nil
+	s.onClose(func() { container.Kill(); removeCgroups(cgroup) })
+	return container, nil
 }
 
 // writeSpec turns the image's config into the config.json that runc reads.
-func (s *Stack) writeSpec(ctx context.Context, dir, cgroup string, img v1.Image, env, args []string) error {
+func (s *Stack) writeSpec(ctx context.Context, dir, cgroup string, img v1.Image, c RunConfig) error {
 	if out, err := exec.CommandContext(ctx, s.Tools.Runc, "spec", "--bundle", dir).CombinedOutput(); err != nil {
 		return fmt.Errorf("writing a runc spec: %w\n%s", err, out)
 	}
@@ -128,6 +145,7 @@ func (s *Stack) writeSpec(ctx context.Context, dir, cgroup string, img v1.Image,
 	if err != nil {
 		return err
 	}
+	args := c.Args
 	if len(args) == 0 {
 		args = append(append(args, config.Config.Entrypoint...), config.Config.Cmd...)
 	}
@@ -139,10 +157,16 @@ func (s *Stack) writeSpec(ctx context.Context, dir, cgroup string, img v1.Image,
 	}
 	spec.Process["terminal"] = false
 	spec.Process["args"] = args
-	spec.Process["env"] = append(append([]string{}, config.Config.Env...), env...)
+	spec.Process["env"] = append(append([]string{}, config.Config.Env...), c.Env...)
 	spec.Process["cwd"] = path.Join("/", config.Config.WorkingDir)
 	spec.Process["user"] = map[string]int{"uid": uid, "gid": gid}
-	spec.Root["readonly"] = false
+	spec.Root["readonly"] = c.ReadOnly
+	if c.ReadOnly {
+		spec.Mounts = append(spec.Mounts, map[string]any{"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": []string{"nosuid", "nodev", "mode=1777"}})
+	}
+	for to, from := range c.Mounts {
+		spec.Mounts = append(spec.Mounts, map[string]any{"destination": to, "type": "bind", "source": from, "options": []string{"bind", "ro"}})
+	}
 	spec.Linux["cgroupsPath"] = "/" + cgroup
 	spec.Linux["namespaces"] = []map[string]string{{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}
 	if text, err = json.Marshal(spec); err != nil {

@@ -73,11 +73,11 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 		c.AckWait = time.Hour
 	}
 	c.Workers = max(c.Workers, 1)
-	natsPort, err := freePort()
+	natsPort, err := FreePort()
 	if err != nil {
 		return nil, err
 	}
-	providerPort, err := freePort()
+	providerPort, err := FreePort()
 	if err != nil {
 		return nil, err
 	}

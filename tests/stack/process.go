@@ -119,9 +119,9 @@ func (p *process) kill() {
 	<-p.done
 }
 
-// freePort returns a loopback port that is free now and that no outgoing
+// FreePort returns a loopback port that is free now and that no outgoing
 // connection gets, so that a daemon can be stopped and come back to it.
-func freePort() (int, error) {
+func FreePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(12000) // Linux hands out 32768 and up
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))

@@ -33,7 +33,7 @@ func (s *Stack) NewRegistry(ctx context.Context, env map[string]string) (*Regist
 	if err != nil {
 		return nil, err
 	}
-	port, err := freePort()
+	port, err := FreePort()
 	if err != nil {
 		return nil, err
 	}

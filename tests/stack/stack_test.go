@@ -60,24 +60,11 @@ func TestNothingStaysBehind(t *testing.T) {
 	}
 	<-ended
 
-	if left := processes(t, mark, s.Dir); len(left) > 0 {
+	if left := processes(t, mark); len(left) > 0 {
 		t.Errorf("processes are left:\n%s", strings.Join(left, "\n"))
 	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(mounts), s.Dir) {
-		t.Errorf("mounts are left:\n%s", mounts)
-	}
-	if _, err := os.Stat(s.Dir); !os.IsNotExist(err) {
-		t.Errorf("the directory %s is left: %v", s.Dir, err)
-	}
-	for _, pattern := range []string{"/sys/fs/cgroup/%s-*", "/sys/fs/cgroup/*/%s-*"} {
-		left, err := filepath.Glob(fmt.Sprintf(pattern, filepath.Base(s.Dir)))
-		if err != nil || len(left) > 0 {
-			t.Errorf("cgroups are left: %v, %v", left, err)
-		}
+	if left, err := stack.Left(s.Dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v\n%s", err, strings.Join(left, "\n"))
 	}
 }
 
@@ -126,8 +113,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// processes returns the command lines that hold one of the marks.
-func processes(t *testing.T, marks ...string) (lines []string) {
+// processes returns the command lines that hold a mark.
+func processes(t *testing.T, mark string) (lines []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil || len(files) == 0 {
@@ -135,10 +122,8 @@ func processes(t *testing.T, marks ...string) (lines []string) {
 	}
 	for _, f := range files {
 		line, _ := os.ReadFile(f)
-		for _, mark := range marks {
-			if strings.Contains(string(line), mark) {
-				lines = append(lines, f+": "+strings.ReplaceAll(string(line), "\x00", " "))
-			}
+		if strings.Contains(string(line), mark) {
+			lines = append(lines, f+": "+strings.ReplaceAll(string(line), "\x00", " "))
 		}
 	}
 	return lines
@@ -164,7 +149,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := s.Run(t.Context(), img, nil)
+	c, err := s.Run(t.Context(), img, stack.RunConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,14 +286,14 @@ func TestContainer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := s.Run(ctx, img, []string{"GREETING=hello"}, "sh", "-c", "echo $GREETING; exit 3")
+	c, err := s.Run(ctx, img, stack.RunConfig{Env: []string{"GREETING=hello"}, Args: []string{"sh", "-c", "echo $GREETING; exit 3"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if out, err := c.Output(ctx); err == nil || !strings.Contains(err.Error(), "exit status 3") || out != "hello\n" {
 		t.Errorf("got %q, %v, want hello and exit status 3", out, err)
 	}
-	c, err = s.Run(ctx, img, nil, "sh", "-c", "mkdir /www && echo served > /www/index.html && exec httpd -f -p 8080 -h /www")
+	c, err = s.Run(ctx, img, stack.RunConfig{Args: []string{"sh", "-c", "mkdir /www && echo served > /www/index.html && exec httpd -f -p 8080 -h /www"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,5 +302,18 @@ func TestContainer(t *testing.T) {
 	}
 	if c.Ended() {
 		t.Error("the server has ended")
+	}
+
+	// Nothing but /tmp can be written, and the machine's network is there.
+	c, err = s.Run(ctx, img, stack.RunConfig{
+		ReadOnly: true, HostNetwork: true, Mounts: map[string]string{"/var/given": stack.Context(t, map[string]string{"file": "given"})},
+		Args: []string{"sh", "-c", "cat /var/given/file; for d in / /bin /var /var/given /tmp; do touch $d/x 2>/dev/null && echo $d; done; nc -w 5 ${REGISTRY%:*} ${REGISTRY#*:} </dev/null && echo reached"},
+		Env:  []string{"REGISTRY=" + s.Registry.Addr},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := c.Output(ctx); err != nil || out != "given/tmp\nreached\n" {
+		t.Errorf("read-only: got %q, %v", out, err)
 	}
 }

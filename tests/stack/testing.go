@@ -2,9 +2,12 @@ package stack
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -83,6 +86,41 @@ func Context(t testing.TB, files map[string]string) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// Left lists what there is of the stack in a directory: processes that name it,
+// mounts, cgroups, and the directory itself.
+func Left(dir string) (left []string, err error) {
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil || len(lines) == 0 {
+		return nil, fmt.Errorf("listing processes: %d, %v", len(lines), err)
+	}
+	for _, file := range lines {
+		// What has ended meanwhile has no line.
+		if line, _ := os.ReadFile(file); strings.Contains(string(line), dir) {
+			left = append(left, file+": "+strings.ReplaceAll(string(line), "\x00", " "))
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, dir) {
+			left = append(left, "mount: "+strings.TrimSpace(line))
+		}
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup/%s-*", "/sys/fs/cgroup/*/%s-*"} {
+		dirs, err := filepath.Glob(fmt.Sprintf(pattern, filepath.Base(dir)))
+		if err != nil {
+			return nil, err
+		}
+		left = append(left, dirs...)
+	}
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		left = append(left, fmt.Sprintf("%s: %v", dir, err))
+	}
+	return left, nil
 }
 
 // showLog shows what a daemon has logged since the test began, if it fails.

@@ -251,7 +251,7 @@ func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, im
 	if err != nil {
 		return err
 	}
-	c, err := s.Run(ctx, img, nil)
+	c, err := s.Run(ctx, img, stack.RunConfig{})
 	if err != nil {
 		return err
 	}
