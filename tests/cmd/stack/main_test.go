@@ -76,7 +76,8 @@ func (c *command) printed() string {
 // stack.
 func (c *command) until(text string) (dir string) {
 	c.t.Helper()
-	for end := time.Now().Add(5 * time.Minute); !strings.Contains(c.printed(), text); time.Sleep(20 * time.Millisecond) {
+	// The first one on a machine compiles the daemons.
+	for end := time.Now().Add(15 * time.Minute); !strings.Contains(c.printed(), text); time.Sleep(20 * time.Millisecond) {
 		select {
 		case <-c.done:
 			if !strings.Contains(c.printed(), text) {
@@ -85,7 +86,7 @@ func (c *command) until(text string) (dir string) {
 		default:
 		}
 		if time.Now().After(end) {
-			c.t.Fatalf("no %q in five minutes", text)
+			c.t.Fatalf("no %q in 15 minutes", text)
 		}
 	}
 	dirs, err := filepath.Glob(filepath.Join(c.tmp, "function-builder-*"))
