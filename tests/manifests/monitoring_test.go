@@ -456,7 +456,7 @@ func testDashboard(t *testing.T, series exported, volumes map[string]bool) {
 var alertOf = map[string]string{
 	"no_daemon": "BuilderDaemonFailures", "daemon_lost": "BuilderDaemonFailures", "daemon_full": "BuilderDaemonFailures",
 	"registry_failed": "BuilderRegistryFailures", "registry_timeout": "BuilderRegistryFailures",
-	"context_failed": "BuilderContextFailures", "busy": "BuilderBusy", "stalled": "BuilderBuildStalled",
+	"context_failed": "BuilderContextFailures", "busy": "BuilderBusy", "queue_timeout": "BuilderBusy", "stalled": "BuilderBuildStalled",
 	"internal": "BuilderFault", "no_space": "BuilderFault", "not_ready": "BuilderFault",
 }
 
