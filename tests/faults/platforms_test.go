@@ -233,7 +233,7 @@ func TestRegistryFailsPart(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			_, f := pool(t, list, map[string]string{"push_timeout": "12s"})
+			_, f := pool(t, list, map[string]string{"push_timeout": "20s"})
 			proxy := newFaultProxy(t, s.Registry.Addr)
 			proxy.set(tt.fault)
 			repository := strings.ToLower(mark())
@@ -245,7 +245,7 @@ func TestRegistryFailsPart(t *testing.T) {
 			if n == 0 {
 				t.Error("the fault was never met")
 			}
-			if took > 15*time.Second {
+			if took > 24*time.Second {
 				t.Errorf("the verdict took %v", took)
 			}
 			want := ""

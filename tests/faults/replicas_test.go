@@ -183,12 +183,12 @@ func TestReplicaTakesOver(t *testing.T) {
 // that is not the other's, which has all of push_timeout.
 func TestReplicaTakesOverPush(t *testing.T) {
 	t.Parallel()
-	env := map[string]string{"push_timeout": "9s"}
+	env := map[string]string{"push_timeout": "12s"}
 	s, _, one := start(t, stack.FunctionConfig{Env: env})
 	_, _, two := start(t, stack.FunctionConfig{Env: env})
 	proxy := newFaultProxy(t, s.Registry.Addr)
 	proxy.set(&fault{blobBody, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		time.Sleep(6 * time.Second)
+		time.Sleep(8 * time.Second)
 		next.ServeHTTP(w, r)
 	}})
 	m := mark()
@@ -206,7 +206,7 @@ func TestReplicaTakesOverPush(t *testing.T) {
 		return nil
 	})
 	second := deliver(t, two, body, m)
-	time.Sleep(5 * time.Second)
+	time.Sleep(6 * time.Second)
 	one.Kill()
 	a := second()
 	a.wantSuccess(t)
@@ -228,7 +228,7 @@ func TestReplicasOfPool(t *testing.T) {
 	_, two := pool(t, list, env)
 	_, three := pool(t, list, env)
 	_, four := pool(t, list, env)
-	body, repository, m := queued(t, s, 8*time.Second)
+	body, repository, m := queued(t, s, 12*time.Second)
 	first := deliver(t, one, body, m)
 	var home *stack.Buildkitd
 	for b := range running(t, list, []app{{mark: m}}) {
@@ -267,7 +267,7 @@ func TestReplicasOfPool(t *testing.T) {
 
 	// Now that it has ended: another build has its place there.
 	busy := app{image: s.Registry.Image(repository + ":busy"), mark: mark()}
-	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 8*time.Second)), jsonForm)
+	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 12*time.Second)), jsonForm)
 	if at := running(t, list, []app{busy}); len(at[home]) != 1 {
 		t.Errorf("the repository has moved: %v", at)
 	}
