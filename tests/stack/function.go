@@ -44,6 +44,8 @@ type Function struct {
 	TempDir    string // its TMPDIR, empty while no build runs
 	Secret     string // signs requests: the stack's PayloadSecret
 
+	Client *http.Client // sends requests; nil is the usual one
+
 	dir  string
 	proc *process
 }

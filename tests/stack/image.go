@@ -223,8 +223,13 @@ func (c *Container) Get(ctx context.Context, port int, path string) (status int,
 }
 
 // dial connects inside the container's network.
-func (c *Container) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", c.proc.cmd.Process.Pid))
+func (c *Container) dial(_ context.Context, _, addr string) (net.Conn, error) {
+	return dialIn(c.proc.cmd.Process.Pid, addr)
+}
+
+// dialIn connects inside the network of a process.
+func dialIn(pid int, addr string) (net.Conn, error) {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
 		return nil, err
 	}

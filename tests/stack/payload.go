@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -151,7 +152,7 @@ func (f *Function) Post(ctx context.Context, body []byte, accept string) (*http.
 	if accept != "" {
 		req.Header.Set("Accept", accept)
 	}
-	return http.DefaultClient.Do(req)
+	return cmp.Or(f.Client, http.DefaultClient).Do(req)
 }
 
 // Record is one object of an answer, read by the contract and not by the

@@ -50,6 +50,17 @@ var openfaasModules = []toolModule{
 	{module: "nats-streaming", pkg: "github.com/nats-io/nats-streaming-server", name: "nats-streaming", cgo: "0"},
 }
 
+// rootlessModules are for the rootless image of buildkitd.
+var rootlessModules = []toolModule{
+	{module: "rootlesskit", pkg: "github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit", name: "rootlesskit", cgo: "0"},
+}
+
+// Rootlesskit returns the path of rootlesskit.
+func (s *Stack) Rootlesskit(ctx context.Context) (string, error) {
+	paths, err := buildTools(ctx, s.Repo, s.log, rootlessModules)
+	return paths["rootlesskit"], err
+}
+
 // BuildTools builds what is missing in the cache and says so on log: it takes
 // ten minutes on a fresh machine with two cores, and nothing afterwards. The
 // environment variable STACK_BIN names a directory of ready-made ones.
@@ -192,6 +203,19 @@ func goCommand(ctx context.Context, dir string, args []string, env ...string) er
 		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), cmp.Or(ctx.Err(), err), out)
 	}
 	return nil
+}
+
+// GoSettings are build arguments that pass on where this machine's Go gets its
+// modules from, where that was set.
+func GoSettings(ctx context.Context) map[string]string {
+	args := map[string]string{}
+	for _, name := range []string{"GOPROXY", "GONOSUMDB", "GOPRIVATE", "GONOPROXY", "GOSUMDB"} {
+		out, err := exec.CommandContext(ctx, "go", "env", name).Output()
+		if v := strings.TrimSpace(string(out)); err == nil && v != "" {
+			args[name] = v
+		}
+	}
+	return args
 }
 
 // lockCache keeps processes that run at once from building the same thing.

@@ -17,7 +17,6 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -170,7 +169,7 @@ func readRegistryConfig(path string) ([]byte, error) {
 
 // build packs dir, sends it and shows the build's lines as they come.
 func build(ctx context.Context, f *stack.Function, dir, image string) (stack.Record, error) {
-	body, err := stack.Pack(dir, &builder.BuildConfig{Image: image, BuildArgs: goSettings(ctx)})
+	body, err := stack.Pack(dir, &builder.BuildConfig{Image: image, BuildArgs: stack.GoSettings(ctx)})
 	if err != nil {
 		return stack.Record{}, err
 	}
@@ -191,19 +190,6 @@ func build(ctx context.Context, f *stack.Function, dir, image string) (stack.Rec
 	}
 	fmt.Printf("pushed %s@%s in %.1fs\n", got.Image, got.Digest, got.Duration)
 	return got, nil
-}
-
-// goSettings passes on where this machine's Go gets its modules from, where
-// that was set.
-func goSettings(ctx context.Context) map[string]string {
-	args := map[string]string{}
-	for _, name := range []string{"GOPROXY", "GONOSUMDB", "GOPRIVATE", "GONOPROXY", "GOSUMDB"} {
-		out, err := exec.CommandContext(ctx, "go", "env", name).Output()
-		if v := strings.TrimSpace(string(out)); err == nil && v != "" {
-			args[name] = v
-		}
-	}
-	return args
 }
 
 // functionDir returns the folder to build, which must be one that can be.
