@@ -60,6 +60,11 @@ test-e2e: root ## end-to-end tests against real daemons
 	go -C tests test -race -c -o /dev/null ./...
 	go -C tests test -race -count=1 -p 1 -timeout 25m ./...
 
+# Half an hour on a fresh machine, half of it compiling Kubernetes: no part of make test.
+.PHONY: test-k8s
+test-k8s: root ## the manifests and the function on a real Kubernetes of one node, made here
+	go -C tests test -tags k8s -count=1 -timeout 90m -v ./k8s
+
 # Without a bound go test spends the time on making inputs smaller.
 .PHONY: test-fuzz
 test-fuzz: ## every fuzz target for FUZZTIME each
@@ -91,7 +96,7 @@ secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_S
 lint: vuln ## gofmt, go vet and govulncheck
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	go -C builder vet ./...
-	go -C tests vet ./...
+	go -C tests vet -tags k8s ./...
 	go -C template/golang-middleware vet ./... ./function/...
 
 # govulncheck asks vuln.go.dev for what is known of each module.
