@@ -134,6 +134,12 @@ func (c *cluster) buildAndRun(t *testing.T) {
 			t.Errorf("the pod printed %q, want %q", out, want)
 		}
 	}
+	// From inside the cluster, by the name in the README.
+	c.kubectl(t, "-n", "openfaas-fn", "run", "inside", "--restart=Never", "--image=busybox", "--", "wget", "-qO-", "http://builder.openfaas-fn:8080/ready")
+	c.kubectl(t, "-n", "openfaas-fn", "wait", "pod/inside", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=2m")
+	if out := c.kubectl(t, "-n", "openfaas-fn", "logs", "inside"); out != "ready\n" {
+		t.Errorf("the builder says %q", out)
+	}
 	// By the names that placement needs, of which DNS has told the function.
 	log := c.kubectl(t, "-n", "openfaas-fn", "logs", "deployment/builder")
 	if want := `"daemon":"tcp://buildkitd-`; !strings.Contains(log, want) {
