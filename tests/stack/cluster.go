@@ -64,13 +64,12 @@ type Cluster struct {
 
 	dir   string
 	bin   string // the tools by their plain names
-	name  string // of the cgroup of all pods
 	node  *process
 	procs []*process
 }
 
 // Cluster starts one. It is ended with the stack.
-func (s *Stack) Cluster(ctx context.Context) (_ *Cluster, err error) {
+func (s *Stack) Cluster(ctx context.Context) (*Cluster, error) {
 	for command, pkg := range clusterPackages {
 		if _, err := exec.LookPath(command); err != nil {
 			return nil, fmt.Errorf("starting a cluster: %s is missing: apt-get install %s", command, pkg)
@@ -102,22 +101,16 @@ func (s *Stack) Cluster(ctx context.Context) (_ *Cluster, err error) {
 			return nil, err
 		}
 	}
-	c.name = filepath.Base(s.Dir) + "-" + filepath.Base(c.dir)
 	s.onClose(c.close)
-	defer func() {
-		if err != nil {
-			c.close()
-		}
-	}()
 
 	fmt.Fprintln(s.log, "starting Kubernetes")
 	if err := c.startNode(ctx); err != nil {
 		return nil, err
 	}
-	if err := c.writeFiles(); err != nil {
+	if err := c.writeFiles(s.Registry.Dir); err != nil {
 		return nil, err
 	}
-	if err := c.startAll(ctx, s); err != nil {
+	if err := c.startAll(ctx); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -129,12 +122,9 @@ func (c *Cluster) startNode(ctx context.Context) error {
 	setup := strings.Join([]string{
 		// Volumes of pods have to reach the containers that runc starts.
 		"mount --make-rshared /",
-		// What has no setting: the kubelet's links to logs, the plugins' leases, and
-		// the names of pods' networks.
+		// What has no setting, of the kubelet and of the network plugins.
 		"mount -t tmpfs tmpfs /var/log",
-		"mkdir -p /var/lib/cni /run/netns",
-		"mount -t tmpfs tmpfs /var/lib/cni",
-		"mount -t tmpfs tmpfs /run/netns",
+		"mount -t tmpfs tmpfs /var/lib",
 		"ip link set lo up",
 		"ip address add " + nodeIP + "/32 dev lo",
 		// A Service's address has to have a route before it is translated.
@@ -170,9 +160,9 @@ func (c *Cluster) path(elem ...string) string {
 	return filepath.Join(append([]string{c.dir}, elem...)...)
 }
 
-// writeFiles writes the configuration of all parts. There is one user, who may do
+// writeFiles writes the configuration of all parts; storage is the registry's. There is one user, who may do
 // anything: nothing here is about the API server's own authorization.
-func (c *Cluster) writeFiles() error {
+func (c *Cluster) writeFiles(storage string) error {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		return err
@@ -239,7 +229,6 @@ clusterDomain: cluster.local
 failCgroupV1: false
 cgroupDriver: cgroupfs
 cgroupsPerQOS: false
-cgroupRoot: /%s
 enforceNodeAllocatable: []
 failSwapOn: false
 oomScoreAdj: 0
@@ -248,9 +237,11 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 # Quicker than what a real node is asked.
 syncFrequency: 5s
-`, c.path("containerd.sock"), c.path("pods"), c.path("plugins"), c.path("resolv.conf"), nodeIP, c.name),
-		"Corefile":     fmt.Sprintf(".:53 {\n  bind %s\n  errors\n  kubernetes cluster.local {\n    kubeconfig %s\n    ttl 1\n  }\n}\n", nodeIP, c.path("kubeconfig")),
-		"registry.yml": "version: 0.1\nlog: {level: info}\n",
+`, c.path("containerd.sock"), c.path("pods"), c.path("plugins"), c.path("resolv.conf"), nodeIP),
+		"Corefile": fmt.Sprintf(".:53 {\n  bind %s\n  errors\n  kubernetes cluster.local {\n    kubeconfig %s\n    ttl 1\n  }\n}\n", nodeIP, c.path("kubeconfig")),
+		// A second server over the stack's storage: that keeps no state of its own.
+		"registry.yml": fmt.Sprintf("version: 0.1\nlog: {level: info}\nstorage: {filesystem: {rootdirectory: %q}, delete: {enabled: true}}\nhttp: {addr: %q, secret: %q}\n",
+			storage, clusterRegistry, rand32()),
 	}
 	for name, text := range files {
 		path := c.path(filepath.FromSlash(name))
@@ -265,19 +256,13 @@ syncFrequency: 5s
 }
 
 // startAll starts the parts in an order in which each finds what it needs.
-func (c *Cluster) startAll(ctx context.Context, s *Stack) error {
+func (c *Cluster) startAll(ctx context.Context) error {
 	kubeconfig := "--kubeconfig=" + c.path("kubeconfig")
-	registry := fmt.Sprintf("version: 0.1\nlog: {level: info}\nstorage: {filesystem: {rootdirectory: %q}, delete: {enabled: true}}\nhttp: {addr: %q, secret: %q}\n",
-		s.Registry.Dir, clusterRegistry, rand32())
-	if err := os.WriteFile(c.path("registry.yml"), []byte(registry), 0o600); err != nil {
-		return err
-	}
 	for _, part := range []struct {
 		name  string
 		args  []string
 		ready func(context.Context) error
 	}{
-		// A second server over the stack's storage: that keeps no state of its own.
 		{"registry", []string{"serve", c.path("registry.yml")}, c.answers("http://" + clusterRegistry + "/v2/")},
 		{"etcd", []string{"--data-dir=" + c.path("etcd"), "--log-level=warn", "--unsafe-no-fsync"}, c.answers("http://127.0.0.1:2379/health")},
 		{"kube-apiserver", []string{
@@ -406,7 +391,8 @@ func (c *Cluster) close() {
 		p.kill()
 	}
 	c.procs = nil
-	removeCgroups(c.name)
+	// containerd's own, where the kubelet names none. Those in use stay.
+	removeCgroups("k8s.io")
 	if err := os.RemoveAll(c.dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		fmt.Fprintln(os.Stderr, "removing the cluster:", err)
 	}
