@@ -385,20 +385,33 @@ func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 	})
 }
 
-// logged is the function's log lines about ended builds, the last one last.
+// logged is the function's log lines about ended builds, the last one last. A verdict
+// is given before its line is written, so what has begun gets some time to be there.
 func logged(t *testing.T, f *stack.Function) (ended []map[string]any) {
 	t.Helper()
-	text, err := f.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(text) {
-		var fields map[string]any
-		if json.Unmarshal([]byte(line), &fields) == nil && fields["message"] == "build ended" {
-			ended = append(ended, fields)
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		text, err := f.Log()
+		if err != nil {
+			t.Fatal(err)
+		}
+		started := 0
+		ended = nil
+		for line := range strings.Lines(text) {
+			var fields map[string]any
+			if json.Unmarshal([]byte(line), &fields) != nil {
+				continue
+			}
+			switch fields["message"] {
+			case "build started":
+				started++
+			case "build ended":
+				ended = append(ended, fields)
+			}
+		}
+		if started > 0 && len(ended) >= started || time.Now().After(deadline) {
+			return ended
 		}
 	}
-	return ended
 }
 
 // digest is what a tag resolves to, "" for a tag that is not there.
