@@ -20,6 +20,7 @@ import (
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
+	"github.com/moby/buildkit/solver/errdefs"
 	"github.com/rs/zerolog"
 	"github.com/tonistiigi/fsutil"
 
@@ -370,6 +371,16 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	}
 	drained.Wait()
 	gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
+	var failed *failure
+	if err != nil && !gone {
+		failed = &failure{
+			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
+			auths: auths.failed(), anonymous: auths.build.Anonymous(),
+		}
+		if v, ok := errors.AsType[*errdefs.VertexError](err); ok && b.progress.unstarted(v.Digest) {
+			failed.full = c.isFull(ctx)
+		}
+	}
 	at.give(gone)
 	if gone {
 		pool.lose(d, err)
@@ -384,10 +395,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	case err != nil && git != nil && git.err != nil:
 		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
-		err := (&failure{
-			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
-			auths: auths.failed(), anonymous: auths.build.Anonymous(),
-		}).classify()
+		err := failed.classify()
 		if ctx.Err() == nil && api.AsError(err).Code == api.DaemonFull {
 			pool.fill(d, err)
 		}

@@ -70,6 +70,7 @@ type failure struct {
 	redact  *redact.Redactor
 	step    func(digest string) string // name of a vertex
 	noSpace func(digest string) bool   // whether it ran out of disk; may be nil
+	full    bool                       // the daemon's disk is, so that a step was not started
 	pushing bool                       // the push had begun
 	auths   []*api.Error               // what the daemon was told of registries, the last first
 
@@ -81,6 +82,9 @@ type failure struct {
 func (f *failure) classify() error {
 	text := strings.TrimPrefix(f.err.Error(), "failed to solve: ")
 	if exit, ok := errors.AsType[*gatewayapi.ExitError](f.err); ok {
+		if f.full {
+			return f.daemonFull()
+		}
 		return f.buildFailed(exitText(exit.ExitCode, f.ranOutOfDisk()))
 	}
 	for _, e := range f.auths {
@@ -92,13 +96,23 @@ func (f *failure) classify() error {
 	if e := f.registryStatus(text); e != nil {
 		return e
 	}
-	if grpcerrors.Code(f.err) == codes.ResourceExhausted || strings.Contains(text, "no space left on device") {
-		return &api.Error{Code: api.DaemonFull, Msg: "buildkitd has no space left on its disk", Err: f.err}
+	if isNoSpace(f.err) {
+		return f.daemonFull()
 	}
 	if e := f.registryTrouble(text); e != nil {
 		return e
 	}
 	return f.buildFailed(plain(text))
+}
+
+// isNoSpace says whether err is of the daemon's own disk, as it is written to
+// outside of steps.
+func isNoSpace(err error) bool {
+	return grpcerrors.Code(err) == codes.ResourceExhausted || strings.Contains(err.Error(), "no space left on device")
+}
+
+func (f *failure) daemonFull() error {
+	return &api.Error{Code: api.DaemonFull, Msg: "buildkitd has no space left on its disk", Err: f.err}
 }
 
 func exitText(code uint32, noSpace bool) string {

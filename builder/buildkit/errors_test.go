@@ -46,6 +46,7 @@ func TestClassify(t *testing.T) {
 		name    string
 		err     error
 		pushing bool
+		full    bool
 		code    api.Code
 		later   bool
 		msg     string // all of it
@@ -64,6 +65,8 @@ Dockerfile:3
 			msg: "[2/2] RUN exit 3: exit code 137: killed, probably because memory ran out"},
 		{name: "disk", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 2}, digest.FromString("filler")), code: api.BuildFailed,
 			msg: "exit code 2: buildkitd's disk is full, or the step needs more than it has"},
+		{name: "disk that is full after it", full: true, code: api.DaemonFull, msg: "buildkitd has no space left on its disk",
+			err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 2}, digest.FromString("filler"))},
 		{name: "a step that fills its disk", code: api.BuildFailed, msg: "exit code 1",
 			err: &gatewayapi.ExitError{ExitCode: 1, Err: errors.New("dd: no space left on device")}},
 		{name: "a step that talks of registries", code: api.BuildFailed, msg: "exit code 1", pushing: true,
@@ -133,6 +136,7 @@ Dockerfile:2
 				err:     fromDaemon(tt.err),
 				redact:  redact.New(map[string][]byte{"s": []byte("verysecret")}),
 				pushing: tt.pushing,
+				full:    tt.full,
 				step: func(d string) string {
 					if d == digest.FromString("step").String() {
 						return "[2/2] RUN exit 3"

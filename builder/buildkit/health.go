@@ -2,12 +2,14 @@ package buildkit
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"sync"
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
 )
 
 const (
@@ -28,6 +30,10 @@ const (
 	pruneTimeout  = 2 * time.Minute
 	pruneWait     = 10 * time.Second
 	pruneInterval = 10 * time.Second
+
+	// roomBytes is what a daemon must be able to write not to be full.
+	roomBytes   = 1 << 20
+	roomTimeout = 10 * time.Second
 )
 
 // health says whether a daemon gets builds, and how many it has.
@@ -138,6 +144,22 @@ func (p *pool) takeOut(d *daemon, rest time.Duration, cause error) {
 			rest = min(max(rest, probeMin), 5*probeMin)
 		}
 	})
+}
+
+// isFull says whether the daemon's disk is. What runc says where it has no room to
+// start a step is in the step's output, and a step can say the same: the daemon has
+// to write a file.
+func (c *conn) isFull(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, roomTimeout)
+	defer cancel()
+	data := make([]byte, roomBytes)
+	rand.Read(data) // so that no cache has it, and no file system makes it less
+	def, err := llb.Scratch().File(llb.Mkfile("room", 0o600, data), llb.WithCustomName("[internal] write a file")).Marshal(ctx)
+	if err != nil {
+		return false
+	}
+	_, err = c.client.Solve(ctx, def, client.SolveOpt{Internal: true}, nil)
+	return err != nil && isNoSpace(err)
 }
 
 // fill takes a daemon whose disk is full out until something has been pruned

@@ -1,8 +1,8 @@
 package buildkit
 
 import (
-	"bytes"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -41,7 +41,8 @@ type vertex struct {
 	completed *time.Time
 	cached    bool
 	canceled  bool
-	noSpace   bool // its output said so, in the C library's words
+	noSpace   bool // its output said so, in the words of the C library or of Go
+	unstarted bool // and in those of runc, for which there was none to start it
 	streams   []streamKey
 }
 
@@ -215,17 +216,23 @@ func (p *progress) output(l *client.VertexLog) {
 	key := streamKey{l.Vertex, l.Stream}
 	st := p.streams[key]
 	if st == nil {
-		st = p.redact.Stream(func(line string) { p.line("l: %s", line) })
+		v := p.vertices[l.Vertex]
+		st = p.redact.Stream(func(line string) {
+			p.line("l: %s", line)
+			if v != nil && outOfDisk.MatchString(line) {
+				v.noSpace = true
+				v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
+			}
+		})
 		p.streams[key] = st
-		if v := p.vertices[l.Vertex]; v != nil {
+		if v != nil {
 			v.streams = append(v.streams, key)
 		}
 	}
 	st.Write(l.Data)
-	if v := p.vertices[l.Vertex]; v != nil && bytes.Contains(l.Data, []byte("No space left on device")) {
-		v.noSpace = true
-	}
 }
+
+var outOfDisk = regexp.MustCompile(`(?i)no space left on device`)
 
 func (p *progress) warning(w *client.VertexWarning) {
 	text := p.redact.Line(string(w.Short))
@@ -285,6 +292,13 @@ func (p *progress) name(d string) string {
 func (p *progress) noSpace(d string) bool {
 	v := p.vertices[digest.Digest(d)]
 	return v != nil && v.noSpace
+}
+
+// unstarted says whether there was no disk to start the vertex with the given
+// digest, if its output can be believed.
+func (p *progress) unstarted(d string) bool {
+	v := p.vertices[digest.Digest(d)]
+	return v != nil && v.unstarted
 }
 
 // isStep tells the steps of a Dockerfile from what BuildKit adds.

@@ -203,14 +203,22 @@ func TestProgressPush(t *testing.T) {
 
 func TestNoSpaceSeen(t *testing.T) {
 	_, p, _ := progressOf(
-		&client.SolveStatus{Vertexes: []*client.Vertex{vtx("[1/2] RUN dd", at(0), nil), vtx("[2/2] RUN :", at(0), nil)}},
+		&client.SolveStatus{Vertexes: []*client.Vertex{
+			vtx("[1/3] RUN dd", at(0), nil), vtx("[2/3] RUN go", at(0), nil), vtx("[3/3] RUN runc", at(0), nil), vtx("[1/1] RUN :", at(0), nil),
+		}},
 		&client.SolveStatus{Logs: []*client.VertexLog{
-			logged("[1/2] RUN dd", 2, "dd: writing: No space left on device\n"), logged("[2/2] RUN :", 1, "fine\n"),
+			logged("[1/3] RUN dd", 2, "dd: writing: No space left on device\n"), logged("[1/1] RUN :", 1, "fine\n"),
+			logged("[2/3] RUN go", 2, "write /x: no space "), logged("[2/3] RUN go", 2, "left on device"),
+			logged("[3/3] RUN runc", 2, "runc run failed: unable to start container process: error during container init: error mounting \"/x/resolv.conf\" to rootfs at \"/etc/resolv.conf\": create mountpoint for /etc/resolv.conf mount: make mountpoint \"/etc/resolv.conf\": openat resolv.conf: no space left on device"),
 		}},
 	)
-	for name, want := range map[string]bool{"[1/2] RUN dd": true, "[2/2] RUN :": false, "another": false} {
-		if got := p.noSpace(digest.FromString(name).String()); got != want {
-			t.Errorf("%s: %v", name, got)
+	for name, want := range map[string]struct{ noSpace, unstarted bool }{
+		"[1/3] RUN dd": {true, false}, "[2/3] RUN go": {true, false}, "[3/3] RUN runc": {true, true},
+		"[1/1] RUN :": {}, "another": {},
+	} {
+		d := digest.FromString(name).String()
+		if n, u := p.noSpace(d), p.unstarted(d); n != want.noSpace || u != want.unstarted {
+			t.Errorf("%s: out of disk %v, not started %v", name, n, u)
 		}
 	}
 }

@@ -812,9 +812,20 @@ func TestVolumeFull(t *testing.T) {
 	a := home[0]
 	mustSend(t, f, a.body(t, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark), jsonForm).wantSuccess(t)
 	ballast := filepath.Join(mount, "ballast")
+	m := mark()
+	// What runc says when it has no room to start a step, which it seldom is the
+	// first to find: the step says so in its stead.
+	const unstarted = "echo runc run failed: unable to start container process: no space left on device; false"
+	wait := background(t, f, home[1].body(t, sleep(m, 4*time.Second)+"; "+unstarted), jsonForm)
+	waitStep(t, small, m)
 	fill(t, ballast)
 
 	start := time.Now()
+	late := wait()
+	late.wantFailed(t, "build_failed", "disk is full")
+	if !slices.Contains(late.Log, "w: buildkitd has no space left on its disk: building on another") {
+		t.Errorf("not moved from the full volume: %v", late)
+	}
 	for _, a := range home {
 		mustSend(t, f, a.body(t, "RUN : again "+a.mark), jsonForm).wantSuccess(t)
 	}
@@ -845,8 +856,14 @@ func TestVolumeFull(t *testing.T) {
 		}
 	}
 
-	// What a step itself writes is the build's own failure, wherever it runs.
-	mustSend(t, f, a.body(t, "RUN dd if=/dev/zero of=/blob bs=1M; : "+a.mark+"; false"), jsonForm).wantFailed(t, "build_failed", "disk is full")
+	// What a step itself writes is the build's own failure, wherever it runs, and
+	// so is what it only says.
+	for _, step := range []string{unstarted, "dd if=/dev/zero of=/blob bs=1M; false"} {
+		mustSend(t, f, a.body(t, "RUN : "+a.mark+"; "+step), jsonForm).wantFailed(t, "build_failed", "disk is full")
+		if addr, line := a.placed(t, f); addr != small.Addr || line["attempts"] != 1.0 {
+			t.Errorf("%s: %v attempts, the last on %s", step, line["attempts"], addr)
+		}
+	}
 	t.Logf("%d images there, %v builds moved, in %v", len(home), moved, took.Round(100*time.Millisecond))
 }
 
