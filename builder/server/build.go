@@ -166,9 +166,10 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	defer s.metrics.InFlight.Dec()
 	defer context.AfterFunc(s.stopped, func() { b.cancel(errShuttingDown) })()
 
+	started := time.Now()
 	b.aside.Go(func() {
 		<-b.hashed
-		b.log.Info().Str("sha256", b.sha256).Str("image", b.image).Bool("queued", b.call.queued).Msg("build started")
+		b.log.Info().Str("sha256", b.sha256).Str("image", b.image).Bool("queued", b.call.queued).Time("started", started).Msg("build started")
 	})
 	if source := req.Config.Context; source != nil && source.Digest != "" {
 		spool, files, err := s.fetchContext(b, source.Digest)
