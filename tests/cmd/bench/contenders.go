@@ -298,16 +298,18 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
+	// Memory that a process once had, it keeps for a while.
+	b.function.Kill()
+	if b.function, err = b.newFunction(ctx); err != nil {
+		return err
+	}
+	time.Sleep(2 * time.Second)
+	idle, _, err := b.function.Memory()
+	if err != nil {
+		return err
+	}
 	var function, openssl series
-	var peak int64
 	for i := range w.ingest + 1 {
-		idle, _, err := b.function.Memory()
-		if err != nil {
-			return err
-		}
-		if err := resetPeak(b.function.Pid()); err != nil {
-			return err
-		}
 		t1, answer, _, err := b.postFile(ctx, path, signature, "")
 		if err != nil {
 			return err
@@ -315,20 +317,19 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 		if !strings.Contains(answer, "bad_config") {
 			return fmt.Errorf("ingest: %s", answer)
 		}
-		_, high, err := b.function.Memory()
-		if err != nil {
-			return err
-		}
 		_, t2, err := b.openssl(ctx, path)
 		if err != nil {
 			return err
 		}
 		if i > 0 {
 			function, openssl = append(function, t1), append(openssl, t2)
-			peak = max(peak, high-idle)
 		}
 	}
-	b.result.IngestVsOpenssl, b.result.IngestPeakMiB = ratio(openssl, function), mib(peak)
+	_, peak, err := b.function.Memory()
+	if err != nil {
+		return err
+	}
+	b.result.IngestVsOpenssl, b.result.IngestPeakMiB = ratio(openssl, function), mib(peak-idle)
 	fmt.Printf("1 GiB body\n  function  %v\n  openssl   %v\n  peak of the function's memory over idle: %.1f MiB\n", function, openssl, b.result.IngestPeakMiB)
 	return nil
 }
@@ -345,7 +346,7 @@ func (b *benchmark) lastByte(ctx context.Context, w workload) error {
 		return err
 	}
 	var all series
-	for range w.ingest {
+	for i := range w.ingest {
 		_, answer, sent, err := b.postFile(ctx, path, signature, "")
 		if err != nil {
 			return err
@@ -353,7 +354,7 @@ func (b *benchmark) lastByte(ctx context.Context, w workload) error {
 		if !strings.Contains(answer, `"success"`) {
 			return fmt.Errorf("last byte: %s", answer)
 		}
-		started, err := b.lastStart()
+		started, err := b.started(ctx, i)
 		if err != nil {
 			return err
 		}
@@ -364,26 +365,29 @@ func (b *benchmark) lastByte(ctx context.Context, w workload) error {
 	return nil
 }
 
-// lastStart is when the function says its last build started.
-func (b *benchmark) lastStart() (time.Time, error) {
-	log, err := b.function.Log()
-	if err != nil {
-		return time.Time{}, err
-	}
-	var last time.Time
-	for line := range strings.Lines(log) {
-		var entry struct {
-			Time    time.Time
-			Message string
+// started is when the function says its build i started. It says so once it has
+// the body's sum, which may be after the verdict.
+func (b *benchmark) started(ctx context.Context, i int) (time.Time, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for ctx.Err() == nil {
+		log, err := b.function.Log()
+		if err != nil {
+			return time.Time{}, err
 		}
-		if json.Unmarshal([]byte(line), &entry) == nil && entry.Message == "build started" {
-			last = entry.Time
+		var all []time.Time
+		for line := range strings.Lines(log) {
+			var entry struct{ Started time.Time }
+			if json.Unmarshal([]byte(line), &entry) == nil && !entry.Started.IsZero() {
+				all = append(all, entry.Started)
+			}
 		}
+		if len(all) > i {
+			return all[i], nil
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	if last.IsZero() {
-		return last, fmt.Errorf("the function's log has no start of a build")
-	}
-	return last, nil
+	return time.Time{}, fmt.Errorf("the function's log does not say when build %d started", i)
 }
 
 // postFile posts a file, and says when its last byte was handed to the kernel.
@@ -444,11 +448,6 @@ func (b *benchmark) openssl(ctx context.Context, path string) (signature string,
 		return "", 0, fmt.Errorf("openssl: %q", out)
 	}
 	return "sha256=" + digits, time.Since(start), nil
-}
-
-// resetPeak makes VmHWM begin anew (proc_pid_clear_refs(5)).
-func resetPeak(pid int) error {
-	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0)
 }
 
 // image has the builder build itself and adds up what a registry keeps of it.
