@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"math"
 	"runtime/debug"
 	"sync"
 
@@ -67,8 +66,7 @@ const maxWindow = 8 << 20
 type Spool struct {
 	store    *store
 	size     int64
-	sum      hash.Hash
-	hashed   int64     // bytes of the body that sum has seen
+	sum      hash.Hash // of the body; nil until it is asked for, if it is stored as sent
 	envelope *envelope // nil but for the text form
 	payload  *Payload
 	err      error
@@ -121,7 +119,12 @@ func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
 	if form == formEnvelope && opts.ContextOnly {
 		form = formTar
 	}
-	s.hash(&work, in.tap(), form, opts)
+	// Of a plain tar what is stored is the body, which can be summed later: while it
+	// arrives, the signature and the index need the processors.
+	if form != formTar || opts.SHA256 {
+		s.sum = sha256.New()
+		copyTo(&work, in.tap(), s.sum)
+	}
 	if form == formEnvelope {
 		s.envelope = &envelope{}
 		t := in.tap()
@@ -168,21 +171,6 @@ func (s *Spool) fill(c *chunk, body io.Reader, limit int64) (eof bool, err error
 		}
 	}
 	return false, nil
-}
-
-// hash sums the body. Of a plain tar what is stored is the body, so that what is
-// too large for memory can be summed later, by [Spool.SHA256]: while it arrives,
-// the signature and the index need the processors.
-func (s *Spool) hash(work *sync.WaitGroup, t *tap, f form, opts *Options) {
-	s.sum = sha256.New()
-	most := int64(math.MaxInt64)
-	if f == formTar && !opts.SHA256 {
-		most = opts.Memory
-	}
-	work.Go(func() {
-		defer t.drain()
-		s.hashed, _ = io.CopyN(s.sum, t, most)
-	})
 }
 
 // copyTo writes the stream of t to w. A hash takes everything; what another
@@ -300,17 +288,22 @@ func (s *Spool) Signature() (value string, ok bool) {
 	return s.envelope.signature, true
 }
 
-// SHA256 is of the body as it was sent. It is not known of a large plain tar that
-// was refused, unless Options asked for it. It must not be called concurrently,
-// nor after Close.
+// SHA256 is of the body as it was sent. It is not known of a plain tar that was
+// refused, unless Options asked for it. It must not be called concurrently, nor
+// after Close.
 func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
-	if s.hashed < s.size && s.err == nil {
-		// What cannot be read is missing from hashed.
-		n, _ := io.Copy(s.sum, io.NewSectionReader(s.store, s.hashed, s.size-s.hashed))
-		s.hashed += n
+	if s.sum == nil {
+		if s.err != nil {
+			return sum, false
+		}
+		h := sha256.New()
+		if n, err := io.Copy(h, s.Raw()); err != nil || n != s.size {
+			return sum, false
+		}
+		s.sum = h
 	}
 	s.sum.Sum(sum[:0])
-	return sum, s.hashed == s.size
+	return sum, true
 }
 
 // Raw reads the body as it was sent, if Options asked for that.
