@@ -3,7 +3,7 @@
 #
 #   certs.sh DIR [NAME-OR-ADDRESS...]
 #
-#   DIR/ca-key.pem                      signs both; belongs into no Secret
+#   DIR/ca-key.pem                      signs both; belongs in no Secret
 #   DIR/daemon/{ca.pem,cert.pem,key.pem}   for buildkitd, valid for the names below
 #   DIR/client/{ca.pem,cert.pem,key.pem}   for the function
 #

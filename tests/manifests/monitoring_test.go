@@ -501,9 +501,9 @@ func testAlerts(t *testing.T, series exported, volumes map[string]bool, faults [
 		{"a pool's volume", sequences{fmt.Sprintf(available, "state-buildkitd-1"): "30x60 4x59"}, "BuildkitdVolumeNearlyFull"},
 		{"the single volume", sequences{fmt.Sprintf(available, "buildkitd"): "30x60 4x59"}, "BuildkitdVolumeNearlyFull"},
 		{"a volume that is collected", sequences{fmt.Sprintf(available, "buildkitd"): "7x60 4x9 20x50"}, ""},
-		{"no build ends", sequences{"builder_builds_in_flight": "0x60 2x59"}, "BuilderStuck"},
+		{"no build ends", sequences{"builder_builds_in_flight": "0x30 2x89"}, "BuilderStuck"},
 		{"builds all the time", sequences{"builder_builds_in_flight": "4x120", success: "0+1x120"}, ""},
-		{"a long build", sequences{"builder_builds_in_flight": "0x60 1x20 0x40"}, ""},
+		{"a long build", sequences{"builder_builds_in_flight": "0x30 1x55 0x34"}, ""},
 		{"one failure of hundreds", sequences{success: "0+10x120", failed("registry_failed"): "0x60 1x59", failed("daemon_lost"): "0x60 1x59"}, ""},
 	}
 	for code, alert := range alertOf {
