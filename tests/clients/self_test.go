@@ -5,14 +5,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"gopkg.in/yaml.v3"
 
 	"handler/function/tests/stack"
 )
@@ -25,42 +23,20 @@ func TestSelf(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 	defer cancel()
 
-	text, err := os.ReadFile(filepath.Join(s.Repo, "stack.yml"))
+	function, err := s.Description()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var services struct {
-		Functions map[string]struct {
-			Lang        string            `yaml:"lang"`
-			Handler     string            `yaml:"handler"`
-			Environment map[string]string `yaml:"environment"`
-			BuildArgs   map[string]string `yaml:"build_args"`
-			ReadOnly    bool              `yaml:"readonly_root_filesystem"`
-		} `yaml:"functions"`
-	}
-	if err := yaml.Unmarshal(text, &services); err != nil {
-		t.Fatal(err)
-	}
-	function := services.Functions["builder"]
 	if function.Lang != "golang-middleware" {
 		t.Fatalf("stack.yml's builder is %+v", function)
 	}
-	dir, err := s.Assemble("builder", filepath.Join(s.Repo, function.Handler))
+	dir, args, err := s.Own(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-
-	buildArgs := config{"ADDITIONAL_PACKAGE": ""}
-	for name, value := range function.BuildArgs {
-		buildArgs[name] = value
-	}
-	for _, name := range []string{"GOPROXY", "GONOSUMDB", "GOPRIVATE", "GONOPROXY", "GOSUMDB"} {
-		if value := strings.TrimSpace(string(output(t, s.Repo, nil, "go", "env", name))); value != "" {
-			buildArgs[name] = value
-		}
-	}
+	args["ADDITIONAL_PACKAGE"] = "" // as faas-cli sends it
 	ref := s.Registry.Image("self/builder:latest")
-	body, err := stack.Tar(dir, config{"image": ref, "buildArgs": buildArgs})
+	body, err := stack.Tar(dir, config{"image": ref, "buildArgs": args})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,12 +79,12 @@ func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.I
 			t.Fatal(err)
 		}
 	}
-	env := []string{fmt.Sprint("port=", ports[0]), fmt.Sprint("upstream_url=http://127.0.0.1:", ports[1]), "buildkit_addr=" + s.Buildkitd.Addr}
+	var env []string
 	for name, value := range environment {
-		if !strings.Contains(value, "${") {
-			env = append(env, name+"="+value)
-		}
+		env = append(env, name+"="+value)
 	}
+	// The last of a name counts.
+	env = append(env, fmt.Sprint("port=", ports[0]), fmt.Sprint("upstream_url=http://127.0.0.1:", ports[1]), "buildkit_addr="+s.Buildkitd.Addr)
 	container, err := s.Run(ctx, img, stack.RunConfig{
 		Env: env, ReadOnly: true, HostNetwork: true, Mounts: map[string]string{"/var/openfaas/secrets": secrets},
 	})

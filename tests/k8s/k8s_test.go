@@ -105,7 +105,11 @@ func (c *cluster) secrets(t *testing.T) {
 	}
 	c.run(t, "buildkit/secrets.sh", "kubectl")
 	list := strings.Fields(c.kubectl(t, "-n", "openfaas-fn", "get", "secrets", "-o", `jsonpath={.items[*].metadata.name}`))
-	for _, name := range describe(t, c.s).Secrets {
+	d, err := c.s.Description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range d.Secrets {
 		if !slices.Contains(list, name) {
 			t.Errorf("make secrets made %q, not %s of stack.yml", list, name)
 		}
@@ -113,7 +117,11 @@ func (c *cluster) secrets(t *testing.T) {
 }
 
 func (c *cluster) deploy(t *testing.T) {
-	c.input(t, describe(t, c.s).manifests(t, c.Registry+"/builder:latest"), "apply", "-f", "-")
+	d, err := c.s.Description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.input(t, manifests(t, d, c.Registry+"/builder:latest"), "apply", "-f", "-")
 	c.kubectl(t, "-n", "openfaas-fn", "rollout", "status", "deployment/builder", "--timeout=3m")
 }
 

@@ -20,7 +20,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"sigs.k8s.io/yaml"
 
 	"handler/function/tests/stack"
 )
@@ -61,13 +60,9 @@ func images(t *testing.T, s *stack.Stack) {
 		send(t, f, daemon, map[string]any{"image": s.Registry.Image("moby/buildkit:" + tag), "target": target})
 	}
 
-	function, err := s.Assemble("builder", filepath.Join(s.Repo, "builder"))
+	function, args, err := s.Own(t.Context())
 	if err != nil {
 		t.Fatal(err)
-	}
-	args := stack.GoSettings(t.Context())
-	for name, value := range describe(t, s).BuildArgs {
-		args[name] = value
 	}
 	send(t, f, function, map[string]any{"image": s.Registry.Image("builder:latest"), "buildArgs": args})
 }
@@ -115,45 +110,10 @@ func send(t *testing.T, f *stack.Function, dir string, config map[string]any) st
 	return got
 }
 
-// description is what stack.yml says of the builder.
-type description struct {
-	BuildArgs   map[string]string `json:"build_args"`
-	Secrets     []string          `json:"secrets"`
-	Environment map[string]string `json:"environment"`
-	Requests    map[string]string `json:"requests"`
-	Limits      map[string]string `json:"limits"`
-	ReadOnly    bool              `json:"readonly_root_filesystem"`
-}
-
-func describe(t *testing.T, s *stack.Stack) description {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(s.Repo, "stack.yml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var services struct {
-		Functions map[string]description `json:"functions"`
-	}
-	if err := yaml.Unmarshal(text, &services); err != nil {
-		t.Fatal(err)
-	}
-	d, ok := services.Functions["builder"]
-	if !ok || len(d.Secrets) == 0 || len(d.Environment) == 0 || !d.ReadOnly {
-		t.Fatalf("stack.yml says %+v", services)
-	}
-	for name, value := range d.Environment {
-		// What faas-cli puts in where the variable is not set.
-		if _, fallback, ok := strings.Cut(value, ":-"); ok && strings.HasPrefix(value, "${") {
-			d.Environment[name] = strings.TrimSuffix(fallback, "}")
-		}
-	}
-	return d
-}
-
 // manifests are the Deployment and the Service that faas-netes makes of the
 // function: every key of every secret as a file of one directory, a read-only root
 // with /tmp, both probes on /_/health. See its pkg/handlers/deploy.go.
-func (d description) manifests(t *testing.T, image string) []byte {
+func manifests(t *testing.T, d *stack.Description, image string) []byte {
 	t.Helper()
 	labels := map[string]string{"faas_function": "builder"}
 	container := corev1.Container{

@@ -471,12 +471,12 @@ func (b *benchmark) image(ctx context.Context, w workload) error {
 	if !w.image {
 		return nil
 	}
-	dir, err := b.stack.Assemble("bench-builder", filepath.Join(b.stack.Repo, "builder"))
+	dir, args, err := b.stack.Own(ctx)
 	if err != nil {
 		return err
 	}
 	ref := b.stack.Registry.Image("bench/builder:v1")
-	body, err := stack.Tar(dir, map[string]string{"image": ref})
+	body, err := stack.Tar(dir, map[string]any{"image": ref, "buildArgs": args})
 	if err != nil {
 		return err
 	}

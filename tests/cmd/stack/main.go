@@ -168,8 +168,8 @@ func readRegistryConfig(path string) ([]byte, error) {
 }
 
 // build packs dir, sends it and shows the build's lines as they come.
-func build(ctx context.Context, f *stack.Function, dir, image string) (stack.Record, error) {
-	body, err := stack.Pack(dir, &builder.BuildConfig{Image: image, BuildArgs: stack.GoSettings(ctx)})
+func build(ctx context.Context, f *stack.Function, dir, image string, args map[string]string) (stack.Record, error) {
+	body, err := stack.Pack(dir, &builder.BuildConfig{Image: image, BuildArgs: args})
 	if err != nil {
 		return stack.Record{}, err
 	}
@@ -227,7 +227,7 @@ func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, im
 			return err
 		}
 	}
-	got, err := build(ctx, f, dir, image)
+	got, err := build(ctx, f, dir, image, stack.GoSettings(ctx))
 	if err != nil {
 		return err
 	}
@@ -259,15 +259,15 @@ func buildAndRun(ctx context.Context, s *stack.Stack, f *stack.Function, dir, im
 }
 
 func publish(ctx context.Context, s *stack.Stack, f *stack.Function, image string) error {
-	dir, err := s.Assemble("builder", filepath.Join(s.Repo, "builder"))
+	dir, args, err := s.Own(ctx)
 	if err != nil {
 		return err
 	}
-	got, err := build(ctx, f, dir, image)
+	got, err := build(ctx, f, dir, image, args)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("\nset image: %s in stack.yml, then: faas-cli deploy\n", got.Image)
+	fmt.Printf("\nBUILDER_IMAGE=%s faas-cli deploy\n", got.Image)
 	return nil
 }
 
