@@ -350,9 +350,12 @@ async function run(from, config, secret, signal) {
   if (!res.ok) return refusal(res);
   view.answered = true;
   view.phase("Waiting");
+  let builds = false;
   for await (const record of records(res.body)) {
     if (record.image) view.image(record.image);
     if (record.log?.length > 0) {
+      if (!builds) describe(); // which counts it from now on
+      builds = true;
       view.phase("Building");
       view.log(record.log);
     }
@@ -496,6 +499,10 @@ const view = {
       $("dropped").hidden = false;
       $("dropped").textContent = `… ${plural(this.dropped, "earlier line")} not shown`;
     }
+    this.follow();
+  },
+
+  follow() {
     if (this.following) $("log").scrollTop = $("log").scrollHeight;
   },
 
@@ -704,9 +711,11 @@ $("log").addEventListener("scroll", () => {
 });
 $("follow").addEventListener("click", () => {
   view.following = true;
-  $("log").scrollTop = $("log").scrollHeight;
+  view.follow();
   $("log").focus();
 });
+// Lines that wrap anew have another height.
+addEventListener("resize", () => view.follow());
 
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {

@@ -59,6 +59,7 @@ func TestBuild(t *testing.T) {
 	if title, running := p.text("#build-title"), p.texts("#steps .running .name"); title != "Building" || len(running) != 1 || !strings.Contains(running[0], "sleep 2") {
 		t.Errorf("while a step runs the title is %q and running are %q", title, running)
 	}
+	p.until("description with the build in it", func() bool { return strings.Contains(p.text("#about"), "1 of 4 builds running") })
 	if got := js[float64](p, `document.getElementById("progress").value`); got <= 0 || got >= 1 {
 		t.Errorf("while a step runs the progress bar is at %v", got)
 	}
@@ -515,6 +516,8 @@ func TestLongLog(t *testing.T) {
 	if !js[bool](p, atEnd) || !slices.Contains(p.texts("#lines .l"), "the last") {
 		t.Error("the log does not follow again")
 	}
+	p.run(chromedp.EmulateViewport(390, 900))
+	p.until("end of the log in a narrow window", func() bool { return js[bool](p, atEnd) })
 	if n := js[int](p, `document.getElementById("lines").childElementCount`); n > 4000 || !strings.Contains(p.text("#dropped"), "not shown") {
 		t.Errorf("%d lines are shown, %q", n, p.text("#dropped"))
 	}
