@@ -42,15 +42,10 @@ const reserved = "BUILDKIT_"
 // Parse reads one JSON object. Every error is an *api.Error of code bad_config
 // whose message names the key.
 func Parse(data []byte) (*Config, error) {
-	keys, err := objectKeys(data)
+	c := &Config{}
+	data, err := c.only(known, "", data)
 	if err != nil {
 		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
-	}
-	c := &Config{}
-	for _, key := range keys {
-		if !slices.Contains(known, key) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %q", api.ConfigFile, key))
-		}
 	}
 	if err := json.Unmarshal(data, &c.BuildConfig); err != nil {
 		if te, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
@@ -67,10 +62,38 @@ func Parse(data []byte) (*Config, error) {
 	return c, nil
 }
 
-// known are the keys of the contract's table.
-var known = []string{
-	"image", "buildArgs", "platforms", "skipPush", "tags", "target", "dockerfile",
-	"labels", "annotations", "noCache", "pull", "context", "frontend",
+// known are the keys of the contract's table, and inContext those of its context.
+var (
+	known = []string{
+		"image", "buildArgs", "platforms", "skipPush", "tags", "target", "dockerfile",
+		"labels", "annotations", "noCache", "pull", "context", "frontend",
+	}
+	inContext = []string{"digest", "git"}
+)
+
+// only leaves of an object what encoding/json is to read: it would take a key for
+// a known one that differs from it in case. All others get a warning. prefix is
+// what the object's own keys are named after.
+func (c *Config) only(keys []string, prefix string, data []byte) ([]byte, error) {
+	members, err := objectMembers(data)
+	if err != nil {
+		return nil, err
+	}
+	kept := make(map[string]json.RawMessage)
+	for _, m := range members {
+		if !slices.Contains(keys, m.key) {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %q", api.ConfigFile, prefix+m.key))
+			continue
+		}
+		// What is no object there is refused with its type.
+		if m.key == "context" && bytes.HasPrefix(m.value, []byte("{")) {
+			if m.value, err = c.only(inContext, "context.", m.value); err != nil {
+				return nil, fmt.Errorf("%q: %w", m.key, err)
+			}
+		}
+		kept[m.key] = m.value
+	}
+	return json.Marshal(kept)
 }
 
 func wanted(e *json.UnmarshalTypeError) string {
@@ -87,10 +110,14 @@ func wanted(e *json.UnmarshalTypeError) string {
 	return "a " + e.Type.String()
 }
 
-// objectKeys are data's keys, in order. A key that stands twice is an error:
-// two readers could take one each. So is one that differs from a known key in
-// case alone, which encoding/json would take for it.
-func objectKeys(data []byte) ([]string, error) {
+type member struct {
+	key   string
+	value json.RawMessage
+}
+
+// objectMembers are data's, in order. A key that stands twice, in whatever case,
+// is an error: two readers could take one each.
+func objectMembers(data []byte) ([]member, error) {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	tok, err := dec.Token()
 	if err != nil {
@@ -99,24 +126,23 @@ func objectKeys(data []byte) ([]string, error) {
 	if tok != json.Delim('{') {
 		return nil, errors.New("not a JSON object")
 	}
-	var keys []string
+	var members []member
 	seen := make(map[string]bool)
 	for dec.More() {
 		tok, err := dec.Token()
 		if err != nil {
 			return nil, syntax(err)
 		}
-		key := tok.(string)
-		folded := strings.ToLower(key)
+		m := member{key: tok.(string)}
+		folded := strings.ToLower(m.key)
 		if seen[folded] {
-			return nil, fmt.Errorf("key %q stands twice", key)
+			return nil, fmt.Errorf("key %q stands twice", m.key)
 		}
 		seen[folded] = true
-		keys = append(keys, key)
-		var skip json.RawMessage
-		if err := dec.Decode(&skip); err != nil {
+		if err := dec.Decode(&m.value); err != nil {
 			return nil, syntax(err)
 		}
+		members = append(members, m)
 	}
 	if _, err := dec.Token(); err != nil {
 		return nil, syntax(err)
@@ -124,7 +150,7 @@ func objectKeys(data []byte) ([]string, error) {
 	if _, err := dec.Token(); err != io.EOF {
 		return nil, errors.New("more follows the JSON object")
 	}
-	return keys, nil
+	return members, nil
 }
 
 func syntax(err error) error {

@@ -60,6 +60,21 @@ func TestParseWarns(t *testing.T) {
 	}
 }
 
+// TestParseCase: a key in another case is another key, also to encoding/json.
+func TestParseCase(t *testing.T) {
+	digest := "sha256:" + strings.Repeat("0", 64)
+	c, err := buildconfig.Parse([]byte(`{"image":"x","SkipPush":true,"context":{"digest":"` + digest + `","Git":"https://host/repo.git"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.SkipPush || c.Git != nil || c.Context.Git != "" || c.Context.Digest != digest {
+		t.Errorf("got %+v", c)
+	}
+	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], `"SkipPush"`) || !strings.Contains(c.Warnings[1], `"context.Git"`) {
+		t.Errorf("warnings %q", c.Warnings)
+	}
+}
+
 func TestParseRefuses(t *testing.T) {
 	for _, tt := range []struct{ name, config, names string }{
 		{"empty", ``, "too early"},
@@ -69,6 +84,8 @@ func TestParseRefuses(t *testing.T) {
 		{"two objects", `{"image":"x"}{"image":"y"}`, "more follows"},
 		{"a key twice", `{"image":"x","image":"y"}`, `"image"`},
 		{"a key twice in another case", `{"image":"x","Image":"y"}`, `"Image"`},
+		{"a key of the context twice", `{"image":"x","context":{"git":"https://host/a.git","git":"https://host/b.git"}}`, `"git"`},
+		{"a context of a wrong type", `{"image":"x","context":"https://host/a.git"}`, `"context"`},
 		{"no image", `{}`, `"image"`},
 		{"empty image", `{"image":""}`, `"image"`},
 		{"tags alone", `{"skipPush":true,"tags":["x"]}`, `"tags"`},
