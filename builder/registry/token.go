@@ -95,6 +95,13 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	}
 	auth := have.auth
 	if auth.RegistryToken != "" {
+		// It is good for as long, and for as much, as whoever made it meant it to be.
+		if !b.creds.cfg.AllowBasic {
+			return Token{}, &api.Error{
+				Code: api.RegistryDenied,
+				Msg:  fmt.Sprintf("registry %s: its credentials are a registry token, which allow_basic=false forbids", req.Host),
+			}
+		}
 		now := time.Now()
 		return Token{Value: auth.RegistryToken, IssuedAt: now, Expires: now.Add(defaultExpiry)}, nil
 	}

@@ -155,7 +155,13 @@ func (s *tokenServer) host() string { u, _ := url.Parse(s.URL); return u.Host }
 // fetchFrom asks s as a registry that sends there would have it asked.
 func fetchFrom(t *testing.T, s *tokenServer, auths string) (Token, error) {
 	t.Helper()
-	c := New(Config{TokenHosts: []string{s.host()}, File: configFile(t, auths)})
+	return fetchWith(t, s, Config{File: configFile(t, auths)})
+}
+
+func fetchWith(t *testing.T, s *tokenServer, cfg Config) (Token, error) {
+	t.Helper()
+	cfg.TokenHosts = []string{s.host()}
+	c := New(cfg)
 	return c.Build(refs(t, "registry.example.com/app")).Token(t.Context(), TokenRequest{
 		Host: "registry.example.com", Realm: s.URL + "/token?keep=1", Service: "svc",
 		Scopes: []string{"repository:app:pull,push"},
@@ -235,9 +241,15 @@ func TestTokenIdentity(t *testing.T) {
 
 func TestTokenStatic(t *testing.T) {
 	s := newTokenServer(t, false, func(http.ResponseWriter, *http.Request) {})
-	tok, err := fetchFrom(t, s, `{"auths":{"registry.example.com":{"registrytoken":"static"}}}`)
+	cfg := Config{File: configFile(t, `{"auths":{"registry.example.com":{"registrytoken":"static"}}}`), AllowBasic: true}
+	tok, err := fetchWith(t, s, cfg)
 	if err != nil || tok.Value != "static" || s.requests.Load() != 0 {
 		t.Errorf("%+v, %v, %d requests", tok, err, s.requests.Load())
+	}
+	cfg.AllowBasic = false
+	tok, err = fetchWith(t, s, cfg)
+	if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.RegistryDenied || !strings.Contains(e.Msg, "allow_basic") || tok.Value != "" {
+		t.Errorf("%+v, %v", tok, err)
 	}
 }
 
