@@ -128,7 +128,8 @@ func bodyError(err error) error {
 }
 
 // paced reads a body with a deadline that moves on as bytes come, so that a
-// client slower than rate does not hold its upload slot.
+// client slower than rate does not hold its upload slot. What passes between two
+// reads is not the client's time.
 type paced struct {
 	body    io.Reader
 	rc      *http.ResponseController
@@ -137,13 +138,19 @@ type paced struct {
 	rate    int64 // bytes per second
 	grace   time.Duration
 	n       int64
-	set     time.Time
+	set     time.Time // the deadline that was
+	left    time.Time // the last Read
 }
 
 func (p *paced) Read(b []byte) (int, error) {
+	now := time.Now()
+	if !p.left.IsZero() {
+		p.start = p.start.Add(now.Sub(p.left))
+	}
+	defer func() { p.left = time.Now() }()
 	deadline := p.start.Add(p.grace + time.Duration(float64(p.n)/float64(p.rate)*float64(time.Second)))
 	// A fast client moves the deadline by far more than it uses up.
-	if now := time.Now(); now.After(deadline) {
+	if now.After(deadline) {
 		return 0, os.ErrDeadlineExceeded
 	} else if deadline.Sub(p.set) > p.grace/8 {
 		if err := p.rc.SetReadDeadline(deadline); err != nil {
