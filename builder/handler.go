@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -50,6 +51,7 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 var service = sync.OnceValues(func() (*server.Server, error) {
 	// Milliseconds: seconds are too coarse to follow one build.
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00"
+	zerolog.ErrorMarshalFunc = func(err error) any { return cut(err.Error()) }
 	log := zerolog.New(os.Stderr).With().Timestamp().Logger()
 	cfg, err := LoadConfig(os.Getenv)
 	if err != nil {
@@ -146,6 +148,17 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
 	}
 	return s, nil
+}
+
+// maxLogged bounds an error in the log: of-watchdog stops reading a function's
+// output at a line of 64 KiB, and JSON can take six bytes for one.
+const maxLogged = 8 << 10
+
+func cut(text string) string {
+	if len(text) > maxLogged {
+		return strings.ToValidUTF8(text[:maxLogged], "") + " (cut)"
+	}
+	return text
 }
 
 // newContexts is nil without a repository for them.

@@ -92,7 +92,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 		s.metrics.Joined.Inc()
 	}
 	if err := out.Finish(f.wait(r.Context(), seat)); err != nil {
-		c.log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 
@@ -291,7 +291,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err err
 	if e.Code == api.Internal {
 		event = c.log.Error()
 	}
-	event.Str("code", string(e.Code)).AnErr("cause", cut(e)).Msg("request refused")
+	event.Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	refuse(w, r, e, key)
 }
 
@@ -315,20 +315,9 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.D
 		Str("choice", string(stats.Choice)).
 		Int64("context_sent_bytes", stats.Sent)
 	if err != nil {
-		event.AnErr("cause", cut(errors.New(b.mask.Text(err.Error()))))
+		event.AnErr("cause", errors.New(b.mask.Text(err.Error())))
 	}
 	event.Msg("build ended")
-}
-
-// maxLogged bounds an error in the log: of-watchdog stops reading a function's
-// output at a line of 64 KiB, and JSON can take six bytes for one.
-const maxLogged = 8 << 10
-
-func cut(err error) error {
-	if text := err.Error(); len(text) > maxLogged {
-		return errors.New(strings.ToValidUTF8(text[:maxLogged], "") + " (cut)")
-	}
-	return err
 }
 
 // maxCallID is longer than any id that a gateway makes.

@@ -97,7 +97,7 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 	}{digest, body.Size()}
 	opts := reply.Options{NotBefore: time.Now().Add(settle), Signer: signer(body.key)}
 	if err := reply.Value(w, status, answer, opts); err != nil {
-		c.log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 

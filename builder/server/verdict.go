@@ -27,7 +27,7 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusAccepted
 	}
 	if err := reply.Object(w, status, rec, reply.Options{Signer: signer(key)}); err != nil {
-		s.Log.Warn().AnErr("cause", cut(err)).Msg("answer not delivered")
+		s.Log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 
