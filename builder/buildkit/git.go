@@ -12,6 +12,7 @@ import (
 	"github.com/moby/buildkit/client/llb/sourceresolver"
 	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/gitutil"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
@@ -27,14 +28,15 @@ type gitSource struct {
 	secret string
 
 	commit string // that the ref has been resolved to
-	err    error  // of resolving it
+	err    error  // of resolving or fetching it
 }
 
-// state fetches no submodules: they come from wherever the repository says.
-func (g *gitSource) state(opts ...llb.GitOption) llb.State {
+// state is of a ref; an empty one is the default branch. It fetches no submodules:
+// they come from wherever the repository says.
+func (g *gitSource) state(ref string, opts ...llb.GitOption) llb.State {
 	opts = append(opts, llb.GitSkipSubmodules(), llb.AuthHeaderSecret(g.secret), llb.AuthTokenSecret(""))
-	if g.Ref != "" {
-		opts = append(opts, llb.GitRef(g.Ref))
+	if ref != "" {
+		opts = append(opts, llb.GitRef(ref))
 	}
 	if g.Dir != "" {
 		opts = append(opts, llb.GitSubDir(g.Dir))
@@ -52,45 +54,71 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 	}
 	opt.CacheImports = nil
 	return c.Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
-		checksum, err := g.resolve(ctx, c)
+		checksum, err := g.checksum(ctx, c)
 		if err != nil {
 			g.err = err
 			return nil, err
 		}
 		// Should the ref move meanwhile, this fails instead of building something
 		// else.
-		def, err := g.state(llb.GitChecksum(checksum)).Marshal(ctx)
+		def, err := g.state(g.Ref, llb.GitChecksum(checksum)).Marshal(ctx)
 		if err != nil {
 			return nil, err
 		}
-		return c.Solve(ctx, gateway.SolveRequest{
+		res, err := c.Solve(ctx, gateway.SolveRequest{
 			Frontend:       "dockerfile.v0",
 			FrontendOpt:    attrs,
 			CacheImports:   imports,
 			FrontendInputs: map[string]*pb.Definition{"context": def.ToPB(), "dockerfile": def.ToPB()},
 		})
+		if err != nil && g.isFetch(unquoted(err.Error())) {
+			g.err = err
+		}
+		return res, err
 	}, status)
 }
 
-// resolve returns what the ref names, a commit or an annotated tag.
-func (g *gitSource) resolve(ctx context.Context, c gateway.Client) (string, error) {
-	def, err := g.state().Marshal(ctx)
+// isFetch says whether text is of a commit that could not be had, though it was
+// resolved (source/git/source.go of BuildKit).
+func (g *gitSource) isFetch(text string) bool {
+	return strings.Contains(text, "failed to fetch remote "+g.Remote()+": ") || strings.Contains(text, "failed to checkout remote "+g.Remote()+": ")
+}
+
+// checksum is what the ref names, a commit or an annotated tag. Whoever cannot
+// read the repository does not get it: of a commit BuildKit does not ask the host,
+// and what another build has fetched it would give to anyone who knows the commit.
+func (g *gitSource) checksum(ctx context.Context, c gateway.Client) (string, error) {
+	if gitutil.IsCommitSHA(g.Ref) {
+		_, err := g.resolve(ctx, c, "")
+		if err != nil && !strings.Contains(err.Error(), "could not find default branch") {
+			return "", err
+		}
+	}
+	git, err := g.resolve(ctx, c, g.Ref)
 	if err != nil {
 		return "", err
+	}
+	g.commit = cmp.Or(git.CommitChecksum, git.Checksum)
+	return git.Checksum, nil
+}
+
+func (g *gitSource) resolve(ctx context.Context, c gateway.Client, ref string) (*sourceresolver.ResolveGitResponse, error) {
+	def, err := g.state(ref).Marshal(ctx)
+	if err != nil {
+		return nil, err
 	}
 	var op pb.Op
 	if err := op.Unmarshal(def.Def[0]); err != nil {
-		return "", err
+		return nil, err
 	}
 	meta, err := c.ResolveSourceMetadata(ctx, op.GetSource(), sourceresolver.Opt{LogName: "[internal] resolve git context"})
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if meta.Git == nil || meta.Git.Checksum == "" {
-		return "", errors.New("buildkitd resolved no commit")
+		return nil, errors.New("buildkitd resolved no commit")
 	}
-	g.commit = cmp.Or(meta.Git.CommitChecksum, meta.Git.Checksum)
-	return meta.Git.Checksum, nil
+	return meta.Git, nil
 }
 
 // hostTrouble are git's words for a host that may answer later.
@@ -99,7 +127,7 @@ var hostTrouble = []string{
 	"Operation timed out", "Connection reset", "returned error: 5", "returned error: 429", "early EOF",
 }
 
-// failure says why a ref could not be resolved. What git says of it may hold the
+// failure says why a ref could not be had. What git says of it may hold the
 // URL, which has no credentials.
 func (g *gitSource) failure(line func(string) string) *api.Error {
 	text := g.err.Error()

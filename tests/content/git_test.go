@@ -209,10 +209,12 @@ func TestGit(t *testing.T) {
 		code   string
 		text   string
 	}{
-		"no such branch":     {url + "#nothing", 400, "bad_context", "nothing"},
-		"no such repository": {g.URL + "/none.git", 400, "bad_context", "none.git"},
-		"no Dockerfile":      {url + "#main:nothing", 422, "build_failed", ""},
-		"host that is down":  {"http://127.0.0.1:1/app.git", 403, "context_forbidden", "127.0.0.1:1"},
+		"no such branch":                 {url + "#nothing", 400, "bad_context", "nothing"},
+		"no such repository":             {g.URL + "/none.git", 400, "bad_context", "none.git"},
+		"no such commit":                 {url + "#" + strings.Repeat("1", 40), 400, "bad_context", strings.Repeat("1", 40)},
+		"a commit of no such repository": {g.URL + "/none.git#" + first, 400, "bad_context", "none.git"},
+		"no Dockerfile":                  {url + "#main:nothing", 422, "build_failed", ""},
+		"host that is down":              {"http://127.0.0.1:1/app.git", 403, "context_forbidden", "127.0.0.1:1"},
 	} {
 		a := buildGit(t, f, fromGit(t, image, tt.source, nil))
 		if a.status != tt.status || a.Code != tt.code || !strings.Contains(a.Error, tt.text) {
@@ -252,8 +254,10 @@ func TestGitHosts(t *testing.T) {
 	if n := other.seen(); n != 0 {
 		t.Errorf("the unlisted server got %d requests: %q", n, other.requests)
 	}
-	if a := buildGit(t, f, fromGit(t, image, "http://127.0.0.1:1/app.git", nil)); a.status != 503 || a.Code != "context_failed" {
-		t.Errorf("a host that is down: HTTP %d %s: %s", a.status, a.Code, a.Error)
+	for _, ref := range []string{"", "#main", "#" + strings.Repeat("1", 40)} {
+		if a := buildGit(t, f, fromGit(t, image, "http://127.0.0.1:1/app.git"+ref, nil)); a.status != 503 || a.Code != "context_failed" {
+			t.Errorf("%q of a host that is down: HTTP %d %s: %s", ref, a.status, a.Code, a.Error)
+		}
 	}
 	none := stack.FunctionConfig{}
 	_, f = stack.Test(t, none)
@@ -294,7 +298,10 @@ func TestGitCredentials(t *testing.T) {
 	}
 	with.Secrets = nil
 	_, f = stack.Test(t, with)
-	if a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git", nil)); a.status != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
-		t.Errorf("without credentials: HTTP %d %s: %s", a.status, a.Code, a.Error)
+	// What another build has fetched is not given to one without credentials.
+	for _, ref := range []string{"", "#" + git(t, work, "rev-parse", "HEAD"), "#" + strings.Repeat("1", 40)} {
+		if a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git"+ref, nil)); a.status != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
+			t.Errorf("%q without credentials: HTTP %d %s: %s", ref, a.status, a.Code, a.Error)
+		}
 	}
 }
