@@ -237,7 +237,7 @@ func (b *build) run(ctx context.Context) (solve.Outcome, error) {
 		switch e := api.AsError(err); {
 		case b.lost == nil && b.daemon != nil && (e.Code == api.DaemonLost || e.Code == api.DaemonFull && b.solver.pool.hasRoom(ctx)):
 			b.lost = b.daemon
-			b.solver.cfg.Log.Warn().Err(e.Err).Str("call_id", b.req.ID).Str("daemon", b.lost.addr).Str("code", string(e.Code)).Msg("solving again")
+			b.solver.cfg.Log.Warn().Err(b.masked(e.Err)).Str("call_id", b.req.ID).Str("daemon", b.lost.addr).Str("code", string(e.Code)).Msg("solving again")
 			if e.Code == api.DaemonFull {
 				b.progress.warn("buildkitd has no space left on its disk: building on another")
 			} else {
@@ -330,7 +330,8 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	if b.named() {
 		past, next, err := b.recall(ctx, at)
 		if err != nil || past != nil {
-			gone := err != nil && ctx.Err() == nil && connectionLost(err, end)
+			// A daemon that does not tell of its builds is no better than a lost one.
+			gone := err != nil && ctx.Err() == nil
 			at.give(gone)
 			switch {
 			case gone:
@@ -377,7 +378,8 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(),
 		}
-		if v, ok := errors.AsType[*errdefs.VertexError](err); ok && b.progress.unstarted(v.Digest) {
+		v, ok := errors.AsType[*errdefs.VertexError](err)
+		if saysFull(err) || ok && b.progress.unstarted(v.Digest) {
 			failed.full = c.isFull(ctx)
 		}
 	}
@@ -396,8 +398,8 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
 		err := failed.classify()
-		if ctx.Err() == nil && api.AsError(err).Code == api.DaemonFull {
-			pool.fill(d, err)
+		if failed.full {
+			pool.fill(d, b.masked(err))
 		}
 		return solve.Outcome{}, err
 	}
@@ -407,6 +409,9 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	}
 	return outcome, nil
 }
+
+// masked is err for the function's own log.
+func (b *build) masked(err error) error { return errors.New(b.redact.Text(err.Error())) }
 
 func (b *build) outcome(d *daemon, digest string) solve.Outcome {
 	outcome := solve.Outcome{

@@ -23,7 +23,7 @@ func noDaemon(cause error) error {
 }
 
 func daemonLost(cause error) error {
-	return &api.Error{Code: api.DaemonLost, Msg: "buildkitd was lost while building, twice in turn", Err: cause}
+	return &api.Error{Code: api.DaemonLost, Msg: "buildkitd was lost while building, and the build had been moved once already", Err: cause}
 }
 
 // errPushLater is beside an *api.Error when the push may be tried again.
@@ -32,12 +32,17 @@ var errPushLater = errors.New("the registry wants the push to wait")
 // lostWait is how long a transport's end may come after the errors it causes.
 const lostWait = time.Second
 
+// sessionLost is of a session, which is a stream of its own and may end before
+// the rest (session/manager.go and grpc.go of BuildKit).
+var sessionLost = regexp.MustCompile(`no active session for [a-z0-9]{25}: |session healthcheck failed fatally: `)
+
 // connectionLost says whether err is of the connection to the daemon, whose end
 // end tells, and not of something that the daemon itself could not reach.
 func connectionLost(err error, end <-chan struct{}) bool {
-	text := err.Error()
-	// The session is a stream of its own, and may end before the rest.
-	if strings.Contains(text, "no active session") || strings.Contains(text, "session healthcheck failed") {
+	if _, ok := errors.AsType[*gatewayapi.ExitError](err); ok {
+		return false
+	}
+	if sessionLost.MatchString(unquoted(err.Error())) {
 		return true
 	}
 	switch grpcerrors.Code(err) {
@@ -70,17 +75,24 @@ type failure struct {
 	redact  *redact.Redactor
 	step    func(digest string) string // name of a vertex
 	noSpace func(digest string) bool   // whether it ran out of disk; may be nil
-	full    bool                       // the daemon's disk is, so that a step was not started
+	full    bool                       // the daemon's disk is, and the error or a step that was not started said so
 	pushing bool                       // the push had begun
 	auths   []*api.Error               // what the daemon was told of registries, the last first
 
 	anonymous []string // hosts that were asked without credentials
 }
 
+// quoted is what BuildKit's errors have of the client's own words: stages, paths
+// and commands. They must not be taken for BuildKit's.
+var quoted = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`)
+
+func unquoted(text string) string { return quoted.ReplaceAllLiteralString(text, `""`) }
+
 // classify makes an *api.Error of it, with errPushLater beside it where that
 // applies.
 func (f *failure) classify() error {
 	text := strings.TrimPrefix(f.err.Error(), "failed to solve: ")
+	said := unquoted(text)
 	if exit, ok := errors.AsType[*gatewayapi.ExitError](f.err); ok {
 		if f.full {
 			return f.daemonFull()
@@ -93,22 +105,24 @@ func (f *failure) classify() error {
 		}
 	}
 	// A registry may say that its own disk is full.
-	if e := f.registryStatus(text); e != nil {
+	if e := f.registryStatus(said, text); e != nil {
 		return e
 	}
-	if isNoSpace(f.err) {
+	if f.full || noSpace.MatchString(said) {
 		return f.daemonFull()
 	}
-	if e := f.registryTrouble(text); e != nil {
+	if e := f.registryTrouble(said, text); e != nil {
 		return e
 	}
 	return f.buildFailed(plain(text))
 }
 
-// isNoSpace says whether err is of the daemon's own disk, as it is written to
-// outside of steps.
-func isNoSpace(err error) bool {
-	return grpcerrors.Code(err) == codes.ResourceExhausted || strings.Contains(err.Error(), "no space left on device")
+var noSpace = regexp.MustCompile(`no space left on device|disk quota exceeded`)
+
+// saysFull says whether err may be of the daemon's own disk, as it is written to
+// outside of steps. The code is that of large messages too.
+func saysFull(err error) bool {
+	return grpcerrors.Code(err) == codes.ResourceExhausted || noSpace.MatchString(unquoted(err.Error()))
 }
 
 func (f *failure) daemonFull() error {
@@ -165,21 +179,21 @@ var (
 	unreachable      = regexp.MustCompile(`connection refused|no such host|server misbehaving|i/o timeout|context deadline exceeded|TLS handshake timeout|connection reset by peer|broken pipe|network is unreachable|no route to host|tls: |x509: |server gave HTTP response|: EOF\b`)
 )
 
-func (f *failure) aboutRegistry(text string) bool {
-	return f.pushing || registryContext.MatchString(text)
+func (f *failure) aboutRegistry(said string) bool {
+	return f.pushing || registryContext.MatchString(said)
 }
 
 // registryStatus is the error of a registry that answered with a status, or
-// nil.
-func (f *failure) registryStatus(text string) error {
+// nil. said is text without what is quoted in it.
+func (f *failure) registryStatus(said, text string) error {
 	status := 0
-	if m := unexpectedStatus.FindStringSubmatch(text); m != nil {
+	if m := unexpectedStatus.FindStringSubmatch(said); m != nil {
 		status, _ = strconv.Atoi(m[1])
-	} else if tooManyRequests.MatchString(text) {
+	} else if tooManyRequests.MatchString(said) {
 		status = http.StatusTooManyRequests
 	}
 	switch {
-	case !f.aboutRegistry(text):
+	case !f.aboutRegistry(said):
 		return nil
 	case status == http.StatusTooManyRequests && f.pushing:
 		return fmt.Errorf("%w: %w", errPushLater, f.registryError(api.RegistryFailed, text))
@@ -193,13 +207,13 @@ func (f *failure) registryStatus(text string) error {
 
 // registryTrouble is the error of a registry that said no in other words, or
 // that could not be asked, or nil.
-func (f *failure) registryTrouble(text string) error {
+func (f *failure) registryTrouble(said, text string) error {
 	switch {
-	case !f.aboutRegistry(text):
+	case !f.aboutRegistry(said):
 		return nil
-	case denied.MatchString(text):
+	case denied.MatchString(said):
 		return f.registryError(api.RegistryDenied, text)
-	case f.pushing, unreachable.MatchString(text):
+	case f.pushing, unreachable.MatchString(said):
 		return f.registryError(api.RegistryFailed, text)
 	}
 	return nil

@@ -129,7 +129,13 @@ Dockerfile:2
 		{name: "token service away", err: errors.New(pull + "registry r: it is away"), code: api.RegistryFailed, msg: "registry r: it is away"},
 
 		{name: "disk full", err: errors.New("write /var/lib/buildkit/x: no space left on device"), code: api.DaemonFull, msg: "buildkitd has no space left on its disk"},
-		{name: "disk full by code", err: grpcerrors.WrapCode(errors.New("quota"), codes.ResourceExhausted), code: api.DaemonFull, msg: "buildkitd has no space left on its disk"},
+		{name: "disk full by code", err: grpcerrors.WrapCode(errors.New("quota"), codes.ResourceExhausted), full: true, code: api.DaemonFull, msg: "buildkitd has no space left on its disk"},
+		{name: "too large a message", err: grpcerrors.WrapCode(errors.New("trying to send message larger than max"), codes.ResourceExhausted), code: api.BuildFailed, msg: "ResourceExhausted: trying to send message larger than max"},
+
+		{name: "a client's own words of a disk", err: errors.New(`target stage "a \"no space left on device" could not be found`), code: api.BuildFailed,
+			msg: `target stage "a \"no space left on device" could not be found`},
+		{name: "a client's own words of a registry", err: errors.New(`target stage "failed to do request: connection refused" could not be found`), code: api.BuildFailed,
+			msg: `target stage "failed to do request: connection refused" could not be found`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			f := &failure{
@@ -186,7 +192,10 @@ func TestConnectionLost(t *testing.T) {
 		{"a build that failed", fromDaemon(exit(1)), open, false},
 		{"a build that failed as another's connection went", fromDaemon(exit(1)), ended, false},
 		{"canceled with the transport", context.Canceled, ended, true},
-		{"session", errors.New("failed to solve: no active session for abc: context deadline exceeded"), open, true},
+		{"session", errors.New("failed to solve: no active session for dnsxcb05q18jlgbbt3wo3nxeb: context deadline exceeded"), open, true},
+		{"session that does not answer", errors.New("failed to solve: session healthcheck failed fatally: rpc error"), open, true},
+		{"a stage of that name", errors.New(`failed to solve: target stage "no active session for dnsxcb05q18jlgbbt3wo3nxeb: x" could not be found`), open, false},
+		{"a step that says so", fromDaemon(&gatewayapi.ExitError{ExitCode: 1, Err: errors.New("session healthcheck failed fatally: x")}), ended, false},
 		{"resource exhausted", grpcerrors.WrapCode(errors.New("disk"), codes.ResourceExhausted), ended, false},
 	} {
 		if got := connectionLost(tt.err, tt.end); got != tt.want {

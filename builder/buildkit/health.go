@@ -146,9 +146,9 @@ func (p *pool) takeOut(d *daemon, rest time.Duration, cause error) {
 	})
 }
 
-// isFull says whether the daemon's disk is. What runc says where it has no room to
-// start a step is in the step's output, and a step can say the same: the daemon has
-// to write a file.
+// isFull says whether the daemon's disk is, which an error alone cannot: what runc
+// says where it has no room to start a step is in the step's output, and a step can
+// say the same. The daemon has to write a file.
 func (c *conn) isFull(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, roomTimeout)
 	defer cancel()
@@ -159,7 +159,7 @@ func (c *conn) isFull(ctx context.Context) bool {
 		return false
 	}
 	_, err = c.client.Solve(ctx, def, client.SolveOpt{Internal: true}, nil)
-	return err != nil && isNoSpace(err)
+	return err != nil && saysFull(err)
 }
 
 // fill takes a daemon whose disk is full out until something has been pruned

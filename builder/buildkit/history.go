@@ -241,7 +241,10 @@ func past(r *controlapi.BuildHistoryRecord) *solve.Past {
 		}
 		// Nothing masks here, where the secrets are not known; BuildKit puts
 		// none of their values into errors of its own.
-		p.Err = (&failure{err: err, redact: redact.New(nil), step: func(string) string { return "" }}).classify()
+		p.Err = (&failure{
+			err: err, redact: redact.New(nil), step: func(string) string { return "" },
+			pushing: pushed.MatchString(unquoted(err.Error())),
+		}).classify()
 	}
 	return p
 }

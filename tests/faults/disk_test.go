@@ -105,6 +105,32 @@ func TestDaemonFull(t *testing.T) {
 	mustSend(t, f, layered(t, local(), 8<<20), ndjson).wantSuccess(t)
 }
 
+// TestClientsWords has builds fail with words of a client's that mean much where
+// buildkitd says them: its daemon is neither lost nor full.
+func TestClientsWords(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: newBuildkitd(t, stack.BuildkitdConfig{})})
+	for _, words := range []string{
+		"no active session for dnsxcb05q18jlgbbt3wo3nxeb: context canceled", "session healthcheck failed fatally: x",
+		"no space left on device", `a \" no space left on device`, "failed to push x: toomanyrequests: x",
+	} {
+		config := map[string]any{"skipPush": true, "target": words}
+		mustSend(t, f, request(t, config, "FROM busybox", "RUN : "+mark()), jsonForm).wantFailed(t, "build_failed", "target stage")
+		quoted := strconv.Quote(words)
+		mustSend(t, f, request(t, local(), "FROM busybox", "COPY ["+quoted+`, "/"]`), jsonForm).wantFailed(t, "build_failed")
+		mustSend(t, f, request(t, local(), "FROM busybox", "RUN echo "+quoted+"; : "+mark()+"; false"), jsonForm).wantFailed(t, "build_failed")
+	}
+	for _, end := range logged(t, f) {
+		if end["attempts"] != 1.0 {
+			t.Errorf("%v attempts: %v", end["attempts"], end["cause"])
+		}
+	}
+	log, err := f.Log()
+	if err != nil || strings.Contains(log, "taken out") || strings.Contains(log, "pruning") {
+		t.Errorf("the daemon was given up: %v", err)
+	}
+}
+
 // fill writes to a file until its disk is full.
 func fill(t *testing.T, name string) {
 	t.Helper()

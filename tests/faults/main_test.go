@@ -56,7 +56,7 @@ func testContext(t *testing.T) context.Context {
 }
 
 // request is a tar with one Dockerfile.
-func request(t *testing.T, config *builder.BuildConfig, dockerfile ...string) []byte {
+func request(t *testing.T, config any, dockerfile ...string) []byte {
 	t.Helper()
 	dir := stack.Context(t, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
 	body, err := stack.Tar(dir, config)
