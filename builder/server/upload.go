@@ -71,7 +71,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, c *call, opts p
 		return nil, err
 	}
 	defer s.uploads.release()
-	pace.start = time.Now()
+	pace.start, pace.left = time.Now(), time.Time{}
 
 	verifier := keys.Verifier()
 	start := time.Now()
@@ -139,7 +139,7 @@ type paced struct {
 	grace   time.Duration
 	n       int64
 	set     time.Time // the deadline that was
-	left    time.Time // the last Read
+	left    time.Time // the last Read; zero before the first since start
 }
 
 func (p *paced) Read(b []byte) (int, error) {
