@@ -96,7 +96,7 @@ func TestLog(t *testing.T) {
 				}
 				delete(rest, key)
 			}
-			for _, key := range append(numbers, append(texts, "time", "call_id")...) {
+			for _, key := range append(numbers, append(texts, "time", "call_id", "started")...) {
 				delete(rest, key)
 			}
 			if len(rest) > 0 {
@@ -104,6 +104,10 @@ func TestLog(t *testing.T) {
 			}
 			if text, ok := line["time"].(string); !ok || len(text) != len("2006-01-02T15:04:05.000Z") {
 				t.Errorf("%s, line %d: the time is %v", call, i, line["time"])
+			}
+			// In the form of the time, so that text compares.
+			if text, ok := line["started"].(string); ok != (line["message"] == "build started") || ok && text > line["time"].(string) {
+				t.Errorf("%s, line %d: it started at %v", call, i, line["started"])
 			}
 			if _, ok := line["cause"].(string); ok == (line["outcome"] == "success" || line["message"] == "build started") {
 				t.Errorf("%s, line %d: the cause is %v", call, i, line["cause"])
