@@ -1,0 +1,59 @@
+package clients_test
+
+import (
+	"bytes"
+	"debug/buildinfo"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"handler/function/tests/stack"
+)
+
+// TestTemplateVariants builds the sample with what OpenFaaS's own template takes for
+// other processors, and with what ours cannot do.
+func TestTemplateVariants(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		t.Skip("the stand-ins for the base images are for this machine's architecture")
+	}
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	dir, err := s.Assemble("variants", filepath.Join(s.Repo, "tests", "testdata", "hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := stack.GoSettings(ctx)
+	ref := s.Registry.Image("variants:latest")
+	body, err := stack.Tar(dir, config{"image": ref, "buildArgs": args, "platforms": []string{"linux/amd64/v2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := mustBuild(t, ctx, f, body)
+	files, err := stack.Files(pull(t, ctx, ref, got.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	handler := files["home/app/handler"]
+	if handler == nil {
+		t.Fatal("the image has no handler")
+	}
+	info, err := buildinfo.Read(bytes.NewReader(handler.Content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := map[string]string{}
+	for _, setting := range info.Settings {
+		settings[setting.Key] = setting.Value
+	}
+	if settings["GOAMD64"] != "v2" || settings["CGO_ENABLED"] != "0" {
+		t.Errorf("built with %v", settings)
+	}
+
+	args["CGO_ENABLED"] = "1"
+	if body, err = stack.Tar(dir, config{"skipPush": true, "buildArgs": args}); err != nil {
+		t.Fatal(err)
+	}
+	if a := record(t, post(t, ctx, f, body, nil).text); a.Code != "build_failed" || !strings.Contains(strings.Join(a.Log, "\n"), "no C compiler") {
+		t.Errorf("with cgo: %s %s", a.Code, a.Error)
+	}
+}
