@@ -180,17 +180,24 @@ const missingDockerfile = (name) =>
 
 function checkDockerfile(entries) {
   const name = cleanName($("dockerfile").value.trim()) || "Dockerfile";
-  if (!entries.some((entry) => entry.name === name)) throw new Problem("source", missingDockerfile(name));
+  // BuildKit takes dockerfile for Dockerfile.
+  const other = name.replace(/(^|\/)Dockerfile$/, "$1dockerfile");
+  if (!entries.some((entry) => entry.name === name || entry.name === other)) throw new Problem("source", missingDockerfile(name));
 }
 
-// choose shows a source, or why there is none.
+let choices = 0;
+
+// choose shows a source, or why there is none. What is read when another has been
+// chosen is let go.
 async function choose(open) {
+  const choice = ++choices;
   setSource(null);
   setError("source", "");
   try {
     const next = await open();
-    if (next.entries) {
-      const entries = await next.entries();
+    const entries = await next.entries?.();
+    if (choice !== choices) return;
+    if (entries) {
       const files = entries.filter((entry) => entry.flag === "0");
       next.about ??= `${plural(files.length, "file")}, ${size(files.reduce((n, entry) => n + (entry.data?.size ?? 0), 0))}`;
       setSource(next);
@@ -199,7 +206,7 @@ async function choose(open) {
       setSource(next);
     }
   } catch (err) {
-    setError("source", err instanceof Problem ? err.message : `It cannot be read: ${err.message}.`);
+    if (choice === choices) setError("source", err instanceof Problem ? err.message : `It cannot be read: ${err.message}.`);
   }
 }
 
@@ -661,6 +668,7 @@ $("form").addEventListener("submit", (event) => {
 });
 $("cancel").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
+  choices++;
   setSource(null);
   setError("source", "");
   $("folder").focus();

@@ -223,7 +223,9 @@ function parsePax(data) {
     if (space < 0 || !(length > 0)) throw new Error("the archive has a malformed PAX header");
     const record = new TextDecoder().decode(data.subarray(space + 1, at + length - 1));
     const equals = record.indexOf("=");
-    records[record.slice(0, equals)] = record.slice(equals + 1);
+    const key = record.slice(0, equals);
+    if (key.startsWith("GNU.sparse.")) throw new Error("the archive has sparse files: pack it without --sparse");
+    records[key] = record.slice(equals + 1);
     at += length;
   }
   return records;
