@@ -374,9 +374,12 @@ func registryError(err error) error {
 	if e, ok := errors.AsType[*api.Error](err); ok {
 		return e
 	}
-	switch status := statusOf(err); status {
-	case http.StatusUnauthorized, http.StatusForbidden:
+	switch status := statusOf(err); {
+	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		return &api.Error{Code: api.RegistryDenied, Msg: "the registry of contexts refuses the builder", Err: err}
+	case status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:
+	case status >= 400 && status < 500:
+		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("the registry of contexts refuses this with status %d", status), Err: err}
 	}
 	return &api.Error{Code: api.RegistryFailed, Msg: "the registry of contexts cannot be used now", Err: err}
 }

@@ -79,6 +79,26 @@ func TestPutAndOpen(t *testing.T) {
 	}
 }
 
+// TestRefusals: what the registry will refuse again is not to be tried again.
+func TestRefusals(t *testing.T) {
+	for status, want := range map[int]api.Code{
+		401: api.RegistryDenied, 403: api.RegistryDenied, 404: api.RegistryDenied, 413: api.RegistryDenied,
+		408: api.RegistryFailed, 429: api.RegistryFailed, 503: api.RegistryFailed,
+	} {
+		s := standin(t, func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method == http.MethodPost {
+				w.WriteHeader(status)
+			}
+			return r.Method == http.MethodPost
+		})
+		digest := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte("x")))
+		err := s.Put(t.Context(), digest, 1, func() io.Reader { return strings.NewReader("x") })
+		if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != want {
+			t.Errorf("%d: %v, want %s", status, err, want)
+		}
+	}
+}
+
 // TestRegistryStalls has a registry that stops in the middle of its answer, at
 // each request in turn.
 func TestRegistryStalls(t *testing.T) {
