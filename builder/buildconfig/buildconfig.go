@@ -115,8 +115,8 @@ type member struct {
 	value json.RawMessage
 }
 
-// objectMembers are data's, in order. A key that stands twice, in whatever case,
-// is an error: two readers could take one each.
+// objectMembers are data's, in order. A key that stands twice is an error: two
+// readers could take one each.
 func objectMembers(data []byte) ([]member, error) {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	tok, err := dec.Token()
@@ -134,11 +134,10 @@ func objectMembers(data []byte) ([]member, error) {
 			return nil, syntax(err)
 		}
 		m := member{key: tok.(string)}
-		folded := strings.ToLower(m.key)
-		if seen[folded] {
+		if seen[m.key] {
 			return nil, fmt.Errorf("key %q stands twice", m.key)
 		}
-		seen[folded] = true
+		seen[m.key] = true
 		if err := dec.Decode(&m.value); err != nil {
 			return nil, syntax(err)
 		}
