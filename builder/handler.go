@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/rs/zerolog"
@@ -20,7 +19,6 @@ import (
 	"handler/function/buildkit"
 	"handler/function/contexts"
 	"handler/function/registry"
-	"handler/function/reply"
 	"handler/function/server"
 )
 
@@ -36,9 +34,7 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 			w.Write([]byte("ok\n"))
 			return
 		}
-		reply.New(w, reply.JSON, reply.Options{Start: time.Now()}).Finish(api.Record{
-			Status: api.Failed, Code: api.NotReady, Error: "the builder's configuration is wrong; its log says what",
-		})
+		server.Refuse(w, r, &api.Error{Code: api.NotReady, Msg: "the builder's configuration is wrong; its log says what"})
 		return
 	}
 	s.ServeHTTP(w, r)
@@ -141,7 +137,8 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	})
 	log.Info().Str("version", Version).Strs("buildkit_addr", cfg.BuildkitAddrs).Int("max_builds", cfg.MaxBuilds).Msg("serving")
 	if cfg.DisableHMAC {
-		log.Warn().Msg("disable_hmac is set: anybody who can reach this function can build and push")
+		// At every start, whatever log_level is.
+		log.Log().Str("level", "warn").Msg("disable_hmac is set: anybody who can reach this function can build and push")
 	}
 	for _, name := range shorterTimeouts(cfg, os.Getenv) {
 		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.BuildTimeout).

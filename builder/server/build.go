@@ -172,12 +172,14 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 		b.log.Info().Str("sha256", b.sha256).Str("image", b.image).Bool("queued", b.call.queued).Time("started", started).Msg("build started")
 	})
 	if source := req.Config.Context; source != nil && source.Digest != "" {
-		spool, files, err := s.fetchContext(b, source.Digest)
+		spool, p, err := s.fetchContext(b, source.Digest)
 		if err != nil {
 			return outcome, stats, because(b.ctx, err)
 		}
 		defer spool.Close()
-		req.Context = files
+		req.Context = p.Context
+		warnings = append(warnings, p.Warnings...)
+		outcome.Warnings = warnings
 	}
 	solved, stats, err := s.Solver.Solve(b.ctx, req, b.say)
 	solved.Warnings = append(warnings, solved.Warnings...)
@@ -292,7 +294,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err err
 		event = c.log.Error()
 	}
 	event.Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
-	refuse(w, r, e, key)
+	refuse(w, r, c.start, e, key)
 }
 
 func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.Duration, err error) {

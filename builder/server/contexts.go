@@ -38,6 +38,7 @@ func (s *Server) contextDigest(r *http.Request) (string, error) {
 
 // headContext says with 200 or 404 whether a context is there.
 func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
 	_, err := s.signedBy(r)
 	var digest string
 	if err == nil {
@@ -51,7 +52,7 @@ func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
 	}
 	if err != nil {
-		refuse(w, r, api.AsError(err), nil)
+		refuse(w, r, start, api.AsError(err), nil)
 		return
 	}
 	w.WriteHeader(http.StatusOK)
@@ -124,7 +125,7 @@ func checkDigest(spool *payload.Spool, want string) error {
 
 // fetchContext reads a context that was sent ahead, checks it, and indexes it as
 // one that came with its build. The caller closes the Spool.
-func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload.Context, error) {
+func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload.Payload, error) {
 	if s.Contexts == nil {
 		return nil, nil, &api.Error{Code: api.BadContext, Msg: "no contexts are kept here: context_repository is not set"}
 	}
@@ -164,5 +165,5 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 		spool.Close()
 		return nil, nil, err
 	}
-	return spool, p.Context, nil
+	return spool, p, nil
 }

@@ -88,7 +88,7 @@ func TestContexts(t *testing.T) {
 	store := &inMemory{all: map[string][]byte{}}
 	var dir string
 	f := start(t, solver, func(c *server.Config) { c.Contexts = store; dir = c.TempDir; c.SpoolMemory = 1 << 10 })
-	plain := packTar(t, "context/Dockerfile", "FROM scratch\n", "context/a/b", strings.Repeat("content", 1000))
+	plain := packTar(t, "context/Dockerfile", "FROM scratch\n", "context/a/b", strings.Repeat("content", 1000), "stray", "x")
 	var zipped bytes.Buffer
 	zw := gzip.NewWriter(&zipped)
 	zw.Write(plain)
@@ -112,6 +112,9 @@ func TestContexts(t *testing.T) {
 		a := f.do(t, f.request(t, packTar(t, api.ConfigFile, `{"image":"ghcr.io/acme/app:v1","context":{"digest":"`+digest+`"}}`)))
 		if a.status != http.StatusOK {
 			t.Fatalf("%s: %d %s", form, a.status, a.body)
+		}
+		if len(a.rec.Warnings) != 1 || !strings.Contains(a.rec.Warnings[0], "stray") {
+			t.Errorf("%s: warnings %q", form, a.rec.Warnings)
 		}
 	}
 	if store.puts != 2 {

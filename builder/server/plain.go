@@ -19,11 +19,12 @@ import (
 // plain serves an OpenFaaS FunctionHandler: a small answer that needs no body.
 func plain(h handler.FunctionHandler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
 		req := handler.Request{Header: r.Header, QueryString: r.URL.RawQuery, Method: r.Method, Host: r.Host}
 		req.WithContext(r.Context())
 		res, err := h.Handle(req)
 		if err != nil {
-			refuse(w, r, api.AsError(err), nil)
+			refuse(w, r, start, api.AsError(err), nil)
 			return
 		}
 		for key, values := range res.Header {

@@ -159,16 +159,14 @@ func (s *Server) route(path string) (methods map[string]http.Handler, rest strin
 // ServeHTTP matches paths as they are: there is nothing here to clean or
 // redirect.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if id := r.Header.Get(api.CallIDHeader); id != "" {
-		w.Header().Set(api.CallIDHeader, id)
-	}
+	echoCallID(w, r)
 	path := r.URL.Path
 	if path == "" {
 		path = "/"
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, nil)
+		refuse(w, r, time.Now(), &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, nil)
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -180,7 +178,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, nil)
+		refuse(w, r, time.Now(), &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, nil)
 		return
 	}
 	h.ServeHTTP(w, r)
@@ -211,12 +209,24 @@ func (s *Server) signedBy(r *http.Request) (key []byte, err error) {
 	return key, nil
 }
 
-// refuse answers a request that did not become a build. key is the one that signed
-// it, nil where none is known to have.
-func refuse(w http.ResponseWriter, r *http.Request, err *api.Error, key []byte) {
-	opts := reply.Options{Start: time.Now(), Text: isText(r), Signer: signer(key)}
+func echoCallID(w http.ResponseWriter, r *http.Request) {
+	if id := r.Header.Get(api.CallIDHeader); id != "" {
+		w.Header().Set(api.CallIDHeader, id)
+	}
+}
+
+// Refuse answers every request where there is no Server to do it.
+func Refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
+	echoCallID(w, r)
+	refuse(w, r, time.Now(), err, nil)
+}
+
+// refuse answers a request that did not become a build. start is when it came, and
+// key the one that signed it, nil where none is known to have.
+func refuse(w http.ResponseWriter, r *http.Request, start time.Time, err *api.Error, key []byte) {
+	opts := reply.Options{Start: start, Text: isText(r), Signer: signer(key)}
 	if r.Body != http.NoBody {
-		opts.NotBefore = opts.Start.Add(settle)
+		opts.NotBefore = time.Now().Add(settle)
 	}
 	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
 }

@@ -10,10 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -607,8 +609,9 @@ func TestSlowUploads(t *testing.T) {
 	}
 	defer res.Body.Close()
 	body, _ := io.ReadAll(res.Body)
-	if res.StatusCode != 400 || !strings.Contains(string(body), string(api.SlowUpload)) {
-		t.Errorf("the slow upload: %d %s", res.StatusCode, body)
+	var rec api.Record
+	if err := json.Unmarshal(body, &rec); err != nil || res.StatusCode != 400 || rec.Code != api.SlowUpload || rec.Duration < 0.2 {
+		t.Errorf("the slow upload: %d %s, %v", res.StatusCode, body, err)
 	}
 }
 
@@ -712,21 +715,53 @@ func TestShutdownEndsUploads(t *testing.T) {
 }
 
 func TestUnsignedUploadIsRefusedBeforeItsBody(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{} })
+	for _, begin := range []struct{ route, body string }{
+		{"POST /build", "c"},
+		// There it is no text envelope.
+		{"PUT /contexts/sha256:" + strings.Repeat("0", 64), "{"},
+	} {
+		conn, err := net.Dial("tcp", f.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n%s", begin.route, begin.body)
+		conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", begin.route, err)
+		}
+		res.Body.Close()
+		if res.StatusCode != 401 {
+			t.Errorf("%s: status %d", begin.route, res.StatusCode)
+		}
+	}
+}
+
+// TestDescription has the keys of GET / and no other: it is for everybody.
+func TestDescription(t *testing.T) {
 	f := start(t, &scripted{}, nil)
-	conn, err := net.Dial("tcp", f.Listener.Addr().String())
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	fmt.Fprint(conn, "POST /build HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nc")
-	conn.SetReadDeadline(time.Now().Add(2 * time.Second))
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
+	var got map[string]any
+	if a := f.do(t, r); json.Unmarshal([]byte(a.body), &got) != nil {
+		t.Fatal(a.body)
 	}
-	res.Body.Close()
-	if res.StatusCode != 401 {
-		t.Errorf("status %d", res.StatusCode)
+	keys := func(v any) []string { return slices.Sorted(maps.Keys(v.(map[string]any))) }
+	for _, tt := range []struct {
+		of   any
+		want []string
+	}{
+		{got, []string{"builds_in_flight", "daemons", "limits", "name", "version"}},
+		{got["limits"], []string{"body_bytes", "builds", "entries", "unpacked_bytes"}},
+		{got["daemons"], []string{"reachable", "total"}},
+	} {
+		if !slices.Equal(keys(tt.of), tt.want) {
+			t.Errorf("%v has not the keys %q", tt.of, tt.want)
+		}
 	}
 }
 

@@ -61,6 +61,9 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, c *call, opts p
 	pace := &paced{body: r.Body, rc: rc, stopped: s.stopped, start: time.Now(), rate: s.UploadMinRate, grace: s.UploadGrace}
 	body := bufio.NewReaderSize(pace, 16)
 	if macErr != nil && !s.DisableHMAC {
+		if opts.ContextOnly {
+			return nil, unauthorized(macErr)
+		}
 		// Only the text envelope carries its signature itself. One byte tells,
 		// and whoever does not send it gets no slot.
 		if first, err := body.Peek(1); err != nil || first[0] != '{' {

@@ -17,9 +17,10 @@ const findTimeout = 30 * time.Second
 // replica built it or this one has been restarted, from the daemon's history.
 // The status is 200 for a verdict of either kind, and 202 for none yet.
 func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
 	rec, key, err := s.verdict(r)
 	if err != nil {
-		refuse(w, r, api.AsError(err), key)
+		refuse(w, r, start, api.AsError(err), key)
 		return
 	}
 	status := http.StatusOK
