@@ -394,7 +394,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	switch {
 	case err != nil && runsAlready(err, ref):
 		return solve.Outcome{}, errRunsAlready
-	case err != nil && git != nil && git.err != nil:
+	case err != nil && git != nil && git.err != nil && !failed.full:
 		return solve.Outcome{}, git.failure(b.redact.Line)
 	case err != nil:
 		err := failed.classify()

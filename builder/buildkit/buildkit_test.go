@@ -72,6 +72,10 @@ func TestAttributes(t *testing.T) {
 			if len(opt.Exports) != 1 || opt.Exports[0].Type != client.ExporterImage || !maps.Equal(opt.Exports[0].Attrs, tt.exporter) {
 				t.Errorf("exports %v, want %v", opt.Exports, tt.exporter)
 			}
+			// No SSH agent, no secrets, nobody's cache.
+			if len(opt.Session) != 1 || len(opt.CacheImports) != 0 || len(opt.CacheExports) != 0 {
+				t.Errorf("session %v, imports %v, exports %v", opt.Session, opt.CacheImports, opt.CacheExports)
+			}
 			if opt.SharedKey != "key" || len(opt.AllowedEntitlements) != 0 || len(opt.LocalMounts) != 2 {
 				t.Errorf("options %+v", opt)
 			}

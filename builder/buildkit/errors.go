@@ -117,7 +117,8 @@ func (f *failure) classify() error {
 	return f.buildFailed(plain(text))
 }
 
-var noSpace = regexp.MustCompile(`no space left on device|disk quota exceeded`)
+// noSpace is what the C library, Go and runc say of a full disk.
+var noSpace = regexp.MustCompile(`(?i)no space left on device|disk quota exceeded`)
 
 // saysFull says whether err may be of the daemon's own disk, as it is written to
 // outside of steps. The code is that of large messages too.
@@ -176,6 +177,7 @@ var (
 	registryContext  = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
 	tooManyRequests  = regexp.MustCompile(`: toomanyrequests\b`) // instead of a status, where the answer has a body
 	denied           = regexp.MustCompile(`insufficient_scope|\bunauthorized\b|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
+	rejected         = regexp.MustCompile(`: unsupported: |: unknown: .*(?:does not exist|not known|not found|immutable|invalid|not allowed)`) // a 4xx whose body is all that BuildKit passes on
 	unreachable      = regexp.MustCompile(`connection refused|no such host|server misbehaving|i/o timeout|context deadline exceeded|TLS handshake timeout|connection reset by peer|broken pipe|network is unreachable|no route to host|tls: |x509: |server gave HTTP response|: EOF\b`)
 )
 
@@ -211,7 +213,7 @@ func (f *failure) registryTrouble(said, text string) error {
 	switch {
 	case !f.aboutRegistry(said):
 		return nil
-	case denied.MatchString(said):
+	case denied.MatchString(said), rejected.MatchString(said):
 		return f.registryError(api.RegistryDenied, text)
 	case f.pushing, unreachable.MatchString(said):
 		return f.registryError(api.RegistryFailed, text)

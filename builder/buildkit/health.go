@@ -229,6 +229,10 @@ func (p *pool) prune(ctx context.Context, d *daemon) error {
 	if err != nil {
 		return err
 	}
+	// What running builds hold is not pruned, and others may fill the disk too.
+	if freed == 0 && c.isFull(ctx) {
+		return errors.New("there was nothing to remove")
+	}
 	d.health.mu.Lock()
 	d.health.full = false
 	d.health.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -222,6 +223,9 @@ func (b *build) elsewhere(ctx context.Context) *daemon {
 	return cmp.Or(running, done)
 }
 
+// command is a step's, as it stands in the error of its exit code.
+var command = regexp.MustCompile(`process "(?:[^"\\]|\\.)*" did not complete successfully: `)
+
 // past reads a record. A build that was cancelled has come to nothing: its
 // function stopped, say, and the next delivery builds again.
 func past(r *controlapi.BuildHistoryRecord) *solve.Past {
@@ -233,14 +237,16 @@ func past(r *controlapi.BuildHistoryRecord) *solve.Past {
 		return p
 	}
 	p.Ended = r.CompletedAt.AsTime()
-	p.Outcome.Digest = digestOf(r)
-	if r.Error != nil {
+	if r.Error == nil {
+		p.Outcome.Digest = digestOf(r)
+	} else {
 		err := grpcerrors.FromGRPC(status.FromProto(r.Error).Err())
 		if grpcerrors.Code(err) == codes.Canceled {
 			return nil
 		}
-		// Nothing masks here, where the secrets are not known; BuildKit puts
-		// none of their values into errors of its own.
+		// Nothing masks here, where the secrets are not known. BuildKit puts none of
+		// their values into errors of its own, but a step's command may have one.
+		err = errors.New(command.ReplaceAllString(err.Error(), ""))
 		p.Err = (&failure{
 			err: err, redact: redact.New(nil), step: func(string) string { return "" },
 			pushing: pushed.MatchString(unquoted(err.Error())),

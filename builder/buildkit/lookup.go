@@ -59,35 +59,36 @@ func parseTarget(addr string) (target, error) {
 //
 // The pods of a StatefulSet have SRV records with names that outlive them, and a
 // cache that stays with the name; those come first. Without them each address of
-// the name is a daemon, and a name with one address is one that may move.
-func (t target) lookup(ctx context.Context, r resolver) ([]string, error) {
+// the name is a daemon, and a name with one address is one that may move. had says
+// that there were such records before: then no answer is not that there are none,
+// and every daemon would change its name.
+func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string, srv bool, err error) {
 	if t.host == "" {
-		return []string{t.addr}, nil
+		return []string{t.addr}, false, nil
 	}
 	// At once: there are name servers that leave a question about SRV unanswered.
 	var ips []string
-	var err error
 	var asked sync.WaitGroup
 	asked.Go(func() { ips, err = r.LookupHost(ctx, t.host) })
 	_, records, srvErr := r.LookupSRV(ctx, service, "tcp", t.host)
 	asked.Wait()
-	var list []string
-	for _, srv := range records {
-		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(srv.Target, "."), fmt.Sprint(srv.Port)))
+	for _, r := range records {
+		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(r.Target, "."), fmt.Sprint(r.Port)))
 	}
+	srv = len(list) > 0
 	switch {
-	case len(list) > 0:
-	case err != nil:
-		return nil, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
+	case srv:
+	case err != nil, had && temporary(srvErr) != nil:
+		return nil, false, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
 	case len(ips) == 1:
-		return []string{t.addr}, nil
+		return []string{t.addr}, false, nil
 	default:
 		for _, ip := range ips {
 			list = append(list, "tcp://"+net.JoinHostPort(ip, t.port))
 		}
 	}
 	slices.Sort(list)
-	return slices.Compact(list), nil
+	return slices.Compact(list), srv, nil
 }
 
 // temporary is err unless it says that there is no such record.

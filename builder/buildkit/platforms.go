@@ -74,6 +74,9 @@ func runs(native, p string) bool {
 		return false
 	}
 	want, err := platforms.Parse(p)
+	if want.Architecture == "amd64" {
+		want.Variant = "" // which of them it has, a daemon does not say first
+	}
 	return err == nil && platforms.Only(n).Match(want)
 }
 

@@ -23,6 +23,7 @@ import (
 
 type pool struct {
 	targets  []target
+	hadSRV   map[string]bool // by target's address: its daemons were SRV records. Used by look, which runs once at a time
 	resolver resolver
 	limit    int // builds at once on a daemon before others spill to the next
 	dial     func(addr string) *daemon
@@ -41,7 +42,7 @@ type pool struct {
 }
 
 func newPool(targets []target, limit int, dial func(string) *daemon, log zerolog.Logger) *pool {
-	p := &pool{targets: targets, resolver: net.DefaultResolver, limit: limit, dial: dial, log: log}
+	p := &pool{targets: targets, hadSRV: make(map[string]bool), resolver: net.DefaultResolver, limit: limit, dial: dial, log: log}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	// Until they are looked up: dialling a name says best what is wrong with it.
 	var addrs []string
@@ -98,9 +99,11 @@ func (p *pool) look() {
 	var addrs []string
 	var failed error
 	for _, t := range p.targets {
-		found, err := t.lookup(ctx, p.resolver)
+		found, srv, err := t.lookup(ctx, p.resolver, p.hadSRV[t.addr])
 		if err != nil {
 			failed = errors.Join(failed, err)
+		} else {
+			p.hadSRV[t.addr] = srv
 		}
 		addrs = append(addrs, found...)
 	}

@@ -292,9 +292,10 @@ func TestFull(t *testing.T) {
 
 // records is a fake of the resolver.
 type records struct {
-	mu    sync.Mutex
-	srv   map[string][]string
-	hosts map[string][]string
+	mu     sync.Mutex
+	srv    map[string][]string
+	silent bool // no answer about SRV
+	hosts  map[string][]string
 }
 
 func (r *records) LookupSRV(_ context.Context, service, proto, name string) (string, []*net.SRV, error) {
@@ -304,8 +305,8 @@ func (r *records) LookupSRV(_ context.Context, service, proto, name string) (str
 	for _, target := range r.srv["_"+service+"._"+proto+"."+name] {
 		list = append(list, &net.SRV{Target: target + ".", Port: 1234})
 	}
-	if list == nil {
-		return "", nil, &net.DNSError{Name: name, IsNotFound: true}
+	if list == nil || r.silent {
+		return "", nil, &net.DNSError{Name: name, IsNotFound: !r.silent, IsTimeout: r.silent}
 	}
 	return "", list, nil
 }
@@ -337,9 +338,9 @@ func TestLookup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := target.lookup(t.Context(), r)
-		if !slices.Equal(got, want) || (err != nil) != (want == nil) {
-			t.Errorf("%s: %q, %v", addr, got, err)
+		got, srv, err := target.lookup(t.Context(), r, false)
+		if !slices.Equal(got, want) || (err != nil) != (want == nil) || srv != (target.host == "pool.ns") {
+			t.Errorf("%s: %q, %v, %v", addr, got, srv, err)
 		}
 	}
 	for _, addr := range []string{"", "buildkitd:1234", "tcp://", "tcp://host", "tcp://host:1/path", "http://host:1", "unix://", "tcp://user@host:1"} {
@@ -381,5 +382,36 @@ func TestDaemonsComeAndGo(t *testing.T) {
 	r.mu.Unlock()
 	if now := again(); !slices.Equal(now, after) {
 		t.Error("forgotten when the name could not be looked up")
+	}
+}
+
+// TestServiceDoesNotAnswer: a pool keeps its names while only the question about SRV
+// goes unanswered, and gives them up when there are none.
+func TestServiceDoesNotAnswer(t *testing.T) {
+	r := &records{srv: map[string][]string{"_buildkit._tcp.pool": {"a", "b"}}, hosts: map[string][]string{"pool": {"127.0.0.1", "127.0.0.2"}}}
+	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}}).pool
+	p.resolver = r
+	look := func() (addrs []string) {
+		p.look()
+		for _, d := range p.list(t.Context()) {
+			addrs = append(addrs, d.addr)
+		}
+		return addrs
+	}
+	names, addresses := []string{"tcp://a:1234", "tcp://b:1234"}, []string{"tcp://127.0.0.1:1", "tcp://127.0.0.2:1"}
+	if got := look(); !slices.Equal(got, names) {
+		t.Fatalf("%q", got)
+	}
+	r.silent = true
+	if got := look(); !slices.Equal(got, names) {
+		t.Errorf("without an answer: %q", got)
+	}
+	r.silent, r.srv = false, nil
+	if got := look(); !slices.Equal(got, addresses) {
+		t.Errorf("without records: %q", got)
+	}
+	r.silent = true // a name server that never answers it
+	if got := look(); !slices.Equal(got, addresses) {
+		t.Errorf("without an answer, where there were none: %q", got)
 	}
 }

@@ -2,7 +2,6 @@ package buildkit
 
 import (
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -219,7 +218,7 @@ func (p *progress) output(l *client.VertexLog) {
 		v := p.vertices[l.Vertex]
 		st = p.redact.Stream(func(line string) {
 			p.line("l: %s", line)
-			if v != nil && outOfDisk.MatchString(line) {
+			if v != nil && noSpace.MatchString(line) {
 				v.noSpace = true
 				v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
 			}
@@ -231,8 +230,6 @@ func (p *progress) output(l *client.VertexLog) {
 	}
 	st.Write(l.Data)
 }
-
-var outOfDisk = regexp.MustCompile(`(?i)no space left on device`)
 
 func (p *progress) warning(w *client.VertexWarning) {
 	text := p.redact.Line(string(w.Short))

@@ -118,13 +118,17 @@ func anything(*http.Request) bool { return true }
 // refuse answers with a status and, as registries do, a code of the distribution
 // specification, or with no body where that is empty.
 func refuse(status int, code string, picks func(*http.Request) bool, header ...string) *fault {
+	return refuseWith(status, code, "so says the fault proxy", picks, header...)
+}
+
+func refuseWith(status int, code, message string, picks func(*http.Request) bool, header ...string) *fault {
 	return &fault{picks, func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 		for i := 0; i+1 < len(header); i += 2 {
 			w.Header().Set(header[i], header[i+1])
 		}
 		w.WriteHeader(status)
 		if code != "" {
-			fmt.Fprintf(w, `{"errors":[{"code":%q,"message":"so says the fault proxy"}]}`, code)
+			fmt.Fprintf(w, `{"errors":[{"code":%q,"message":%q}]}`, code, message)
 		}
 	}}
 }
@@ -235,8 +239,17 @@ func TestRegistryFaults(t *testing.T) {
 		"403":                 {fault: refuse(403, "DENIED", anyWrite), code: "registry_denied", texts: []string{"denied"}},
 		"403, bare":           {fault: refuse(403, "", anyWrite), code: "registry_denied", texts: []string{"403"}},
 		"403 on the manifest": {fault: refuse(403, "DENIED", manifestPut), code: "registry_denied", texts: []string{"denied"}},
-		"cut once":            {fault: first(1, cut(500<<10))},
-		"cut always":          {fault: cut(500 << 10), code: "registry_failed"},
+		"no repository": {
+			fault: refuseWith(404, "NAME_UNKNOWN", "The repository with name 'x' does not exist", blobPost),
+			code:  "registry_denied", texts: []string{"does not exist"},
+		},
+		"a tag that stays": {
+			fault: refuseWith(400, "TAG_INVALID", "the tag is immutable", manifestPut),
+			code:  "registry_denied", texts: []string{"immutable"},
+		},
+		"405":        {fault: refuse(405, "UNSUPPORTED", manifestPut), code: "registry_denied", texts: []string{"unsupported"}},
+		"cut once":   {fault: first(1, cut(500<<10))},
+		"cut always": {fault: cut(500 << 10), code: "registry_failed"},
 		"silent on the manifest": {
 			env: map[string]string{"push_timeout": "5s"}, fault: hang(manifestPut),
 			code: "registry_timeout", texts: []string{"push_timeout"}, within: 7 * time.Second,

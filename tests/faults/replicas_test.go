@@ -310,12 +310,13 @@ func TestVerdictAfterRestart(t *testing.T) {
 	a := deliver(t, one, body, m)()
 	a.wantSuccess(t)
 	failing := "failing-" + m
-	deliver(t, one, request(t, local(), "FROM busybox", "RUN exit 3"), failing)().wantFailed(t, "build_failed")
+	// What the command holds could be a secret, which nothing masks later.
+	deliver(t, one, request(t, local(), "FROM busybox", `RUN : "quoted-in-the-command"; exit 3`), failing)().wantFailed(t, "build_failed", "quoted-in-the-command")
 	one.Kill()
 	if status, rec := verdict(t, two, m); status != http.StatusOK || rec.Status != "success" || rec.Digest != a.Digest || !strings.Contains(rec.Image, repository) {
 		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
 	}
-	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") {
+	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") || strings.Contains(rec.Error, "quoted") {
 		t.Errorf("of a failure: HTTP %d, %+v", status, rec)
 	}
 	// A call id is of whoever has the key.
