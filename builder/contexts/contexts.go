@@ -378,7 +378,9 @@ func registryError(err error) error {
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		return &api.Error{Code: api.RegistryDenied, Msg: "the registry of contexts refuses the builder", Err: err}
 	case status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:
-	case status >= 400 && status < 500:
+	// 400 is what a TLS server says to plain HTTP, which is tried where its CA is not
+	// known.
+	case status > 400 && status < 500:
 		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("the registry of contexts refuses this with status %d", status), Err: err}
 	}
 	return &api.Error{Code: api.RegistryFailed, Msg: "the registry of contexts cannot be used now", Err: err}

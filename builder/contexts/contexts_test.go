@@ -83,7 +83,7 @@ func TestPutAndOpen(t *testing.T) {
 func TestRefusals(t *testing.T) {
 	for status, want := range map[int]api.Code{
 		401: api.RegistryDenied, 403: api.RegistryDenied, 404: api.RegistryDenied, 413: api.RegistryDenied,
-		408: api.RegistryFailed, 429: api.RegistryFailed, 503: api.RegistryFailed,
+		400: api.RegistryFailed, 408: api.RegistryFailed, 429: api.RegistryFailed, 503: api.RegistryFailed,
 	} {
 		s := standin(t, func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Method == http.MethodPost {
