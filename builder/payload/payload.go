@@ -259,12 +259,16 @@ func (s *Spool) unwrap(t *tap, signed io.Writer, opts *Options) (*Payload, error
 }
 
 // hold keeps what f returns for [Spool.Payload]. Of a payload that is refused,
-// nothing more is stored.
+// nothing more is stored but a body that is still to be summed, and that in memory.
 func (s *Spool) hold(f func() (*Payload, error)) {
 	s.payload, s.err = guard(f)
 	if s.err != nil {
 		s.payload = nil
-		s.store.Close()
+		if s.sum != nil {
+			s.store.Close()
+		} else {
+			s.store.refuse()
+		}
 	}
 }
 
@@ -288,14 +292,11 @@ func (s *Spool) Signature() (value string, ok bool) {
 	return s.envelope.signature, true
 }
 
-// SHA256 is of the body as it was sent. It is not known of a plain tar that was
-// refused, unless Options asked for it. It must not be called concurrently, nor
-// after Close.
+// SHA256 is of the body as it was sent. It is not known of a plain tar over
+// Options.Memory that was refused, unless Options asked for it. It must not be
+// called concurrently, nor after Close.
 func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
 	if s.sum == nil {
-		if s.err != nil {
-			return sum, false
-		}
 		h := sha256.New()
 		if n, err := io.Copy(h, s.Raw()); err != nil || n != s.size {
 			return sum, false

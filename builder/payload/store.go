@@ -26,6 +26,8 @@ type store struct {
 	buf    []byte // what is not yet in file
 	err    error  // the first; sticky
 	closed bool
+
+	refused bool // nothing goes into a file any more
 }
 
 // Write returns an *api.Error.
@@ -40,6 +42,11 @@ func (s *store) Write(p []byte) (int, error) {
 	}
 	n := len(p)
 	if s.file == nil && s.size+int64(n) > s.memory {
+		if s.refused {
+			s.closed = true
+			s.drop()
+			return 0, storeError(os.ErrClosed)
+		}
 		s.err = s.moveToFile()
 	}
 	switch {
@@ -156,6 +163,18 @@ func (s *store) ReadAt(p []byte, off int64) (int, error) {
 		return n, io.EOF
 	}
 	return n, nil
+}
+
+// refuse closes a store that has a file, or would need one. What is in memory is
+// kept, and what follows as long as it fits.
+func (s *store) refuse() {
+	s.mu.Lock()
+	s.refused = true
+	inFile := s.file != nil
+	s.mu.Unlock()
+	if inFile {
+		s.Close()
+	}
 }
 
 // Close frees all. What was stored cannot be read any more.

@@ -121,7 +121,7 @@ func TestStorePieces(t *testing.T) {
 
 // A panic in a decompressor ends one upload, not the process.
 func TestGuard(t *testing.T) {
-	s := &Spool{store: &store{memory: 100}}
+	s := &Spool{store: &store{memory: 100}, sum: sha256.New()} // as of every compressed body
 	s.store.Write([]byte("x"))
 	s.hold(func() (*Payload, error) { panic("hostile") })
 	p, err := s.Payload()
