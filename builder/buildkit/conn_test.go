@@ -35,7 +35,7 @@ import (
 )
 
 // control answers the RPCs that a connection is checked with and that a build is
-// placed by, and nothing else of a daemon.
+// placed by, and a solve for that of a daemon whose disk is full.
 type control struct {
 	controlapi.UnimplementedControlServer
 	mu      sync.Mutex
@@ -44,6 +44,7 @@ type control struct {
 	known   string   // Ref of another one
 	prunes  int
 	stuck   bool // nothing can be pruned
+	full    bool // also after a prune
 	frozen  bool // no RPC is answered
 }
 
@@ -73,6 +74,24 @@ func (c *control) Prune(req *controlapi.PruneRequest, stream grpc.ServerStreamin
 		return status.Errorf(codes.ResourceExhausted, "pruning to %d bytes: no space left on device", req.MaxUsedSpace)
 	}
 	return stream.Send(&controlapi.UsageRecord{Size: 600})
+}
+
+func (c *control) Solve(context.Context, *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.full {
+		return nil, status.Error(codes.Unknown, "mkdir x: no space left on device")
+	}
+	return &controlapi.SolveResponse{}, nil
+}
+
+func (c *control) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, controlapi.BytesMessage]) error {
+	<-stream.Context().Done()
+	return nil
+}
+
+func (c *control) Status(*controlapi.StatusRequest, grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
+	return nil
 }
 
 func (c *control) seen(ctx context.Context) error {

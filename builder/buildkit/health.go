@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -230,8 +231,8 @@ func (p *pool) prune(ctx context.Context, d *daemon) error {
 		return err
 	}
 	// What running builds hold is not pruned, and others may fill the disk too.
-	if freed == 0 && c.isFull(ctx) {
-		return errors.New("there was nothing to remove")
+	if c.isFull(ctx) {
+		return fmt.Errorf("its disk is full after %d of %d bytes were removed", freed, used)
 	}
 	d.health.mu.Lock()
 	d.health.full = false

@@ -281,8 +281,15 @@ func TestFull(t *testing.T) {
 	if _, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull {
 		t.Errorf("all are full: %v", err)
 	}
+	// What was removed is taken again.
 	ctl.mu.Lock()
-	ctl.stuck = false
+	ctl.stuck, ctl.full = false, true
+	ctl.mu.Unlock()
+	if _, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull || !first.isFull() {
+		t.Errorf("one has no room after a prune: %v", err)
+	}
+	ctl.mu.Lock()
+	ctl.full = false
 	ctl.mu.Unlock()
 	at, s = tr.placed(nil, nil)
 	if s.give(false); at != 0 || !first.fit() {
