@@ -231,10 +231,7 @@ func (b *lateEnd) Read(p []byte) (int, error) {
 // TestLongOutput prints a line of 300 KiB, and then more than an answer in one
 // piece may hold.
 func TestLongOutput(t *testing.T) {
-	// BuildKit itself clips a step at 200 KiB a second and 2 MiB.
-	t.Setenv("BUILDKIT_STEP_LOG_MAX_SPEED", "-1")
-	t.Setenv("BUILDKIT_STEP_LOG_MAX_SIZE", "-1")
-	daemon, err := stack.Shared(t).NewBuildkitd(t.Context(), stack.BuildkitdConfig{})
+	daemon, err := stack.Shared(t).NewBuildkitd(t.Context(), stack.BuildkitdConfig{Env: stack.WholeLogs})
 	if err != nil {
 		t.Fatal(err)
 	}

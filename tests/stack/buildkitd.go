@@ -26,6 +26,7 @@ type Buildkitd struct {
 	certs  string
 	cgroup string
 	args   []string
+	env    []string
 	tools  Tools
 	proc   *process
 }
@@ -35,11 +36,16 @@ type Buildkitd struct {
 type BuildkitdConfig struct {
 	Args []string                 // further flags of buildkitd, which overrule the file
 	Edit func(toml string) string // changes the file
+	Env  []string                 // further variables, as os/exec has them
 
 	// Certs is a directory of buildkit/certs.sh, read at each start; empty is
 	// the stack's.
 	Certs string
 }
+
+// WholeLogs has a daemon pass on all that steps print. By itself it clips a step at
+// 200 KiB a second and 2 MiB.
+var WholeLogs = []string{"BUILDKIT_STEP_LOG_MAX_SPEED=-1", "BUILDKIT_STEP_LOG_MAX_SIZE=-1"}
 
 // NewBuildkitd starts a daemon of its own beside the stack's first one. It is
 // stopped with the stack.
@@ -59,6 +65,7 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 		certs:  cmp.Or(c.Certs, s.Certs),
 		cgroup: filepath.Base(s.Dir) + "-" + filepath.Base(dir),
 		args:   c.Args,
+		env:    c.Env,
 		tools:  s.Tools,
 	}
 	toml, err := b.config(s)
@@ -117,7 +124,7 @@ func (b *Buildkitd) Start(ctx context.Context) error {
 		"--oci-worker-binary", b.tools.Runc,
 	}, b.args...)...)
 	cmd.Dir = b.dir
-	cmd.Env = append(os.Environ(), "TMPDIR="+b.dir)
+	cmd.Env = append(append(os.Environ(), "TMPDIR="+b.dir), b.env...)
 	var err error
 	if b.proc, err = startProcess("buildkitd", b.LogFile(), cmd); err != nil {
 		return err
