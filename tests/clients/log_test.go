@@ -140,6 +140,26 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// TestTimeoutsTooShort: the function says which timeouts before it would cut a build
+// off.
+func TestTimeoutsTooShort(t *testing.T) {
+	_, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"exec_timeout": "1m"}})
+	text, err := f.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var named []string
+	for line := range strings.Lines(text) {
+		var warning struct{ Level, Variable string }
+		if json.Unmarshal([]byte(line), &warning) == nil && warning.Variable != "" {
+			named = append(named, warning.Level+" "+warning.Variable)
+		}
+	}
+	if !slices.Equal(named, []string{"warn exec_timeout"}) {
+		t.Errorf("warned of %q", named)
+	}
+}
+
 // TestLogLines: of-watchdog stops reading a function's output at a line of 64 KiB.
 func TestLogLines(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
