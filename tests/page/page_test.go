@@ -442,6 +442,62 @@ func TestArchives(t *testing.T) {
 	}
 }
 
+// TestSparse: what a sparse archive would come to is not what was packed.
+func TestSparse(t *testing.T) {
+	_, _, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	dir := stack.Context(t, map[string]string{"app/Dockerfile": "FROM scratch\nCOPY . /\n", "app/holes": ""})
+	if err := os.Truncate(filepath.Join(dir, "app", "holes"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(t.TempDir(), "app.tar")
+	command(t, "tar", "--sparse", "--format=posix", "-C", dir, "-cf", archive, "app")
+	p.run(chromedp.SetUploadFiles(chromedp.ID("archive"), []string{archive}))
+	p.until("refusal", func() bool { return strings.Contains(p.text("#source-error"), "sparse files") })
+}
+
+// TestChosenLast has an archive that is still being read when a folder is chosen.
+func TestChosenLast(t *testing.T) {
+	s, f, url := start(t, stack.FunctionConfig{})
+	p := open(t, url)
+	js[chromedp.Void](p, `void (() => {
+		const real = DecompressionStream;
+		globalThis.DecompressionStream = class {
+			constructor(format) {
+				const stream = new real(format);
+				this.writable = stream.writable;
+				this.readable = stream.readable.pipeThrough(new TransformStream({ flush: () => new Promise((go) => (globalThis.letGo = go)) }));
+			}
+		};
+	})()`)
+	archive := filepath.Join(t.TempDir(), "slow.tar.gz")
+	command(t, "tar", "-C", stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\n"}), "-czf", archive, ".")
+	p.run(chromedp.SetUploadFiles(chromedp.ID("archive"), []string{archive}))
+	p.until("end of what is read", func() bool { return js[bool](p, `"letGo" in globalThis`) })
+	// Under the name that BuildKit takes as well.
+	dir := stack.Context(t, map[string]string{"dockerfile": "FROM scratch\nCOPY dockerfile /the-folder\n"})
+	p.choose("folder", dir)
+	js[chromedp.Void](p, `void letGo()`)
+	time.Sleep(500 * time.Millisecond)
+	if name, problem := p.text("#chosen-name"), p.text("#source-error"); !strings.Contains(name, filepath.Base(dir)) || problem != "" {
+		t.Errorf("chosen is %q, %q", name, problem)
+	}
+	ref := s.Registry.Image("page/last:v1")
+	p.fill("image", ref)
+	p.fill("secret", f.Secret)
+	p.click("submit")
+	if title := p.ended(); title != "Pushed" {
+		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
+	}
+	img, err := stack.Pull(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files, err := stack.Files(img); err != nil || files["the-folder"] == nil {
+		t.Errorf("built from something else: %v, %v", files, err)
+	}
+}
+
 // TestDrop drops a folder, which is read again for the second build.
 func TestDrop(t *testing.T) {
 	s, f, url := start(t, stack.FunctionConfig{})
