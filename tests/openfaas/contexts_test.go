@@ -337,15 +337,19 @@ func TestScript(t *testing.T) {
 	}
 	run := func(builder string, files map[string]string) (string, error) {
 		m := mark()
-		cmd := exec.CommandContext(t.Context(), path, stack.Context(t, files), s.Registry.Image(strings.ToLower(m)+":v1"))
+		dir := stack.Context(t, files)
+		if err := os.Symlink("./large", filepath.Join(dir, "link")); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.CommandContext(t.Context(), path, dir, s.Registry.Image(strings.ToLower(m)+":v1"))
 		cmd.Env = append(os.Environ(), "BUILDER="+builder, "GATEWAY="+o.URL, "PAYLOAD_SECRET="+filepath.Join(f.SecretsDir, "payload-secret"))
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
 	large := strings.Repeat(mark(), 20_000) // over 256,000 bytes
-	files := map[string]string{"Dockerfile": "FROM busybox\nCOPY large /\nRUN wc -c /large\n", "large": large}
+	files := map[string]string{"Dockerfile": "FROM busybox\nCOPY . /src\nRUN wc -c /src/large && [ \"$(readlink /src/link)\" = ./large ]\n", "large": large}
 	for _, builder := range []string{f.URL, o.URL + "/function/builder", f.URL} {
-		if out, err := run(builder, files); err != nil || !strings.Contains(out, "sha256:") || !strings.Contains(out, fmt.Sprint(len(large), " /large")) && builder == f.URL && !strings.Contains(out, "CACHED") {
+		if out, err := run(builder, files); err != nil || !strings.Contains(out, "sha256:") || !strings.Contains(out, fmt.Sprint(len(large), " /src/large")) && builder == f.URL && !strings.Contains(out, "CACHED") {
 			t.Errorf("%s: %v\n%s", builder, err, out)
 		}
 	}
