@@ -521,8 +521,12 @@ func TestNoTempDir(t *testing.T) {
 		return s
 	}
 	body := archive(file("context/x", strings.Repeat("x", 1<<20)))
-	for _, body := range []string{body, gzipped(t, body), enveloped(body)} {
+	for i, body := range []string{body, gzipped(t, body), enveloped(body)} {
 		s := mustSpool(body)
+		// A plain tar's is of what is stored.
+		if _, ok := s.SHA256(); ok != (i > 0) {
+			t.Errorf("body %d: its sum is known: %v", i, ok)
+		}
 		if _, err := s.Payload(); code(err) != api.Internal || !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("got %v", err)
 		}

@@ -150,6 +150,9 @@ func (s *store) ReadAt(p []byte, off int64) (int, error) {
 	if s.closed {
 		return 0, os.ErrClosed
 	}
+	if s.err != nil {
+		return 0, s.err // nothing is left
+	}
 	if s.file != nil {
 		return s.file.ReadAt(p, off)
 	}
