@@ -512,7 +512,7 @@ func TestDescriptors(t *testing.T) {
 func TestNoTempDir(t *testing.T) {
 	opts := testOptions(t)
 	opts.Dir = path.Join(opts.Dir, "missing")
-	opts.Memory = 8 << 10
+	opts.Memory = 600 << 10 // some of it is stored before there is no more room
 	mustSpool := func(body string) *payload.Spool {
 		s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 		if err != nil {
