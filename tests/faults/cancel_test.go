@@ -346,11 +346,13 @@ func connections(t *testing.T, b *stack.Buildkitd) int {
 	return n
 }
 
-// TestReaderStops opens a stream and never reads it, while steps print as much
-// as buildkitd lets through.
+// TestReaderStops opens a stream and never reads it, while steps print more than
+// the connection's buffers take.
 func TestReaderStops(t *testing.T) {
 	t.Parallel()
-	_, b, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	// A daemon that clips would print less than the connection's buffers take.
+	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b, Env: map[string]string{"max_builds": "1"}})
 	m := mark()
 	req, err := f.Request(t.Context(), request(t, local(), printing("while sleep 0.1; do cat /line; done; : "+m)...))
 	if err != nil {
@@ -407,8 +409,8 @@ func TestReaderStops(t *testing.T) {
 }
 
 // printing is a Dockerfile of six steps that run at once and print the file
-// /line, of 40 KB. buildkitd passes on 200 KiB a second of each step, and 2 MiB
-// in all: less would end up in the connection's buffers.
+// /line, of 40 KB. buildkitd as it comes passes on 200 KiB a second of each step,
+// and 2 MiB in all, which the connection's buffers can hold.
 func printing(command string) []string {
 	lines := []string{"FROM busybox AS base", "RUN head -c 30000 /dev/urandom | base64 -w 0 >/line; echo >>/line"}
 	var copies []string
