@@ -48,6 +48,7 @@ type Config struct {
 	DefaultPlatform    string            // default_platform: empty is the daemon's own
 	AllowedImages      []string          // allowed_images: repository prefixes; empty allows any
 	DisableHMAC        bool              // disable_hmac
+	RequireTimestamp   bool              // require_timestamp
 	AllowSyntax        bool              // allow_syntax
 	AllowBasic         bool              // allow_basic
 	CreateRepositories bool              // create_repositories
@@ -61,6 +62,7 @@ type Config struct {
 
 	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
 	SpoolMemory int64          // spool_memory_bytes
+	SpoolBytes  int64          // max_spool_bytes
 	TempDir     string         // temp_dir: empty is the system's
 
 	LogLevel zerolog.Level // log_level
@@ -100,6 +102,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		DefaultPlatform:    e.text("default_platform", ""),
 		AllowedImages:      e.repositories("allowed_images"),
 		DisableHMAC:        e.boolean("disable_hmac", false),
+		RequireTimestamp:   e.boolean("require_timestamp", false),
 		AllowSyntax:        e.boolean("allow_syntax", false),
 		AllowBasic:         e.boolean("allow_basic", true),
 		CreateRepositories: e.boolean("create_repositories", false),
@@ -121,6 +124,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 			Secrets:  e.size("max_secrets_bytes", 2*units.MiB),
 		},
 		SpoolMemory: e.size("spool_memory_bytes", 4*units.MiB),
+		SpoolBytes:  e.size("max_spool_bytes", 8*units.GiB),
 		TempDir:     e.text("temp_dir", os.TempDir()),
 
 		LogLevel:       e.level("log_level", zerolog.InfoLevel),

@@ -18,12 +18,12 @@ const module = "handler/function"
 // may import none of ours.
 var imports = map[string][]string{
 	".":           {"api", "buildkit", "contexts", "payload", "registry", "reply", "server"},
-	"server":      {"api", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
+	"server":      {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
 	"buildkit":    {"api", "buildconfig", "payload", "placement", "redact", "registry", "solve"},
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},
-	"payload":     {"api"},
+	"payload":     {"api", "budget"},
 	"buildconfig": {"api"},
 	"sealed":      {"api"},
 	"registry":    {"api", "clouds"},

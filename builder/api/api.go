@@ -13,6 +13,7 @@ const (
 // Headers of a request or an answer.
 const (
 	SignatureHeader = "X-Build-Signature"
+	TimestampHeader = "X-Build-Timestamp"
 	CallIDHeader    = "X-Call-Id"
 	CallbackHeader  = "X-Callback-Url"
 )
@@ -66,6 +67,9 @@ type ContextSource struct {
 // Record is one object of an answer: a line of a stream, or the whole of an
 // answer that does not stream. Image and ImageName are the same reference:
 // clients of both spellings exist.
+//
+// ID and Request say what is answered, so that a signed answer cannot be taken for
+// another's.
 type Record struct {
 	Log       []string `json:"log"`
 	Image     string   `json:"image,omitempty"`
@@ -79,4 +83,6 @@ type Record struct {
 	Tags      []string `json:"tags,omitempty"`
 	Platforms []string `json:"platforms,omitempty"`
 	Warnings  []string `json:"warnings,omitempty"`
+	ID        string   `json:"id,omitempty"`      // of the build: the X-Call-Id
+	Request   string   `json:"request,omitempty"` // hex SHA-256 of the request's body as sent, on the last record
 }

@@ -24,9 +24,16 @@ func Derive(payloadSecret []byte) Key {
 	return Key(sum(payloadSecret, "function builder isolation v1"))
 }
 
-// TimeKey is the key that carries files' contents into their times.
-func (k Key) TimeKey(tenant string) [32]byte {
-	return [32]byte(sum(k[:], "times", tenant))
+// ContentKey keys the hashes of files' contents. It is everybody's: contents are hashed
+// while they arrive, before the config says whose they are. No build sees these hashes.
+func (k Key) ContentKey() [32]byte {
+	return [32]byte(sum(k[:], "content"))
+}
+
+// TimeKey is the key that carries files' contents into their times, which RUN steps can
+// read. It is that of the builds that share a SharedKey.
+func (k Key) TimeKey(tenant, repository string) [32]byte {
+	return [32]byte(sum(k[:], "times", tenant, repository))
 }
 
 // SharedKey names the directory on the daemon that a context is synced into.

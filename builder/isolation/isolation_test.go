@@ -16,8 +16,21 @@ func TestValuesDiffer(t *testing.T) {
 		}
 		return m
 	}
-	times := key.TimeKey("a")
-	seen := map[string]string{string(times[:]): "times of a"}
+	seen := map[string]string{}
+	for name, value := range map[string][32]byte{
+		"times of a's app":              key.TimeKey("a", "docker.io/x/app"),
+		"times of b's app":              key.TimeKey("b", "docker.io/x/app"),
+		"times of a's api":              key.TimeKey("a", "docker.io/x/api"),
+		"times with the boundary moved": key.TimeKey("ad", "ocker.io/x/app"),
+		"times of a's app, another key": other.TimeKey("a", "docker.io/x/app"),
+		"contents":                      key.ContentKey(),
+		"contents, another key":         other.ContentKey(),
+	} {
+		if before, ok := seen[string(value[:])]; ok {
+			t.Errorf("%s is %s", name, before)
+		}
+		seen[string(value[:])] = name
+	}
 	for name, value := range map[string]string{
 		"hostname of a":                      key.Hostname("a", nil),
 		"hostname of b":                      key.Hostname("b", nil),
@@ -54,7 +67,7 @@ func TestValuesAreStable(t *testing.T) {
 			t.Fatal("two replicas have two host names")
 		}
 	}
-	if a.TimeKey("t") != b.TimeKey("t") || a.SharedKey("t", "r") != b.SharedKey("t", "r") {
+	if a.TimeKey("t", "r") != b.TimeKey("t", "r") || a.ContentKey() != b.ContentKey() || a.SharedKey("t", "r") != b.SharedKey("t", "r") {
 		t.Fatal("two replicas have two keys")
 	}
 }

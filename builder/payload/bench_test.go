@@ -14,8 +14,6 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
-
-	"handler/function/payload"
 )
 
 // BenchmarkReceive is to be read against its hmac, which is what a receiver of
@@ -44,7 +42,7 @@ func BenchmarkReceive(b *testing.B) {
 	receive := func(b *testing.B, body io.Reader) {
 		opts := testOptions(b)
 		opts.Limits.Body, opts.Limits.Unpacked = 4*size, 4*size
-		s, err := payload.Receive(body, hmac.New(sha256.New, []byte("key")), opts)
+		s, err := receiveBody(body, hmac.New(sha256.New, []byte("key")), opts)
 		if err != nil {
 			b.Error(err)
 			return

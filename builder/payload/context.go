@@ -6,12 +6,14 @@ import (
 	"sort"
 )
 
-// Context is a build context that lies in a spooled tar. It does not change,
-// and may be read from many goroutines at once, until its Spool is closed.
+// Context is a build context that lies in a spooled tar. Once SetTimes has been
+// called it does not change, and may be read from many goroutines at once, until its
+// Spool is closed.
 type Context struct {
 	entries []Entry
 	inodes  []inode
 	data    io.ReaderAt
+	sums    []contentSum // by inode; nil once SetTimes has been called
 }
 
 // Entry is a file, directory or symlink of a context.
@@ -24,7 +26,7 @@ type Entry struct {
 	inode int32
 
 	Size    int64 // as lstat gives it, also for a hard link; 0 for a directory
-	ModTime int64 // ns since 1970; of a regular file, a group time
+	ModTime int64 // ns since 1970; of a regular file, a group time once SetTimes has been called
 
 	// Linkname is a symlink's target as it was sent, or, for a regular file,
 	// the path of the entry before this one that it is a hard link to.

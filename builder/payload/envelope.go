@@ -1,6 +1,7 @@
 package payload
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
@@ -28,11 +29,12 @@ type envelope struct {
 	signature string
 }
 
-// read writes the decoded tar to w as it comes. Each of its errors is an
-// *api.Error. It needs no more memory than a few chunks: encoding/json would
-// hold the whole string.
-func (v *envelope) read(t *tap, w io.Writer) error {
-	err := v.readObject(&jsonReader{t: t}, w)
+// read writes the decoded tar to w as it comes. size is the text's, or more:
+// what it needs beside the text is less, and some 100 KB at most. encoding/json
+// would hold the whole string. Each of its errors is an *api.Error.
+func (v *envelope) read(text io.Reader, size int64, w io.Writer) error {
+	block := int(min(size, base64Block))
+	err := v.readObject(&jsonReader{bufio.NewReaderSize(text, block)}, w, block)
 	if err == nil {
 		return nil
 	}
@@ -46,7 +48,7 @@ func (v *envelope) read(t *tap, w io.Writer) error {
 	return &api.Error{Code: api.BadEnvelope, Msg: "reading envelope: " + msg, Err: err}
 }
 
-func (v *envelope) readObject(r *jsonReader, w io.Writer) error {
+func (v *envelope) readObject(r *jsonReader, w io.Writer, block int) error {
 	keys := map[string]bool{}
 	err := r.object(func(key string) error {
 		if keys[key] {
@@ -64,7 +66,7 @@ func (v *envelope) readObject(r *jsonReader, w io.Writer) error {
 			v.signature = s
 			return nil
 		case "tar":
-			d := &base64Writer{w: w}
+			d := newBase64Writer(w, block)
 			if err := r.string(true, d.write); err != nil {
 				return fmt.Errorf("%q: %w", key, err)
 			}
@@ -88,12 +90,12 @@ func (v *envelope) readObject(r *jsonReader, w io.Writer) error {
 }
 
 // jsonReader reads JSON from a stream without holding it.
-type jsonReader struct{ t *tap }
+type jsonReader struct{ *bufio.Reader }
 
 // token is the first byte that is not white space. It is read.
 func (r *jsonReader) token() (byte, error) {
 	for {
-		b, err := r.t.ReadByte()
+		b, err := r.ReadByte()
 		if err != nil {
 			return 0, err
 		}
@@ -109,16 +111,9 @@ func (r *jsonReader) token() (byte, error) {
 func (r *jsonReader) peek() (byte, error) {
 	b, err := r.token()
 	if err == nil {
-		r.unread(b)
+		r.UnreadByte()
 	}
 	return b, err
-}
-
-// unread takes back the byte that was read last.
-func (r *jsonReader) unread(b byte) {
-	// It may have been the last of its chunk, whose memory is still held: a tap
-	// lets go of one when it needs the next.
-	r.t.rest = r.t.c.buf[len(r.t.c.buf)-len(r.t.rest)-1:]
 }
 
 func (r *jsonReader) expect(want byte) error {
@@ -218,12 +213,12 @@ func (r *jsonReader) skipArray(depth int) error {
 func (r *jsonReader) skipLiteral() error {
 	var lit []byte
 	for {
-		b, err := r.t.ReadByte()
+		b, err := r.ReadByte()
 		if err != nil {
 			return err
 		}
 		if bytes.IndexByte([]byte(" \t\r\n,:]}[{\""), b) >= 0 {
-			r.unread(b)
+			r.UnreadByte()
 			break
 		}
 		if lit = append(lit, b); len(lit) > maxString {
@@ -257,25 +252,26 @@ func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
 		return fmt.Errorf("%q where a string should begin", b)
 	}
 	for {
-		if err := r.t.fill(); err != nil {
+		if _, err := r.Peek(1); err != nil {
 			return err
 		}
+		rest, _ := r.Peek(r.Buffered())
 		n := 0
-		for n < len(r.t.rest) {
-			b := r.t.rest[n]
+		for n < len(rest) {
+			b := rest[n]
 			if b == '"' || b == '\\' || b < ' ' && !(lines && (b == '\n' || b == '\r')) {
 				break
 			}
 			n++
 		}
 		if n > 0 {
-			if err := emit(r.t.rest[:n]); err != nil {
+			if err := emit(rest[:n]); err != nil {
 				return err
 			}
-			r.t.rest = r.t.rest[n:]
+			r.Discard(n)
 			continue
 		}
-		switch b, _ := r.t.ReadByte(); b {
+		switch b, _ := r.ReadByte(); b {
 		case '"':
 			return nil
 		case '\\':
@@ -294,7 +290,7 @@ func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
 
 // escape reads what follows a backslash.
 func (r *jsonReader) escape() ([]byte, error) {
-	b, err := r.t.ReadByte()
+	b, err := r.ReadByte()
 	if err != nil {
 		return nil, err
 	}
@@ -329,7 +325,7 @@ func (r *jsonReader) escape() ([]byte, error) {
 func (r *jsonReader) hex4() (rune, error) {
 	var c rune
 	for range 4 {
-		b, err := r.t.ReadByte()
+		b, err := r.ReadByte()
 		if err != nil {
 			return 0, err
 		}
@@ -356,17 +352,19 @@ type base64Writer struct {
 	pads int
 }
 
-// base64Block is how many characters are decoded at once: whole quanta.
+// base64Block is how many characters are decoded at once, at most.
 const base64Block = 32 << 10
 
+// newBase64Writer decodes about block characters at once: whole quanta.
+func newBase64Writer(w io.Writer, block int) *base64Writer {
+	block = max(block&^3, 4)
+	return &base64Writer{w: w, in: make([]byte, 0, block), out: make([]byte, base64.RawStdEncoding.DecodedLen(block))}
+}
+
 func (d *base64Writer) write(p []byte) error {
-	if d.in == nil {
-		d.in = make([]byte, 0, base64Block)
-		d.out = make([]byte, base64.RawStdEncoding.DecodedLen(base64Block))
-	}
 	for len(p) > 0 {
 		// The usual input is one long run without anything special.
-		n := min(len(p), base64Block-len(d.in))
+		n := min(len(p), cap(d.in)-len(d.in))
 		if i := bytes.IndexAny(p[:n], "=\r\n"); i >= 0 {
 			n = i
 		}
@@ -377,7 +375,7 @@ func (d *base64Writer) write(p []byte) error {
 			d.in = append(d.in, p[:n]...)
 			d.n += n
 			p = p[n:]
-			if len(d.in) == base64Block {
+			if len(d.in) == cap(d.in) {
 				if err := d.decode(); err != nil {
 					return err
 				}

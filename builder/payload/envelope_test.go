@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"handler/function/api"
-	"handler/function/payload"
 )
 
 func TestEnvelope(t *testing.T) {
@@ -53,7 +52,7 @@ func TestEnvelope(t *testing.T) {
 			if signed != tt.signed {
 				t.Errorf("signed are %d bytes, want %d", len(signed), len(tt.signed))
 			}
-			s, err := payload.Receive(strings.NewReader(tt.body), &bytes.Buffer{}, opts)
+			s, err := receiveBody(strings.NewReader(tt.body), &bytes.Buffer{}, opts)
 			if err != nil {
 				t.Fatal(err)
 			}

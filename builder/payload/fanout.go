@@ -4,6 +4,8 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+
+	"handler/function/budget"
 )
 
 const (
@@ -11,6 +13,9 @@ const (
 	// maxChunks bounds how far the reader of a stream may be ahead of the
 	// slowest of those that work on it, and so the memory of an upload.
 	maxChunks = 8
+	// minChunks are those without which it could not go on. It has them even if
+	// the memory is spent.
+	minChunks = 2
 )
 
 // chunk is a piece of a stream, shared by the taps until the last has let go.
@@ -22,10 +27,10 @@ type chunk struct {
 // fanout passes one stream on to several taps, each read by its own goroutine,
 // without copying it for each.
 type fanout struct {
+	memory *budget.Account
 	taps   []*tap
 	free   chan *chunk
 	made   int
-	cur    *chunk // what Write fills
 	closed bool
 }
 
@@ -33,8 +38,8 @@ type fanout struct {
 // than all that is done with a small body. The collector empties them.
 var chunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
 
-func newFanout() *fanout {
-	return &fanout{free: make(chan *chunk, maxChunks)}
+func newFanout(memory *budget.Account) *fanout {
+	return &fanout{memory: memory, free: make(chan *chunk, maxChunks)}
 }
 
 // tap adds a reader of the whole stream. All must be there before the first
@@ -47,18 +52,20 @@ func (f *fanout) tap() *tap {
 	return t
 }
 
-// next is an empty chunk to fill. It waits for one once maxChunks are in use.
+// next is an empty chunk to fill. It waits for one when there can be no more of them.
 func (f *fanout) next() *chunk {
 	select {
 	case c := <-f.free:
 		return c
 	default:
 	}
-	if f.made < maxChunks {
-		f.made++
-		return chunks.Get().(*chunk)
+	if f.made < minChunks {
+		f.memory.Must(chunkSize)
+	} else if f.made == maxChunks || !f.memory.Take(chunkSize) {
+		return <-f.free
 	}
-	return <-f.free
+	f.made++
+	return chunks.Get().(*chunk)
 }
 
 // send hands c to every tap.
@@ -69,35 +76,13 @@ func (f *fanout) send(c *chunk) {
 	}
 }
 
-// Write sends p by the chunk. It never fails.
-func (f *fanout) Write(p []byte) (int, error) {
-	n := len(p)
-	for len(p) > 0 {
-		if f.cur == nil {
-			f.cur = f.next()
-		}
-		m := min(len(p), cap(f.cur.buf)-len(f.cur.buf))
-		f.cur.buf = append(f.cur.buf, p[:m]...)
-		p = p[m:]
-		if len(f.cur.buf) == cap(f.cur.buf) {
-			f.send(f.cur)
-			f.cur = nil
-		}
-	}
-	return n, nil
-}
-
-// close ends the stream: the taps read io.EOF after what was sent and written.
+// close ends the stream: the taps read io.EOF after what was sent.
 // A second call does nothing.
 func (f *fanout) close() {
 	if f.closed {
 		return
 	}
 	f.closed = true
-	if f.cur != nil {
-		f.send(f.cur)
-		f.cur = nil
-	}
 	for _, t := range f.taps {
 		close(t.in)
 	}
@@ -105,6 +90,8 @@ func (f *fanout) close() {
 
 // recycle lets go of the chunks, after all taps have ended.
 func (f *fanout) recycle() {
+	f.memory.Give(int64(f.made) * chunkSize)
+	f.made = 0
 	for {
 		select {
 		case c := <-f.free:
@@ -154,16 +141,6 @@ func (t *tap) Read(p []byte) (int, error) {
 	n := copy(p, t.rest)
 	t.rest = t.rest[n:]
 	return n, nil
-}
-
-// ReadByte keeps the decompressors from wrapping a tap in a buffer.
-func (t *tap) ReadByte() (byte, error) {
-	if err := t.fill(); err != nil {
-		return 0, err
-	}
-	b := t.rest[0]
-	t.rest = t.rest[1:]
-	return b, nil
 }
 
 func (t *tap) WriteTo(w io.Writer) (int64, error) {

@@ -15,6 +15,7 @@ import (
 	"github.com/minio/highwayhash"
 
 	"handler/function/api"
+	"handler/function/budget"
 )
 
 const (
@@ -36,15 +37,26 @@ const (
 // limit.
 var errHeaders = errors.New("extended headers over the limit")
 
+// errMemory is of an index for which there is no memory now.
+var errMemory = errors.New("indexing payload: no memory is left for it")
+
+// What an index takes of memory, in bytes. TestIndexMemory compares it with what the
+// runtime says.
+const (
+	entryMemory = 200      // of an entry beside its names
+	leastTaken  = 64 << 10 // is taken at once
+)
+
 // index reads a tar to its end and returns what it holds. data is where the
 // same bytes can be read later. Each of its errors that is the client's is an
-// *api.Error.
-func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
-	hash, err := highwayhash.NewDigest128(contentKey(&opts.TimeKey))
+// *api.Error; errMemory is nobody's.
+func index(r io.Reader, data io.ReaderAt, opts *Options) (_ *Payload, err error) {
+	hash, err := highwayhash.NewDigest128(opts.ContentKey[:])
 	if err != nil {
 		return nil, err
 	}
 	x := &indexer{
+		memory:  opts.Memory,
 		limits:  &opts.Limits,
 		in:      &tarStream{r: r, limit: opts.Limits.Unpacked},
 		hash:    hash,
@@ -53,6 +65,11 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
 		names:   opts.Limits.Names,
 		headers: opts.Limits.Names,
 	}
+	defer func() {
+		if err != nil {
+			x.memory.Give(x.taken)
+		}
+	}()
 	x.tr = tar.NewReader(x.in)
 	for {
 		hdr, err := x.next()
@@ -75,13 +92,14 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
 	if _, ok := x.others[api.ConfigFile]; !ok && !opts.ContextOnly {
 		return nil, refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
 	}
-	entries, inodes, err := x.finish(&opts.TimeKey)
+	c, err := x.finish()
 	if err != nil {
 		return nil, err
 	}
-	p := &Payload{Config: x.config, Secrets: x.secrets}
+	p := &Payload{Config: x.config, Secrets: x.secrets, memory: x.taken}
 	if x.context {
-		p.Context = &Context{entries: entries, inodes: inodes, data: data}
+		c.data = data
+		p.Context = c
 	}
 	if x.ignored > 0 {
 		p.Warnings = append(p.Warnings, x.warning())
@@ -90,6 +108,9 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (*Payload, error) {
 }
 
 type indexer struct {
+	memory      *budget.Account
+	taken, owed int64 // of memory: what has been, and what is still to be
+
 	limits *Limits
 	in     *tarStream
 	tr     *tar.Reader
@@ -178,6 +199,9 @@ func (x *indexer) add(hdr *tar.Header) error {
 	x.last = shorten(hdr.Name)
 	if x.count++; x.count > x.limits.Entries {
 		return tooLarge("tar entry %s: over the limit of %d entries (max_entries)", quote(x.last), x.limits.Entries)
+	}
+	if err := x.take(entryMemory); err != nil {
+		return err
 	}
 	if err := x.checkType(hdr); err != nil {
 		return err
@@ -268,6 +292,18 @@ func (x *indexer) charge(n int) error {
 	if x.names -= int64(n); x.names < 0 {
 		return tooLarge("tar entry %s: all paths together are over the limit of %d bytes (max_names_bytes)", quote(x.last), x.limits.Names)
 	}
+	return x.take(int64(n))
+}
+
+// take takes n bytes of memory, some of them later.
+func (x *indexer) take(n int64) error {
+	if x.owed += n; x.owed < leastTaken {
+		return nil
+	}
+	if !x.memory.Take(x.owed) {
+		return errMemory
+	}
+	x.taken, x.owed = x.taken+x.owed, 0
 	return nil
 }
 
@@ -358,6 +394,9 @@ func (x *indexer) readFile(hdr *tar.Header, limit int64, setting string) ([]byte
 	if hdr.Size > limit {
 		return nil, tooLarge("tar entry %s: over the limit of %d bytes (%s)", quote(x.last), limit, setting)
 	}
+	if err := x.take(hdr.Size); err != nil {
+		return nil, err
+	}
 	buf := bytes.NewBuffer(make([]byte, 0, hdr.Size))
 	err := x.read(hdr, buf)
 	return buf.Bytes(), err
@@ -370,11 +409,12 @@ func (x *indexer) read(hdr *tar.Header, w io.Writer) error {
 	if hdr.Typeflag == tar.TypeReg && hdr.Size > x.limits.Unpacked-x.in.n {
 		return x.in.tooLarge()
 	}
-	if x.buf == nil {
-		x.buf = make([]byte, 64<<10)
+	buf, err := x.buffer()
+	if err != nil {
+		return err
 	}
 	// What is hidden is WriteTo and ReadFrom, which would not use the buffer.
-	_, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{x.tr}, x.buf)
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{x.tr}, buf)
 	if err == nil {
 		return nil
 	}
@@ -387,13 +427,26 @@ func (x *indexer) read(hdr *tar.Header, w io.Writer) error {
 	return refuse(err, "reading tar: bad data of entry %s", quote(x.last))
 }
 
+// buffer is for data that passes.
+func (x *indexer) buffer() ([]byte, error) {
+	if x.buf == nil {
+		if err := x.take(readSize); err != nil {
+			return nil, err
+		}
+		x.buf = make([]byte, readSize)
+	}
+	return x.buf, nil
+}
+
 // zeros reads what follows a tar, which may be padding and nothing else.
 func (x *indexer) zeros() error {
-	buf := make([]byte, 32<<10)
-	zero := make([]byte, len(buf))
+	buf, err := x.buffer()
+	if err != nil {
+		return err
+	}
 	for {
 		n, err := x.in.Read(buf)
-		if !bytes.Equal(buf[:n], zero[:n]) {
+		if len(bytes.TrimLeft(buf[:n], "\x00")) > 0 {
 			return refuse(nil, "reading tar: something else than zeros follows its end")
 		}
 		if err == io.EOF {
@@ -405,12 +458,16 @@ func (x *indexer) zeros() error {
 	}
 }
 
-// finish puts the entries in order, each with its parents, and sets the links
-// and times of files.
-func (x *indexer) finish(timeKey *[32]byte) ([]Entry, []inode, error) {
+// finish puts the entries in order, each with its parents, and sets the links of
+// files.
+func (x *indexer) finish() (*Context, error) {
 	if err := x.addParents(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	if !x.memory.Take(x.owed) {
+		return nil, errMemory
+	}
+	x.taken, x.owed = x.taken+x.owed, 0
 	x.paths, x.others = nil, nil
 	entries := x.entries.take()
 	inodes := x.inodes.take()
@@ -430,8 +487,7 @@ func (x *indexer) finish(timeKey *[32]byte) ([]Entry, []inode, error) {
 		}
 		first[e.inode] = int32(i + 1)
 	}
-	setGroupTimes(timeKey, entries, sums)
-	return entries, inodes, nil
+	return &Context{entries: entries, inodes: inodes, sums: sums}, nil
 }
 
 // addParents adds the directories that the tar leaves out.
@@ -453,6 +509,9 @@ func (x *indexer) addParents() error {
 		x.last = shorten(api.ContextDir + "/" + p)
 		if x.count++; x.count > x.limits.Entries {
 			return tooLarge("tar entry %s: over the limit of %d entries (max_entries) with the directories that are left out", quote(x.last), x.limits.Entries)
+		}
+		if err := x.take(entryMemory); err != nil {
+			return err
 		}
 		if err := x.charge(len(parent)); err != nil {
 			return err

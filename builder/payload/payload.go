@@ -1,9 +1,12 @@
 // Package payload turns a request's body into what is to be built: it spools
-// the body while it is hashed, decompressed and indexed, and serves the build
-// context out of the spooled tar. Nothing is unpacked onto a file system.
+// the body while it is hashed, decompresses and indexes it once its signature has
+// passed, and serves the build context out of the spooled tar. Nothing is unpacked
+// onto a file system.
 package payload
 
 import (
+	"archive/tar"
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"errors"
@@ -17,6 +20,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"handler/function/api"
+	"handler/function/budget"
 )
 
 // Limits bound what a client may send. Zero lets nothing pass. An error names
@@ -38,12 +42,16 @@ type Options struct {
 	// Dir is where a payload goes that does not fit into memory.
 	Dir string
 
-	// Memory is how many bytes of a tar are kept in memory. A tar that is
-	// larger lies in a file in Dir, which has no name.
-	Memory int64
+	// InMemory is how many bytes of a body, or of the tar in it, are kept in
+	// memory. What is larger lies in a file in Dir, which has no name.
+	InMemory int64
 
-	// TimeKey keys the hashes that carry files' content in their times.
-	TimeKey [32]byte
+	// Memory and Disk are what the body takes. The Spool closes both. nil counts
+	// nothing.
+	Memory, Disk *budget.Account
+
+	// ContentKey keys the hashes of files' contents.
+	ContentKey [32]byte
 
 	// SHA256 has all of the body hashed while it arrives.
 	SHA256 bool
@@ -61,15 +69,26 @@ type Options struct {
 // to support, and what zstd's levels up to 19 use.
 const maxWindow = 8 << 20
 
-// Spool holds a payload that was received. Its signature may not have been
-// checked yet.
+// readSize is how much of a stored body is read at once.
+const readSize = 64 << 10
+
+// Spool holds a body that was received. Its signature may not have been checked
+// yet.
 type Spool struct {
-	store    *store
-	size     int64
-	sum      hash.Hash // of the body; nil until it is asked for, if it is stored as sent
-	envelope *envelope // nil but for the text form
-	payload  *Payload
-	err      error
+	opts      Options
+	form      form
+	size      int64
+	raw       *store // the body as it was sent
+	tar       *store // what was unpacked of it; nil for a plain tar, and before that
+	signature string // of an envelope
+	disk      *budget.Budget
+
+	summed sync.Once
+	sum    [sha256.Size]byte
+	sumOK  bool
+
+	payload *Payload // nil while there is no index
+	err     error    // why there is none and will be none
 }
 
 // Payload is what a client sent, its form checked.
@@ -80,88 +99,145 @@ type Payload struct {
 
 	// Warnings name what was ignored.
 	Warnings []string
+
+	memory int64 // bytes that the index has taken
 }
 
-// Receive reads body to its end, or until it is over the limit. Every byte that
-// a signature is over is written to signed in order, by one goroutine: the body
-// as sent or, from a text envelope, the decoded bytes of its tar.
+// Receive takes in a body: head, which has been read, and then rest to its end, or
+// until it is over the limit. With a nil rest, head is all. Of Options.Memory, the
+// capacity of head has been taken.
+//
+// The body is stored as it was sent. Every byte that a signature is over is written
+// to signed in order, by one goroutine: the body or, from a text envelope, the decoded
+// bytes of its tar. signed is a hash: its Write does not fail. A plain tar that has a rest is indexed meanwhile, as far as there is
+// memory for it. Nothing is decompressed.
 //
 // The errors it returns are those that a client may be told before its
 // signature has passed: an *api.Error of code too_large when the body is over
-// Limits.Body, and what body's Read returned. All others are held for
+// Limits.Body, and what rest's Read returned. All others are held for
 // [Spool.Payload]. The caller must close the Spool.
 //
-// Receive may not read for as long as the decompressor needs for what has come,
-// so a caller who wants a minimum rate must count the time inside of Read only.
-func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
-	s := &Spool{store: &store{dir: opts.Dir, memory: opts.Memory}}
-	if err := s.receive(body, signed, &opts); err != nil {
+// Receive may not read for as long as the index needs for what has come, so a caller
+// who wants a minimum rate must count the time inside of Read only.
+func Receive(head []byte, rest io.Reader, signed io.Writer, opts Options) (*Spool, error) {
+	s := &Spool{opts: opts}
+	s.raw = &store{dir: opts.Dir, most: opts.InMemory, memory: opts.Memory, disk: opts.Disk}
+	var err error
+	if rest != nil && len(head) < magicLen {
+		head, rest, err = readMagic(head, rest)
+	}
+	if s.form = formOf(head); s.form == formEnvelope && opts.ContextOnly {
+		s.form = formTar
+	}
+	switch {
+	case err != nil:
+	case rest == nil:
+		err = s.take(head, signed)
+	default:
+		err = s.stream(head, rest, signed)
+	}
+	if err != nil {
 		s.Close()
 		return nil, err
 	}
 	return s, nil
 }
 
-func (s *Spool) receive(body io.Reader, signed io.Writer, opts *Options) error {
-	in := newFanout()
-	defer in.recycle()
-	first := in.next()
-	eof, err := s.fill(first, body, opts.Limits.Body)
-	if err != nil {
-		return err
+// readMagic reads as much of rest as formOf needs. A nil rest has ended.
+func readMagic(head []byte, rest io.Reader) ([]byte, io.Reader, error) {
+	magic := append(make([]byte, 0, magicLen), head...)
+	n, err := io.ReadFull(rest, magic[len(head):magicLen])
+	switch magic = magic[:len(head)+n]; err {
+	case nil:
+		return magic, rest, nil
+	case io.EOF, io.ErrUnexpectedEOF:
+		return magic, nil, nil
 	}
+	return nil, nil, fmt.Errorf("reading body: %w", err)
+}
 
+// take takes in a body that is in memory.
+func (s *Spool) take(body []byte, signed io.Writer) error {
+	s.raw.adopt(body)
+	s.size = int64(len(body))
+	if s.size > s.opts.Limits.Body {
+		return s.bodyTooLarge()
+	}
+	if s.form != formEnvelope {
+		signed.Write(body)
+		return nil
+	}
+	s.hold(func() (*Payload, error) { return nil, s.readEnvelope(bytes.NewReader(body), signed) })
+	return nil
+}
+
+// stream takes in a body that arrives.
+func (s *Spool) stream(head []byte, rest io.Reader, signed io.Writer) error {
+	in := newFanout(s.opts.Memory)
+	defer in.recycle()
 	// The goroutines end with the stream, and the stream with this function.
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer in.close()
-	form := formOf(first.buf)
-	if form == formEnvelope && opts.ContextOnly {
-		form = formTar
-	}
-	// Of a plain tar what is stored is the body, which can be summed later: while it
-	// arrives, the signature and the index need the processors.
-	if form != formTar || opts.SHA256 {
-		s.sum = sha256.New()
-		copyTo(&work, in.tap(), s.sum)
-	}
-	if form == formEnvelope {
-		s.envelope = &envelope{}
+	copyTo(&work, in.tap(), s.raw)
+	if s.form == formEnvelope {
 		t := in.tap()
 		work.Go(func() {
 			defer t.drain()
-			s.hold(func() (*Payload, error) { return s.unwrap(t, signed, opts) })
+			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(t, signed) })
 		})
 	} else {
 		copyTo(&work, in.tap(), signed)
-		s.unpack(&work, in, form, opts)
+	}
+	if s.form == formTar {
+		t := in.tap()
+		work.Go(func() {
+			defer t.drain()
+			s.hold(func() (*Payload, error) { return index(t, s.raw, &s.opts) })
+		})
+	}
+	// A plain tar can be summed later: while it arrives, the signature and the index
+	// need the processors.
+	var sum hash.Hash
+	if s.form != formTar || s.opts.SHA256 {
+		sum = sha256.New()
+		copyTo(&work, in.tap(), sum)
 	}
 
-	in.send(first)
-	for !eof {
+	headLeft := int64(cap(head))
+	body := io.MultiReader(bytes.NewReader(head), rest)
+	for eof := false; !eof; {
 		c := in.next()
-		if eof, err = s.fill(c, body, opts.Limits.Body); err != nil {
+		var err error
+		if eof, err = s.fill(c, body); err != nil {
 			return err
+		}
+		if s.size >= int64(len(head)) && headLeft > 0 {
+			s.opts.Memory.Give(headLeft)
+			head, headLeft = nil, 0
 		}
 		in.send(c)
 	}
 	in.close()
 	work.Wait()
 
-	if s.err == nil {
-		s.hold(func() (*Payload, error) { return s.payload, s.store.finish() })
+	if sum != nil {
+		s.summed.Do(func() { s.sumOK = len(sum.Sum(s.sum[:0])) == len(s.sum) })
+	}
+	if err := s.raw.finish(); err != nil && s.err == nil {
+		s.refuse(err)
 	}
 	return nil
 }
 
 // fill reads body until c is full or the body has ended.
-func (s *Spool) fill(c *chunk, body io.Reader, limit int64) (eof bool, err error) {
+func (s *Spool) fill(c *chunk, body io.Reader) (eof bool, err error) {
 	for len(c.buf) < cap(c.buf) {
 		n, err := body.Read(c.buf[len(c.buf):cap(c.buf)])
 		c.buf = c.buf[:len(c.buf)+n]
 		s.size += int64(n)
-		if s.size > limit {
-			return false, tooLarge("the body is over the limit of %d bytes (max_body_bytes)", limit)
+		if s.size > s.opts.Limits.Body {
+			return false, s.bodyTooLarge()
 		}
 		if err == io.EOF {
 			return true, nil
@@ -173,8 +249,12 @@ func (s *Spool) fill(c *chunk, body io.Reader, limit int64) (eof bool, err error
 	return false, nil
 }
 
-// copyTo writes the stream of t to w. A hash takes everything; what another
-// writer makes of its error is its owner's business.
+func (s *Spool) bodyTooLarge() error {
+	return tooLarge("the body is over the limit of %d bytes (max_body_bytes)", s.opts.Limits.Body)
+}
+
+// copyTo writes the stream of t to w. A hash takes everything, and a store remembers
+// its error.
 func copyTo(work *sync.WaitGroup, t *tap, w io.Writer) {
 	work.Go(func() {
 		defer t.drain()
@@ -182,93 +262,37 @@ func copyTo(work *sync.WaitGroup, t *tap, w io.Writer) {
 	})
 }
 
-// unpack starts to spool and index a stream that is no envelope.
-func (s *Spool) unpack(work *sync.WaitGroup, in *fanout, f form, opts *Options) {
-	if opts.Raw && f != formTar {
-		copyTo(work, in.tap(), s.store)
-		t := in.tap()
-		work.Go(func() {
-			defer t.drain()
-			s.hold(func() (*Payload, error) {
-				d, err := newDecompressor(f, t)
-				if err != nil {
-					return nil, err
-				}
-				defer d.Close()
-				return index(d, s.store, opts)
-			})
-		})
-		return
-	}
-	if f == formTar {
-		// What is stored is what was sent, so it need not pass through the
-		// index.
-		copyTo(work, in.tap(), s.store)
-		t := in.tap()
-		work.Go(func() {
-			defer t.drain()
-			s.hold(func() (*Payload, error) { return index(t, s.store, opts) })
-		})
-		return
-	}
-	t := in.tap()
-	work.Go(func() {
-		defer t.drain()
-		s.hold(func() (*Payload, error) {
-			d, err := newDecompressor(f, t)
-			if err != nil {
-				return nil, err
-			}
-			defer d.Close()
-			return index(io.TeeReader(d, s.store), s.store, opts)
-		})
-	})
+// readEnvelope writes the tar in a text envelope to w, and keeps the signature.
+func (s *Spool) readEnvelope(text io.Reader, w io.Writer) error {
+	e := &envelope{}
+	err := e.read(text, max(s.size, readSize), w)
+	s.signature = e.signature
+	return err
 }
 
-// unwrap reads a text envelope, and spools and indexes the tar in it.
-func (s *Spool) unwrap(t *tap, signed io.Writer, opts *Options) (*Payload, error) {
-	var (
-		work     sync.WaitGroup
-		out      = newFanout()
-		payload  *Payload
-		indexErr error
-	)
-	defer out.recycle()
-	defer work.Wait()
-	defer out.close()
-	copyTo(&work, out.tap(), signed)
-	inner := out.tap()
-	work.Go(func() {
-		defer inner.drain()
-		payload, indexErr = guard(func() (*Payload, error) {
-			inner.fill() // nothing at all is a tar that ends early
-			d, err := newDecompressor(formOf(inner.rest), inner)
-			if err != nil {
-				return nil, err
-			}
-			defer d.Close()
-			return index(io.TeeReader(d, s.store), s.store, opts)
-		})
-	})
-	if err := s.envelope.read(t, out); err != nil {
-		return nil, err
-	}
-	out.close()
-	work.Wait()
-	return payload, indexErr
-}
-
-// hold keeps what f returns for [Spool.Payload]. Of a payload that is refused,
-// nothing more is stored but a body that is still to be summed, and that in memory.
+// hold keeps what f returns for [Spool.Payload]. That there was no memory for an index
+// is nothing to tell: it can be made later.
 func (s *Spool) hold(f func() (*Payload, error)) {
-	s.payload, s.err = guard(f)
-	if s.err != nil {
+	p, err := guard(f)
+	if errors.Is(err, errMemory) {
+		return
+	}
+	if err != nil {
+		s.refuse(err)
+		return
+	}
+	s.payload = p
+}
+
+func (s *Spool) refuse(err error) {
+	s.dropIndex()
+	s.err = err
+}
+
+func (s *Spool) dropIndex() {
+	if s.payload != nil {
+		s.opts.Memory.Give(s.payload.memory)
 		s.payload = nil
-		if s.sum != nil {
-			s.store.Close()
-		} else {
-			s.store.refuse()
-		}
 	}
 }
 
@@ -286,29 +310,122 @@ func guard(f func() (*Payload, error)) (p *Payload, err error) {
 // Signature is the one that a text envelope holds, "" when it holds none. ok is
 // false for the other forms, whose signature is in a header.
 func (s *Spool) Signature() (value string, ok bool) {
-	if s.envelope == nil {
-		return "", false
-	}
-	return s.envelope.signature, true
+	return s.signature, s.form == formEnvelope
 }
 
-// SHA256 is of the body as it was sent. It is not known of a plain tar over
-// Options.Memory that was refused, unless Options asked for it. It must not be
-// called concurrently, nor after Close.
+// Charge has what the Spool takes counted against other budgets from now on; a nil one
+// counts nothing. disk has to be the one that Options.Disk is of, or that one's whole.
+// What finds no room in memory is let go, an index first, or moved to the disk.
+func (s *Spool) Charge(memory, disk *budget.Budget) {
+	s.disk = disk
+	s.opts.Disk.Move(disk)
+	if s.opts.Memory.Move(memory) {
+		return
+	}
+	s.dropIndex()
+	if s.opts.Memory.Move(memory) {
+		return
+	}
+	if err := s.raw.spill(); err != nil && s.err == nil {
+		s.refuse(err)
+	}
+	s.opts.Memory.Move(memory)
+}
+
+// Index makes the index of a plain tar that lies in memory, if there is none and there
+// is memory for it. It returns whether Payload has its answer ready.
+func (s *Spool) Index() bool {
+	if s.payload == nil && s.err == nil && s.form == formTar && s.raw.inMemory() {
+		s.hold(s.open)
+	}
+	return s.payload != nil || s.err != nil
+}
+
+// Payload is what the body holds: it is decompressed and indexed now, if it is not
+// yet. Its error, always an *api.Error, is for a client whose signature has passed.
+// Payload, Index and Charge must not be called concurrently.
+func (s *Spool) Payload() (*Payload, error) {
+	if s.payload == nil && s.err == nil {
+		s.hold(s.open)
+	}
+	if s.err == nil && s.payload == nil {
+		s.err = errMemory
+	}
+	if s.err != nil {
+		return nil, api.AsError(s.err)
+	}
+	return s.payload, nil
+}
+
+// open reads what is stored.
+func (s *Spool) open() (*Payload, error) {
+	var r io.Reader = bufio.NewReaderSize(s.Raw(), readSize)
+	f := s.form
+	if f == formTar {
+		return index(r, s.raw, &s.opts)
+	}
+	if f == formEnvelope {
+		inner, end := s.openEnvelope(r)
+		defer end()
+		b := bufio.NewReaderSize(inner, readSize)
+		first, _ := b.Peek(magicLen) // nothing at all is a tar that ends early
+		r, f = b, formOf(first)
+	}
+	d, err := newDecompressor(f, r)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	if s.opts.Raw {
+		return index(d, nil, &s.opts)
+	}
+	unpacked := &store{dir: s.opts.Dir, most: s.opts.InMemory, memory: s.opts.Memory, disk: s.disk.Open()}
+	p, err := index(io.TeeReader(d, unpacked), unpacked, &s.opts)
+	if err == nil {
+		err = unpacked.finish()
+	}
+	if err != nil {
+		unpacked.Close()
+		return nil, err
+	}
+	// The sum is all that the body is needed for from now on.
+	s.SHA256()
+	s.raw.Close()
+	s.tar = unpacked
+	return p, nil
+}
+
+// openEnvelope reads the tar in the text envelope r. It has been read once, while it
+// was received. end must be called.
+func (s *Spool) openEnvelope(r io.Reader) (tar io.Reader, end func()) {
+	pr, pw := io.Pipe()
+	var work sync.WaitGroup
+	work.Go(func() {
+		_, err := guard(func() (*Payload, error) { return nil, s.readEnvelope(r, pw) })
+		pw.CloseWithError(err)
+	})
+	return pr, func() {
+		pr.Close()
+		work.Wait()
+	}
+}
+
+// SHA256 is of the body as it was sent. ok is false where it could not be stored. It
+// may be called concurrently, but not after Close.
 func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
-	if s.sum == nil {
+	s.summed.Do(func() {
 		h := sha256.New()
-		if n, err := io.Copy(h, s.Raw()); err != nil || n != s.size {
-			return sum, false
+		if n, err := io.Copy(h, s.Raw()); err == nil && n == s.size {
+			h.Sum(s.sum[:0])
+			s.sumOK = true
 		}
-		s.sum = h
-	}
-	s.sum.Sum(sum[:0])
-	return sum, true
+	})
+	return s.sum, s.sumOK
 }
 
-// Raw reads the body as it was sent, if Options asked for that.
-func (s *Spool) Raw() *io.SectionReader { return io.NewSectionReader(s.store, 0, s.size) }
+// Raw reads the body as it was sent. Of a body that is no plain tar it can be read
+// after Payload with Options.Raw alone.
+func (s *Spool) Raw() *io.SectionReader { return io.NewSectionReader(s.raw, 0, s.size) }
 
 // ErrNoContext is of a tar without a context whose config names none.
 var ErrNoContext = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("reading tar: it holds no directory %q", api.ContextDir)}
@@ -316,18 +433,18 @@ var ErrNoContext = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("reading tar: i
 // Size is of the body as it was sent, in bytes.
 func (s *Spool) Size() int64 { return s.size }
 
-// Payload is what the body holds. Its error, always an *api.Error, is for a
-// client whose signature has passed.
-func (s *Spool) Payload() (*Payload, error) {
-	if s.err != nil {
-		return nil, api.AsError(s.err)
-	}
-	return s.payload, nil
-}
-
-// Close frees the memory or the file. The Context cannot be read after it. A
+// Close frees the memory and the files. The Context cannot be read after it. A
 // second call does nothing.
-func (s *Spool) Close() error { return s.store.Close() }
+func (s *Spool) Close() error {
+	err := s.raw.Close()
+	if s.tar != nil {
+		err = errors.Join(err, s.tar.Close())
+	}
+	s.dropIndex()
+	s.opts.Memory.Close()
+	s.opts.Disk.Close()
+	return err
+}
 
 // form is how a body holds its tar.
 type form int
@@ -338,6 +455,9 @@ const (
 	formZstd
 	formEnvelope
 )
+
+// magicLen is how many bytes formOf looks at.
+const magicLen = 4
 
 // formOf looks at the first bytes of a stream.
 func formOf(b []byte) form {
@@ -355,6 +475,16 @@ func formOf(b []byte) form {
 	return formTar
 }
 
+// IsBody says that b may begin a body, in any of its forms. To tell a tar it needs
+// 512 bytes.
+func IsBody(b []byte) bool {
+	if formOf(b) != formTar {
+		return true
+	}
+	_, err := tar.NewReader(bytes.NewReader(b)).Next()
+	return len(b) >= blockLen && !errors.Is(err, tar.ErrHeader)
+}
+
 // decompressor reads what f holds, and words its errors for the client.
 type decompressor struct {
 	name  string
@@ -362,23 +492,23 @@ type decompressor struct {
 	close func()
 }
 
-func newDecompressor(f form, t *tap) (*decompressor, error) {
+func newDecompressor(f form, in io.Reader) (*decompressor, error) {
 	switch f {
 	case formGzip:
-		r, err := gzip.NewReader(t)
+		r, err := gzip.NewReader(in)
 		if err != nil {
 			return nil, refuse(err, "reading gzip: %s", decompressError(err))
 		}
 		return &decompressor{name: "gzip", r: r, close: func() {}}, nil
 	case formZstd:
 		// One at a time means no goroutines.
-		r, err := zstd.NewReader(t, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+		r, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, refuse(err, "reading zstd: %s", decompressError(err))
 		}
 		return &decompressor{name: "zstd", r: r, close: r.Close}, nil
 	default:
-		return &decompressor{name: "tar", r: t, close: func() {}}, nil
+		return &decompressor{name: "tar", r: in, close: func() {}}, nil
 	}
 }
 

@@ -9,25 +9,39 @@ import (
 	"syscall"
 
 	"handler/function/api"
+	"handler/function/budget"
 )
 
 const blockSize = 64 << 10
 
-// store keeps a tar: in memory up to a bound, beyond it in a file without a
-// name. It is written first, by one goroutine, and then read by many.
+// store keeps a body or a tar: in memory up to a bound, beyond it in a file without
+// a name. It is written first, by one goroutine, and then read by many.
 type store struct {
 	dir    string
-	memory int64
+	most   int64           // bytes in memory
+	memory *budget.Account // which others take of too
+	disk   *budget.Account // of the file's bytes, and of nothing else
 
 	mu     sync.RWMutex
 	blocks [][]byte // each but the last of blockSize
+	taken  int64    // of memory, for the blocks
+	given  bool     // they are parts of what adopt was given
 	size   int64
 	file   *os.File
 	buf    []byte // what is not yet in file
 	err    error  // the first; sticky
 	closed bool
+}
 
-	refused bool // nothing goes into a file any more
+// adopt has an empty store hold b, whose capacity has been taken of its memory.
+func (s *store) adopt(b []byte) {
+	s.given, s.taken = true, int64(cap(b))
+	s.size = int64(len(b))
+	for len(b) > 0 {
+		n := min(len(b), blockSize)
+		s.blocks = append(s.blocks, b[:n:n])
+		b = b[n:]
+	}
 }
 
 // Write returns an *api.Error.
@@ -41,19 +55,12 @@ func (s *store) Write(p []byte) (int, error) {
 		return 0, s.err
 	}
 	n := len(p)
-	if s.file == nil && s.size+int64(n) > s.memory {
-		if s.refused {
-			s.closed = true
-			s.drop()
-			return 0, storeError(os.ErrClosed)
-		}
+	if s.file == nil && (s.size+int64(n) > s.most || !s.writeMemory(p)) {
 		s.err = s.moveToFile()
+	} else if s.file == nil {
+		p = nil
 	}
-	switch {
-	case s.err != nil:
-	case s.file == nil:
-		s.writeMemory(p)
-	default:
+	if s.err == nil && len(p) > 0 {
 		s.err = s.writeFile(p)
 	}
 	if s.err != nil {
@@ -64,7 +71,15 @@ func (s *store) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-func (s *store) writeMemory(p []byte) {
+// writeMemory returns false, and has written nothing, where there is no memory for p.
+func (s *store) writeMemory(p []byte) bool {
+	if n := s.size + int64(len(p)) - s.taken; n > 0 {
+		n = (n + blockSize - 1) / blockSize * blockSize
+		if !s.memory.Take(n) {
+			return false
+		}
+		s.taken += n
+	}
 	for len(p) > 0 {
 		last := len(s.blocks) - 1
 		if last < 0 || len(s.blocks[last]) == blockSize {
@@ -76,8 +91,10 @@ func (s *store) writeMemory(p []byte) {
 		s.blocks[last] = append(b, p[:n]...)
 		p = p[n:]
 	}
+	return true
 }
 
+// moveToFile is called with s.mu held.
 func (s *store) moveToFile() error {
 	f, err := os.CreateTemp(s.dir, "payload-")
 	if err != nil {
@@ -89,21 +106,43 @@ func (s *store) moveToFile() error {
 		return storeError(err)
 	}
 	for _, b := range s.blocks {
-		if _, err := f.Write(b); err != nil {
-			return storeError(err)
+		if err := s.toFile(b); err != nil {
+			return err
 		}
 	}
 	s.freeBlocks()
 	return nil
 }
 
+// spill moves what is in memory to the file.
+func (s *store) spill() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil && !s.closed && s.file == nil {
+		if s.err = s.moveToFile(); s.err != nil {
+			s.drop()
+		}
+	}
+	return s.err
+}
+
+// inMemory says that all of it is there.
+func (s *store) inMemory() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.file == nil
+}
+
 var blocks = sync.Pool{New: func() any { return new([blockSize]byte) }}
 
 func (s *store) freeBlocks() {
 	for _, b := range s.blocks {
-		blocks.Put((*[blockSize]byte)(b[:blockSize]))
+		if !s.given {
+			blocks.Put((*[blockSize]byte)(b[:blockSize]))
+		}
 	}
-	s.blocks = nil
+	s.memory.Give(s.taken)
+	s.blocks, s.taken, s.given = nil, 0, false
 }
 
 // writeFile gathers what is small: a decompressed tar comes in pieces as small
@@ -120,16 +159,23 @@ func (s *store) writeFile(p []byte) error {
 		s.buf = append(s.buf, p...)
 		return nil
 	}
-	_, err := s.file.Write(p)
-	return storeError(err)
+	return s.toFile(p)
 }
 
 func (s *store) flush() error {
 	if len(s.buf) == 0 {
 		return nil
 	}
-	_, err := s.file.Write(s.buf)
+	err := s.toFile(s.buf)
 	s.buf = s.buf[:0]
+	return err
+}
+
+func (s *store) toFile(p []byte) error {
+	if !s.disk.Take(int64(len(p))) {
+		return &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
+	}
+	_, err := s.file.Write(p)
 	return storeError(err)
 }
 
@@ -138,7 +184,9 @@ func (s *store) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil && s.file != nil {
-		s.err = s.flush()
+		if s.err = s.flush(); s.err != nil {
+			s.drop()
+		}
 		s.buf = nil
 	}
 	return s.err
@@ -168,18 +216,6 @@ func (s *store) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// refuse closes a store that has a file, or would need one. What is in memory is
-// kept, and what follows as long as it fits.
-func (s *store) refuse() {
-	s.mu.Lock()
-	s.refused = true
-	inFile := s.file != nil
-	s.mu.Unlock()
-	if inFile {
-		s.Close()
-	}
-}
-
 // Close frees all. What was stored cannot be read any more.
 func (s *store) Close() error {
 	s.mu.Lock()
@@ -199,6 +235,7 @@ func (s *store) drop() error {
 	}
 	err := s.file.Close()
 	s.file = nil
+	s.disk.Close()
 	return err
 }
 

@@ -25,17 +25,9 @@ const (
 // a time can carry.
 type contentSum [highwayhash.Size128]byte
 
-// contentKey is the key for content sums: not the one for times, which hashes
-// paths too.
-func contentKey(timeKey *[32]byte) []byte {
-	m := hmac.New(sha256.New, timeKey[:])
-	m.Write([]byte("content"))
-	return m.Sum(nil)
-}
-
-// setGroupTimes carries the content of regular files in their times, since
+// SetTimes carries the content of regular files in their times, since
 // BuildKit takes a file whose path, size, time and mode are those of the last
-// build's for the same file.
+// build's for the same file. A second call does nothing.
 //
 // The files of one time are a group and get one new time: of the same second,
 // and in a slot of it that keeps the order of the second's groups. Where in the
@@ -43,7 +35,18 @@ func contentKey(timeKey *[32]byte) []byte {
 // changes the time of its group, while make, which compares times, sees what
 // it saw before.
 //
-// entries are in their final order; sums are by inode.
+// key is that of the builds that share a synced directory on the daemon, and of no
+// others. A RUN step can read the times of its files: under a key that others shared,
+// whoever has found two contents of one time in a repository could use them in theirs.
+func (c *Context) SetTimes(key [32]byte) {
+	if c.sums == nil {
+		return
+	}
+	setGroupTimes(&key, c.entries, c.sums)
+	c.sums = nil
+}
+
+// setGroupTimes has entries in their final order and sums by inode.
 func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 	var files []timedFile
 	for i := range entries {

@@ -117,9 +117,9 @@ func TestGroupTimes(t *testing.T) {
 		}
 		checkChanged(t, "moved", before, after, slices.DeleteFunc(sameTime(files, files[i].time), func(p string) bool { return p == files[i].path }))
 
-		// Another key, other times.
+		// Another key for contents, other times.
 		other := opts
-		other.TimeKey[0]++
+		other.ContentKey[0]++
 		var all []string
 		for _, f := range files {
 			all = append(all, f.path)

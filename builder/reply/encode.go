@@ -17,16 +17,16 @@ const (
 	maxRecord = 60 << 10
 
 	// maxLines bounds the log of one record of a stream, and so each line.
-	maxLines = maxRecord - 2*maxWord - maxKeys
+	maxLines = maxRecord - 3*maxWord - maxKeys
 
 	maxError = 24 << 10
-	maxWord  = 1 << 10 // image (twice), code, digest
+	maxWord  = 1 << 10 // id, image (twice), code, digest, request
 	maxList  = 8 << 10 // tags, platforms, warnings: each of them
 	maxKeys  = 1 << 10 // the keys of a record, its status and duration
 )
 
 // The last record of a stream, which has no log, must fit too.
-const _ uint = maxRecord - maxError - 4*maxWord - 3*maxList - maxKeys
+const _ uint = maxRecord - maxError - 6*maxWord - 3*maxList - maxKeys
 
 // encode appends v to b as one line of JSON.
 func encode(b *bytes.Buffer, v any, indent string) {
@@ -132,6 +132,7 @@ func shortenList(list []string, limit int) []string {
 // bounded returns rec with whatever could make its line too long cut, but its
 // log.
 func bounded(rec api.Record) api.Record {
+	rec.ID = shorten(rec.ID, maxWord)
 	rec.Image = shorten(rec.Image, maxWord)
 	rec.ImageName = rec.Image
 	rec.Code = api.Code(shorten(string(rec.Code), maxWord))

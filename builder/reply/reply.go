@@ -36,13 +36,17 @@ var (
 
 // Options of a Writer. All may be zero.
 type Options struct {
+	// ID is the build's, for every record.
+	ID string
+	// Request is the last record's, where that has none.
+	Request string
 	// Image is the reference to build, as it was sent.
 	Image string
 	// Start is when the request was accepted. Zero means now.
 	Start time.Time
-	// Signer returns the X-Build-Signature of the body of an answer that does
-	// not stream, or "". It may be nil.
-	Signer func(body []byte) string
+	// Sign adds the headers that sign the body of an answer that does not stream.
+	// It may be nil.
+	Sign func(h http.Header, body []byte)
 	// NotBefore is when the answer may begin. Zero means at once.
 	NotBefore time.Time
 	// Text makes an error that does not stream plain text.
@@ -226,6 +230,8 @@ func (w *Writer) Finish(rec api.Record) error {
 		w.mu.Unlock()
 		return nil
 	}
+	rec.ID = w.opts.ID
+	rec.Request = cmp.Or(rec.Request, w.opts.Request)
 	rec.Image = cmp.Or(rec.Image, w.image)
 	if rec.Status != api.Success {
 		rec.Status = api.Failed
@@ -264,6 +270,7 @@ func (w *Writer) Finish(rec api.Record) error {
 // Object answers with one record as it is, whatever its status, and not before
 // the client has accepted it or can get no more.
 func Object(w http.ResponseWriter, status int, rec api.Record, opts Options) error {
+	rec.ID = opts.ID
 	rec.Duration = milliseconds(rec.Duration)
 	if rec.Log == nil {
 		rec.Log = []string{}
@@ -304,10 +311,8 @@ func (w *Writer) writeBody(status int, contentType string, body []byte) error {
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", strconv.Itoa(retryAfter))
 	}
-	if w.opts.Signer != nil {
-		if s := w.opts.Signer(body); s != "" {
-			h.Set(api.SignatureHeader, s)
-		}
+	if w.opts.Sign != nil {
+		w.opts.Sign(h, body)
 	}
 	time.Sleep(time.Until(w.opts.NotBefore))
 	if err := w.setDeadline(w.deadline); err != nil {
@@ -317,10 +322,28 @@ func (w *Writer) writeBody(status int, contentType string, body []byte) error {
 	return w.send(body)
 }
 
+// What every answer that does not stream begins with: JSON with an indentation, or text.
+const (
+	jsonPrefix = "{\n"
+	textPrefix = "id: "
+)
+
+// IsAnswer says that b begins as the body of an answer does. An answer is signed as the
+// body of a request is, and must not be taken for one.
+func IsAnswer(b []byte) bool {
+	return bytes.HasPrefix(b, []byte(jsonPrefix)) || bytes.HasPrefix(b, []byte(textPrefix))
+}
+
 // writeText writes a failure for a terminal or the OpenFaaS UI, the reason
 // last but for one line.
 func writeText(b *bytes.Buffer, rec api.Record) {
 	const lastLines = 50
+	// An id is a header's value, so that it has no line break.
+	fmt.Fprintf(b, "%s%s\n", textPrefix, rec.ID)
+	if rec.Request != "" {
+		fmt.Fprintf(b, "request: %s\n", rec.Request)
+	}
+	b.WriteByte('\n')
 	log := rec.Log
 	if n := len(log) - lastLines; n > 0 {
 		fmt.Fprintf(b, "… %d lines left out …\n", n)
@@ -402,7 +425,7 @@ func (w *Writer) next() (rec *api.Record, more bool) {
 	if len(w.queue) == 0 {
 		return w.terminal, false
 	}
-	rec = &api.Record{Status: api.InProgress, Image: w.image, Duration: milliseconds(time.Since(w.opts.Start).Seconds())}
+	rec = &api.Record{ID: w.opts.ID, Status: api.InProgress, Image: w.image, Duration: milliseconds(time.Since(w.opts.Start).Seconds())}
 	*rec = bounded(*rec)
 	// What the quotes and commas of many short lines take is counted too.
 	left := maxLines
@@ -446,7 +469,7 @@ func (w *Writer) writeHeartbeat() error {
 	if w.form == SSE {
 		return w.write([]byte(": in progress\n\n"))
 	}
-	return w.writeRecord(api.Record{Log: []string{}, Status: api.InProgress, Duration: milliseconds(time.Since(w.opts.Start).Seconds())})
+	return w.writeRecord(api.Record{ID: w.opts.ID, Log: []string{}, Status: api.InProgress, Duration: milliseconds(time.Since(w.opts.Start).Seconds())})
 }
 
 func (w *Writer) write(p []byte) error {

@@ -301,7 +301,7 @@ func TestHeartbeat(t *testing.T) {
 }
 
 func TestJSON(t *testing.T) {
-	signed := func(body []byte) string { return "signed " + strconv.Itoa(len(body)) }
+	signed := func(h http.Header, body []byte) { h.Set(api.SignatureHeader, "signed "+strconv.Itoa(len(body))) }
 	for _, tc := range []struct {
 		name   string
 		form   Form
@@ -315,46 +315,46 @@ func TestJSON(t *testing.T) {
 		{
 			name: "success", log: []string{"<a>", "b"}, status: 200,
 			rec:  api.Record{Status: api.Success, Digest: "sha256:1", Duration: 1.2345},
-			want: "{\n  \"log\": [\n    \"<a>\",\n    \"b\"\n  ],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"success\",\n  \"duration\": 1.235,\n  \"digest\": \"sha256:1\"\n}\n",
+			want: "{\n  \"log\": [\n    \"<a>\",\n    \"b\"\n  ],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"success\",\n  \"duration\": 1.235,\n  \"digest\": \"sha256:1\",\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "failure without a log", status: 422,
 			rec:  api.Record{Status: api.Failed, Code: api.BuildFailed, Error: "exit code: 1", Duration: 2},
-			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"error\": \"exit code: 1\",\n  \"code\": \"build_failed\",\n  \"duration\": 2\n}\n",
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"error\": \"exit code: 1\",\n  \"code\": \"build_failed\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "busy", status: 429, retry: "10",
 			rec:  api.Record{Status: api.Failed, Code: api.Busy, Duration: 2},
-			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"busy\",\n  \"duration\": 2\n}\n",
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"busy\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "no code, no status", status: 500,
 			rec:  api.Record{Duration: 2},
-			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"internal\",\n  \"duration\": 2\n}\n",
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"internal\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "stream that has not begun", form: NDJSON, status: 401,
 			rec:  api.Record{Status: api.Failed, Code: api.Unauthorized, Error: "no signature", Duration: 2},
-			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"error\": \"no signature\",\n  \"code\": \"unauthorized\",\n  \"duration\": 2\n}\n",
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"error\": \"no signature\",\n  \"code\": \"unauthorized\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "text", text: true, log: []string{"a", "b"}, status: 503, retry: "10",
 			rec:  api.Record{Status: api.Failed, Code: api.NoDaemon, Error: "no daemon\n", Duration: 2.34},
-			want: "a\nb\n\nno daemon\n\nfailed: no_daemon, r/i:1, 2.3s\n",
+			want: "id: call-1\n\na\nb\n\nno daemon\n\nfailed: no_daemon, r/i:1, 2.3s\n",
 		},
 		{
 			name: "text with a long log", text: true, log: slices.Repeat([]string{"a"}, 60), status: 422,
-			rec:  api.Record{Status: api.Failed, Code: api.BuildFailed, Error: "exit code: 1", Duration: 2},
-			want: "… 10 lines left out …\n" + strings.Repeat("a\n", 50) + "\nexit code: 1\n\nfailed: build_failed, r/i:1, 2.0s\n",
+			rec:  api.Record{Status: api.Failed, Code: api.BuildFailed, Error: "exit code: 1", Duration: 2, Request: "abc"},
+			want: "id: call-1\nrequest: abc\n\n… 10 lines left out …\n" + strings.Repeat("a\n", 50) + "\nexit code: 1\n\nfailed: build_failed, r/i:1, 2.0s\n",
 		},
 		{
 			name: "success for text", text: true, status: 200,
 			rec:  api.Record{Status: api.Success, Duration: 2},
-			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"success\",\n  \"duration\": 2\n}\n",
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"success\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			res, body := answer(t, tc.form, Options{Image: "r/i:1", Signer: signed, Text: tc.text}, func(w *Writer) {
+			res, body := answer(t, tc.form, Options{ID: "call-1", Image: "r/i:1", Sign: signed, Text: tc.text}, func(w *Writer) {
 				if tc.form == JSON {
 					w.Begin()
 				}
@@ -392,6 +392,28 @@ func TestJSON(t *testing.T) {
 				t.Errorf("status is %d, want %d", res.StatusCode, tc.status)
 			}
 		})
+	}
+}
+
+// TestIsAnswer: every answer that does not stream is known for one by its beginning.
+func TestIsAnswer(t *testing.T) {
+	for _, text := range []bool{false, true} {
+		for _, rec := range []api.Record{{Status: api.Success}, {Code: api.Busy}, {Code: api.BadTar, Error: "GET /", Log: []string{"x"}}} {
+			if _, body := answer(t, JSON, Options{Text: text}, func(w *Writer) { w.Finish(rec) }); !IsAnswer([]byte(body)) {
+				t.Errorf("not known for an answer: %s", body)
+			}
+		}
+	}
+	w := httptest.NewRecorder()
+	Object(w, 200, api.Record{Status: api.InProgress}, Options{})
+	Value(w, 200, struct{ A int }{1}, Options{})
+	if body := w.Body.String(); !IsAnswer([]byte(body)) || !IsAnswer([]byte(body[strings.LastIndex(body, "{"):])) {
+		t.Errorf("not known for answers: %s", body)
+	}
+	for _, body := range []string{"", "{", `{"signature":"x"}`, "\x1f\x8b", "context/", "id:"} {
+		if IsAnswer([]byte(body)) {
+			t.Errorf("%q is taken for an answer", body)
+		}
 	}
 }
 

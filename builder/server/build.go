@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -35,29 +34,27 @@ type call struct {
 	log    zerolog.Logger
 }
 
-// waits says that the caller waits for a slot: it would not come back.
+// waits says that the caller waits for a slot: it would not come back. Anybody can say
+// so: it counts once the signature has passed.
 func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
 
 // joins says that the call may be a second delivery.
 func (c *call) joins() bool { return c.queued && c.named }
 
-func (s *Server) newCall(r *http.Request) *call {
+func (s *Server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{
-		id:    r.Header.Get(api.CallIDHeader),
 		start: time.Now(),
 		form:  reply.Accept(r.Header),
 		// The CE worker takes a 429 for the build's answer and drops it.
 		queued: r.Header.Get(api.CallbackHeader) != "" || strings.Contains(r.UserAgent(), "queue-worker"),
 	}
-	if c.named = c.id != "" && len(c.id) <= maxCallID; !c.named {
-		c.id = rand.Text()
-	}
+	c.id, c.named = nameCall(w, r)
 	c.log = s.Log.With().Str("call_id", c.id).Logger()
 	return c
 }
 
 func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
-	c := s.newCall(r)
+	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
 		s.refuse(w, r, c, errShuttingDown, nil)
@@ -65,12 +62,12 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	defer end()
 
-	body, err := s.receive(w, r, c, payload.Options{SHA256: c.joins()})
+	body, err := s.receive(w, r, payload.Options{SHA256: c.joins()})
 	if err != nil {
 		s.refuse(w, r, c, err, nil)
 		return
 	}
-	out := reply.New(w, c.form, reply.Options{Start: c.start, NotBefore: time.Now().Add(settle), Text: isText(r), Signer: signer(body.key)})
+	out := reply.New(w, c.form, reply.Options{ID: c.id, Start: c.start, NotBefore: time.Now().Add(settle), Text: isText(r), Sign: body.signer.sign})
 	// The signature has passed. From here on a stream says in its last record
 	// what went wrong: go-sdk shows no body of a status other than 200.
 	out.Begin()
@@ -80,7 +77,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	if c.joins() {
 		sum, _ := body.SHA256()
-		f.id = flightID{key: string(body.key), call: c.id, body: sum}
+		f.id = flightID{key: string(body.signer.key), call: c.id, body: sum}
 	}
 	f, seat, run := s.flights.begin(f, out)
 	if run {
@@ -103,13 +100,11 @@ func (s *Server) fly(f *flight, body *upload) {
 	b := &build{flight: f, body: body, mask: redact.New(nil)}
 	b.log = f.call.log.With().Int64("bytes", body.Size()).Logger()
 
-	// The sum is for the log alone, and takes its time of a large body.
+	// Nothing needs the sum before the verdict, and it takes its time of a large body.
 	b.hashed = make(chan struct{})
 	b.aside.Go(func() {
 		defer close(b.hashed)
-		if sum, ok := body.SHA256(); ok {
-			b.sha256 = hex.EncodeToString(sum[:])
-		}
+		b.sha256 = body.request()
 	})
 	outcome, stats, err := s.build(b)
 	rec := api.Record{Image: b.image, ImageName: b.image, Status: api.Success}
@@ -123,6 +118,8 @@ func (s *Server) fly(f *flight, body *upload) {
 	for _, warning := range outcome.Warnings {
 		rec.Warnings = append(rec.Warnings, b.mask.Line(warning))
 	}
+	<-b.hashed
+	rec.Request = b.sha256
 	took := time.Since(f.call.start)
 	s.metrics.Built(rec.Status, rec.Code, took, stats)
 	f.end(rec)
@@ -139,7 +136,9 @@ type build struct {
 	mask *redact.Redactor
 	log  zerolog.Logger
 
-	sha256 string // of the body, if it is known, once hashed is closed
+	timeKey [32]byte // for the context's times
+
+	sha256 string // the verdict's Request, once hashed is closed
 	hashed chan struct{}
 	aside  sync.WaitGroup // what goes on beside the build and ends soon after it
 }
@@ -153,11 +152,6 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	req, warnings, err := s.request(b)
-	outcome.Warnings = warnings
-	if err != nil {
-		return outcome, stats, err
-	}
 	if err := s.admit(b); err != nil {
 		return outcome, stats, err
 	}
@@ -166,6 +160,13 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	defer s.metrics.InFlight.Dec()
 	defer context.AfterFunc(s.stopped, func() { b.cancel(errShuttingDown) })()
 
+	// What has a slot need not share its memory any more.
+	b.body.Charge(nil, s.disk)
+	req, warnings, err := s.request(b)
+	outcome.Warnings = warnings
+	if err != nil {
+		return outcome, stats, err
+	}
 	started := time.Now()
 	b.aside.Go(func() {
 		<-b.hashed
@@ -181,6 +182,7 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 		warnings = append(warnings, p.Warnings...)
 		outcome.Warnings = warnings
 	}
+	req.Context.SetTimes(b.timeKey)
 	solved, stats, err := s.Solver.Solve(b.ctx, req, b.say)
 	solved.Warnings = append(warnings, solved.Warnings...)
 	return solved, stats, because(b.ctx, err)
@@ -231,7 +233,7 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 		if len(private) == 0 {
 			return nil, warnings, &api.Error{Code: api.BadSecrets, Msg: fmt.Sprintf("the tar holds %s, but no build-secrets key is configured here", api.SecretsFile)}
 		}
-		if req.Secrets, err = sealed.Open(private, p.Secrets); err != nil {
+		if req.Secrets, err = s.open(private, p.Secrets); err != nil {
 			return nil, warnings, err
 		}
 	}
@@ -260,23 +262,50 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 	if len(cfg.References) > 0 {
 		repository = cfg.References[0].Name()
 	}
+	b.timeKey = key.TimeKey(tenant, repository)
 	req.SharedKey = key.SharedKey(tenant, repository)
 	req.Hostname = key.Hostname(tenant, req.Secrets)
 	req.CacheMountNS = key.CacheMountNS(tenant)
 	if b.named() {
 		req.Name = solve.Name{
-			Call: key.CallName(tenant, b.body.key, b.id.call),
+			Call: key.CallName(tenant, b.body.signer.key, b.id.call),
 			Body: key.BodyName(tenant, b.id.body),
 		}
 	}
 	return req, warnings, nil
 }
 
-// admit takes a build slot.
+// open unseals secrets, one envelope after the other: each may take much memory for a
+// short time.
+func (s *Server) open(private, envelope []byte) (map[string][]byte, error) {
+	s.unseal.Lock()
+	defer s.unseal.Unlock()
+	return sealed.Open(private, envelope)
+}
+
+// admit takes a build slot. If there is none, what is wrong with the request is said
+// before the wait for one, as far as it can be seen without decompressing anything.
+// Nothing of it is kept meanwhile but the stored body and, if there is room, its index.
 func (s *Server) admit(b *build) error {
 	start := time.Now()
+	if s.builds.acquire(b.ctx, 0) == nil {
+		s.metrics.Waited(time.Since(start))
+		return nil
+	}
+	if b.body.Index() {
+		if _, _, err := s.request(b); err != nil {
+			return err
+		}
+		b.mask = redact.New(nil)
+	}
+	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, as many as may at once", s.MaxBuilds)}
+	var wait time.Duration
+	if b.call.waits() {
+		wait, full.Code = s.QueueWait, api.QueueTimeout
+		full.Msg += ", and queue_wait has passed"
+	}
 	s.metrics.Waiting.Inc()
-	err := s.take(b.ctx, b.call, s.builds, 0, fmt.Sprintf("%d builds are running, as many as may at once", s.MaxBuilds))
+	err := s.take(b.ctx, s.builds, wait, full)
 	s.metrics.Waiting.Dec()
 	s.metrics.Waited(time.Since(start))
 	return err
@@ -284,17 +313,23 @@ func (s *Server) admit(b *build) error {
 
 var errShuttingDown = &api.Error{Code: api.ShuttingDown, Msg: "the builder is shutting down"}
 
-// refuse answers and logs a request that did not become a build. key is the one
-// that signed it, nil where none is known to have.
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error, key []byte) {
+// refuse answers and logs a request that did not become a build. body is nil unless its
+// signature has passed.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error, body *upload) {
 	e := api.AsError(err)
 	s.metrics.Refused(e.Code)
-	event := c.log.Warn()
-	if e.Code == api.Internal {
-		event = c.log.Error()
+	if body != nil || e.Code == api.Internal || s.refusals.allow(s.Log) {
+		event := c.log.Warn()
+		if e.Code == api.Internal {
+			event = c.log.Error()
+		}
+		event.Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	}
-	event.Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
-	refuse(w, r, c.start, e, key)
+	opts := reply.Options{ID: c.id, Start: c.start}
+	if body != nil {
+		opts.Sign, opts.Request = body.signer.sign, body.request()
+	}
+	refuse(w, r, e, opts)
 }
 
 func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.Duration, err error) {
@@ -321,6 +356,3 @@ func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.D
 	}
 	event.Msg("build ended")
 }
-
-// maxCallID is longer than any id that a gateway makes.
-const maxCallID = 128

@@ -38,8 +38,8 @@ func (s *Server) contextDigest(r *http.Request) (string, error) {
 
 // headContext says with 200 or 404 whether a context is there.
 func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
-	start := time.Now()
-	_, err := s.signedBy(r)
+	id, _ := nameCall(w, r)
+	by, err := s.signedBy(r)
 	var digest string
 	if err == nil {
 		digest, err = s.contextDigest(r)
@@ -52,7 +52,7 @@ func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
 	}
 	if err != nil {
-		refuse(w, r, start, api.AsError(err), nil)
+		refuse(w, r, api.AsError(err), reply.Options{ID: id, Sign: by.sign})
 		return
 	}
 	w.WriteHeader(http.StatusOK)
@@ -62,14 +62,14 @@ func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 // checked as a build's is, and reaches the registry only after its signature has
 // passed.
 func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
-	c := s.newCall(r)
+	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
 		s.refuse(w, r, c, errShuttingDown, nil)
 		return
 	}
 	defer end()
-	body, err := s.receive(w, r, c, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
+	body, err := s.receive(w, r, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
 	if err != nil {
 		s.refuse(w, r, c, err, nil)
 		return
@@ -84,7 +84,7 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 		there, err = s.storeContext(ctx, digest, body)
 	}
 	if err != nil {
-		s.refuse(w, r, c, because(ctx, err), body.key)
+		s.refuse(w, r, c, because(ctx, err), body)
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
@@ -93,17 +93,22 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusOK
 	}
 	answer := struct {
-		Digest string `json:"digest"`
-		Bytes  int64  `json:"bytes"`
-	}{digest, body.Size()}
-	opts := reply.Options{NotBefore: time.Now().Add(settle), Signer: signer(body.key)}
+		Digest  string `json:"digest"`
+		Bytes   int64  `json:"bytes"`
+		ID      string `json:"id"`
+		Request string `json:"request"`
+	}{digest, body.Size(), c.id, body.request()}
+	opts := reply.Options{NotBefore: time.Now().Add(settle), Sign: body.signer.sign}
 	if err := reply.Value(w, status, answer, opts); err != nil {
 		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 
+// maxChecks is how many contexts that are sent ahead are decompressed and indexed at once.
+const maxChecks = 2
+
 func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {
-	if _, err := body.Payload(); err != nil {
+	if err := s.checkContext(ctx, body); err != nil {
 		return false, err
 	}
 	if err := checkDigest(body.Spool, digest); err != nil {
@@ -113,6 +118,18 @@ func (s *Server) storeContext(ctx context.Context, digest string, body *upload) 
 		return there, err
 	}
 	return false, s.Contexts.Put(ctx, digest, body.Size(), func() io.Reader { return body.Raw() })
+}
+
+// checkContext reads a context as the build that names it will.
+func (s *Server) checkContext(ctx context.Context, body *upload) error {
+	full := &api.Error{Code: api.QueueTimeout, Msg: "other contexts are being checked, and queue_wait has passed"}
+	if err := s.take(ctx, s.checks, s.QueueWait, full); err != nil {
+		return err
+	}
+	defer s.checks.release()
+	body.Charge(nil, s.disk)
+	_, err := body.Payload()
+	return err
 }
 
 func checkDigest(spool *payload.Spool, want string) error {
@@ -138,11 +155,12 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 		return nil, nil, err
 	}
 	defer stream.Close()
-	spool, err := payload.Receive(stream, io.Discard, payload.Options{
+	spool, err := payload.Receive(nil, stream, io.Discard, payload.Options{
 		Limits:      s.Limits,
 		Dir:         s.TempDir,
-		Memory:      s.SpoolMemory,
-		TimeKey:     s.isolationKey(b.body.keys).TimeKey(tenant),
+		InMemory:    s.SpoolMemory,
+		Disk:        s.disk.Open(),
+		ContentKey:  s.isolationKey(b.body.keys).ContentKey(),
 		SHA256:      true,
 		ContextOnly: true,
 	})

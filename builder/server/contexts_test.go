@@ -70,7 +70,7 @@ func (f *fixture) context(t *testing.T, method, digest string, body []byte) *htt
 	if method == http.MethodHead {
 		signed = []byte(method + " " + path)
 	}
-	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), signed))
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", signed))
 	return r
 }
 
@@ -101,8 +101,9 @@ func TestContexts(t *testing.T) {
 		}{{"HEAD", 404}, {"PUT", 201}, {"HEAD", 200}, {"PUT", 200}} {
 			if a := f.do(t, f.context(t, want.method, digest, body)); a.status != want.status {
 				t.Errorf("%s: %d, %s: %d %s, want %d", form, i, want.method, a.status, a.body, want.status)
-			} else if got, told := a.header.Get(api.SignatureHeader), fmt.Sprintf("{\n  \"digest\": %q,\n  \"bytes\": %d\n}\n", digest, len(body)); want.method == "PUT" &&
-				(a.body != told || got != signature.Sign([]byte(secret), []byte(told))) {
+			} else if got, told := a.header.Get(api.SignatureHeader), fmt.Sprintf("{\n  \"digest\": %q,\n  \"bytes\": %d,\n  \"id\": %q,\n  \"request\": %q\n}\n",
+				digest, len(body), a.header.Get(api.CallIDHeader), strings.TrimPrefix(digest, "sha256:")); want.method == "PUT" &&
+				(a.body != told || got != signature.Sign([]byte(secret), "", []byte(told))) {
 				t.Errorf("%s: %d: told %s, signed %q, want %s", form, i, a.body, got, told)
 			}
 		}
@@ -190,7 +191,7 @@ func TestContextsRefused(t *testing.T) {
 		"too large":        {request: func(f *fixture) *http.Request { return f.context(t, "PUT", digest, make([]byte, 1<<20+1)) }, status: 413, code: api.TooLarge},
 		"wrong signature": {request: func(f *fixture) *http.Request {
 			r := f.context(t, "PUT", digest, body)
-			r.Header.Set(api.SignatureHeader, signature.Sign([]byte("x"), body))
+			r.Header.Set(api.SignatureHeader, signature.Sign([]byte("x"), "", body))
 			return r
 		}, status: 401, code: api.Unauthorized},
 		"no signature": {request: func(f *fixture) *http.Request {
@@ -213,7 +214,7 @@ func TestContextsRefused(t *testing.T) {
 			if a.status != tt.status || a.rec.Code != tt.code {
 				t.Errorf("%d %s, want %d %s", a.status, a.body, tt.status, tt.code)
 			}
-			want := signature.Sign([]byte(secret), []byte(a.body))
+			want := signature.Sign([]byte(secret), "", []byte(a.body))
 			if a.status == http.StatusUnauthorized || a.status == http.StatusRequestEntityTooLarge {
 				want = "" // no signature has passed
 			}
@@ -231,7 +232,7 @@ func TestContextsRefused(t *testing.T) {
 			t.Errorf("%d", a.status)
 		}
 		r := f.context(t, "HEAD", digest, nil)
-		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), []byte("HEAD /contexts/"+other)))
+		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", []byte("HEAD /contexts/"+other)))
 		if a := f.do(t, r); a.status != http.StatusUnauthorized {
 			t.Errorf("another's signature: %d", a.status)
 		}
@@ -244,7 +245,7 @@ func TestContextsRefused(t *testing.T) {
 		} {
 			f := start(t, &scripted{}, change)
 			for _, digest := range []string{digest, "sha256:abc"} {
-				for _, sign := range [][]string{nil, {"sha256=abc"}, {signature.Sign([]byte("x"), body)}} {
+				for _, sign := range [][]string{nil, {"sha256=abc"}, {signature.Sign([]byte("x"), "", body)}} {
 					r := f.context(t, "PUT", digest, body)
 					r.Header[api.SignatureHeader] = sign
 					if a := f.do(t, r); a.status != http.StatusUnauthorized || a.header.Get(api.SignatureHeader) != "" {

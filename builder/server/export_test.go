@@ -1,4 +1,8 @@
 package server
 
-// Receiving is how many bodies are being received.
-func (s *Server) Receiving() int { return len(s.uploads) }
+// Uploading is how many upload slots are taken.
+func (s *Server) Uploading() int {
+	s.intake.mu.Lock()
+	defer s.intake.mu.Unlock()
+	return s.intake.slots - s.intake.free
+}

@@ -74,7 +74,7 @@ func TestSecondDeliveryJoins(t *testing.T) {
 		if a.status != http.StatusOK || a.rec.Digest != "sha256:abc" || !slices.Equal(a.rec.Log, []string{"first", "second"}) {
 			t.Errorf("%s: %d %s", name, a.status, a.body)
 		}
-		if want := signature.Sign([]byte(secret), []byte(a.body)); a.header.Get(api.SignatureHeader) != want {
+		if want := signature.Sign([]byte(secret), "", []byte(a.body)); a.header.Get(api.SignatureHeader) != want {
 			t.Errorf("%s: signed %q, want %q", name, a.header.Get(api.SignatureHeader), want)
 		}
 	}
@@ -114,18 +114,18 @@ func TestOnlyDeliveriesJoin(t *testing.T) {
 func TestKeysDoNotJoin(t *testing.T) {
 	solver := &scripted{}
 	f := start(t, solver, func(c *server.Config) {
-		c.PayloadSecret = func() ([]byte, error) { return []byte(secret + "\nother key"), nil }
+		c.PayloadSecret = func() ([]byte, error) { return []byte(secret + "\nanother-payload-secret"), nil }
 	})
 	body := pack(t, config)
 	<-f.deliver(t, "call", body)
-	<-f.deliver(t, "call", body, api.SignatureHeader, signature.Sign([]byte("other key"), body))
+	<-f.deliver(t, "call", body, api.SignatureHeader, signature.Sign([]byte("another-payload-secret"), "", body))
 	if n := solver.calls.Load(); n != 2 {
 		t.Errorf("%d builds, want 2", n)
 	}
-	if a := f.verdict(t, "call", "other key"); a.status != http.StatusOK {
+	if a := f.verdict(t, "call", "another-payload-secret"); a.status != http.StatusOK {
 		t.Errorf("its own verdict: %d %s", a.status, a.body)
 	}
-	if a := f.verdict(t, "call", secret+"\nother key"); a.status != http.StatusNotFound {
+	if a := f.verdict(t, "call", secret+"\nanother-payload-secret"); a.status != http.StatusNotFound {
 		t.Errorf("a key that built nothing: %d %s", a.status, a.body)
 	}
 }
@@ -219,7 +219,7 @@ func TestLastToLeaveCancels(t *testing.T) {
 
 // signed says that an answer is, with the usual key.
 func (a answer) signed() bool {
-	return a.header.Get(api.SignatureHeader) == signature.Sign([]byte(secret), []byte(a.body))
+	return a.header.Get(api.SignatureHeader) == signature.Sign([]byte(secret), "", []byte(a.body))
 }
 
 func (f *fixture) verdict(t testing.TB, id, key string) answer {
@@ -229,7 +229,7 @@ func (f *fixture) verdict(t testing.TB, id, key string) answer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(key), []byte("GET "+path)))
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(key), "", []byte("GET "+path)))
 	return f.do(t, r)
 }
 
@@ -250,7 +250,7 @@ func TestVerdict(t *testing.T) {
 	if a.status != http.StatusOK || a.rec.Status != api.Success || a.rec.Digest != "sha256:abc" || len(a.rec.Log) != 2 || a.rec.Duration < 0 {
 		t.Errorf("after: %d %s", a.status, a.body)
 	}
-	if want := signature.Sign([]byte(secret), []byte(a.body)); a.header.Get(api.SignatureHeader) != want {
+	if want := signature.Sign([]byte(secret), "", []byte(a.body)); a.header.Get(api.SignatureHeader) != want {
 		t.Errorf("signed %q, want %q", a.header.Get(api.SignatureHeader), want)
 	}
 	<-f.deliver(t, "bad", pack(t, `{"image":7}`))

@@ -12,6 +12,7 @@ import (
 	handler "github.com/openfaas/templates-sdk/go-http"
 
 	"handler/function/api"
+	"handler/function/reply"
 	"handler/function/sealed"
 	"handler/function/solve"
 )
@@ -19,12 +20,12 @@ import (
 // plain serves an OpenFaaS FunctionHandler: a small answer that needs no body.
 func plain(h handler.FunctionHandler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		start := time.Now()
 		req := handler.Request{Header: r.Header, QueryString: r.URL.RawQuery, Method: r.Method, Host: r.Host}
 		req.WithContext(r.Context())
 		res, err := h.Handle(req)
 		if err != nil {
-			refuse(w, r, start, api.AsError(err), nil)
+			id, _ := nameCall(w, r)
+			refuse(w, r, api.AsError(err), reply.Options{ID: id})
 			return
 		}
 		for key, values := range res.Header {
@@ -54,13 +55,13 @@ func (h readiness) Handle(handler.Request) (handler.Response, error) {
 	if h.s.DisableHMAC {
 		return text(http.StatusOK, "ready"), nil
 	}
-	keys, err := h.s.keys()
+	keys, err := h.s.keys.now()
 	if err != nil {
 		h.s.Log.Warn().Err(err).Msg("not ready: reading the payload secret")
 		return text(http.StatusServiceUnavailable, "the payload secret cannot be read"), nil
 	}
 	if len(keys) == 0 {
-		return text(http.StatusServiceUnavailable, "the payload secret is empty"), nil
+		return text(http.StatusServiceUnavailable, noKey), nil
 	}
 	return text(http.StatusOK, "ready"), nil
 }

@@ -5,7 +5,7 @@ package server
 
 import (
 	"context"
-	"errors"
+	"crypto/rand"
 	"net/http"
 	"strings"
 	"sync"
@@ -14,12 +14,11 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
-	"handler/function/isolation"
+	"handler/function/budget"
 	"handler/function/metrics"
 	"handler/function/page"
 	"handler/function/payload"
 	"handler/function/reply"
-	"handler/function/signature"
 	"handler/function/solve"
 )
 
@@ -49,6 +48,9 @@ type Config struct {
 	// DisableHMAC builds what anybody sends.
 	DisableHMAC bool
 
+	// RequireTimestamp refuses requests that have no X-Build-Timestamp.
+	RequireTimestamp bool
+
 	// FallbackSecret stands in for the payload secret where isolation derives
 	// its key, when DisableHMAC is set and there is no secret.
 	FallbackSecret []byte
@@ -72,10 +74,11 @@ type Config struct {
 	Limits      payload.Limits
 	SpoolMemory int64  // bytes of a body kept in memory
 	TempDir     string // where the rest of it goes
+	SpoolBytes  int64  // of all bodies there together; half of it before their signatures have passed
 
 	MaxBuilds       int
 	MaxUploads      int
-	QueueWait       time.Duration // that a streaming or queued caller waits for a slot
+	QueueWait       time.Duration // that a streaming or queued caller waits for a build slot
 	BuildTimeout    time.Duration // that a context sent ahead may take from the registry; the Solver has its own
 	ShutdownTimeout time.Duration // that builds get after Shutdown
 	UploadMinRate   int64         // bytes per second, averaged, after UploadGrace
@@ -85,18 +88,29 @@ type Config struct {
 	Log     zerolog.Logger
 }
 
+// waitingMemory is what builds that wait for a slot keep in memory, all together, in
+// bytes. What finds no room is read again from the disk when the slot is there.
+const waitingMemory = 64 << 20
+
 // tenant is the only one there is.
 const tenant = "default"
 
 // Server is the builder's http.Handler.
 type Server struct {
 	Config
-	metrics *metrics.Metrics
-	routes  map[string]map[string]http.Handler
-	builds  slots
-	uploads slots
-	flights flights
-	daemons daemonCount
+	metrics  *metrics.Metrics
+	routes   map[string]map[string]http.Handler
+	keys     keyring
+	intake   *intake
+	disk     *budget.Budget // of all bodies
+	unsigned *budget.Budget // of it, for those whose signature has not passed
+	waiting  *budget.Budget // of memory, for builds that wait for a slot
+	builds   slots
+	checks   slots // of contexts that are sent ahead
+	unseal   sync.Mutex
+	flights  flights
+	daemons  daemonCount
+	refusals refusals
 
 	// draining ends when Shutdown is called; stopped, when the time that builds
 	// get after that is over.
@@ -118,12 +132,17 @@ type Server struct {
 func New(cfg Config) *Server {
 	s := &Server{
 		Config:  cfg,
+		keys:    keyring{read: cfg.PayloadSecret, log: cfg.Log},
+		disk:    budget.New(cfg.SpoolBytes),
+		waiting: budget.New(waitingMemory),
 		builds:  make(slots, cfg.MaxBuilds),
-		uploads: make(slots, cfg.MaxUploads),
+		checks:  make(slots, maxChecks),
 		flights: flights{all: make(map[flightID]*flight)},
 	}
+	s.unsigned = s.disk.Part(cfg.SpoolBytes / 2)
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
+	s.intake = newIntake(s.draining, cfg.MaxUploads, cfg.UploadMinRate, cfg.UploadGrace)
 	s.daemons.count = cfg.Solver.Daemons
 	s.metrics = metrics.New(s.daemons.get)
 
@@ -159,14 +178,14 @@ func (s *Server) route(path string) (methods map[string]http.Handler, rest strin
 // ServeHTTP matches paths as they are: there is nothing here to clean or
 // redirect.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	echoCallID(w, r)
+	id, _ := nameCall(w, r)
 	path := r.URL.Path
 	if path == "" {
 		path = "/"
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		refuse(w, r, time.Now(), &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, nil)
+		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -178,7 +197,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		refuse(w, r, time.Now(), &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, nil)
+		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
 		return
 	}
 	h.ServeHTTP(w, r)
@@ -188,55 +207,36 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // the route leaves it open.
 const segment = "segment"
 
-// signedBy checks the signature of a request that has no body: it signs its
-// method and path, with a space between. Without HMAC the key is nil.
-func (s *Server) signedBy(r *http.Request) (key []byte, err error) {
-	if s.DisableHMAC {
-		return nil, nil
-	}
-	keys, err := s.keys()
-	if err != nil {
-		return nil, &api.Error{Code: api.NotReady, Msg: "the payload secret cannot be read", Err: err}
-	}
-	mac, err := signature.Parse(r.Header.Values(api.SignatureHeader))
-	if err != nil {
-		return nil, unauthorized(err)
-	}
-	key, ok := keys.Verify(mac, []byte(r.Method+" "+r.URL.EscapedPath()))
-	if !ok {
-		return nil, unauthorized(errors.New("no key made the signature"))
-	}
-	return key, nil
-}
+// maxCallID is longer than any id that a gateway makes.
+const maxCallID = 128
 
-func echoCallID(w http.ResponseWriter, r *http.Request) {
-	if id := r.Header.Get(api.CallIDHeader); id != "" {
-		w.Header().Set(api.CallIDHeader, id)
+// nameCall returns the id of a request's build: the X-Call-Id that came with it, or one
+// made here. The answer has it in its own X-Call-Id.
+func nameCall(w http.ResponseWriter, r *http.Request) (id string, came bool) {
+	id = r.Header.Get(api.CallIDHeader)
+	if came = id != "" && len(id) <= maxCallID; !came {
+		id = w.Header().Get(api.CallIDHeader)
 	}
+	if id == "" {
+		id = rand.Text()
+	}
+	w.Header().Set(api.CallIDHeader, id)
+	return id, came
 }
 
 // Refuse answers every request where there is no Server to do it.
 func Refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
-	echoCallID(w, r)
-	refuse(w, r, time.Now(), err, nil)
+	id, _ := nameCall(w, r)
+	refuse(w, r, err, reply.Options{ID: id})
 }
 
-// refuse answers a request that did not become a build. start is when it came, and
-// key the one that signed it, nil where none is known to have.
-func refuse(w http.ResponseWriter, r *http.Request, start time.Time, err *api.Error, key []byte) {
-	opts := reply.Options{Start: start, Text: isText(r), Signer: signer(key)}
+// refuse answers a request that did not become a build.
+func refuse(w http.ResponseWriter, r *http.Request, err *api.Error, opts reply.Options) {
+	opts.Text = isText(r)
 	if r.Body != http.NoBody {
 		opts.NotBefore = time.Now().Add(settle)
 	}
 	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
-}
-
-// signer signs answers with the key that signed their request, if one did.
-func signer(key []byte) func(answer []byte) string {
-	if key == nil {
-		return nil
-	}
-	return func(answer []byte) string { return signature.Sign(key, answer) }
 }
 
 // settle is how long after the end of a body its answer may begin. A proxy made
@@ -247,24 +247,6 @@ const settle = 20 * time.Millisecond
 
 func failure(err *api.Error, image string) api.Record {
 	return api.Record{Status: api.Failed, Image: image, ImageName: image, Error: err.Msg, Code: err.Code}
-}
-
-// keys are the payload secret's now.
-func (s *Server) keys() (signature.Keys, error) {
-	secret, err := s.PayloadSecret()
-	if err != nil {
-		return nil, err
-	}
-	return signature.ParseKeys(secret), nil
-}
-
-// isolationKey is derived from the first key, and so outlives the rotation of
-// those after it.
-func (s *Server) isolationKey(keys signature.Keys) isolation.Key {
-	if len(keys) == 0 {
-		return isolation.Derive(s.FallbackSecret)
-	}
-	return isolation.Derive(keys[0])
 }
 
 // begin counts a build in, unless the server is shutting down.

@@ -59,7 +59,7 @@ func (s *scripted) Daemons(context.Context) solve.Daemons {
 	return solve.Daemons{Total: 1, Reachable: 1}
 }
 
-const secret = "payload secret"
+const secret = "the-payload-secret"
 
 type fixture struct {
 	*httptest.Server
@@ -96,7 +96,7 @@ func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture
 		Limits: payload.Limits{
 			Body: 1 << 20, Unpacked: 1 << 20, Entries: 100, Path: 200, Names: 1 << 16, Config: 1 << 16, Secrets: 1 << 16,
 		},
-		SpoolMemory: 1 << 16, TempDir: t.TempDir(),
+		SpoolMemory: 1 << 16, TempDir: t.TempDir(), SpoolBytes: 1 << 30,
 		MaxBuilds: 2, MaxUploads: 4,
 		QueueWait: 5 * time.Second, BuildTimeout: 5 * time.Second, ShutdownTimeout: 5 * time.Second,
 		UploadMinRate: 1 << 16, UploadGrace: 5 * time.Second,
@@ -142,7 +142,7 @@ func (f *fixture) request(t testing.TB, body []byte, headers ...string) *http.Re
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), body))
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", body))
 	for i := 0; i < len(headers); i += 2 {
 		r.Header.Del(headers[i])
 		if headers[i+1] != "" {
@@ -238,10 +238,14 @@ func TestReady(t *testing.T) {
 		t.Errorf("without a secret: %d %s", a.status, a.body)
 	}
 	failure, content = nil, []byte(" \n")
-	if a := get(); a.status != 503 || !strings.Contains(a.body, "empty") {
+	if a := get(); a.status != 503 || !strings.Contains(a.body, "no key") {
 		t.Errorf("with an empty secret: %d %s", a.status, a.body)
 	}
-	content = []byte("x\n")
+	content = []byte("fifteen bytes..\n")
+	if a := get(); a.status != 503 || !strings.Contains(a.body, "16 bytes") {
+		t.Errorf("with a short secret: %d %s", a.status, a.body)
+	}
+	content = []byte("sixteen bytes...\n")
 	if a := get(); a.status != 200 {
 		t.Errorf("with a secret: %d %s", a.status, a.body)
 	}
@@ -292,7 +296,7 @@ func TestBuild(t *testing.T) {
 				t.Errorf("%s, %q: warnings %q", path, accept, a.rec.Warnings)
 			}
 			if accept == "" {
-				if got, want := a.header.Get(api.SignatureHeader), signature.Sign([]byte(secret), []byte(a.body)); got != want {
+				if got, want := a.header.Get(api.SignatureHeader), signature.Sign([]byte(secret), "", []byte(a.body)); got != want {
 					t.Errorf("the answer is signed %q, want %q", got, want)
 				}
 				if strings.Join(a.rec.Log, "|") != "v: one|l: two" {
@@ -347,7 +351,7 @@ func TestSignatures(t *testing.T) {
 		}
 	})
 	good := pack(t, config)
-	sign := func(key string, body []byte) string { return signature.Sign([]byte(key), body) }
+	sign := func(key string, body []byte) string { return signature.Sign([]byte(key), "", body) }
 	envelope := func(sig string, body []byte) []byte {
 		return fmt.Appendf(nil, `{"signature":%q,"tar":%q}`, sig, base64.StdEncoding.EncodeToString(body))
 	}
@@ -399,10 +403,10 @@ func TestSignatures(t *testing.T) {
 		file, key string
 		status    int
 	}{
-		{"new\n" + secret + "\n", "new", 200},
-		{"new\n" + secret + "\n", secret, 200},
-		{"new\n" + secret + "\n", "new\n" + secret, 200},
-		{"new\n", secret, 401},
+		{"another-payload-secret\n" + secret + "\n", "another-payload-secret", 200},
+		{"another-payload-secret\n" + secret + "\n", secret, 200},
+		{"another-payload-secret\n" + secret + "\n", "another-payload-secret\n" + secret, 200},
+		{"another-payload-secret\n", secret, 401},
 		{"", "", 401},
 		{"\n", "\n", 401},
 	} {
@@ -597,7 +601,7 @@ func TestSlowUploads(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "POST /build HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nfew", signature.Sign(nil, nil))
+	fmt.Fprintf(conn, "POST /build HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nfew", signature.Sign(nil, "", nil))
 	// While it trickles, the one build slot is free.
 	if a := f.do(t, f.request(t, pack(t, config))); a.status != 200 {
 		t.Errorf("beside a slow upload: %d %s", a.status, a.body)
@@ -615,7 +619,8 @@ func TestSlowUploads(t *testing.T) {
 	}
 }
 
-// upload opens a connection that sends one byte of a body and no more.
+// upload opens a connection that sends the beginning of a body, so much that it needs a
+// slot, and no more.
 func (f *fixture) upload(t *testing.T, method, path string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", f.Listener.Addr().String())
@@ -624,7 +629,10 @@ func (f *fixture) upload(t *testing.T, method, path string) net.Conn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nc", method, path, signature.Sign(nil, nil))
+	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 10000000\r\n\r\n", method, path, signature.Sign(nil, "", nil))
+	if _, err := conn.Write(make([]byte, 1100<<10)); err != nil {
+		t.Fatal(err)
+	}
 	return conn
 }
 
@@ -646,40 +654,34 @@ func answered(t *testing.T, conn net.Conn) (status int, body string) {
 // receiving says that all of n upload slots are taken.
 func (f *fixture) receiving(t *testing.T, n int) {
 	t.Helper()
-	eventually(t, "every upload slot is taken", func() bool { return f.s.Receiving() == n })
+	eventually(t, "every upload slot is taken", func() bool { return f.s.Uploading() == n })
 }
 
-// TestUploadWaitEnds: who would not come back is not told 429 of bodies either.
-func TestUploadWaitEnds(t *testing.T) {
-	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1; c.QueueWait = 200 * time.Millisecond })
+// TestSmallBodiesNeedNoSlot: what is small is received beside a body that has every slot.
+func TestSmallBodiesNeedNoSlot(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1; c.Limits.Body = 16 << 20 })
 	f.upload(t, "POST", "/build")
 	f.receiving(t, 1)
-	body := pack(t, config)
-	for _, header := range [][2]string{{"Accept", api.NDJSONType}, {"Accept", api.SSEType}, {"X-Callback-Url", "x"}, {"User-Agent", "openfaas-ce/nats-queue-worker"}} {
-		began := time.Now()
-		a := f.do(t, f.request(t, body, header[0], header[1]))
-		if a.status != 503 || a.rec.Code != api.QueueTimeout || a.header.Get("Retry-After") == "" {
+	for _, header := range [][2]string{{"X", "x"}, {"Accept", api.NDJSONType}, {"Accept", api.SSEType}, {"X-Callback-Url", "x"}, {"User-Agent", "openfaas-ce/nats-queue-worker"}} {
+		if a := f.do(t, f.request(t, pack(t, config), header[0], header[1])); a.status != 200 {
 			t.Errorf("%v: %d %s", header, a.status, a.body)
-		}
-		if took := time.Since(began); took < 200*time.Millisecond {
-			t.Errorf("%v: told after %v", header, took)
 		}
 	}
 }
 
+// TestUploadsWait: a body that is larger waits, and the one that sends nothing makes room.
 func TestUploadsWait(t *testing.T) {
-	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1 })
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.MaxUploads = 1
+		c.Limits.Body, c.Limits.Unpacked = 16<<20, 16<<20
+	})
 	conn := f.upload(t, "POST", "/build")
 	f.receiving(t, 1)
-	waits := f.deliver(t, "call", pack(t, config))
-	select {
-	case a := <-waits:
-		t.Fatalf("answered while every slot is taken: %d %s", a.status, a.body)
-	case <-time.After(100 * time.Millisecond):
-	}
-	conn.Close()
-	if a := <-waits; a.status != 200 {
+	if a := f.do(t, f.request(t, pack(t, config, "context/x", strings.Repeat("x", 2<<20)))); a.status != 200 {
 		t.Errorf("%d %s", a.status, a.body)
+	}
+	if status, body := answered(t, conn); status != 400 || !strings.Contains(body, string(api.SlowUpload)) {
+		t.Errorf("the one that had the slot: %d %s", status, body)
 	}
 }
 
@@ -688,12 +690,13 @@ func TestShutdownEndsUploads(t *testing.T) {
 		c.ShutdownTimeout = 300 * time.Millisecond
 		c.UploadGrace = time.Minute
 		c.MaxUploads = 2
+		c.Limits.Body = 16 << 20
 		c.Contexts = &inMemory{all: map[string][]byte{}}
 	})
 	build := f.upload(t, "POST", "/build")
 	context := f.upload(t, "PUT", "/contexts/"+digestOf(nil))
 	f.receiving(t, 2)
-	waits := f.deliver(t, "call", pack(t, config))
+	waits := f.deliver(t, "call", pack(t, config, "context/x", strings.Repeat("x", 2<<20)))
 	time.Sleep(50 * time.Millisecond)
 	began := time.Now()
 	down := make(chan struct{})

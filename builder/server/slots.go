@@ -39,24 +39,17 @@ func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 
 func (s slots) release() { <-s }
 
-// take takes one of the slots for c: within QueueWait if it waits, and within
-// wait otherwise. full tells the client what there is too much of.
-func (s *Server) take(ctx context.Context, c *call, from slots, wait time.Duration, full string) error {
+// take takes one of the slots within wait, or returns full.
+func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full *api.Error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Waiting longer than the process lives is of no use.
 	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
-
-	code := api.Busy
-	if c.waits() {
-		wait, code = s.QueueWait, api.QueueTimeout
-		full += ", and queue_wait has passed"
-	}
 	switch err := from.acquire(ctx, wait); {
 	case err == nil:
 		return nil
 	case errors.Is(err, errFull):
-		return &api.Error{Code: code, Msg: full, Err: err}
+		return full
 	default:
 		return canceled(err)
 	}

@@ -17,45 +17,46 @@ const findTimeout = 30 * time.Second
 // replica built it or this one has been restarted, from the daemon's history.
 // The status is 200 for a verdict of either kind, and 202 for none yet.
 func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
-	start := time.Now()
-	rec, key, err := s.verdict(r)
+	opts := reply.Options{ID: r.PathValue(segment), Start: time.Now()}
+	rec, by, err := s.verdict(r)
+	opts.Sign = by.sign
 	if err != nil {
-		refuse(w, r, start, api.AsError(err), key)
+		refuse(w, r, api.AsError(err), opts)
 		return
 	}
 	status := http.StatusOK
 	if rec.Status == api.InProgress {
 		status = http.StatusAccepted
 	}
-	if err := reply.Object(w, status, rec, reply.Options{Signer: signer(key)}); err != nil {
+	if err := reply.Object(w, status, rec, opts); err != nil {
 		s.Log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 
-// verdict returns the key that signed the request beside an error too.
-func (s *Server) verdict(r *http.Request) (rec api.Record, key []byte, err error) {
-	key, err = s.signedBy(r)
+// verdict returns who signed the request beside an error too.
+func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error) {
+	by, err = s.signedBy(r)
 	if err != nil {
-		return rec, nil, err
+		return rec, by, err
 	}
 	id := r.PathValue(segment)
-	if f := s.flights.find(key, id); f != nil {
-		return f.now(), key, nil
+	if f := s.flights.find(by.key, id); f != nil {
+		return f.now(), by, nil
 	}
-	keys, err := s.keys()
+	keys, err := s.keys.now()
 	if err != nil && !s.DisableHMAC {
-		return rec, key, err
+		return rec, by, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
 	defer cancel()
-	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, key, id))
+	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, by.key, id))
 	if err != nil {
-		return rec, key, err
+		return rec, by, err
 	}
 	if past == nil {
-		return rec, key, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
+		return rec, by, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
 	}
-	return recordOf(past), key, nil
+	return recordOf(past), by, nil
 }
 
 // now is the flight's verdict, or how long it has been under way.

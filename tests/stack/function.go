@@ -90,7 +90,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		// Those of stack.yml, but for the wait before an idle instance ends.
 		"read_timeout": "20m", "write_timeout": "20m", "exec_timeout": "20m",
 		"healthcheck_interval": "100ms",
-		"GOMEMLIMIT":           "96MiB",
+		"GOMEMLIMIT":           "160MiB",
 	}
 	if watchdog, ok := FindWatchdog(); ok && c.Watchdog {
 		if upstream, err = FreePort(); err != nil {

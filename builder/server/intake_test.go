@@ -1,0 +1,333 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"handler/function/api"
+)
+
+// client is a body that comes as a test has it come, and keeps to its read deadline.
+type client struct {
+	*httptest.ResponseRecorder
+	size  int           // of the body, in bytes
+	piece int           // bytes at once
+	pause time.Duration // before each of the head
+	after time.Duration // before each of what follows
+
+	mu       sync.Mutex
+	deadline *time.Timer
+	ended    chan struct{} // closed by it
+}
+
+func newClient(size, piece int, pause time.Duration) *client {
+	return &client{ResponseRecorder: httptest.NewRecorder(), size: size, piece: piece, pause: pause, ended: make(chan struct{})}
+}
+
+func (c *client) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.deadline != nil && !c.deadline.Stop() {
+		c.ended = make(chan struct{}) // the last one has passed
+	}
+	ended := c.ended
+	c.deadline = time.AfterFunc(time.Until(t), func() { close(ended) })
+	return nil
+}
+
+// late is closed when the deadline passes.
+func (c *client) late() chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended
+}
+
+func (c *client) Read(b []byte) (int, error) {
+	select {
+	case <-time.After(c.pause):
+	case <-c.late():
+		return 0, os.ErrDeadlineExceeded
+	}
+	if c.size == 0 {
+		return 0, io.EOF
+	}
+	n := min(len(b), c.piece, c.size)
+	c.size -= n
+	return n, nil
+}
+
+// arrive has a body begin.
+func (c *client) arrive(t *testing.T, in *intake) *arrival {
+	t.Helper()
+	a, err := in.arrive(t.Context(), c, http.NewResponseController(c))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// leave has an arrival leave, and nothing of its client goes on.
+func (c *client) leave(a *arrival) {
+	a.leave()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.deadline != nil {
+		c.deadline.Stop()
+	}
+}
+
+// receive reads a body as spoolBody does, and leaves.
+func (c *client) receive(a *arrival) error {
+	defer c.leave(a)
+	defer a.memory.Close()
+	_, whole, err := a.readHead(func(byte) error { return nil })
+	if err != nil || whole {
+		return err
+	}
+	if err := a.takeSlot(); err != nil {
+		return err
+	}
+	c.pause = c.after
+	_, err = io.CopyBuffer(discard{}, struct{ io.Reader }{a}, make([]byte, 10<<20))
+	return err
+}
+
+// discard has no ReadFrom, so that a copy to it uses its buffer.
+type discard struct{}
+
+func (discard) Write(b []byte) (int, error) { return len(b), nil }
+
+func testIntake(slots int) *intake {
+	return newIntake(context.Background(), slots, 64<<10, 10*time.Second)
+}
+
+func code(err error) api.Code {
+	if err == nil {
+		return ""
+	}
+	return api.AsError(bodyError(err)).Code
+}
+
+// TestPace: what a body's reader takes between two reads is not held against the
+// client, what the client takes is.
+func TestPace(t *testing.T) {
+	read := func(t *testing.T, slow, between time.Duration) error {
+		in := newIntake(context.Background(), 1, 1, 10*time.Second)
+		c := newClient(20, 1, slow)
+		a := c.arrive(t, in)
+		defer c.leave(a)
+		for range 20 {
+			if _, err := a.Read(make([]byte, 1)); err != nil {
+				return err
+			}
+			time.Sleep(between)
+		}
+		return nil
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if err := read(t, time.Second, time.Minute); err != nil {
+			t.Errorf("at the rate, with a slow reader: %v", err)
+		}
+		if err := read(t, 3*time.Second, 0); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("below the rate: %v", err)
+		}
+	})
+}
+
+// TestHead: a body of up to 1 MiB needs no slot.
+func TestHead(t *testing.T) {
+	for size, wantWhole := range map[int]bool{0: true, 1: true, leastHead: true, leastHead + 1: true, headSize - 1: true, headSize: true, headSize + leastHead: false, headSize + 2*leastHead: false} {
+		synctest.Test(t, func(t *testing.T) {
+			in := testIntake(1)
+			c := newClient(size, 700, 0)
+			a := c.arrive(t, in)
+			head, whole, err := a.readHead(func(byte) error { return nil })
+			if err != nil || whole != wantWhole || whole && len(head) != size {
+				t.Errorf("%d bytes: %d, whole is %v, %v", size, len(head), whole, err)
+			}
+			if used := in.heads.Used(); used != int64(cap(head)) {
+				t.Errorf("%d bytes: %d are counted, and %d taken", size, used, cap(head))
+			}
+			a.memory.Close()
+			c.leave(a)
+			if in.memory.Used() != 0 || in.heads.Used() != 0 || len(in.arrivals) != 0 {
+				t.Errorf("%d bytes: something is left", size)
+			}
+		})
+	}
+}
+
+// TestSlowestEnds: a body that waits for a slot ends the slowest upload that is below
+// 256 KiB/s, and no other.
+func TestSlowestEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(3)
+		ends := make(chan string, 10)
+		upload := func(name string, rate int) {
+			c := newClient(100<<20, rate, 0)
+			c.after = time.Second
+			a := c.arrive(t, in)
+			go func() { ends <- name + " " + string(code(c.receive(a))) }()
+			synctest.Wait()
+		}
+		upload("fast", 10<<20)
+		upload("slower", 100<<10)
+		upload("slowest", 80<<10)
+		time.Sleep(60 * time.Second)
+		select {
+		case end := <-ends:
+			if end != "fast " {
+				t.Fatalf("%q ended while nobody waited", end)
+			}
+		default:
+		}
+		upload("second", 10<<20)
+		upload("third", 10<<20)
+		time.Sleep(time.Second)
+		got := []string{<-ends, <-ends, <-ends, <-ends}
+		slices.Sort(got[1:3]) // they come to their end together
+		if want := []string{"slowest slow_upload", "second ", "third ", "slower "}; !slices.Equal(got, want) {
+			t.Errorf("ended: %q, want %q", got, want)
+		}
+	})
+}
+
+// TestFastKeepTheirSlots: where nobody is slow, whoever waits is told to come back.
+func TestFastKeepTheirSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(1)
+		fast := newClient(100<<20, 1<<20, 0)
+		fast.after = time.Second
+		a := fast.arrive(t, in)
+		ended := make(chan error, 1)
+		go func() { ended <- fast.receive(a) }()
+		time.Sleep(5 * time.Second)
+
+		began := time.Now()
+		c := newClient(2<<20, 1<<20, 0)
+		err := c.receive(c.arrive(t, in))
+		if code(err) != api.Busy || time.Since(began) != uploadWait {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		// A small one needs no slot.
+		c = newClient(1<<20, 1<<20, 0)
+		if err := c.receive(c.arrive(t, in)); err != nil {
+			t.Error(err)
+		}
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestHeadsAreSpent: those who have all the memory for heads, and do nothing with it or
+// wait for more, make room for a body that goes on.
+func TestHeadsAreSpent(t *testing.T) {
+	const n = 150
+	for name, test := range map[string]struct{ sent, piece int }{
+		"stand still":   {200 << 10, 200 << 10},
+		"want more":     {300 << 10, 300 << 10},
+		"wait for more": {1 << 20, 1 << 20},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			in := testIntake(16)
+			ends := make(chan error, n)
+			for range n {
+				c := newClient(1<<30, test.piece, 0)
+				a := c.arrive(t, in)
+				a.body = io.MultiReader(io.LimitReader(c, int64(test.sent)), readerFunc(func([]byte) (int, error) {
+					<-c.late()
+					return 0, os.ErrDeadlineExceeded
+				}))
+				go func() { ends <- c.receive(a) }()
+			}
+			time.Sleep(time.Second)
+			if used := in.heads.Used(); used < headMemory/2 || used > headMemory {
+				t.Errorf("%s: %d bytes of heads are used", name, used)
+			}
+			for range 3 {
+				began := time.Now()
+				c := newClient(200<<10, 64<<10, time.Millisecond)
+				if err := c.receive(c.arrive(t, in)); err != nil || time.Since(began) > 2*time.Second {
+					t.Errorf("%s: after %v: %v", name, time.Since(began), err)
+				}
+				time.Sleep(time.Second)
+			}
+			for range n {
+				if err := <-ends; code(err) != api.SlowUpload && code(err) != api.Busy {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			if in.memory.Used() != 0 || len(in.arrivals) != 0 || in.free != 16 {
+				t.Errorf("%s: something is left", name)
+			}
+		})
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
+
+// TestManyArrivals: as many bodies as there are, and more, that send nothing.
+func TestManyArrivals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(1)
+		ends := make(chan error, 3*maxArrivals)
+		for range maxArrivals {
+			c := newClient(1, 1, time.Hour)
+			a := c.arrive(t, in)
+			go func() { ends <- c.receive(a) }()
+		}
+		time.Sleep(time.Second)
+		for range 100 {
+			c := newClient(5000, 5000, 0)
+			if err := c.receive(c.arrive(t, in)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if n := len(ends); n < 1 || n > 100 {
+			t.Errorf("%d were ended", n)
+		}
+		in.mu.Lock()
+		for a := range in.arrivals {
+			a.end(errShuttingDown)
+		}
+		in.mu.Unlock()
+		synctest.Wait()
+		if len(in.arrivals) != 0 {
+			t.Errorf("%d are left", len(in.arrivals))
+		}
+	})
+}
+
+// TestAmbiguous: what is signed as one thing is taken for no other.
+func TestAmbiguous(t *testing.T) {
+	tar := strings.Repeat("\x00", 1024)
+	for message, want := range map[string]bool{
+		"GET /builds/x": true, "HEAD /contexts/sha256:00": true, "DELETE /builds/x?attempt=1": true, "1795915276.GET /builds": true,
+		"1795915276." + tar: true, "1.\x1f\x8b\x08": true, "1.\x28\xb5\x2f\xfd": true, `1.{"log":[]}`: true,
+		"{\n  \"log\": []\n}\n": true, "1795915276.{\n  \"log\": []": true, "id: x\n\nfailed: busy": true, "1795915276.id: x\n": true,
+		tar: false, "\x1f\x8b": false, "{\"signature\":\"\"": false, "": false, "1795915276": false, "GET": false, "GET of/x": false,
+		"123.txt" + tar: false, "1795915276.context/x" + tar: false,
+	} {
+		if ambiguous([]byte(message)) != want {
+			t.Errorf("%.40q: want %v", message, want)
+		}
+	}
+	if !ambiguous(bytes.Join([][]byte{[]byte("1795915276."), []byte(tar)}, nil)[:1024]) {
+		t.Error("a tar after a timestamp, its beginning alone")
+	}
+}
