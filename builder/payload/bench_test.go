@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -77,6 +78,41 @@ func BenchmarkReceive(b *testing.B) {
 			resp.Body.Close()
 		}
 	})
+}
+
+// BenchmarkManyFiles says what is left to do after the last byte of a tar of many files:
+// they are put in order, and get their times.
+func BenchmarkManyFiles(b *testing.B) {
+	var took time.Duration
+	for b.Loop() {
+		body := &timedReader{r: &manyEntries{n: 199_000, name: 108}}
+		s, err := receiveBody(body, io.Discard, testOptions(b))
+		if err != nil {
+			b.Fatal(err)
+		}
+		p, err := s.Payload()
+		if err != nil {
+			b.Fatal(err)
+		}
+		p.Context.SetTimes(timeKey)
+		took += time.Since(body.ended)
+		s.Close()
+	}
+	b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "ms-after-last-byte")
+}
+
+// timedReader says when r ended.
+type timedReader struct {
+	r     io.Reader
+	ended time.Time
+}
+
+func (t *timedReader) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	if err == io.EOF {
+		t.ended = time.Now()
+	}
+	return n, err
 }
 
 // benchTar has about size bytes, in files of 1 MiB that compress to half.

@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/minio/highwayhash"
@@ -43,7 +44,8 @@ var errMemory = errors.New("indexing payload: no memory is left for it")
 // What an index takes of memory, in bytes. TestIndexMemory compares it with what the
 // runtime says.
 const (
-	entryMemory = 200      // of an entry beside its names
+	entryMemory = 112      // of an entry beside its names
+	pathMemory  = 64       // of an entry, until all are there
 	leastTaken  = 64 << 10 // is taken at once
 )
 
@@ -67,7 +69,7 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (_ *Payload, err error)
 	}
 	defer func() {
 		if err != nil {
-			x.memory.Give(x.taken)
+			x.give(x.taken)
 		}
 	}()
 	x.tr = tar.NewReader(x.in)
@@ -194,13 +196,19 @@ func (x *indexer) after() string {
 	return "entry " + quote(x.last)
 }
 
+// give gives n bytes of memory back.
+func (x *indexer) give(n int64) {
+	x.memory.Give(n)
+	x.taken -= n
+}
+
 // add takes in one entry, with its data.
 func (x *indexer) add(hdr *tar.Header) error {
 	x.last = shorten(hdr.Name)
 	if x.count++; x.count > x.limits.Entries {
 		return tooLarge("tar entry %s: over the limit of %d entries (max_entries)", quote(x.last), x.limits.Entries)
 	}
-	if err := x.take(entryMemory); err != nil {
+	if err := x.take(entryMemory + pathMemory); err != nil {
 		return err
 	}
 	if err := x.checkType(hdr); err != nil {
@@ -469,11 +477,12 @@ func (x *indexer) finish() (*Context, error) {
 	}
 	x.taken, x.owed = x.taken+x.owed, 0
 	x.paths, x.others = nil, nil
+	x.give(int64(x.count) * pathMemory)
 	entries := x.entries.take()
 	inodes := x.inodes.take()
 	sums := x.sums.take()
 
-	slices.SortFunc(entries, func(a, b Entry) int { return ComparePath(a.Path, b.Path) })
+	entries = sortEntries(entries)
 	first := make([]int32, len(inodes)) // by inode, the entry's index + 1
 	for i := range entries {
 		e := &entries[i]
@@ -488,6 +497,29 @@ func (x *indexer) finish() (*Context, error) {
 		first[e.inode] = int32(i + 1)
 	}
 	return &Context{entries: entries, inodes: inodes, sums: sums}, nil
+}
+
+// sortEntries puts entries in the order of ComparePath, each half on a processor of its
+// own.
+func sortEntries(entries []Entry) []Entry {
+	compare := func(a, b Entry) int { return ComparePath(a.Path, b.Path) }
+	a, b := entries[:len(entries)/2], entries[len(entries)/2:]
+	var work sync.WaitGroup
+	work.Go(func() { slices.SortFunc(a, compare) })
+	slices.SortFunc(b, compare)
+	work.Wait()
+	if len(a) == 0 || compare(a[len(a)-1], b[0]) < 0 {
+		return entries
+	}
+	merged := make([]Entry, 0, len(entries))
+	for len(a) > 0 && len(b) > 0 {
+		if compare(a[0], b[0]) < 0 {
+			merged, a = append(merged, a[0]), a[1:]
+		} else {
+			merged, b = append(merged, b[0]), b[1:]
+		}
+	}
+	return append(append(merged, a...), b...)
 }
 
 // addParents adds the directories that the tar leaves out.
@@ -510,7 +542,7 @@ func (x *indexer) addParents() error {
 		if x.count++; x.count > x.limits.Entries {
 			return tooLarge("tar entry %s: over the limit of %d entries (max_entries) with the directories that are left out", quote(x.last), x.limits.Entries)
 		}
-		if err := x.take(entryMemory); err != nil {
+		if err := x.take(entryMemory + pathMemory); err != nil {
 			return err
 		}
 		if err := x.charge(len(parent)); err != nil {

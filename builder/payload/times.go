@@ -7,7 +7,9 @@ import (
 	"encoding/binary"
 	"math"
 	"math/bits"
+	"runtime"
 	"slices"
+	"sync"
 
 	"github.com/minio/highwayhash"
 )
@@ -54,25 +56,12 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 			files = append(files, timedFile{e.ModTime, int32(i)})
 		}
 	}
-	// Stable, so that a group's files stay in the order of their paths.
-	slices.SortStableFunc(files, func(a, b timedFile) int { return cmp.Compare(a.time, b.time) })
+	// A group's files are in the order of their paths.
+	slices.SortFunc(files, func(a, b timedFile) int {
+		return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.entry, b.entry))
+	})
 
-	mac := hmac.New(sha256.New, key[:])
-	var buf []byte
-	groupHash := func(group []timedFile) uint64 {
-		mac.Reset()
-		for _, f := range group {
-			e := &entries[f.entry]
-			buf = binary.BigEndian.AppendUint64(buf[:0], uint64(len(e.Path)))
-			buf = append(buf, e.Path...)
-			buf = append(buf, sums[e.inode][:]...)
-			mac.Write(buf)
-		}
-		buf = mac.Sum(buf[:0])
-		return binary.BigEndian.Uint64(buf)
-	}
-
-	times := make([]int64, len(sums)) // by inode
+	var groups []group
 	for len(files) > 0 {
 		sec := floorSecond(files[0].time)
 		n := 1
@@ -81,19 +70,50 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 		}
 		// Of a power of two, so that one file more or less seldom changes it.
 		least := int64(max(second>>(bits.Len(uint(n-1))+4), 1))
-		setSlots(files[:n], 0, second, least, func(group []timedFile, from, to int64) {
-			ns := from + int64(groupHash(group)%uint64(to-from))
-			for _, f := range group {
-				times[entries[f.entry].inode] = sec*second + ns
-			}
+		setSlots(files[:n], 0, second, least, func(files []timedFile, from, to int64) {
+			groups = append(groups, group{files, sec*second + from, to - from})
 		})
 		files = files[n:]
 	}
+
+	times := make([]int64, len(sums)) // by inode
+	// Where each file has a time of its own, the hashes take longer than all else.
+	var work sync.WaitGroup
+	share := (len(groups) + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0)
+	for part := range slices.Chunk(groups, max(share, 1)) {
+		work.Go(func() {
+			mac := hmac.New(sha256.New, key[:])
+			var buf []byte
+			for _, g := range part {
+				mac.Reset()
+				for _, f := range g.files {
+					e := &entries[f.entry]
+					buf = binary.BigEndian.AppendUint64(buf[:0], uint64(len(e.Path)))
+					buf = append(buf, e.Path...)
+					buf = append(buf, sums[e.inode][:]...)
+					mac.Write(buf)
+				}
+				buf = mac.Sum(buf[:0])
+				ns := g.from + int64(binary.BigEndian.Uint64(buf)%uint64(g.width))
+				for _, f := range g.files {
+					times[entries[f.entry].inode] = ns
+				}
+			}
+		})
+	}
+	work.Wait()
 	for i := range entries {
 		if e := &entries[i]; e.inode != noInode {
 			e.ModTime = times[e.inode]
 		}
 	}
+}
+
+// group is the files of one time, in the order of their paths, and the slot for their
+// new time: width ns that begin at from.
+type group struct {
+	files       []timedFile
+	from, width int64
 }
 
 // timedFile is a regular file that is no hard link, and its time as it was sent.

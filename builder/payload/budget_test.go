@@ -1,0 +1,176 @@
+package payload_test
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"testing"
+
+	"handler/function/api"
+	"handler/function/budget"
+	"handler/function/payload"
+)
+
+// TestIndexMemory compares what an index says that it takes with what the runtime says.
+func TestIndexMemory(t *testing.T) {
+	for _, name := range []int{20, 60, 108} {
+		for _, n := range []int{1000, 30_000, 199_000} {
+			memory := budget.New(1 << 40)
+			opts := testOptions(t)
+			opts.Memory = memory.Open()
+			opts.InMemory = 0
+			before := liveMemory()
+			s, err := receiveBody(&manyEntries{n: n, name: name}, io.Discard, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !s.Index() {
+				t.Fatal("not indexed")
+			}
+			said, is := float64(memory.Used()), float64(liveMemory()-before)
+			if ratio := said / is; ratio < 0.9 || n > 1000 && ratio > 1.4 {
+				t.Errorf("%d entries with names of %d bytes take %.1f MiB, and say %.1f", n, name, is/(1<<20), said/(1<<20))
+			}
+			runtime.KeepAlive(s)
+			s.Close()
+			if memory.Used() != 0 {
+				t.Errorf("%d bytes are left", memory.Used())
+			}
+		}
+	}
+}
+
+// liveMemory is what the heap holds and something still refers to, in bytes.
+func liveMemory() uint64 {
+	debug.FreeOSMemory()
+	debug.FreeOSMemory()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+// TestMemorySpent: with no memory left, a body is stored and hashed all the same, and
+// indexed when there is some again.
+func TestMemorySpent(t *testing.T) {
+	var files []string
+	for i := range 2000 {
+		files = append(files, file(fmt.Sprintf("context/d%d/file%d", i%7, i), strings.Repeat("x", i)))
+	}
+	plain := archive(files...)
+	want := describe(t, mustReceive(t, plain, testOptions(t)).Context)
+	for form, body := range map[string]string{"tar": plain, "gzip": gzipped(t, plain), "zstd": zstded(t, plain), "envelope": enveloped(plain)} {
+		for _, limit := range []int64{0, 100 << 10, 1 << 20, 100 << 20} {
+			memory, disk := budget.New(limit), budget.New(1<<30)
+			unsigned := disk.Part(1 << 29)
+			opts := testOptions(t)
+			opts.Memory, opts.Disk = memory.Open(), unsigned.Open()
+			var signed strings.Builder
+			s, err := receiveBody(strings.NewReader(body), &signed, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if form != "envelope" && signed.String() != body || form == "envelope" && signed.String() != plain {
+				t.Errorf("%s, %d bytes: not all was hashed", form, limit)
+			}
+			if indexed, want := s.Index(), form == "tar" && limit == 100<<20; indexed != want {
+				t.Errorf("%s, %d bytes: indexed is %v", form, limit, indexed)
+			}
+			if used := memory.Used(); used > limit {
+				t.Errorf("%s: %d bytes of %d are used", form, used, limit)
+			}
+			// As when the signature has passed and the build waits: there is no room.
+			waiting := budget.New(10)
+			s.Charge(waiting, disk)
+			if memory.Used() != 0 || waiting.Used() > 10 || unsigned.Used() != 0 || disk.Used() < int64(len(body)) {
+				t.Errorf("%s, %d bytes: %d, %d, %d and %d are used by what waits", form, limit, memory.Used(), waiting.Used(), unsigned.Used(), disk.Used())
+			}
+			if s.Index() {
+				t.Errorf("%s, %d bytes: an index waits, without room", form, limit)
+			}
+			// And as when it has a slot.
+			s.Charge(nil, disk)
+			p, err := s.Payload()
+			if err != nil {
+				t.Fatalf("%s, %d bytes: %v", form, limit, err)
+			}
+			if got := describe(t, p.Context); strings.Join(got, "\n") != strings.Join(want, "\n") {
+				t.Errorf("%s, %d bytes: not the same context", form, limit)
+			}
+			s.Close()
+			if memory.Used() != 0 || waiting.Used() != 0 || disk.Used() != 0 {
+				t.Errorf("%s, %d bytes: %d, %d and %d are left", form, limit, memory.Used(), waiting.Used(), disk.Used())
+			}
+		}
+	}
+}
+
+// TestWaitsInMemory: what there is room for keeps its index and stays in memory.
+func TestWaitsInMemory(t *testing.T) {
+	waiting := budget.New(10 << 20)
+	opts := testOptions(t)
+	opts.Memory = budget.New(10 << 20).Open()
+	body := archive(file("context/x", strings.Repeat("x", 1<<20)))
+	s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Charge(waiting, nil)
+	if used := waiting.Used(); !s.Index() || used < int64(len(body)) || used > int64(len(body))+1<<20 {
+		t.Errorf("%d bytes are used by a body of %d", used, len(body))
+	}
+}
+
+// TestDiskSpent: what finds no room on the disk is no_space once the signature has passed,
+// and leaves nothing there.
+func TestDiskSpent(t *testing.T) {
+	plain := archive(file("context/x", strings.Repeat("x", 5<<20)))
+	for form, body := range map[string]string{"tar": plain, "gzip": gzipped(t, plain), "envelope": enveloped(plain), "envelope of gzip": enveloped(gzipped(t, plain))} {
+		for _, inMemory := range []int64{0, 1 << 20} {
+			disk := budget.New(2 << 20)
+			opts := testOptions(t)
+			opts.InMemory, opts.Disk = inMemory, disk.Part(1<<20).Open()
+			var signed strings.Builder
+			s, err := receiveBody(strings.NewReader(body), &signed, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if disk.Used() > 1<<20 || signed.Len() < len(body)*2/3 {
+				t.Errorf("%s: %d bytes on the disk, %d hashed", form, disk.Used(), signed.Len())
+			}
+			s.Charge(nil, disk)
+			if _, err := s.Payload(); code(err) != api.NoSpace || !strings.Contains(err.Error(), "max_spool_bytes") {
+				t.Errorf("%s: %v", form, err)
+			}
+			s.Close()
+			if disk.Used() != 0 {
+				t.Errorf("%s: %d bytes are left", form, disk.Used())
+			}
+			if left, err := os.ReadDir(opts.Dir); err != nil || len(left) > 0 {
+				t.Errorf("%s: %v, %v", form, left, err)
+			}
+		}
+	}
+}
+
+// TestIsBody: what may begin a body is known for it from 1 KiB.
+func TestIsBody(t *testing.T) {
+	body := archive(file("context/x", "x"))
+	long := archive(pax('x', "path=context/"+strings.Repeat("long/", 100)), file("short", "far down"))
+	for name, body := range map[string]string{"tar": body, "PAX": long[len(config):], "empty": end, "gzip": gzipped(t, body), "zstd": zstded(t, body), "envelope": enveloped(body)} {
+		if !payload.IsBody([]byte(body[:min(len(body), 1024)])) {
+			t.Errorf("%s is none", name)
+		}
+		if payload.IsBody([]byte("0" + body[:min(len(body), 1024)])) {
+			t.Errorf("%s with a byte before it is one", name)
+		}
+	}
+	for _, text := range []string{"", "GET /builds/x", "FROM scratch\n", strings.Repeat("x", 1024)} {
+		if payload.IsBody([]byte(text)) {
+			t.Errorf("%.20q is one", text)
+		}
+	}
+}
