@@ -1,7 +1,10 @@
 // Package page is the builder's face in a browser: one document that packs a
 // build context, signs it, posts it to where it came from itself, and shows the
-// build. It shares the gateway's origin with the OpenFaaS UI, so its policy lets
-// nothing run that is not in this binary.
+// build. Its policy lets nothing run that is not in this binary.
+//
+// It asks for the payload secret at the root of a host alone. Below a path, as at
+// the gateway's /function/builder, every function has its origin, and no policy of
+// this document keeps theirs from reading what is typed: there it says where to go.
 package page
 
 import (

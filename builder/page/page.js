@@ -3,8 +3,8 @@
 const CONFIG_FILE = "com.openfaas.docker.config";
 const CONTEXT_DIR = "context";
 
-// The page is served where builds are posted to, whatever the prefix.
-const endpoint = location.origin + location.pathname;
+// Builds are posted to where the page takes them, the root of a host.
+const endpoint = location.origin + "/";
 
 // Bounds of what is shown, not of what a build may print.
 const MAX_LINES = 4000;
@@ -662,68 +662,90 @@ async function describe() {
 
 // ---- Wiring
 
-$("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (!running) submit();
-});
-$("cancel").addEventListener("click", () => running?.abort());
-$("clear").addEventListener("click", () => {
-  choices++;
-  setSource(null);
-  setError("source", "");
-  $("folder").focus();
-});
-$("folder").addEventListener("change", ({ target }) => {
-  const files = [...target.files];
-  if (files.length > 0) choose(async () => pickedFolder(files));
-});
-$("archive").addEventListener("change", ({ target }) => {
-  const [file] = target.files;
-  if (file) choose(() => archiveSource(file));
-});
-
-// A file of several keys pasted into one line would be no key at all.
-$("secret").addEventListener("paste", (event) => {
-  const lines = event.clipboardData.getData("text").split(/[\r\n]+/).map(trimmed).filter(Boolean);
-  if (lines.length < 2) return;
-  event.preventDefault();
-  event.target.value = lines[0];
-});
-
-// The whole window takes a drop: beside the field it would open the file.
-let depth = 0;
-for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
-  addEventListener(type, (event) => {
+function wire() {
+  $("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (type === "dragenter") depth++;
-    if (type === "dragleave") depth--;
-    if (type === "drop") depth = 0;
-    $("drop").classList.toggle("over", depth > 0 && !running);
+    if (!running) submit();
   });
-}
-addEventListener("drop", (event) => {
-  if (running) return;
-  const dropped = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  choose(async () => {
-    if (dropped.length !== 1) throw new Problem("source", "Drop one folder, or one tar.");
-    const [entry] = dropped;
-    if (entry.isDirectory) return droppedFolder(entry);
-    return archiveSource(await new Promise((ok, fail) => entry.file(ok, fail)));
+  $("cancel").addEventListener("click", () => running?.abort());
+  $("clear").addEventListener("click", () => {
+    choices++;
+    setSource(null);
+    setError("source", "");
+    $("folder").focus();
   });
-});
+  $("folder").addEventListener("change", ({ target }) => {
+    const files = [...target.files];
+    if (files.length > 0) choose(async () => pickedFolder(files));
+  });
+  $("archive").addEventListener("change", ({ target }) => {
+    const [file] = target.files;
+    if (file) choose(() => archiveSource(file));
+  });
 
-$("log").addEventListener("scroll", () => {
-  const log = $("log");
-  view.following = log.scrollHeight - log.scrollTop - log.clientHeight < 24;
-  $("follow").hidden = view.following;
-});
-$("follow").addEventListener("click", () => {
-  view.following = true;
-  view.follow();
-  $("log").focus();
-});
-// Lines that wrap anew have another height.
-addEventListener("resize", () => view.follow());
+  // A file of several keys pasted into one line would be no key at all.
+  $("secret").addEventListener("paste", (event) => {
+    const lines = event.clipboardData.getData("text").split(/[\r\n]+/).map(trimmed).filter(Boolean);
+    if (lines.length < 2) return;
+    event.preventDefault();
+    event.target.value = lines[0];
+  });
+
+  // The whole window takes a drop: beside the field it would open the file.
+  let depth = 0;
+  for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
+    addEventListener(type, (event) => {
+      event.preventDefault();
+      if (type === "dragenter") depth++;
+      if (type === "dragleave") depth--;
+      if (type === "drop") depth = 0;
+      $("drop").classList.toggle("over", depth > 0 && !running);
+    });
+  }
+  addEventListener("drop", (event) => {
+    if (running) return;
+    const dropped = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    choose(async () => {
+      if (dropped.length !== 1) throw new Problem("source", "Drop one folder, or one tar.");
+      const [entry] = dropped;
+      if (entry.isDirectory) return droppedFolder(entry);
+      return archiveSource(await new Promise((ok, fail) => entry.file(ok, fail)));
+    });
+  });
+
+  $("log").addEventListener("scroll", () => {
+    const log = $("log");
+    view.following = log.scrollHeight - log.scrollTop - log.clientHeight < 24;
+    $("follow").hidden = view.following;
+  });
+  $("follow").addEventListener("click", () => {
+    view.following = true;
+    view.follow();
+    $("log").focus();
+  });
+  // Lines that wrap anew have another height.
+  addEventListener("resize", () => view.follow());
+
+  // Leaving would cancel the build.
+  addEventListener("beforeunload", (event) => {
+    if (running) event.preventDefault();
+  });
+
+  if (!globalThis.crypto?.subtle) {
+    $("insecure").hidden = false;
+    $("fields").disabled = $("submit").disabled = true;
+  }
+  describe();
+}
+
+// Below a path, as at the gateway's /function/builder, other functions have this
+// origin too, and could read what is typed here.
+if (location.pathname === "/") {
+  document.querySelector("main").append($("own").content);
+  wire();
+} else {
+  $("shared").hidden = false;
+}
 
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {
@@ -738,15 +760,3 @@ for (const button of document.querySelectorAll("[data-copy]")) {
     }
   });
 }
-
-// Leaving would cancel the build.
-addEventListener("beforeunload", (event) => {
-  if (running) event.preventDefault();
-});
-
-if (!globalThis.crypto?.subtle) {
-  $("insecure").hidden = false;
-  $("local-url").textContent = "http://127.0.0.1:8080" + location.pathname;
-  $("fields").disabled = $("submit").disabled = true;
-}
-describe();

@@ -262,20 +262,22 @@ func (p *tab) shoot(name string) {
 	}
 }
 
-// start returns a function and the address of its page behind a proxy that cuts
-// /function/builder off, as the gateway and its provider do.
+// start returns a function and the address of its page on a host of its own, as
+// behind a port-forward or an Ingress.
 func start(t *testing.T, c stack.FunctionConfig) (*stack.Stack, *stack.Function, string) {
 	t.Helper()
 	s, f := stack.Test(t, c)
-	return s, f, behind(t, f, "/function/builder", nil)
+	url, _ := behind(t, f, f.URL, "/", nil)
+	return s, f, url
 }
 
-// behind serves f below a prefix, with and without a slash at its end, and returns
-// its address there. answer, if not nil, may change what f answers. At the end of
-// the test nothing that was sent may hold the payload secret.
-func behind(t *testing.T, f *stack.Function, prefix string, answer func(*http.Response) error) string {
+// behind serves the URL upstream, where f is, below a prefix, with and without a
+// slash at its end, and returns its address there and what it is sent. answer, if
+// not nil, may change what f answers. At the end of the test nothing that was sent
+// may hold the payload secret.
+func behind(t *testing.T, f *stack.Function, upstream, prefix string, answer func(*http.Response) error) (string, *wire) {
 	t.Helper()
-	to, err := url.Parse(f.URL)
+	to, err := url.Parse(upstream)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -284,12 +286,12 @@ func behind(t *testing.T, f *stack.Function, prefix string, answer func(*http.Re
 		ModifyResponse: answer,
 		Rewrite: func(r *httputil.ProxyRequest) {
 			path, _ := strings.CutPrefix(r.In.URL.Path, strings.TrimSuffix(prefix, "/"))
-			r.SetURL(to)
 			r.Out.URL.Path = "/" + strings.TrimPrefix(path, "/")
 			r.Out.URL.RawPath = ""
+			r.SetURL(to)
 		},
 	}
-	var sent wire
+	sent := new(wire)
 	mux := http.NewServeMux()
 	recorded := sent.record(proxy)
 	mux.Handle(prefix, recorded)
@@ -301,7 +303,7 @@ func behind(t *testing.T, f *stack.Function, prefix string, answer func(*http.Re
 		srv.Close()
 		sent.check(t, f.Secret)
 	})
-	return srv.URL + prefix
+	return srv.URL + prefix, sent
 }
 
 // wire is what a browser has sent.
@@ -331,6 +333,13 @@ func (w *wire) record(h http.Handler) http.Handler {
 		w.mu.Unlock()
 		h.ServeHTTP(rw, r)
 	})
+}
+
+// count is the number of requests so far.
+func (w *wire) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.requests)
 }
 
 // check looks for a secret in all that was sent, in the forms that it could have.

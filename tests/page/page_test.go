@@ -142,21 +142,43 @@ func (p *tab) copied(id string) string {
 	return text
 }
 
-// TestPrefix builds where the page is at the root, as behind a port-forward or an
-// Ingress, and behind prefixes of its own.
-func TestPrefix(t *testing.T) {
-	s, f := stack.Test(t, stack.FunctionConfig{})
-	for i, prefix := range []string{"/", "/a/b", "/a/b/"} {
-		p := open(t, behind(t, f, prefix, nil))
-		p.until("description", func() bool { return strings.Contains(p.text("#about"), "builds running") })
-		ref := s.Registry.Image(fmt.Sprintf("page/prefix:v%d", i))
-		p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\n"}))
-		p.fill("image", ref)
-		p.fill("secret", f.Secret)
-		p.click("submit")
-		if title := p.ended(); title != "Pushed" || p.text("#out-image") != ref {
-			t.Errorf("%s: the build ended %q: %s", prefix, title, p.text("#build"))
+// TestShared opens the page below a path, where functions share its origin: it asks
+// for no secret, sends nothing, and says how to get to the builder's own host.
+func TestShared(t *testing.T) {
+	_, f := stack.Test(t, stack.FunctionConfig{})
+	for _, path := range []string{"/function/builder", "/function/builder/", "/a/b"} {
+		url, sent := behind(t, f, f.URL, path, nil)
+		p := open(t, url)
+		shared(p)
+		p.looks("shared")
+		p.run(chromedp.KeyEvent("\t"))
+		if got := js[string](p, `document.activeElement.dataset.copy ?? document.activeElement.tagName`); got != "forward" {
+			t.Errorf("%s: Tab leads to %q", path, got)
 		}
+		for id, want := range map[string]string{
+			"forward":   "kubectl port-forward -n openfaas-fn svc/builder 8081:8080",
+			"forwarded": "http://127.0.0.1:8081/",
+		} {
+			if got := p.copied(id); got != want {
+				t.Errorf("%s: the button of %s copies %q, not %q", path, id, got, want)
+			}
+		}
+		if n := sent.count(); n != 1 {
+			t.Errorf("%s: %d requests, not that of the document alone", path, n)
+		}
+	}
+}
+
+// shared wants the page to have nothing to build with, and to say why.
+func shared(p *tab) {
+	p.t.Helper()
+	for _, want := range []string{"every function answers below it", "Do not enter the payload secret", "an Ingress with a host of its own"} {
+		if got := p.text("#shared"); !strings.Contains(got, want) {
+			p.t.Errorf("%q is not in %q", want, got)
+		}
+	}
+	if got := js[[]string](p, `[...document.querySelectorAll("input, textarea, form")].map((e) => e.outerHTML.slice(0, 100))`); len(got) > 0 {
+		p.t.Errorf("the page has %q", got)
 	}
 }
 
@@ -206,7 +228,7 @@ func TestKeyboard(t *testing.T) {
 // prints as text, whatever it is.
 func TestFailure(t *testing.T) {
 	s, f, url := start(t, stack.FunctionConfig{})
-	p := open(t, url+"/")
+	p := open(t, url)
 	p.choose("folder", stack.Context(t, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN echo '<b id=bold>bold</b><img src=x onerror=alert(1)>'\nRUN echo almost; exit 7\n",
 	}))
@@ -286,7 +308,7 @@ func TestCancel(t *testing.T) {
 // TestLost cuts a stream off as a proxy's timeout does: cleanly.
 func TestLost(t *testing.T) {
 	s, f := stack.Test(t, stack.FunctionConfig{})
-	url := behind(t, f, "/function/builder", func(res *http.Response) error {
+	url, _ := behind(t, f, f.URL, "/", func(res *http.Response) error {
 		if strings.HasPrefix(res.Header.Get("Content-Type"), "application/x-ndjson") {
 			res.Body = struct {
 				io.Reader
@@ -332,7 +354,7 @@ func TestInsecure(t *testing.T) {
 	if got := p.text("#insecure"); !strings.Contains(got, "port-forward") || !strings.Contains(got, "https") {
 		t.Errorf("the page says %q", got)
 	}
-	if !js[bool](p, `document.getElementById("submit").disabled`) {
+	if !js[bool](p, `document.getElementById("submit").disabled`) || !js[bool](p, `document.getElementById("secret").matches(":disabled")`) {
 		t.Error("a build can be started")
 	}
 	p.looks("insecure")

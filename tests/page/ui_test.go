@@ -134,11 +134,14 @@ func TestUI(t *testing.T) {
 	u.shoot("ui")
 }
 
-// TestGateway opens the page where the gateway has it, and sees the lines of a
-// build as they come.
+// TestGateway opens the page where the gateway has it, and then on a host of its own
+// whose requests go through the gateway, as a FunctionIngress sends them: there it
+// sees the lines of a build as they come.
 func TestGateway(t *testing.T) {
 	s, f, gateway := behindGateway(t)
-	p := open(t, gateway+"/function/builder")
+	shared(open(t, gateway+"/function/builder"))
+	url, _ := behind(t, f, gateway+"/function/builder", "/", nil)
+	p := open(t, url)
 	p.choose("folder", stack.Context(t, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN for i in 1 2 3; do echo number $i; sleep 1; done\n",
 	}))
