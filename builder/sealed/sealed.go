@@ -4,6 +4,7 @@ package sealed
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -26,10 +27,24 @@ const (
 // name under /run/secrets.
 var validID = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
+// turn is held by who opens an envelope: the largest take 20 MiB, for as many as
+// have arrived.
+var turn = make(chan struct{}, 1)
+
 // Open unseals an envelope with the private key that faas-cli secret keygen
-// made, and returns the secrets by id. Its errors are *api.Error of code
+// made, and returns the secrets by id. Envelopes are opened one at a time; one that
+// waits while ctx ends gets ctx's cause. All other errors are *api.Error of code
 // bad_secrets and hold no value.
-func Open(privateKey, envelope []byte) (map[string][]byte, error) {
+func Open(ctx context.Context, privateKey, envelope []byte) (map[string][]byte, error) {
+	if err := checkForm(envelope); err != nil {
+		return nil, err
+	}
+	select {
+	case turn <- struct{}{}:
+		defer func() { <-turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	values, err := seal.Unseal(privateKey, envelope)
 	if err != nil {
 		return nil, bad(err, "unsealing %s: it was not sealed to this builder's public key, or is damaged", api.SecretsFile)

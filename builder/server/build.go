@@ -233,8 +233,8 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 		if len(private) == 0 {
 			return nil, warnings, &api.Error{Code: api.BadSecrets, Msg: fmt.Sprintf("the tar holds %s, but no build-secrets key is configured here", api.SecretsFile)}
 		}
-		if req.Secrets, err = s.open(private, p.Secrets); err != nil {
-			return nil, warnings, err
+		if req.Secrets, err = sealed.Open(b.ctx, private, p.Secrets); err != nil {
+			return nil, warnings, because(b.ctx, err)
 		}
 	}
 	hidden := maps.Clone(req.Secrets)
@@ -273,14 +273,6 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 		}
 	}
 	return req, warnings, nil
-}
-
-// open unseals secrets, one envelope after the other: each may take much memory for a
-// short time.
-func (s *Server) open(private, envelope []byte) (map[string][]byte, error) {
-	s.unseal.Lock()
-	defer s.unseal.Unlock()
-	return sealed.Open(private, envelope)
 }
 
 // admit takes a build slot. If there is none, what is wrong with the request is said

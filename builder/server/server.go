@@ -107,7 +107,6 @@ type Server struct {
 	waiting  *budget.Budget // of memory, for builds that wait for a slot
 	builds   slots
 	checks   slots // of contexts that are sent ahead
-	unseal   sync.Mutex
 	flights  flights
 	daemons  daemonCount
 	refusals refusals
