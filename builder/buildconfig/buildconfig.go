@@ -35,6 +35,16 @@ type Config struct {
 	Warnings []string
 }
 
+// Limits of one config, beside that of its bytes: what each of these costs is more
+// than its length, and a message holds no more of the input than it needs.
+const (
+	maxKeys      = 256 // of an object whose unknown keys are named
+	maxPlatforms = 64
+	maxTags      = 128
+	maxPlatform  = 255  // bytes
+	maxPath      = 4096 // bytes, of a Dockerfile's path and of a repository's URL
+)
+
 // reserved begins the build arguments that change how the daemon builds, one
 // tenant's cache and another's isolation included.
 const reserved = "BUILDKIT_"
@@ -49,7 +59,7 @@ func Parse(data []byte) (*Config, error) {
 	}
 	if err := json.Unmarshal(data, &c.BuildConfig); err != nil {
 		if te, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-			return nil, bad(err, "reading %s: %q is a JSON %s, not %s", api.ConfigFile, te.Field, te.Value, wanted(te))
+			return nil, bad(err, "reading %s: %.255q is a JSON %s, not %s", api.ConfigFile, te.Field, te.Value, wanted(te))
 		}
 		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
 	}
@@ -82,7 +92,7 @@ func (c *Config) only(keys []string, prefix string, data []byte) ([]byte, error)
 	kept := make(map[string]json.RawMessage)
 	for _, m := range members {
 		if !slices.Contains(keys, m.key) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %q", api.ConfigFile, prefix+m.key))
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %.255q", api.ConfigFile, prefix+m.key))
 			continue
 		}
 		// What is no object there is refused with its type.
@@ -135,7 +145,10 @@ func objectMembers(data []byte) ([]member, error) {
 		}
 		m := member{key: tok.(string)}
 		if seen[m.key] {
-			return nil, fmt.Errorf("key %q stands twice", m.key)
+			return nil, fmt.Errorf("key %.255q stands twice", m.key)
+		}
+		if len(members) == maxKeys {
+			return nil, fmt.Errorf("over the limit of %d keys", maxKeys)
 		}
 		seen[m.key] = true
 		if err := dec.Decode(&m.value); err != nil {
@@ -163,6 +176,12 @@ func (c *Config) check() error {
 	if c.Image == "" && !c.SkipPush {
 		return bad(nil, "%s: %q is missing; it is required unless skipPush is true", api.ConfigFile, "image")
 	}
+	if n := len(c.Tags); n > maxTags {
+		return bad(nil, "%s: %q has %d entries, over the limit of %d", api.ConfigFile, "tags", n, maxTags)
+	}
+	if n := len(c.Platforms); n > maxPlatforms {
+		return bad(nil, "%s: %q has %d entries, over the limit of %d", api.ConfigFile, "platforms", n, maxPlatforms)
+	}
 	if c.Image == "" && len(c.Tags) > 0 {
 		return bad(nil, "%s: %q need an image beside them", api.ConfigFile, "tags")
 	}
@@ -174,7 +193,7 @@ func (c *Config) check() error {
 			}
 			named, err := parseReference(s)
 			if err != nil {
-				return bad(err, "%s: %q %q: %v", api.ConfigFile, key, s, err)
+				return bad(err, "%s: %q %.255q: %v", api.ConfigFile, key, s, err)
 			}
 			c.References = append(c.References, named)
 		}
@@ -183,6 +202,9 @@ func (c *Config) check() error {
 	for _, p := range c.Platforms {
 		if strings.TrimSpace(p) == "" {
 			continue
+		}
+		if len(p) > maxPlatform {
+			return bad(nil, "%s: %q %.255q: over %d bytes", api.ConfigFile, "platforms", p, maxPlatform)
 		}
 		spec, err := platforms.Parse(strings.TrimSpace(p))
 		if err != nil {
@@ -195,14 +217,14 @@ func (c *Config) check() error {
 	c.Platforms = list
 	for name := range c.BuildArgs {
 		if strings.HasPrefix(strings.ToUpper(name), reserved) {
-			return bad(nil, "%s: %q %q: names that begin with %s are reserved", api.ConfigFile, "buildArgs", name, reserved)
+			return bad(nil, "%s: %q %.255q: names that begin with %s are reserved", api.ConfigFile, "buildArgs", name, reserved)
 		}
 		if name == "" || strings.ContainsAny(name, "=\x00") {
-			return bad(nil, "%s: %q %q: not a name", api.ConfigFile, "buildArgs", name)
+			return bad(nil, "%s: %q %.255q: not a name", api.ConfigFile, "buildArgs", name)
 		}
 	}
 	if err := checkDockerfile(c.Dockerfile); err != nil {
-		return bad(err, "%s: %q %q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
+		return bad(err, "%s: %q %.255q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
 	}
 	return c.checkContext()
 }
@@ -217,11 +239,11 @@ func (c *Config) checkContext() error {
 	if text := c.Context.Git; text != "" {
 		var err error
 		if c.Git, err = parseGit(text); err != nil {
-			return bad(err, "%s: %q %q: %v", api.ConfigFile, "context.git", text, err)
+			return bad(err, "%s: %q %.255q: %v", api.ConfigFile, "context.git", text, err)
 		}
 	}
 	if d := c.Context.Digest; d != "" && !ValidDigest(d) {
-		return bad(nil, "%s: %q %q: not sha256: and 64 hex digits", api.ConfigFile, "context.digest", d)
+		return bad(nil, "%s: %q %.255q: not sha256: and 64 hex digits", api.ConfigFile, "context.digest", d)
 	}
 	return nil
 }
@@ -233,12 +255,19 @@ func ValidDigest(d string) bool {
 }
 
 // maxDomain is what DNS allows a name with a port, rounded up. The reference
-// library bounds the rest of a reference: 255 bytes of path, 128 of tag.
-const maxDomain = 255
+// library bounds the rest of a reference, 255 bytes of path and 128 of tag, but
+// only when it has matched the whole.
+const (
+	maxDomain    = 255
+	maxReference = maxDomain + len("/") + 255 + len(":") + 128
+)
 
 // parseReference normalises s as docker does: "alpine" is
 // docker.io/library/alpine:latest.
 func parseReference(s string) (reference.Named, error) {
+	if len(s) > maxReference {
+		return nil, fmt.Errorf("over %d bytes", maxReference)
+	}
 	named, err := reference.ParseNormalizedNamed(s)
 	if err != nil {
 		return nil, err
@@ -255,6 +284,9 @@ func parseReference(s string) (reference.Named, error) {
 func checkDockerfile(name string) error {
 	if name == "" {
 		return nil
+	}
+	if len(name) > maxPath {
+		return fmt.Errorf("over %d bytes", maxPath)
 	}
 	if path.IsAbs(name) || strings.ContainsAny(name, "\x00\\") {
 		return errors.New("not a path inside the context")

@@ -2,10 +2,13 @@ package buildconfig_test
 
 import (
 	"errors"
+	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
@@ -95,7 +98,12 @@ func TestParseRefuses(t *testing.T) {
 		{"a newline", `{"image":"acme/app\nx"}`, `"image"`},
 		{"a comma", `{"image":"acme/app,ghcr.io/other/app"}`, `"image"`},
 		{"a long host", `{"image":"` + strings.Repeat("a.", 127) + `aa/app"}`, "over 255 bytes"},
-		{"a long host in a tag", `{"image":"x","tags":["` + strings.Repeat("a.", 1<<17) + `b:5000/app"]}`, "over 255 bytes"},
+		{"a long host in a tag", `{"image":"x","tags":["` + strings.Repeat("a.", 1<<17) + `b:5000/app"]}`, "over 640 bytes"},
+		{"too many tags", `{"image":"x","tags":[` + list(129, `"a:%d"`) + `]}`, `"tags" has 129 entries, over the limit of 128`},
+		{"too many platforms", `{"image":"x","platforms":[` + list(65, `"linux/a%d"`) + `]}`, `"platforms" has 65 entries, over the limit of 64`},
+		{"too many empty platforms", `{"image":"x","platforms":[""` + strings.Repeat(`,""`, 64) + `]}`, `"platforms"`},
+		{"too many keys", `{"image":"x",` + list(256, `"k%d":0`) + `}`, "256 keys"},
+		{"too many keys of the context", `{"image":"x","context":{` + list(257, `"k%d":0`) + `}}`, "256 keys"},
 		{"a bad tag", `{"image":"x","tags":["y:"]}`, `"tags"`},
 		{"build args of a wrong type", `{"image":"x","buildArgs":{"A":1}}`, `"buildArgs`},
 		{"a reserved build arg", `{"image":"x","buildArgs":{"BUILDKIT_SYNTAX":"y"}}`, "BUILDKIT_SYNTAX"},
@@ -118,6 +126,76 @@ func TestParseRefuses(t *testing.T) {
 			}
 			if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.BadConfig || !strings.Contains(e.Msg, tt.names) {
 				t.Errorf("error %v, want bad_config with %q", err, tt.names)
+			}
+		})
+	}
+}
+
+// list is n items, each of format with a number, with commas between them.
+func list(n int, format string) string {
+	items := make([]string, n)
+	for i := range items {
+		items[i] = fmt.Sprintf(format, i)
+	}
+	return strings.Join(items, ",")
+}
+
+func TestLimits(t *testing.T) {
+	c, err := buildconfig.Parse([]byte(`{"image":"x","platforms":[` + list(64, `"linux/a%d"`) + `],"tags":[` + list(128, `"a:%d"`) + `],` + list(253, `"k%d":0`) + `}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Platforms) != 64 || len(c.References) != 129 || len(c.Warnings) != 253 {
+		t.Errorf("%d platforms, %d references, %d warnings", len(c.Platforms), len(c.References), len(c.Warnings))
+	}
+}
+
+// TestCost bounds what configs of 1 MiB allocate, take, and say in an error.
+func TestCost(t *testing.T) {
+	const size = 1 << 20
+	many := func(format string) string { return list(size/(len(format)+4), format) }
+	long := func(unit string) string { return strings.Repeat(unit, size/len(unit)) }
+	for name, config := range map[string]string{
+		"keys":                     `{"image":"x",` + many(`"k%d":0`) + `}`,
+		"keys of the context":      `{"image":"x","context":{` + many(`"k%d":0`) + `}}`,
+		"platforms":                `{"image":"x","platforms":[` + many(`"linux/a%d"`) + `]}`,
+		"tags":                     `{"image":"x","tags":[` + many(`"a:%d"`) + `]}`,
+		"build args":               `{"image":"x","buildArgs":{` + many(`"a%d":""`) + `}}`,
+		"labels":                   `{"image":"x","labels":{` + many(`"a%d":""`) + `}}`,
+		"lists":                    `{"image":"x","y":[[]` + long(",[]") + `]}`,
+		"a long unknown key":       `{"image":"x","` + long("a") + `":0}`,
+		"a long key twice":         `{"image":"x","` + long("a")[:size/2] + `":0,"` + long("a")[:size/2] + `":0}`,
+		"a long image":             `{"image":"` + long("a") + `"}`,
+		"a long tag":               `{"image":"x","tags":["` + long("a_") + `a"]}`,
+		"a long platform":          `{"image":"x","platforms":["` + long("a") + `"]}`,
+		"a platform of features":   `{"image":"x","platforms":["linux(` + long("+a") + `)/amd64"]}`,
+		"a platform of white room": `{"image":"x","platforms":["` + long(" ") + `"]}`,
+		"a long build arg":         `{"image":"x","buildArgs":{"` + long("=") + `":""}}`,
+		"a build arg of no text":   `{"image":"x","buildArgs":{"` + long("a") + `":0}}`,
+		"a long Dockerfile":        `{"image":"x","dockerfile":"` + long("../a/") + `"}`,
+		"a long digest":            `{"image":"x","context":{"digest":"` + long("a") + `"}}`,
+		"a long repository":        `{"image":"x","context":{"git":"https://a/` + long("a/") + `"}}`,
+		"a long directory":         `{"image":"x","context":{"git":"https://a/b#c:` + long("a/") + `"}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			start := time.Now()
+			c, err := buildconfig.Parse([]byte(config))
+			took := time.Since(start)
+			runtime.ReadMemStats(&after)
+			if got := after.TotalAlloc - before.TotalAlloc; got > 32<<20 {
+				t.Errorf("%d KiB allocated", got>>10)
+			}
+			if took > 5*time.Second {
+				t.Errorf("took %s", took)
+			}
+			said := fmt.Sprint(err)
+			if c != nil {
+				said = strings.Join(c.Warnings, "\n")
+			}
+			if len(said) > 4<<10 {
+				t.Errorf("says %d bytes: %.300s", len(said), said)
 			}
 		})
 	}

@@ -36,6 +36,9 @@ var (
 // parseGit takes https://host/org/repo.git#ref:dir apart. Nothing of the text is
 // used but the parts that are checked here.
 func parseGit(text string) (*Git, error) {
+	if len(text) > maxPath {
+		return nil, fmt.Errorf("over %d bytes", maxPath)
+	}
 	remote, fragment, _ := strings.Cut(text, "#")
 	u, err := url.Parse(remote)
 	if err != nil {
