@@ -6,8 +6,10 @@
 //	read_timeout          for a whole request with its body (30s); 0 is none
 //	write_timeout         for a whole answer, from the end of the request's header (30s)
 //	healthcheck_interval  how long to go on accepting after SIGTERM (write_timeout); 0 is not at all
+//	max_header_bytes      of a request's header, beside which net/http allows 4096 (1048576)
 //
-// The defaults are of-watchdog's own, so that neither gives up before the other.
+// The defaults of durations are of-watchdog's own, so that neither gives up before
+// the other. A header of many short lines takes up to 25 times its bytes.
 package main
 
 import (
@@ -76,6 +78,7 @@ func serve(term context.Context, getenv func(string) string) error {
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    size(getenv, "max_header_bytes", http.DefaultMaxHeaderBytes),
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
@@ -140,4 +143,19 @@ func duration(getenv func(string) string, name string, fallback time.Duration) t
 		return fallback
 	}
 	return d
+}
+
+// size reads one variable, a number of bytes above 0. It takes the fallback for one
+// it cannot read, and says so.
+func size(getenv func(string) string, name string, fallback int) int {
+	text := getenv(name)
+	if text == "" {
+		return fallback
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n <= 0 {
+		log.Printf("%s is %q, not a number of bytes: using %d", name, text, fallback)
+		return fallback
+	}
+	return n
 }

@@ -184,6 +184,40 @@ func TestReadTimeout(t *testing.T) {
 	}
 }
 
+// TestMaxHeaderBytes: a larger header gets 431, of one line and of many; by default
+// it may have what net/http allows.
+func TestMaxHeaderBytes(t *testing.T) {
+	for _, tt := range []struct {
+		limit       string
+		lines, size int
+		status      int
+	}{
+		{"16384", 1, 16000, 200},
+		{"16384", 100, 160, 200},
+		{"16384", 1, 24000, 431},
+		{"16384", 1000, 25, 431},
+		{"", 1, 900_000, 200},
+		{"", 1, 1_100_000, 431},
+	} {
+		s := start(t, map[string]string{"max_header_bytes": tt.limit, "healthcheck_interval": "0"})
+		req, err := http.NewRequestWithContext(t.Context(), "GET", s.url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range tt.lines {
+			req.Header.Set(fmt.Sprint("X-", i), strings.Repeat("x", tt.size-len("X-000: \r\n")))
+		}
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != tt.status {
+			t.Errorf("limit %q, %d lines of %d bytes: %s", tt.limit, tt.lines, tt.size, res.Status)
+		}
+	}
+}
+
 func TestListenFails(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -236,6 +270,15 @@ func TestDuration(t *testing.T) {
 	} {
 		if got := duration(func(string) string { return tt.text }, "read_timeout", fallback); got != tt.want {
 			t.Errorf("%q: %s, want %s", tt.text, got, tt.want)
+		}
+	}
+}
+
+func TestSize(t *testing.T) {
+	const fallback = 7
+	for text, want := range map[string]int{"": fallback, "16384": 16384, "0": fallback, "-1": fallback, "16KiB": fallback, "1e3": fallback} {
+		if got := size(func(string) string { return text }, "max_header_bytes", fallback); got != want {
+			t.Errorf("%q: %d, want %d", text, got, want)
 		}
 	}
 }

@@ -91,6 +91,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		"read_timeout": "20m", "write_timeout": "20m", "exec_timeout": "20m",
 		"healthcheck_interval": "100ms",
 		"GOMEMLIMIT":           "160MiB",
+		"max_header_bytes":     "16384",
 	}
 	if watchdog, ok := FindWatchdog(); ok && c.Watchdog {
 		if upstream, err = FreePort(); err != nil {
