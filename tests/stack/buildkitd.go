@@ -225,22 +225,3 @@ func (b *Buildkitd) close() {
 	b.proc.kill()
 	removeCgroups(b.cgroup)
 }
-
-// removeCgroups removes what a killed runc left of a tree of cgroups, in every
-// hierarchy. Only empty cgroups can be removed, and only by rmdir.
-func removeCgroups(name string) {
-	v1, _ := filepath.Glob("/sys/fs/cgroup/*/" + name)
-	v2, _ := filepath.Glob("/sys/fs/cgroup/" + name)
-	for _, top := range append(v1, v2...) {
-		var dirs []string
-		filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
-			if err == nil && d.IsDir() {
-				dirs = append(dirs, path)
-			}
-			return nil
-		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			syscall.Rmdir(dirs[i])
-		}
-	}
-}

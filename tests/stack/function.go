@@ -35,6 +35,8 @@ type FunctionConfig struct {
 	// Plain leaves out the race detector, for a test that measures memory or
 	// time: it takes many times the function's own.
 	Plain bool
+	// Memory is the limit of the function's own memory cgroup, in bytes; 0 is none.
+	Memory int64
 }
 
 // Function is one running instance of the builder.
@@ -46,8 +48,9 @@ type Function struct {
 
 	Client *http.Client // sends requests; nil is the usual one
 
-	dir  string
-	proc *process
+	dir    string
+	cgroup string // its directory, empty without FunctionConfig.Memory
+	proc   *process
 }
 
 // Function starts an instance and waits until it is ready. It is killed with
@@ -67,6 +70,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		Secret:     s.PayloadSecret,
 		dir:        dir,
 	}
+	s.onClose(f.Kill)
 	if err := s.writeSecrets(f.SecretsDir, c.Secrets); err != nil {
 		return nil, err
 	}
@@ -105,15 +109,25 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	env["upstream_url"] = fmt.Sprintf("http://127.0.0.1:%d", upstream)
 	maps.Copy(env, c.Env)
 
-	cmd := exec.Command(command)
+	args := []string{command}
+	if c.Memory > 0 {
+		if f.cgroup, err = memoryCgroup(filepath.Base(s.Dir)+"-"+filepath.Base(dir), c.Memory); err != nil {
+			return nil, err
+		}
+		// The shell moves itself, so that all of the function's memory counts.
+		args = append([]string{"/bin/sh", "-c", `echo $$ >"$0/cgroup.procs" && exec "$@"`, f.cgroup}, args...)
+	}
+	var attr *syscall.SysProcAttr
 	if c.Nameserver != "" {
 		resolv := filepath.Join(dir, "resolv.conf")
 		if err := os.WriteFile(resolv, []byte("nameserver "+c.Nameserver+"\n"), 0o644); err != nil {
 			return nil, err
 		}
-		cmd = exec.Command("/bin/sh", "-c", `mount --bind "$0" "$(readlink -f /etc/resolv.conf)" && exec "$1"`, resolv, command)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+		args = append([]string{"/bin/sh", "-c", `mount --bind "$0" "$(readlink -f /etc/resolv.conf)" && exec "$@"`, resolv}, args...)
+		attr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	}
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.SysProcAttr = attr
 	cmd.Dir = dir
 	// Not this process's whole environment: CI's variables are not the
 	// function's. PATH finds credential helpers.
@@ -124,7 +138,6 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	if f.proc, err = startProcess("function", f.LogFile(), cmd); err != nil {
 		return nil, err
 	}
-	s.onClose(f.Kill)
 	err = f.proc.ready(ctx, func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.URL+"/ready", nil)
 		if err != nil {
@@ -221,6 +234,10 @@ func (f *Function) Memory() (rss, peak int64, err error) {
 	return rss, peak, nil
 }
 
+// Anonymous returns the memory of the function's cgroup that is no file's, in bytes:
+// what the kernel cannot have back before it kills. It needs FunctionConfig.Memory.
+func (f *Function) Anonymous() (int64, error) { return anonymous(f.cgroup) }
+
 // FDs returns the number of the handler's open descriptors.
 func (f *Function) FDs() (int, error) {
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", f.Pid()))
@@ -284,4 +301,9 @@ func (f *Function) Stop(ctx context.Context) error {
 }
 
 // Kill ends the function at once.
-func (f *Function) Kill() { f.proc.kill() }
+func (f *Function) Kill() {
+	f.proc.kill()
+	if f.cgroup != "" {
+		removeCgroups(filepath.Base(f.cgroup))
+	}
+}

@@ -317,3 +317,37 @@ func TestContainer(t *testing.T) {
 		t.Errorf("read-only: got %q, %v", out, err)
 	}
 }
+
+// TestMemoryLimit starts a function within its limit, and one that has too little
+// memory to start with.
+func TestMemoryLimit(t *testing.T) {
+	s := stack.Shared(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	f, err := s.Function(ctx, stack.FunctionConfig{Plain: true, Memory: 512 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Kill()
+	rss, _, err := f.Memory()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := f.Anonymous(); err != nil || n < 1<<20 || n > rss {
+		t.Errorf("%d bytes of %d are no file's, %v", n, rss, err)
+	}
+	f.Kill()
+	if f, err := s.Function(ctx, stack.FunctionConfig{Plain: true, Memory: 2 << 20}); err == nil {
+		f.Kill()
+		t.Error("a function started in 2 MiB")
+	} else if !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("starting in 2 MiB: %v", err)
+	}
+	left, err := filepath.Glob("/sys/fs/cgroup/*/" + filepath.Base(s.Dir) + "-function-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
+	}
+	if left, err = filepath.Glob("/sys/fs/cgroup/" + filepath.Base(s.Dir) + "-function-*"); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
+	}
+}
