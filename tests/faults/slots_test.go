@@ -114,38 +114,104 @@ func TestQueueWait(t *testing.T) {
 	mustSend(t, f, body, jsonForm).wantSuccess(t)
 }
 
-// TestUploadQueueWait has one body take the only slot for bodies. Only who would
-// come back is told 429: the CE worker takes that for the build's answer.
-func TestUploadQueueWait(t *testing.T) {
+// TestUploadWait has one stranger take the only slot for bodies, with an upload that
+// is not slow. A small body needs none. A larger one waits for it, and not for as
+// long as queue_wait: that is for whose signature has passed, and a header is none.
+func TestUploadWait(t *testing.T) {
 	t.Parallel()
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
-		"max_uploads": "1", "upload_grace": "2m", "queue_wait": "5s",
+		"max_uploads": "1", "queue_wait": "2m",
 	}})
-	body := request(t, local(), "FROM busybox", "RUN : "+mark())
-	conn := startUpload(t, f, "POST", "/build")
-	for _, header := range [][2]string{{"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}} {
+	small, large := request(t, local(), "FROM busybox", "RUN : "+mark()), layered(t, local(), 2<<20)
+	mustSend(t, f, small, jsonForm).wantSuccess(t)
+	ctx, leave := context.WithCancel(testContext(t))
+	defer leave()
+	strangers(ctx, t, f, 1, 512<<10)
+
+	ways := [][2]string{{}, {"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}}
+	post := func(way [2]string, body []byte, signature string) (answer, error) {
 		req, err := f.Request(testContext(t), body)
 		if err != nil {
-			t.Fatal(err)
+			return answer{}, err
 		}
-		req.Header.Set(header[0], header[1])
-		a, err := do(http.DefaultClient, req)
+		if way[0] != "" {
+			req.Header.Set(way[0], way[1])
+		}
+		if signature != "" {
+			req.Header.Set("X-Build-Signature", signature)
+		}
+		return do(http.DefaultClient, req)
+	}
+	for _, way := range ways {
+		a, err := post(way, small, "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		// The signature has not passed, so that no stream has begun.
-		a.wantFailed(t, "queue_timeout")
-		if a.took < 5*time.Second || a.took > 30*time.Second {
-			t.Errorf("%v waited %v, want queue_wait, 5s", header, a.took)
+		a.wantSuccess(t)
+		if a.took > 5*time.Second {
+			t.Errorf("%v: a small body waited %v for a slot that it does not need", way, a.took)
 		}
 	}
-	waits := background(t, f, body, ndjson)
+	// Whether the signature is right is not known yet.
+	var waits sync.WaitGroup
+	for _, way := range ways {
+		for _, signature := range []string{"", wrongSignature} {
+			waits.Go(func() {
+				a, err := post(way, large, signature)
+				if err != nil {
+					t.Errorf("%v: %v", way, err)
+					return
+				}
+				if a.Code != "busy" || a.code != http.StatusTooManyRequests || a.took < 25*time.Second || a.took > 40*time.Second {
+					t.Errorf("%v: want busy after 30s, got %v", way, a)
+				}
+			})
+		}
+	}
+	waits.Wait()
+
+	wait := background(t, f, large, ndjson)
 	time.Sleep(time.Second)
-	conn.Close()
-	a := waits()
+	leave()
+	a := wait()
 	a.wantSuccess(t)
 	if a.took < time.Second {
 		t.Errorf("built after %v, while the slot was taken", a.took)
+	}
+}
+
+// strangers has n of them hold upload slots until ctx ends: each sends more than is
+// read without a slot, and goes on at rate bytes a second.
+func strangers(ctx context.Context, t *testing.T, f *stack.Function, n, rate int) {
+	t.Helper()
+	h := whole("", make([]byte, 64<<20))
+	h.rate = rate
+	for range n {
+		go h.sendOne(ctx, f)
+	}
+	// Until they have their slots.
+	time.Sleep(2 * time.Second)
+}
+
+// TestSlowStrangers has strangers hold all upload slots, slowly: who needs one gets
+// that of the slowest.
+func TestSlowStrangers(t *testing.T) {
+	t.Parallel()
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_uploads": "16"}})
+	large := layered(t, local(), 20<<20)
+	mustSend(t, f, large, jsonForm).wantSuccess(t)
+	for _, form := range []string{jsonForm, ndjson} {
+		ctx, leave := context.WithCancel(testContext(t))
+		defer leave()
+		strangers(ctx, t, f, 16, 100<<10)
+		a := mustSend(t, f, large, form)
+		a.wantSuccess(t)
+		t.Logf("%q: 20 MB beside 16 slow strangers took %v", form, a.took.Round(time.Millisecond))
+		if a.took > 10*time.Second {
+			t.Errorf("%q: 20 MB beside 16 slow strangers took %v", form, a.took)
+		}
+		leave()
+		waitIdle(t, f)
 	}
 }
 
@@ -159,7 +225,7 @@ func startUpload(t *testing.T, f *stack.Function, method, path string) net.Conn 
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(testTimeout))
 	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\nX-Build-Signature: sha256=%064d\r\n\r\nx", method, path, 0)
-	// Until it has its slot.
+	// Until it is being read.
 	time.Sleep(200 * time.Millisecond)
 	return conn
 }
@@ -227,21 +293,21 @@ func TestSlowUploads(t *testing.T) {
 	const header = "POST /build HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\n"
 	signed := header + "X-Build-Signature: sha256=" + strings.Repeat("0", 64) + "\r\n\r\n"
 	for name, test := range map[string]struct {
-		sent  string // and then a byte each 100 ms
-		drip  string
-		limit time.Duration // for the answer
-		code  string
+		sent string // and then a byte each 100 ms
+		drip string
+		code string
 	}{
-		"unsigned, without a body": {sent: header + "\r\n", limit: grace + 2*time.Second, code: "unauthorized"},
-		"unsigned":                 {sent: header + "\r\n", drip: "x", limit: grace, code: "unauthorized"},
-		"unsigned, an envelope":    {sent: header + "\r\n{", drip: "x", limit: grace + 2*time.Second, code: "slow_upload"},
-		"slow":                     {sent: signed, drip: "x", limit: grace + 2*time.Second, code: "slow_upload"},
-		"stuck":                    {sent: signed + "x", limit: grace + 2*time.Second, code: "slow_upload"},
+		"unsigned, without a body": {sent: header + "\r\n", code: "unauthorized"},
+		"unsigned":                 {sent: header + "\r\n", drip: "x", code: "unauthorized"},
+		"unsigned, an envelope":    {sent: header + "\r\n{", drip: "x", code: "slow_upload"},
+		"slow":                     {sent: signed, drip: "x", code: "slow_upload"},
+		"stuck":                    {sent: signed + "x", code: "slow_upload"},
+		"slow, in a slot":          {sent: signed + strings.Repeat("x", 3<<19), drip: "x", code: "slow_upload"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
-				"max_builds": "1", "max_uploads": "2", "upload_grace": grace.String(), "upload_min_rate": "64KiB",
+				"max_builds": "1", "max_uploads": "2", "upload_grace": grace.String(), "upload_min_rate": "1MiB",
 			}})
 			body := request(t, local(), "FROM busybox", "RUN : "+mark())
 			mustSend(t, f, body, jsonForm).wantSuccess(t)
@@ -297,13 +363,13 @@ func TestSlowUploads(t *testing.T) {
 			held.Wait()
 			time.Sleep(50 * time.Millisecond)
 
-			// No slot for builds is theirs, and those for bodies only for a while:
-			// six strangers in two slots.
+			// No slot for builds is theirs, and the small body needs none of those for
+			// bodies.
 			start := time.Now()
 			a := mustSend(t, f, body, jsonForm)
 			a.wantSuccess(t)
 			t.Logf("a build beside %d of them took %v", n, time.Since(start))
-			if limit := 3 * test.limit; a.took > limit {
+			if limit := 2 * grace; a.took > limit {
 				t.Errorf("a build took %v beside %d slow uploads, want %v at most", a.took, n, limit)
 			}
 			if n, err := metric(f, "builder_builds_total"); err != nil || n != 2 {
