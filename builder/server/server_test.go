@@ -183,6 +183,11 @@ func (f *fixture) do(t testing.TB, r *http.Request) answer {
 	return a
 }
 
+// envelope is the text form of a body.
+func envelope(sig string, body []byte) []byte {
+	return fmt.Appendf(nil, `{"signature":%q,"tar":%q}`, sig, base64.StdEncoding.EncodeToString(body))
+}
+
 func TestRoutes(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	for _, tt := range []struct {
@@ -352,9 +357,6 @@ func TestSignatures(t *testing.T) {
 	})
 	good := pack(t, config)
 	sign := func(key string, body []byte) string { return signature.Sign([]byte(key), "", body) }
-	envelope := func(sig string, body []byte) []byte {
-		return fmt.Appendf(nil, `{"signature":%q,"tar":%q}`, sig, base64.StdEncoding.EncodeToString(body))
-	}
 	bodies := map[string][]byte{
 		"good": good, "cut": good[:len(good)-600], "not a tar": []byte("hello"), "empty": {},
 		"bad config": pack(t, `{"image":1}`), "bad gzip": {0x1f, 0x8b, 1}, "gzip magic alone": {0x1f, 0x8b},
