@@ -17,16 +17,16 @@ const module = "handler/function"
 // request, verified payload, solve, records, reply. A package that is not here
 // may import none of ours.
 var imports = map[string][]string{
-	".":           {"api", "buildkit", "contexts", "payload", "registry", "reply", "server"},
+	".":           {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "reply", "server"},
 	"server":      {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
-	"buildkit":    {"api", "buildconfig", "payload", "placement", "redact", "registry", "solve"},
+	"buildkit":    {"api", "buildconfig", "hosts", "payload", "placement", "redact", "registry", "solve"},
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},
 	"payload":     {"api", "budget"},
-	"buildconfig": {"api"},
+	"buildconfig": {"api", "hosts"},
 	"sealed":      {"api"},
-	"registry":    {"api", "clouds"},
+	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api"},
 }
 

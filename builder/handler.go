@@ -18,6 +18,7 @@ import (
 	"handler/function/api"
 	"handler/function/buildkit"
 	"handler/function/contexts"
+	"handler/function/redact"
 	"handler/function/registry"
 	"handler/function/server"
 )
@@ -47,7 +48,7 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 var service = sync.OnceValues(func() (*server.Server, error) {
 	// Milliseconds: seconds are too coarse to follow one build.
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00"
-	zerolog.ErrorMarshalFunc = func(err error) any { return cut(err.Error()) }
+	zerolog.ErrorMarshalFunc = func(err error) any { return logged(err) }
 	log := zerolog.New(os.Stderr).With().Timestamp().Logger()
 	cfg, err := LoadConfig(os.Getenv)
 	if err != nil {
@@ -153,7 +154,9 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 // output at a line of 64 KiB, and JSON can take six bytes for one.
 const maxLogged = 8 << 10
 
-func cut(text string) string {
+// logged is err without what its URLs have that is secret.
+func logged(err error) string {
+	text := redact.URLs(err.Error())
 	if len(text) > maxLogged {
 		return strings.ToValidUTF8(text[:maxLogged], "") + " (cut)"
 	}

@@ -1,10 +1,15 @@
 package function
 
 import (
+	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"unicode/utf8"
+
+	"github.com/rs/zerolog"
 )
 
 // TestWrongConfiguration: a process whose environment is wrong is up, and not
@@ -29,5 +34,24 @@ func TestWrongConfiguration(t *testing.T) {
 		if want == 503 && (w.Header().Get("X-Call-Id") != "a" || strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain") != (path == "/build")) {
 			t.Errorf("%s: %v", path, w.Header())
 		}
+	}
+	testLoggedErrors(t)
+}
+
+// testLoggedErrors wants errors logged as Handle has set it, without what is secret
+// in their URLs, and within a line.
+func testLoggedErrors(t *testing.T) {
+	t.Helper()
+	var log strings.Builder
+	cause := fmt.Errorf("reading the layer: Get %q: EOF; https://user:secret@host/p", "https://bucket/blob?X-Amz-Signature=secret&x=secret")
+	l := zerolog.New(&log)
+	l.Err(cause).AnErr("cause", fmt.Errorf("again: %w", cause)).Errs("all", []error{cause}).Msg("failed")
+	if strings.Contains(log.String(), "secret") || strings.Count(log.String(), "https://bucket/blob") != 3 || strings.Count(log.String(), "https://host/p") != 3 {
+		t.Errorf("logged %s", &log)
+	}
+	// Cut, the end of a user's password is the end of the text.
+	long := logged(errors.New(strings.Repeat("ä", maxLogged/2-5) + " https://user:secret@host/p?x=secret"))
+	if len(long) > maxLogged+len(" (cut)") || !utf8.ValidString(long) || strings.Contains(long, "user") || !strings.HasSuffix(long, "(cut)") {
+		t.Errorf("%d bytes, %q", len(long), long[len(long)-40:])
 	}
 }

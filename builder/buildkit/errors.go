@@ -246,10 +246,4 @@ var noise = regexp.MustCompile(`^rpc error: code = Unknown desc = |` +
 	`failed to compute cache key: |failed to load cache key: |failed to calculate checksum of ref \S+: |` +
 	`failed to resolve source metadata for \S+: |^failed to push \S+: | on \S+:53\b`)
 
-// query is that of a URL: a registry's storage is asked with a signed one, which
-// is as good as a password while it lives.
-var query = regexp.MustCompile(`(https?://[^\s"?]+)\?[^\s"]*[^\s":]`)
-
-func plain(text string) string {
-	return query.ReplaceAllString(noise.ReplaceAllString(text, ""), "$1")
-}
+func plain(text string) string { return redact.URLs(noise.ReplaceAllString(text, "")) }
