@@ -16,6 +16,7 @@ import (
 	"github.com/distribution/reference"
 
 	"handler/function/api"
+	"handler/function/hosts"
 )
 
 // Config is a build config that can be solved.
@@ -278,6 +279,9 @@ func parseReference(s string) (reference.Named, error) {
 	if len(reference.Domain(named)) > maxDomain {
 		return nil, fmt.Errorf("the registry's name is over %d bytes", maxDomain)
 	}
+	if _, err := hosts.Parse(reference.Domain(named)); err != nil {
+		return nil, err
+	}
 	return reference.TagNameOnly(named), nil
 }
 
@@ -305,7 +309,8 @@ func (c *Config) Allow(prefixes []string) error {
 		return nil
 	}
 	for _, ref := range c.References {
-		if !slices.ContainsFunc(prefixes, func(p string) bool { return within(ref.Name(), p) }) {
+		name := onHost(ref.Name(), hosts.Host.String)
+		if !slices.ContainsFunc(prefixes, func(p string) bool { return within(name, onHost(p, hosts.Host.String)) }) {
 			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is not allowed here", ref.String())}
 		}
 	}
@@ -323,15 +328,30 @@ func (c *Config) Deny(own []string) error {
 	return nil
 }
 
-// place is a normalised name with one spelling of its host: without capitals, a
-// usual port, or Docker Hub's second name.
+// place is a normalised name by the place that it means: with the one form of its
+// host, and without a usual port or Docker Hub's further names.
 func place(name string) string {
-	host, path, _ := strings.Cut(name, "/")
-	host = strings.TrimSuffix(strings.TrimSuffix(strings.ToLower(host), ":443"), ":80")
-	if host == "registry-1.docker.io" {
-		host = "docker.io"
+	return onHost(name, func(h hosts.Host) string {
+		switch host := h.Without(hosts.DefaultPort("https"), hosts.DefaultPort("http")).String(); host {
+		case "registry-1.docker.io", "index.docker.io":
+			return "docker.io"
+		default:
+			return host
+		}
+	})
+}
+
+// onHost is name with its host, as far as it is one, written as form has it.
+func onHost(name string, form func(hosts.Host) string) string {
+	host, path, below := strings.Cut(name, "/")
+	h, err := hosts.Parse(host)
+	if err != nil {
+		return name
 	}
-	return host + "/" + path
+	if !below {
+		return form(h)
+	}
+	return form(h) + "/" + path
 }
 
 func within(name, prefix string) bool {

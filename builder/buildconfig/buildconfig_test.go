@@ -104,6 +104,14 @@ func TestParseRefuses(t *testing.T) {
 		{"too many empty platforms", `{"image":"x","platforms":[""` + strings.Repeat(`,""`, 64) + `]}`, `"platforms"`},
 		{"too many keys", `{"image":"x",` + list(256, `"k%d":0`) + `}`, "256 keys"},
 		{"too many keys of the context", `{"image":"x","context":{` + list(257, `"k%d":0`) + `}}`, "256 keys"},
+		{"a port with a zero before it", `{"image":"registry:05000/app"}`, "05000"},
+		{"a port of zero", `{"image":"registry:0/app"}`, "without zeros"},
+		{"a port that is too large", `{"image":"registry:65536/app"}`, "65536"},
+		{"a port of many digits", `{"image":"registry:18446744073709556616/app"}`, "1 to 65535"},
+		{"such a port in a tag", `{"image":"x","tags":["ghcr.io:0443/app:v1"]}`, `"tags"`},
+		{"such a port of an address", `{"image":"[::1]:05000/app"}`, "05000"},
+		{"an address in other numbers", `{"image":"127.1:5000/app"}`, "127.1"},
+		{"an address as one number", `{"image":"2130706433:5000/app"}`, "2130706433"},
 		{"a bad tag", `{"image":"x","tags":["y:"]}`, `"tags"`},
 		{"build args of a wrong type", `{"image":"x","buildArgs":{"A":1}}`, `"buildArgs`},
 		{"a reserved build arg", `{"image":"x","buildArgs":{"BUILDKIT_SYNTAX":"y"}}`, "BUILDKIT_SYNTAX"},
@@ -218,6 +226,10 @@ func TestAllow(t *testing.T) {
 		{"ghcr.io.evil.example/acme/app", "", []string{"ghcr.io"}, false},
 		{"ghcr.io:22/acme/app", "", []string{"ghcr.io"}, false},
 		{"acme/app", "evil/app", []string{"docker.io/acme"}, false},
+		{"GHCR.io/acme/app", "", []string{"ghcr.io/acme"}, true},
+		{"ghcr.io/acme/app", "", []string{"GHCR.IO"}, true},
+		{"[0:0::1]:5000/acme/app", "", []string{"[::1]:5000/acme"}, true},
+		{"ghcr.io:443/acme/app", "", []string{"ghcr.io"}, false},
 	} {
 		config := `{"image":"` + tt.image + `"}`
 		if tt.tags != "" {
@@ -238,7 +250,7 @@ func TestAllow(t *testing.T) {
 }
 
 func TestDeny(t *testing.T) {
-	own := []string{"registry.example.com/builder/cache", "docker.io/acme/contexts"}
+	own := []string{"registry.example.com/builder/cache", "docker.io/acme/contexts", "Registry:5000/cache", "[fd00::1]:5000/cache", "127.0.0.1:443/cache"}
 	for _, tt := range []struct {
 		image, tag string
 		ok         bool
@@ -252,6 +264,15 @@ func TestDeny(t *testing.T) {
 		{"acme/contexts", "", false},
 		{"registry-1.docker.io/acme/contexts", "", false},
 		{"index.docker.io/acme/contexts", "", false},
+		{"Registry-1.Docker.io:443/acme/contexts", "", false},
+		{"Index.docker.io/acme/contexts", "", false},
+		{"registry:5000/cache", "", false},
+		{"REGISTRY:5000/cache/below", "", false},
+		{"[fd00:0::1]:5000/cache", "", false},
+		{"[FD00::0001]:5000/cache", "", false},
+		{"127.0.0.1:80/cache", "", false},
+		{"[::ffff:7f00:1]:443/cache", "", false},
+		{"registry/cache", "", true},
 		{"registry.example.com/builder/cached", "", true},
 		{"registry.example.com/builder", "", true},
 		{"registry.example.com:5000/builder/cache", "", true},
@@ -275,6 +296,23 @@ func TestDeny(t *testing.T) {
 	}
 }
 
+// TestDenyPorts writes the port of one of the builder's own repositories in every
+// way that a number has: what is not refused as such is refused as theirs.
+func TestDenyPorts(t *testing.T) {
+	for _, port := range []string{"5000", "05000", "005000", "0000000000000000000005000", "5000.", "+5000", "0x1388", "0b1001110001000", "0o11610", "5_000", "5e3", "５０００", "70536", "4294972296", "18446744073709556616"} {
+		for _, host := range []string{"registry", "Registry", "REGISTRY", "registry."} {
+			image := host + ":" + port + "/cache"
+			c, err := buildconfig.Parse([]byte(`{"image":"` + image + `"}`))
+			if err == nil {
+				err = c.Deny([]string{"registry:5000/cache"})
+			}
+			if err == nil {
+				t.Errorf("%s passed", image)
+			}
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"image":"acme/app:v1","buildArgs":{"ADDITIONAL_PACKAGE":""},"platforms":[""]}`))
 	f.Add([]byte(`{"image":"localhost:5000/app","tags":["x"],"dockerfile":"a/../b"}`))
@@ -289,6 +327,9 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, ref := range c.References {
+			if strings.Contains(strings.SplitN(ref.Name(), "/", 2)[0], ":0") {
+				t.Errorf("the port of %q passed", ref)
+			}
 			again, err := buildconfig.Parse([]byte(`{"image":"` + ref.String() + `"}`))
 			if err != nil || again.References[0].String() != ref.String() {
 				t.Errorf("%q does not normalise to itself: %v", ref, err)

@@ -3,7 +3,6 @@ package buildconfig
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"path"
 	"regexp"
@@ -11,6 +10,7 @@ import (
 	"strings"
 
 	"handler/function/api"
+	"handler/function/hosts"
 )
 
 // Git is a build context in a git repository, its parts checked.
@@ -78,31 +78,35 @@ func parseGit(text string) (*Git, error) {
 
 // gitHost normalises a URL's host, so that equal hosts are equal strings.
 func gitHost(scheme, host string) (string, error) {
-	name, port := strings.ToLower(host), ""
-	if h, p, err := net.SplitHostPort(name); err == nil {
-		name, port = h, p
+	h, err := hosts.Parse(host)
+	if err != nil {
+		return "", err
 	}
-	if !hostForm.MatchString(name) || strings.Contains(name, "..") || strings.Trim(port, "0123456789") != "" {
+	// An IPv6 address, or a last dot, which git would take for another host.
+	if !hostForm.MatchString(h.Name) || h.String() != strings.ToLower(host) {
 		return "", fmt.Errorf("%q is not a host", host)
 	}
-	if port == "" || scheme == "https" && port == "443" || scheme == "http" && port == "80" {
-		return name, nil
-	}
-	return net.JoinHostPort(name, port), nil
+	return h.Without(hosts.DefaultPort(scheme)).String(), nil
 }
 
-// AllowContext refuses a git context whose host is not among hosts: "host" or
+// ContextHost normalises an entry of what AllowContext takes.
+func ContextHost(entry string) (scheme, host string, err error) {
+	scheme, host = "https", strings.TrimPrefix(entry, "https://")
+	if rest, ok := strings.CutPrefix(entry, "http://"); ok {
+		scheme, host = "http", rest
+	}
+	host, err = gitHost(scheme, host)
+	return scheme, host, err
+}
+
+// AllowContext refuses a git context whose host is not among entries: "host" or
 // "host:port" for https, and "http://host:port" where plain http is meant.
-func (c *Config) AllowContext(hosts []string) error {
+func (c *Config) AllowContext(entries []string) error {
 	if c.Git == nil {
 		return nil
 	}
-	for _, h := range hosts {
-		scheme, host := "https", strings.TrimPrefix(h, "https://")
-		if rest, ok := strings.CutPrefix(h, "http://"); ok {
-			scheme, host = "http", rest
-		}
-		if name, err := gitHost(scheme, host); err == nil && scheme == c.Git.Scheme && name == c.Git.Host {
+	for _, entry := range entries {
+		if scheme, host, err := ContextHost(entry); err == nil && scheme == c.Git.Scheme && host == c.Git.Host {
 			return nil
 		}
 	}

@@ -36,7 +36,7 @@ func TestGit(t *testing.T) {
 		"https://user@example.com/a.git", "https://user:pw@example.com/a.git", "https://example.com@evil.com/a.git",
 		"https://example.com/a.git?x=y", "https://example.com/a.git?", "https://example.com/../a.git", "https://example.com//a.git", "https://example.com/a/",
 		"https://example.com./a.git", "https://.example.com/a.git", "https://exa mple.com/a.git", "https://exämple.com/a.git", "https://example.com:x/a.git",
-		"https://[::1]/a.git", "https://example.com/a.git#-x", "https://example.com/a.git#--upload-pack=x", "https://example.com/a.git#a..b", "https://example.com/a.git#a b",
+		"https://[::1]/a.git", "https://example.com:/a.git", "https://example.com:0443/a.git", "https://example.com:08443/a.git", "https://example.com:0/a.git", "https://example.com:65536/a.git", "https://127.1/a.git", "https://my_host/a.git", "https://example.com/a.git#-x", "https://example.com/a.git#--upload-pack=x", "https://example.com/a.git#a..b", "https://example.com/a.git#a b",
 		"https://example.com/a.git#main:../x", "https://example.com/a.git#main:x/../../y", "https://example.com/a.git#main:x:y", "https://example.com/a.git#main#x",
 		`https://example.com/a.git#main:x\\y`, `https://example.com/a\\b.git`, "https://example.com/a%2fb.git", "https://example.com/%2e%2e/a.git", "https://example.com/a%00.git", `https://example.com/a.git#ma\nin`, `https://example.com\n.evil.com/a.git`,
 	} {
@@ -48,13 +48,17 @@ func TestGit(t *testing.T) {
 }
 
 func TestAllowContext(t *testing.T) {
-	hosts := []string{"github.com", "git.example.com:8443", "http://localhost:3000", "Upper.Example"}
+	hosts := []string{"github.com", "git.example.com:8443", "http://localhost:3000", "Upper.Example", "http://plain.example:80", "tls.example:443"}
 	for source, want := range map[string]bool{
 		"https://github.com/a.git":            true,
 		"https://GitHub.com:443/a.git":        true,
 		"https://git.example.com:8443/a.git":  true,
 		"http://localhost:3000/a.git":         true,
 		"https://upper.example/a.git":         true,
+		"http://plain.example/a.git":          true,
+		"https://tls.example/a.git":           true,
+		"https://plain.example:80/a.git":      false,
+		"http://tls.example:443/a.git":        false,
 		"http://github.com/a.git":             false,
 		"https://github.com:8443/a.git":       false,
 		"https://gist.github.com/a.git":       false,

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"handler/function/hosts"
 )
 
 const (
@@ -47,6 +49,9 @@ func parseTarget(addr string) (target, error) {
 	}
 	if u.Scheme != "tcp" || u.Hostname() == "" || u.Port() == "" || u.Host != strings.TrimPrefix(addr, "tcp://") {
 		return target{}, errors.New("not of the form tcp://host:port or unix:///path")
+	}
+	if _, err := hosts.ParsePort(u.Port()); err != nil {
+		return target{}, err
 	}
 	t := target{addr: addr, host: u.Hostname(), port: u.Port()}
 	if _, err := netip.ParseAddr(t.host); err == nil || t.host == "localhost" {
