@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,6 +29,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	function "handler/function"
+	"handler/function/hosts"
 )
 
 const repo = "../.."
@@ -167,6 +169,58 @@ func TestVariants(t *testing.T) {
 				t.Errorf("with metrics: %q, %v", c.Args, c.Ports)
 			}
 		})
+	}
+}
+
+// checkEgress wants RUN steps to reach what the function takes for the internet, and
+// port 53 anywhere.
+func checkEgress(t *testing.T, rules []networkingv1.NetworkPolicyEgressRule) {
+	t.Helper()
+	if len(rules) != 2 || len(rules[0].To) != 0 || len(rules[0].Ports) != 2 || len(rules[1].Ports) != 0 {
+		t.Fatalf("egress %+v", rules)
+	}
+	for _, p := range rules[0].Ports {
+		if p.Port.IntValue() != 53 || p.EndPort != nil {
+			t.Errorf("port %v is open everywhere", p.Port)
+		}
+	}
+	all := map[netip.Prefix]bool{netip.MustParsePrefix("0.0.0.0/0"): true, netip.MustParsePrefix("::/0"): true}
+	var except []netip.Prefix
+	for _, peer := range rules[1].To {
+		if peer.IPBlock == nil {
+			t.Fatalf("a peer without a block: %+v", peer)
+		}
+		within := netip.MustParsePrefix(peer.IPBlock.CIDR)
+		if !all[within] {
+			t.Errorf("the block %s", within)
+		}
+		delete(all, within)
+		for _, s := range peer.IPBlock.Except {
+			p, err := netip.ParsePrefix(s)
+			// As the API server wants it.
+			if err != nil || p != p.Masked() || p.Bits() <= within.Bits() || !within.Contains(p.Addr()) || p.Addr().Is4In6() {
+				t.Errorf("%q within %s: %v", s, within, err)
+				continue
+			}
+			except = append(except, p)
+		}
+	}
+	if len(all) > 0 {
+		t.Errorf("no block for %v", all)
+	}
+	private := hosts.NotPublic()
+	for _, p := range private {
+		if !slices.Contains(except, p) {
+			t.Errorf("RUN steps reach %s, which is private to the function", p)
+		}
+	}
+	for _, p := range except {
+		if !slices.Contains(private, p) {
+			t.Errorf("RUN steps do not reach %s, which is public to the function", p)
+		}
+	}
+	if len(except) != len(private) {
+		t.Errorf("%d ranges, and %d of the function's", len(except), len(private))
 	}
 }
 
@@ -313,12 +367,7 @@ func check(t *testing.T, name string, v *variant) {
 		from.PodSelector.MatchLabels["faas_function"] != "builder" || policy.Ingress[0].Ports[0].Port.IntValue() != 1234 || len(policy.PolicyTypes) != 2 {
 		t.Errorf("ingress %+v", policy.Ingress)
 	}
-	except := policy.Egress[1].To[0].IPBlock.Except
-	for _, private := range []string{"10.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"} {
-		if !slices.Contains(except, private) {
-			t.Errorf("RUN steps reach %s", private)
-		}
-	}
+	checkEgress(t, policy.Egress)
 	for _, selector := range []map[string]string{policy.PodSelector.MatchLabels, v.service.Spec.Selector, spec.TopologySpreadConstraints[0].LabelSelector.MatchLabels} {
 		if len(selector) != 1 || v.pod.Labels["app"] != selector["app"] {
 			t.Errorf("%v does not select %v", selector, v.pod.Labels)
