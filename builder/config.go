@@ -15,7 +15,10 @@ import (
 	"github.com/docker/go-units"
 	"github.com/rs/zerolog"
 
+	"handler/function/buildconfig"
+	"handler/function/hosts"
 	"handler/function/payload"
+	"handler/function/registry"
 )
 
 // Config is the function's configuration: its environment, and the names of
@@ -45,15 +48,15 @@ type Config struct {
 	UploadMinRate   int64         // upload_min_rate: bytes per second
 	UploadGrace     time.Duration // upload_grace
 
-	DefaultPlatform    string            // default_platform: empty is the daemon's own
-	AllowedImages      []string          // allowed_images: repository prefixes; empty allows any
-	DisableHMAC        bool              // disable_hmac
-	RequireTimestamp   bool              // require_timestamp
-	AllowSyntax        bool              // allow_syntax
-	AllowBasic         bool              // allow_basic
-	CreateRepositories bool              // create_repositories
-	TokenHosts         []string          // token_hosts
-	RegistryCA         map[string]string // registry_ca: host=name in SecretsDir
+	DefaultPlatform    string               // default_platform: empty is the daemon's own
+	AllowedImages      []string             // allowed_images: repository prefixes; empty allows any
+	DisableHMAC        bool                 // disable_hmac
+	RequireTimestamp   bool                 // require_timestamp
+	AllowSyntax        bool                 // allow_syntax
+	AllowBasic         bool                 // allow_basic
+	CreateRepositories bool                 // create_repositories
+	TokenHosts         []registry.TokenHost // token_hosts
+	RegistryCA         map[string]string    // registry_ca: host=name in SecretsDir
 
 	CacheRepository   reference.Named // cache_repository: nil keeps no cache in a registry
 	ContextRepository string          // context_repository: empty takes no contexts by digest
@@ -106,13 +109,13 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		AllowSyntax:        e.boolean("allow_syntax", false),
 		AllowBasic:         e.boolean("allow_basic", true),
 		CreateRepositories: e.boolean("create_repositories", false),
-		TokenHosts:         e.list("token_hosts"),
+		TokenHosts:         e.tokenHosts("token_hosts"),
 		RegistryCA:         e.pairs("registry_ca"),
 
 		CacheRepository:   e.repository("cache_repository"),
-		ContextRepository: e.text("context_repository", ""),
+		ContextRepository: e.contextRepository("context_repository"),
 		ContextMaxAge:     e.duration("context_max_age", 48*time.Hour),
-		ContextHosts:      e.list("context_hosts"),
+		ContextHosts:      e.contextHosts("context_hosts"),
 
 		Limits: payload.Limits{
 			Body:     e.size("max_body_bytes", 512*units.MiB),
@@ -144,6 +147,10 @@ type environment struct {
 
 func (e *environment) fail(name, value, want string) {
 	e.errs = append(e.errs, fmt.Errorf("%s: %q is not %s", name, value, want))
+}
+
+func (e *environment) failed(name, value string, err error) {
+	e.errs = append(e.errs, fmt.Errorf("%s: reading %q: %w", name, value, err))
 }
 
 func (e *environment) text(name, fallback string) string {
@@ -223,7 +230,7 @@ func (e *environment) list(name string, fallback ...string) []string {
 	return list
 }
 
-// pairs takes "key=value,key=value".
+// pairs takes "host=value,host=value".
 func (e *environment) pairs(name string) map[string]string {
 	m := make(map[string]string)
 	for _, v := range e.list(name) {
@@ -232,9 +239,40 @@ func (e *environment) pairs(name string) map[string]string {
 			e.fail(name, v, "host=name of a secret")
 			continue
 		}
-		m[key] = value
+		host, err := hosts.Parse(key)
+		if err != nil {
+			e.failed(name, v, err)
+			continue
+		}
+		if m[host.String()] != "" {
+			e.fail(name, v, "the only entry of its host")
+		}
+		m[host.String()] = value
 	}
 	return m
+}
+
+func (e *environment) tokenHosts(name string) []registry.TokenHost {
+	var list []registry.TokenHost
+	for _, v := range e.list(name) {
+		h, err := registry.ParseTokenHost(v)
+		if err != nil {
+			e.failed(name, v, err)
+			continue
+		}
+		list = append(list, h)
+	}
+	return list
+}
+
+func (e *environment) contextHosts(name string) []string {
+	list := e.list(name)
+	for _, v := range list {
+		if _, _, err := buildconfig.ContextHost(v); err != nil {
+			e.failed(name, v, err)
+		}
+	}
+	return list
 }
 
 // repositories takes prefixes of repositories, normalised as an image's name
@@ -244,6 +282,9 @@ func (e *environment) repositories(name string) []string {
 	for _, v := range e.list(name) {
 		trimmed := strings.TrimSuffix(v, "/")
 		if !strings.Contains(trimmed, "/") && (strings.ContainsAny(trimmed, ".:") || trimmed == "localhost") {
+			if _, err := hosts.Parse(trimmed); err != nil {
+				e.failed(name, v, err)
+			}
 			list = append(list, trimmed)
 			continue
 		}
@@ -251,6 +292,9 @@ func (e *environment) repositories(name string) []string {
 		if err != nil || !reference.IsNameOnly(named) {
 			e.fail(name, v, `a repository prefix such as "ghcr.io/acme"`)
 			continue
+		}
+		if _, err := hosts.Parse(reference.Domain(named)); err != nil {
+			e.failed(name, v, err)
 		}
 		prefix := named.Name()
 		if !strings.Contains(trimmed, "/") {
@@ -274,7 +318,22 @@ func (e *environment) repository(name string) reference.Named {
 		e.fail(name, v, `a repository such as "ghcr.io/acme/cache"`)
 		return nil
 	}
+	if _, err := hosts.Parse(reference.Domain(named)); err != nil {
+		e.failed(name, v, err)
+	}
 	return named
+}
+
+// contextRepository takes one that may have "http://" before it. What else is wrong
+// with it the store says that is made of it.
+func (e *environment) contextRepository(name string) string {
+	v := e.text(name, "")
+	if host, _, ok := strings.Cut(strings.TrimPrefix(v, "http://"), "/"); ok {
+		if _, err := hosts.Parse(host); err != nil {
+			e.failed(name, v, err)
+		}
+	}
+	return v
 }
 
 func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {

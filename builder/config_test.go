@@ -28,7 +28,10 @@ func TestLoadConfig(t *testing.T) {
 		"max_body_bytes", "64MiB",
 		"max_unpacked_bytes", "1048576",
 		"allowed_images", "ghcr.io/acme, acme,registry.example:5000 ,docker.io/library/app/",
-		"registry_ca", "registry.example:5000=registry-ca",
+		"registry_ca", "Registry.example:5000=registry-ca",
+		"token_hosts", "registry.example=auth.example:5001, own.example:5000",
+		"context_hosts", "github.com, http://git.example:3000",
+		"context_repository", "http://registry.example:5000/contexts",
 		"disable_hmac", "true",
 		"buildkit_addr", "tcp://a:1, tcp://b:1",
 		"cache_repository", "acme/cache",
@@ -47,6 +50,9 @@ func TestLoadConfig(t *testing.T) {
 	if !slices.Equal(c.BuildkitAddrs, []string{"tcp://a:1", "tcp://b:1"}) || c.CacheRepository.Name() != "docker.io/acme/cache" {
 		t.Errorf("daemons %q, cache %v", c.BuildkitAddrs, c.CacheRepository)
 	}
+	if len(c.TokenHosts) != 2 || c.ContextRepository != "http://registry.example:5000/contexts" || !slices.Equal(c.ContextHosts, []string{"github.com", "http://git.example:3000"}) {
+		t.Errorf("token hosts %v, contexts %q from %q", c.TokenHosts, c.ContextRepository, c.ContextHosts)
+	}
 	if c.RegistryCA["registry.example:5000"] != "registry-ca" {
 		t.Errorf("registry CAs %q", c.RegistryCA)
 	}
@@ -57,6 +63,8 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		{"max_builds", "0"}, {"max_uploads", "many"}, {"queue_wait", "-1s"}, {"build_timeout", "soon"},
 		{"max_body_bytes", "512 apples"}, {"disable_hmac", "perhaps"}, {"allowed_images", "ghcr.io/acme:tag"},
 		{"allowed_images", "ghcr.io/UPPER"}, {"cache_repository", "ghcr.io/acme/cache:tag"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
+		{"registry_ca", "a.example=ca,A.example.=other"}, {"token_hosts", "registry=http://auth"}, {"token_hosts", "registry=auth/token"},
+		{"context_hosts", "https://github.com/acme"}, {"context_hosts", "[::1]"},
 	} {
 		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))
 		if err == nil || c != nil {
@@ -66,6 +74,26 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		for _, name := range []string{pair[0], "push_timeout"} {
 			if !strings.Contains(err.Error(), name) {
 				t.Errorf("%s=%q: the error does not name %s: %v", pair[0], pair[1], name, err)
+			}
+		}
+	}
+}
+
+// TestLoadConfigPorts has each variable that takes a host be given a port that could
+// stand for another.
+func TestLoadConfigPorts(t *testing.T) {
+	for name, form := range map[string]string{
+		"allowed_images": "registry:%/acme", "allowed_images ": "registry:%", "cache_repository": "registry:%/cache",
+		"context_repository": "registry:%/contexts", "context_repository ": "http://registry:%/contexts",
+		"context_hosts": "git:%", "context_hosts ": "http://git:%", "registry_ca": "registry:%=ca",
+		"token_hosts": "registry:%", "token_hosts ": "registry:%=auth", "token_hosts  ": "registry=auth:%",
+	} {
+		name = strings.TrimSpace(name)
+		for port, ok := range map[string]bool{"5000": true, "05000": false, "0": false, "65536": false, "": false, "x": false, "+1": false} {
+			value := strings.Replace(form, "%", port, 1)
+			_, err := LoadConfig(env(name, value))
+			if (err == nil) != ok || err != nil && !strings.Contains(err.Error(), name+": ") {
+				t.Errorf("%s=%q: %v", name, value, err)
 			}
 		}
 	}

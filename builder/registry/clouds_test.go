@@ -153,7 +153,7 @@ func TestCloudAzure(t *testing.T) {
 	credentials := func(trusted ...string) *Credentials {
 		return New(Config{
 			File:    configFile(t, `{"credHelpers":{"`+s.host()+`":"acr-env","localhost:`+port+`":"acr-env"}}`),
-			CAFiles: map[string]string{s.host(): ca}, TokenHosts: trusted,
+			CAFiles: map[string]string{s.host(): ca}, TokenHosts: tokenHosts(t, trusted...),
 		})
 	}
 	tok, err := credentials(s.host()).Build(nil).Token(t.Context(), TokenRequest{
@@ -190,7 +190,7 @@ func TestCloudFails(t *testing.T) {
 	var log bytes.Buffer
 	c := New(Config{
 		File:       configFile(t, `{"credsStore":"ecr-login","auths":{"r.example.com":`+basicAuth("u", "p")+`}}`),
-		TokenHosts: []string{public.host()}, AllowBasic: true, Log: zerolog.New(&log),
+		TokenHosts: tokenHosts(t, "public.ecr.aws="+public.host()), AllowBasic: true, Log: zerolog.New(&log),
 	})
 	if got := user(t, c, "r.example.com"); got != "u" {
 		t.Errorf("user %q", got)

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/clouds"
+	"handler/function/hosts"
 )
 
 // Config says where credentials come from and where they may go.
@@ -33,10 +35,10 @@ type Config struct {
 	// absent: every registry is used without credentials.
 	File string
 
-	// TokenHosts are hosts, or hosts with a port, whose token service may
-	// have a private address or speak plain http. A token service is named by
+	// TokenHosts are the token services that may have a private address or
+	// speak plain http, each for its own registry. A token service is named by
 	// the registry that a Dockerfile names, so every other must be public.
-	TokenHosts []string
+	TokenHosts []TokenHost
 
 	// CAFiles are PEM files of further root CAs, by the registry's host as
 	// image names have it. Each counts for the tokens of that registry alone.
@@ -52,10 +54,34 @@ type Config struct {
 	Log zerolog.Logger
 }
 
+// TokenHost is a registry and the host of its token service.
+type TokenHost struct {
+	registry string // as serverHost has it
+	service  hosts.Host
+}
+
+// ParseTokenHost takes "registry=host", with or without ports, and "host" where the
+// registry is its own token service. The registry is as image names have it. A
+// service without a port has the port of its scheme.
+func ParseTokenHost(s string) (TokenHost, error) {
+	registry, service, ok := strings.Cut(s, "=")
+	if !ok {
+		service = registry
+	}
+	if _, err := hosts.Parse(registry); err != nil {
+		return TokenHost{}, err
+	}
+	h, err := hosts.Parse(service)
+	if err != nil {
+		return TokenHost{}, err
+	}
+	return TokenHost{serverHost(registry), h}, nil
+}
+
 // Credentials are those of all registries.
 type Credentials struct {
 	cfg        Config
-	tokenHosts map[string]bool
+	tokenHosts map[TokenHost]bool
 	caFiles    map[string]string
 	clouds     *clouds.Clouds
 
@@ -72,12 +98,12 @@ type Credentials struct {
 func New(cfg Config) *Credentials {
 	c := &Credentials{
 		cfg:           cfg,
-		tokenHosts:    make(map[string]bool),
+		tokenHosts:    make(map[TokenHost]bool),
 		caFiles:       make(map[string]string),
 		helperTimeout: helperTimeout,
 	}
 	for _, h := range cfg.TokenHosts {
-		c.tokenHosts[lower(h)] = true
+		c.tokenHosts[h] = true
 	}
 	for h, f := range cfg.CAFiles {
 		c.caFiles[serverHost(h)] = f
@@ -95,13 +121,18 @@ const (
 	hubKey    = "https://index.docker.io/v1/"
 )
 
-// serverHost is the host that is asked for images of domain.
+// serverHost is the host that is asked for images of domain, in one form: an image
+// name may have capitals in it, or the port of https.
 func serverHost(domain string) string {
-	switch domain = lower(domain); domain {
-	case hubDomain, hubIndex, hubKey:
+	h, err := hosts.Parse(domain)
+	if err != nil {
+		return lower(domain)
+	}
+	switch h = h.Without(hosts.DefaultPort("https")); h.String() {
+	case hubDomain, hubIndex:
 		return hubHost
 	}
-	return domain
+	return h.String()
 }
 
 // configKeys are the names that config.json may have for host, the one that a

@@ -21,6 +21,8 @@ import (
 	"github.com/docker/cli/cli/config/types"
 
 	"handler/function/api"
+	"handler/function/hosts"
+	"handler/function/redact"
 )
 
 const (
@@ -161,8 +163,8 @@ func cutLast(s, sep string) (before, after string, ok bool) {
 	return s, "", false
 }
 
-// checkRealm says whether a token service may be asked at all, and whether it
-// is one of Config.TokenHosts.
+// checkRealm says whether the token service of the registry host may be asked at
+// all, and whether Config.TokenHosts has it for that registry.
 func (c *Credentials) checkRealm(host, realm string) (u *url.URL, trusted bool, err error) {
 	refuse := func(why string) error {
 		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("registry %s: its token service %q is refused: %s", host, cutURL(realm), why)}
@@ -174,27 +176,42 @@ func (c *Credentials) checkRealm(host, realm string) (u *url.URL, trusted bool, 
 	if u.User != nil {
 		return nil, false, refuse("a user name in a URL")
 	}
-	trusted = c.tokenHosts[lower(u.Host)] || c.tokenHosts[lower(u.Hostname())]
+	service, err := hosts.Parse(u.Host)
+	if err != nil {
+		return nil, false, refuse(err.Error())
+	}
+	trusted = c.trusted(host, u.Scheme, service)
 	switch {
 	case u.Scheme == "https", u.Scheme == "http" && trusted:
 	default:
-		return nil, false, refuse("not https, and not one of token_hosts")
+		return nil, false, refuse("not https, and " + notListed(host, u))
 	}
-	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !trusted && !public(ip) {
-		return nil, false, refuse("not a public address, and not one of token_hosts")
+	if ip, err := netip.ParseAddr(service.Name); err == nil && !trusted && !hosts.Public(ip) {
+		return nil, false, refuse("not a public address, and " + notListed(host, u))
 	}
 	u.Fragment = ""
 	return u, trusted, nil
 }
 
+// trusted says whether the operator has listed service for the registry host. An
+// entry without a port is for the scheme's own.
+func (c *Credentials) trusted(host, scheme string, service hosts.Host) bool {
+	registry, own := serverHost(host), hosts.DefaultPort(scheme)
+	return c.tokenHosts[TokenHost{registry, service.WithPort(own)}] || c.tokenHosts[TokenHost{registry, service.Without(own)}]
+}
+
+// notListed says what token_hosts would have to have.
+func notListed(host string, realm *url.URL) string {
+	return fmt.Sprintf("token_hosts does not have %q", lower(host)+"="+lower(realm.Host))
+}
+
+// maxRealm is how much of a realm an error has, in bytes.
+const maxRealm = 200
+
 // cutURL is a realm without what may be secret in it.
 func cutURL(s string) string {
-	s, _, _ = strings.Cut(s, "?")
-	if u, err := url.Parse(s); err == nil {
-		u.User = nil
-		s = u.String()
-	}
-	return s[:min(len(s), 200)]
+	s = redact.URLs(s)
+	return strings.ToValidUTF8(s[:min(len(s), maxRealm)], "")
 }
 
 // registryClient is for requests to the registry itself, under the same rules.
@@ -236,7 +253,7 @@ func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.C
 		if proxy == nil {
 			dialer.ControlContext = func(_ context.Context, _, address string, _ syscall.RawConn) error {
 				ap, err := netip.ParseAddrPort(address)
-				if err != nil || !public(ap.Addr()) {
+				if err != nil || !hosts.Public(ap.Addr()) {
 					return errAddress
 				}
 				return nil
@@ -253,7 +270,7 @@ func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.C
 // token service. Nil are the system's alone.
 func (c *Credentials) roots(host string, realm *url.URL) (*x509.CertPool, error) {
 	var pool *x509.CertPool
-	for _, h := range []string{serverHost(host), lower(realm.Host)} {
+	for _, h := range []string{serverHost(host), serverHost(realm.Host)} {
 		name := c.caFiles[h]
 		if name == "" {
 			continue
@@ -272,51 +289,6 @@ func (c *Credentials) roots(host string, realm *url.URL) (*x509.CertPool, error)
 		}
 	}
 	return pool, nil
-}
-
-// special are the ranges of IANA's special-purpose registries that netip has
-// no method for.
-var special = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"),
-	netip.MustParsePrefix("100.64.0.0/10"), // carrier-grade NAT
-	netip.MustParsePrefix("192.0.0.0/24"),
-	netip.MustParsePrefix("198.18.0.0/15"), // benchmarks
-	netip.MustParsePrefix("240.0.0.0/4"),
-	netip.MustParsePrefix("64:ff9b:1::/48"), // local NAT64
-	netip.MustParsePrefix("fec0::/10"),      // site local, deprecated
-}
-
-// embedding are the ranges of IPv6 that carry an IPv4 address, and at which
-// byte.
-var embedding = []struct {
-	prefix netip.Prefix
-	at     int
-}{
-	{netip.MustParsePrefix("::/96"), 12},
-	{netip.MustParsePrefix("64:ff9b::/96"), 12}, // NAT64
-	{netip.MustParsePrefix("2002::/16"), 2},     // 6to4
-}
-
-// public says whether ip is one that anybody on the internet could have.
-func public(ip netip.Addr) bool {
-	ip = ip.Unmap().WithZone("")
-	if !ip.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsPrivate() ||
-		ip.IsLinkLocalUnicast() || ip.IsMulticast() {
-		return false
-	}
-	for _, p := range special {
-		if p.Contains(ip) {
-			return false
-		}
-	}
-	for _, e := range embedding {
-		if e.prefix.Contains(ip) {
-			b := ip.As16()
-			v4, _ := netip.AddrFromSlice(b[e.at : e.at+4])
-			return public(v4)
-		}
-	}
-	return true
 }
 
 // fetch asks one token service.
@@ -398,7 +370,7 @@ func (f *fetch) explain(err error) error {
 		}
 	case errors.Is(err, errAddress):
 		e.Code = api.RegistryDenied
-		why = "is refused: not a public address, and not one of token_hosts"
+		why = "is refused: not a public address, and " + notListed(f.host, f.realm)
 	case errors.As(err, new(*tls.CertificateVerificationError)):
 		why = "has a certificate that no known CA has signed (registry_ca)"
 	case errors.Is(err, errResponse):

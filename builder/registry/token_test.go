@@ -10,7 +10,6 @@ import (
 	"log"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -63,30 +62,6 @@ func TestGrant(t *testing.T) {
 	}
 }
 
-func TestPublic(t *testing.T) {
-	for addr, want := range map[string]bool{
-		"1.1.1.1": true, "8.8.8.8": true, "172.32.0.1": true, "192.169.0.1": true, "100.128.0.1": true,
-		"2606:4700:4700::1111": true, "64:ff9b::808:808": true, "2002:808:808::1": true,
-		"127.0.0.1": false, "127.8.8.8": false, "0.0.0.0": false, "0.1.2.3": false,
-		"10.1.2.3": false, "172.16.0.1": false, "172.31.255.255": false, "192.168.1.1": false,
-		"169.254.169.254": false, "100.64.0.1": false, "100.127.255.255": false,
-		"224.0.0.1": false, "239.1.1.1": false, "240.0.0.1": false, "255.255.255.255": false,
-		"192.0.0.1": false, "198.18.0.1": false, "198.19.255.255": false,
-		"::": false, "::1": false, "fe80::1": false, "fe80::1%eth0": false, "fc00::1": false, "fd00:ec2::254": false,
-		"fec0::1": false, "ff02::1": false,
-		"::ffff:127.0.0.1": false, "::ffff:10.0.0.1": false, "::ffff:8.8.8.8": true, "::127.0.0.1": false,
-		"64:ff9b::7f00:1": false, "64:ff9b::a9fe:a9fe": false, "64:ff9b:1::1": false,
-		"2002:7f00:1::1": false, "2002:a00:1::1": false,
-	} {
-		if got := public(netip.MustParseAddr(addr)); got != want {
-			t.Errorf("public(%s) = %v", addr, got)
-		}
-	}
-	if public(netip.Addr{}) {
-		t.Error("no address is public")
-	}
-}
-
 func TestRealm(t *testing.T) {
 	for _, tt := range []struct {
 		realm string
@@ -96,24 +71,52 @@ func TestRealm(t *testing.T) {
 		{"https://auth.example.com/token", nil, true},
 		{"https://8.8.8.8/token", nil, true},
 		{"http://auth.example.com/token", nil, false},
-		{"http://auth.example.com/token", []string{"auth.example.com"}, true},
-		{"http://AUTH.example.com/token", []string{"auth.Example.com"}, true},
-		{"http://auth.example.com:81/token", []string{"auth.example.com"}, true},
-		{"http://auth.example.com:81/token", []string{"auth.example.com:81"}, true},
-		{"http://auth.example.com:82/token", []string{"auth.example.com:81"}, false},
+		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com"}, true},
+		{"http://AUTH.example.com./token", []string{"Registry.example.com.=auth.Example.com"}, true},
+		{"http://auth.example.com/token", []string{"registry.example.com:443=auth.example.com"}, true},
+		{"http://auth.example.com:80/token", []string{"registry.example.com=auth.example.com"}, true},
+		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com:80"}, true},
+		{"http://auth.example.com:81/token", []string{"registry.example.com=auth.example.com:81"}, true},
+		{"http://registry.example.com/token", []string{"registry.example.com"}, true},
+		{"https://127.0.0.1:5001/token", []string{"registry.example.com=127.0.0.1:5001"}, true},
+		{"https://[::1]/token", []string{"registry.example.com=[0:0::1]"}, true},
+		{"https://[::ffff:127.0.0.1]/token", []string{"registry.example.com=127.0.0.1"}, true},
+
+		// Of another registry, or at another port.
+		{"http://auth.example.com/token", []string{"auth.example.com"}, false},
+		{"http://auth.example.com/token", []string{"registry.example.com"}, false},
+		{"http://auth.example.com/token", []string{"other.example.com=auth.example.com"}, false},
+		{"http://auth.example.com/token", []string{"registry.example.com:80=auth.example.com", "registry.example.com:5000=auth.example.com"}, false},
+		{"http://auth.example.com/token", []string{"example.com=auth.example.com", "x.registry.example.com=auth.example.com"}, false},
+		{"http://auth.example.com:81/token", []string{"registry.example.com=auth.example.com"}, false},
+		{"http://auth.example.com:443/token", []string{"registry.example.com=auth.example.com"}, false},
+		{"http://auth.example.com:82/token", []string{"registry.example.com=auth.example.com:81"}, false},
+		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com:443"}, false},
+		{"https://10.0.0.1:80/token", []string{"registry.example.com=10.0.0.1"}, false},
+		{"https://10.0.0.1:5000/token", []string{"registry.example.com=10.0.0.1"}, false},
+		{"https://x.auth.internal/token", []string{"registry.example.com=auth.internal"}, true}, // public, as far as is known
+		{"http://x.auth.internal/token", []string{"registry.example.com=auth.internal"}, false},
+
 		{"https://127.0.0.1/token", nil, false},
-		{"https://127.0.0.1:5001/token", []string{"127.0.0.1:5001"}, true},
 		{"https://[::1]/token", nil, false},
 		{"https://169.254.169.254/latest", nil, false},
-		{"https://user:topsecret@auth.example.com/token", []string{"auth.example.com"}, false},
-		{"file:///etc/passwd", []string{""}, false},
-		{"ftp://auth.example.com/", []string{"auth.example.com"}, false},
+		{"https://168.63.129.16/machine", nil, false},
+		{"https://[64:ff9b::a9fe:a9fe]/latest", nil, false},
+		{"https://user:topsecret@auth.example.com/token", []string{"registry.example.com=auth.example.com"}, false},
+		{"https://8.8.8.8:0443/token", nil, false},
+		{"https://8.8.8.8:/token", nil, false},
+		{"https://8.8.8.8:70000/token", nil, false},
+		{"https://127.1/token", nil, false},
+		{"https://2130706433/token", nil, false},
+		{"https://0x7f000001/token", nil, false},
+		{"file:///etc/passwd", nil, false},
+		{"ftp://auth.example.com/", []string{"registry.example.com=auth.example.com"}, false},
 		{"/token", nil, false},
 		{"", nil, false},
 		{"https://", nil, false},
 		{"https://a b/", nil, false},
 	} {
-		_, _, err := New(Config{TokenHosts: tt.hosts}).checkRealm("registry.example.com", tt.realm)
+		_, _, err := New(Config{TokenHosts: tokenHosts(t, tt.hosts...)}).checkRealm("registry.example.com", tt.realm)
 		if (err == nil) != tt.ok {
 			t.Errorf("%q with %q: %v", tt.realm, tt.hosts, err)
 		}
@@ -124,6 +127,39 @@ func TestRealm(t *testing.T) {
 			t.Errorf("%q: code %s", tt.realm, api.AsError(err).Code)
 		}
 	}
+}
+
+// TestRealmHub has Docker Hub's names be one registry.
+func TestRealmHub(t *testing.T) {
+	for _, name := range []string{"docker.io", "index.docker.io", "registry-1.docker.io", "Docker.IO:443"} {
+		c := New(Config{TokenHosts: tokenHosts(t, name+"=10.0.0.1")})
+		if _, trusted, err := c.checkRealm("registry-1.docker.io", "http://10.0.0.1/token"); err != nil || !trusted {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestParseTokenHost(t *testing.T) {
+	for _, s := range []string{
+		"", "=", "a=", "=a", "a=b=c", "a:05000", "a=b:05000", "a:0=b", "a=b:", "a=http://b", "http://a", "a/b=c", "a=127.1", "a=b:65536", "a =b",
+	} {
+		if h, err := ParseTokenHost(s); err == nil || h != (TokenHost{}) {
+			t.Errorf("%q: %+v, %v", s, h, err)
+		}
+	}
+}
+
+func tokenHosts(t *testing.T, entries ...string) []TokenHost {
+	t.Helper()
+	var list []TokenHost
+	for _, e := range entries {
+		h, err := ParseTokenHost(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, h)
+	}
+	return list
 }
 
 // tokenServer is a fake token service, with the requests it had.
@@ -160,7 +196,7 @@ func fetchFrom(t *testing.T, s *tokenServer, auths string) (Token, error) {
 
 func fetchWith(t *testing.T, s *tokenServer, cfg Config) (Token, error) {
 	t.Helper()
-	cfg.TokenHosts = []string{s.host()}
+	cfg.TokenHosts = tokenHosts(t, "registry.example.com="+s.host())
 	c := New(cfg)
 	return c.Build(refs(t, "registry.example.com/app")).Token(t.Context(), TokenRequest{
 		Host: "registry.example.com", Realm: s.URL + "/token?keep=1", Service: "svc",
@@ -345,7 +381,8 @@ func TestTokenCA(t *testing.T) {
 	s := newTokenServer(t, true, text(`{"token":"tok"}`))
 	ca := writeFile(t, filepath.Join(t.TempDir(), "ca.pem"),
 		string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})))
-	c := New(Config{TokenHosts: []string{s.host()}, CAFiles: map[string]string{"own.example.com": ca, "docker.io": ca, "broken.example.com": writeFile(t, ca+"x", "no PEM")}})
+	trusted := tokenHosts(t, "own.example.com="+s.host(), "docker.io="+s.host(), "other.example.com="+s.host(), "broken.example.com="+s.host())
+	c := New(Config{TokenHosts: trusted, CAFiles: map[string]string{"own.example.com": ca, "docker.io": ca, "broken.example.com": writeFile(t, ca+"x", "no PEM")}})
 	for host, ok := range map[string]bool{
 		"own.example.com": true, "registry-1.docker.io": true, "other.example.com": false, "broken.example.com": false,
 	} {
@@ -361,7 +398,7 @@ func TestTokenNotKept(t *testing.T) {
 	s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"token":"tok%d","expires_in":300}`, n.Add(1))
 	})
-	b := New(Config{TokenHosts: []string{s.host()}}).Build(nil)
+	b := New(Config{TokenHosts: tokenHosts(t, "h="+s.host())}).Build(nil)
 	for _, want := range []string{"tok1", "tok2"} {
 		tok, err := b.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{"repository:a:pull"}})
 		if err != nil || tok.Value != want {
@@ -393,7 +430,7 @@ func TestReadToken(t *testing.T) {
 
 func TestTokenCanceled(t *testing.T) {
 	s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-	c := New(Config{TokenHosts: []string{s.host()}})
+	c := New(Config{TokenHosts: tokenHosts(t, "h="+s.host())})
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	start := time.Now()

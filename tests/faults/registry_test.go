@@ -415,7 +415,7 @@ func TestTokenExpires(t *testing.T) {
 			tokens := newTokenService(t, life)
 			proxy := newFaultProxy(t, s.Registry.Addr)
 			_, f := stack.Test(t, stack.FunctionConfig{
-				Env:     map[string]string{"token_hosts": tokens.host()},
+				Env:     map[string]string{"token_hosts": proxy.addr + "=" + tokens.host()},
 				Secrets: dockerConfig(t, map[string]any{"auths": map[string]any{proxy.addr: login("user", "password")}}),
 			})
 			var slow sync.Once
@@ -451,7 +451,7 @@ func TestTokenExpires(t *testing.T) {
 		tokens := newTokenService(t, time.Hour)
 		proxy := newFaultProxy(t, s.Registry.Addr)
 		_, f := stack.Test(t, stack.FunctionConfig{
-			Env:     map[string]string{"token_hosts": tokens.host()},
+			Env:     map[string]string{"token_hosts": proxy.addr + "=" + tokens.host()},
 			Secrets: dockerConfig(t, map[string]any{"auths": map[string]any{proxy.addr: login("user", "password")}}),
 		})
 		proxy.set(&fault{anything, tokens.ask})
@@ -511,9 +511,11 @@ func TestRealmOnPrivateAddress(t *testing.T) {
 					body = layered(t, &builder.BuildConfig{Image: proxy.addr + "/realm:v"}, 1<<10)
 				}
 				secrets := dockerConfig(t, map[string]any{"auths": map[string]any{proxy.addr: login("user", "canary-password")}})
-				_, f := stack.Test(t, stack.FunctionConfig{Secrets: secrets})
+				// Listed for other registries, it is not for this one.
+				others := fmt.Sprintf("%s,registry.example.com=%[1]s,127.0.0.1=%[1]s,%s", c.addr, proxy.addr)
+				_, f := stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": others}})
 				a := mustSend(t, f, body, jsonForm)
-				a.wantFailed(t, "registry_denied", "token_hosts")
+				a.wantFailed(t, "registry_denied", "token_hosts", proxy.addr+"="+c.addr)
 				if n, _ := proxy.broken(); n == 0 {
 					t.Error("the registry was never asked")
 				}
@@ -522,7 +524,7 @@ func TestRealmOnPrivateAddress(t *testing.T) {
 				}
 
 				// It is the address that was refused, and the canary does sing.
-				_, f = stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": c.addr}})
+				_, f = stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": proxy.addr + "=" + c.addr}})
 				mustSend(t, f, body, jsonForm).wantFailed(t, "registry_failed")
 				if c.n.Load() == 0 {
 					t.Error("the token service was not asked with token_hosts either: the test looks at the wrong thing")
@@ -543,7 +545,7 @@ func TestRealmRedirects(t *testing.T) {
 	proxy := newFaultProxy(t, s.Registry.Addr)
 	proxy.set(refuse(401, "UNAUTHORIZED", anything,
 		"WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="registry"`, service.URL)))
-	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"token_hosts": service.Listener.Addr().String()}})
+	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"token_hosts": proxy.addr + "=" + service.Listener.Addr().String()}})
 	a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/redirect:v"}, 1<<10), jsonForm)
 	a.wantFailed(t, "registry_denied", "307")
 	if n := c.n.Load(); n != 0 {
