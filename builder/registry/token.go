@@ -28,6 +28,7 @@ import (
 const (
 	tokenTimeout     = 15 * time.Second // of one fetch, its retries included
 	tokenAttempts    = 3
+	maxRedirects     = 5
 	tokenBackoff     = 500 * time.Millisecond // doubles
 	maxTokenResponse = 1 << 20                // bytes
 
@@ -305,20 +306,23 @@ type fetch struct {
 // identity token, which only POST can carry.
 func (f *fetch) run(ctx context.Context) (Token, error) {
 	if f.auth.IdentityToken != "" {
-		return f.retry(ctx, f.post)
+		return f.retry(ctx, f.post, f.realm)
 	}
-	tok, err := f.retry(ctx, f.get)
+	tok, err := f.retry(ctx, f.get, f.target())
 	var st *statusError
 	if errors.As(err, &st) && (st.code == http.StatusNotFound || st.code == http.StatusMethodNotAllowed) && f.auth.Username != "" {
-		return f.retry(ctx, f.post)
+		return f.retry(ctx, f.post, f.realm)
 	}
 	return tok, err
 }
 
-func (f *fetch) retry(ctx context.Context, do func(context.Context) (*http.Request, error)) (Token, error) {
+// request makes one to a URL.
+type request func(context.Context, *url.URL) (*http.Request, error)
+
+func (f *fetch) retry(ctx context.Context, do request, u *url.URL) (Token, error) {
 	wait := tokenBackoff
 	for attempt := 1; ; attempt++ {
-		tok, err := f.once(ctx, do)
+		tok, err := f.once(ctx, do, u)
 		if err == nil {
 			return tok, nil
 		}
@@ -344,9 +348,17 @@ func transient(err error) bool {
 }
 
 // statusError is an answer other than 200.
-type statusError struct{ code int }
+type statusError struct {
+	code     int
+	location string // of a redirect that is not followed
+}
 
-func (e *statusError) Error() string { return fmt.Sprintf("status %d", e.code) }
+func (e *statusError) Error() string {
+	if e.location != "" {
+		return fmt.Sprintf("status %d to %q", e.code, e.location)
+	}
+	return fmt.Sprintf("status %d", e.code)
+}
 
 var errResponse = errors.New("no token in its answer")
 
@@ -358,7 +370,7 @@ func (f *fetch) explain(err error) error {
 	var st *statusError
 	switch {
 	case errors.As(err, &st):
-		why = fmt.Sprintf("answered with status %d", st.code)
+		why = "answered with " + st.Error()
 		if st.code < 500 && st.code != http.StatusTooManyRequests {
 			e.Code = api.RegistryDenied
 		}
@@ -391,7 +403,8 @@ func (f *fetch) explain(err error) error {
 
 func (f *fetch) anonymous() bool { return f.auth.Username == "" && f.auth.IdentityToken == "" }
 
-func (f *fetch) get(ctx context.Context) (*http.Request, error) {
+// target is the realm with what a GET says in its query.
+func (f *fetch) target() *url.URL {
 	u := *f.realm
 	q := u.Query()
 	if f.service != "" {
@@ -404,6 +417,10 @@ func (f *fetch) get(ctx context.Context) (*http.Request, error) {
 		q.Set("account", f.auth.Username)
 	}
 	u.RawQuery = q.Encode()
+	return &u
+}
+
+func (f *fetch) get(ctx context.Context, u *url.URL) (*http.Request, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
 		return nil, err
@@ -414,7 +431,7 @@ func (f *fetch) get(ctx context.Context) (*http.Request, error) {
 	return req, nil
 }
 
-func (f *fetch) post(ctx context.Context) (*http.Request, error) {
+func (f *fetch) post(ctx context.Context, u *url.URL) (*http.Request, error) {
 	form := url.Values{"client_id": {clientID}, "access_type": {"online"}}
 	if f.service != "" {
 		form.Set("service", f.service)
@@ -430,7 +447,7 @@ func (f *fetch) post(ctx context.Context) (*http.Request, error) {
 		form.Set("username", f.auth.Username)
 		form.Set("password", f.auth.Password)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, f.realm.String(), strings.NewReader(form.Encode()))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), strings.NewReader(form.Encode()))
 	if err != nil {
 		return nil, err
 	}
@@ -438,22 +455,64 @@ func (f *fetch) post(ctx context.Context) (*http.Request, error) {
 	return req, nil
 }
 
-func (f *fetch) once(ctx context.Context, do func(context.Context) (*http.Request, error)) (Token, error) {
-	req, err := do(ctx)
+func (f *fetch) once(ctx context.Context, do request, u *url.URL) (Token, error) {
+	for range maxRedirects {
+		tok, next, err := f.ask(ctx, do, u)
+		if next == nil {
+			return tok, err
+		}
+		u = next
+	}
+	return Token{}, fmt.Errorf("%w: more than %d redirects", errResponse, maxRedirects)
+}
+
+// ask has a token, or the URL to ask instead, with the same credentials.
+func (f *fetch) ask(ctx context.Context, do request, u *url.URL) (tok Token, next *url.URL, err error) {
+	req, err := do(ctx, u)
 	if err != nil {
-		return Token{}, err
+		return Token{}, nil, err
 	}
 	req.Header.Set("User-Agent", clientID)
 	req.Header.Set("Accept", "application/json")
 	resp, err := f.client.Do(req)
 	if err != nil {
-		return Token{}, err
+		return Token{}, nil, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return Token{}, &statusError{resp.StatusCode}
+	switch resp.StatusCode {
+	case http.StatusOK:
+		tok, err := readAnswer(resp.Body)
+		return tok, nil, err
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		to, err := resp.Location()
+		if err != nil {
+			break
+		}
+		if !sameService(u, to) {
+			return Token{}, nil, &statusError{resp.StatusCode, redact.URLs(to.String())}
+		}
+		return Token{}, to, nil
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenResponse+1))
+	return Token{}, nil, &statusError{code: resp.StatusCode}
+}
+
+// sameService says whether credentials for from may go to a URL that it redirects
+// to: one of the same host and port, or of the same host by https where it was
+// http. The port is another one then, and the certificate says whose it is.
+func sameService(from, to *url.URL) bool {
+	a, err := hosts.Parse(from.Host)
+	b, err2 := hosts.Parse(to.Host)
+	if err != nil || err2 != nil || to.User != nil || a.Name != b.Name {
+		return false
+	}
+	if from.Scheme == "http" && to.Scheme == "https" {
+		return true
+	}
+	return from.Scheme == to.Scheme && a.WithPort(hosts.DefaultPort(from.Scheme)) == b.WithPort(hosts.DefaultPort(to.Scheme))
+}
+
+func readAnswer(r io.Reader) (Token, error) {
+	body, err := io.ReadAll(io.LimitReader(r, maxTokenResponse+1))
 	if err != nil {
 		return Token{}, err
 	}

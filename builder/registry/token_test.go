@@ -304,8 +304,11 @@ func TestTokenFailures(t *testing.T) {
 		{"500", status(500), api.RegistryFailed, "status 500", 3},
 		{"429", status(429), api.RegistryFailed, "status 429", 3},
 		{"redirect", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://elsewhere.example.com/token?x=topsecret", http.StatusTemporaryRedirect)
+		}, api.RegistryDenied, `status 307 to "http://elsewhere.example.com/token"`, 1},
+		{"redirect to itself", func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
-		}, api.RegistryDenied, "status 307", 1},
+		}, api.RegistryFailed, "no token", maxRedirects},
 		{"no token", text(`{"expires_in":5}`), api.RegistryFailed, "no token", 1},
 		{"no JSON", text(secret + " <html>"), api.RegistryFailed, "no token", 1},
 		{"too long", func(w http.ResponseWriter, r *http.Request) {
@@ -439,5 +442,83 @@ func TestTokenCanceled(t *testing.T) {
 	}
 	if d := time.Since(start); d > 2*time.Second {
 		t.Errorf("took %v", d)
+	}
+}
+
+// TestTokenRedirects follows those that stay on the host.
+func TestTokenRedirects(t *testing.T) {
+	want := func(t *testing.T, w http.ResponseWriter, r *http.Request) {
+		user, password, _ := r.BasicAuth()
+		if r.Method == "POST" {
+			user, password = r.FormValue("username"), r.FormValue("password")
+			if r.FormValue("grant_type") == "refresh_token" {
+				user, password = "u", r.FormValue("refresh_token")
+			}
+		}
+		if user != "u" || password != "p" || r.FormValue("scope") != "repository:app:pull,push" || r.FormValue("service") != "svc" {
+			t.Errorf("%s %s as %q with %q", r.Method, r.URL, user, password)
+		}
+		fmt.Fprint(w, `{"token":"tok"}`)
+	}
+	basic := `{"auths":{"registry.example.com":` + basicAuth("u", "p") + `}}`
+	identity := `{"auths":{"registry.example.com":{"identitytoken":"p"}}}`
+	for _, status := range []int{301, 302, 307, 308} {
+		for _, config := range []string{basic, identity} {
+			// The path, on one server.
+			s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/token" {
+					http.Redirect(w, r, "/there?"+r.URL.RawQuery, status)
+					return
+				}
+				want(t, w, r)
+			})
+			if tok, err := fetchFrom(t, s, config); err != nil || tok.Value != "tok" {
+				t.Errorf("%d to a path: %+v, %v", status, tok, err)
+			}
+
+			// From http to https.
+			secure := newTokenServer(t, true, func(w http.ResponseWriter, r *http.Request) { want(t, w, r) })
+			ca := writeFile(t, filepath.Join(t.TempDir(), "ca.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw})))
+			plain := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
+				http.Redirect(w, r, secure.URL+r.URL.RequestURI(), status)
+			})
+			tok, err := fetchWith(t, plain, Config{File: configFile(t, config), CAFiles: map[string]string{"registry.example.com": ca}})
+			if err != nil || tok.Value != "tok" {
+				t.Errorf("%d to https: %+v, %v", status, tok, err)
+			}
+			// Whose certificate has to be good.
+			if tok, err := fetchFrom(t, plain, config); err == nil || !strings.Contains(err.Error(), "certificate") {
+				t.Errorf("%d to https without its CA: %+v, %v", status, tok, err)
+			}
+		}
+	}
+
+	// To another port, another name of the host, from https to http, with a user.
+	canary := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, `{"token":"tok"}`) })
+	_, port, _ := strings.Cut(canary.host(), ":")
+	for name, to := range map[string]string{
+		"port": canary.URL, "name": "http://localhost:" + port, "file": "file:///etc/passwd", "none": "",
+	} {
+		s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Location", to)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+		})
+		if tok, err := fetchFrom(t, s, basic); err == nil || api.AsError(err).Code != api.RegistryDenied || !strings.Contains(err.Error(), "307") {
+			t.Errorf("%s: %+v, %v", name, tok, err)
+		}
+	}
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, canary.URL, 307) }))
+	defer s.Close()
+	from, _ := url.Parse(s.URL)
+	for to, want := range map[string]bool{
+		s.URL + "/x": true, "http://" + from.Host: false, "http://127.0.0.1:" + port: false, "https://127.0.0.1:" + port: false, "https://u:p@" + from.Host: false,
+	} {
+		u, _ := url.Parse(to)
+		if sameService(from, u) != want {
+			t.Errorf("%s to %s: %v", from, to, !want)
+		}
+	}
+	if n := canary.requests.Load(); n != 0 {
+		t.Errorf("%d requests to where credentials may not go", n)
 	}
 }
