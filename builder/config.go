@@ -56,6 +56,7 @@ type Config struct {
 	AllowBasic         bool                 // allow_basic
 	CreateRepositories bool                 // create_repositories
 	TokenHosts         []registry.TokenHost // token_hosts
+	TokenPaths         []registry.TokenPath // token_paths
 	RegistryCA         map[string]string    // registry_ca: host=name in SecretsDir
 
 	CacheRepository   reference.Named // cache_repository: nil keeps no cache in a registry
@@ -109,7 +110,8 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		AllowSyntax:        e.boolean("allow_syntax", false),
 		AllowBasic:         e.boolean("allow_basic", true),
 		CreateRepositories: e.boolean("create_repositories", false),
-		TokenHosts:         e.tokenHosts("token_hosts"),
+		TokenHosts:         parsed(e, "token_hosts", registry.ParseTokenHost),
+		TokenPaths:         parsed(e, "token_paths", registry.ParseTokenPath),
 		RegistryCA:         e.pairs("registry_ca"),
 
 		CacheRepository:   e.repository("cache_repository"),
@@ -252,15 +254,16 @@ func (e *environment) pairs(name string) map[string]string {
 	return m
 }
 
-func (e *environment) tokenHosts(name string) []registry.TokenHost {
-	var list []registry.TokenHost
+// parsed is a list of what parse takes.
+func parsed[T any](e *environment, name string, parse func(string) (T, error)) []T {
+	var list []T
 	for _, v := range e.list(name) {
-		h, err := registry.ParseTokenHost(v)
+		one, err := parse(v)
 		if err != nil {
 			e.failed(name, v, err)
 			continue
 		}
-		list = append(list, h)
+		list = append(list, one)
 	}
 	return list
 }

@@ -30,6 +30,7 @@ func TestLoadConfig(t *testing.T) {
 		"allowed_images", "ghcr.io/acme, acme,registry.example:5000 ,docker.io/library/app/",
 		"registry_ca", "Registry.example:5000=registry-ca",
 		"token_hosts", "registry.example=auth.example:5001, own.example:5000",
+		"token_paths", "registry.example/docker=,registry.example=prefix",
 		"context_hosts", "github.com, http://git.example:3000",
 		"context_repository", "http://registry.example:5000/contexts",
 		"disable_hmac", "true",
@@ -50,7 +51,7 @@ func TestLoadConfig(t *testing.T) {
 	if !slices.Equal(c.BuildkitAddrs, []string{"tcp://a:1", "tcp://b:1"}) || c.CacheRepository.Name() != "docker.io/acme/cache" {
 		t.Errorf("daemons %q, cache %v", c.BuildkitAddrs, c.CacheRepository)
 	}
-	if len(c.TokenHosts) != 2 || c.ContextRepository != "http://registry.example:5000/contexts" || !slices.Equal(c.ContextHosts, []string{"github.com", "http://git.example:3000"}) {
+	if len(c.TokenHosts) != 2 || len(c.TokenPaths) != 2 || c.ContextRepository != "http://registry.example:5000/contexts" || !slices.Equal(c.ContextHosts, []string{"github.com", "http://git.example:3000"}) {
 		t.Errorf("token hosts %v, contexts %q from %q", c.TokenHosts, c.ContextRepository, c.ContextHosts)
 	}
 	if c.RegistryCA["registry.example:5000"] != "registry-ca" {
@@ -64,6 +65,7 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		{"max_body_bytes", "512 apples"}, {"disable_hmac", "perhaps"}, {"allowed_images", "ghcr.io/acme:tag"},
 		{"allowed_images", "ghcr.io/UPPER"}, {"cache_repository", "ghcr.io/acme/cache:tag"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
 		{"registry_ca", "a.example=ca,A.example.=other"}, {"token_hosts", "registry=http://auth"}, {"token_hosts", "registry=auth/token"},
+		{"token_paths", "registry/a"}, {"token_paths", "registry:05000/a=b"},
 		{"context_hosts", "https://github.com/acme"}, {"context_hosts", "[::1]"},
 	} {
 		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))

@@ -81,6 +81,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	credentials := registry.New(registry.Config{
 		File:               cfg.Secret(cfg.RegistryConfig),
 		TokenHosts:         cfg.TokenHosts,
+		TokenPaths:         cfg.TokenPaths,
 		CAFiles:            registryCA,
 		AllowBasic:         cfg.AllowBasic,
 		CreateRepositories: cfg.CreateRepositories,
@@ -171,8 +172,8 @@ func newContexts(cfg *Config, credentials *registry.Credentials, log zerolog.Log
 	store, err := contexts.New(contexts.Config{
 		Repository: cfg.ContextRepository,
 		MaxAge:     cfg.ContextMaxAge,
-		Login: func(ctx context.Context, host string) (authn.AuthConfig, error) {
-			l, err := credentials.Login(ctx, host)
+		Login: func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
+			l, err := credentials.Login(ctx, host, repository)
 			return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
 		},
 		RootCAs: credentials.RootCAs,

@@ -40,7 +40,7 @@ type Config struct {
 	MaxAge     time.Duration // after which a context is deleted
 
 	// Login is asked before each use of the registry.
-	Login func(ctx context.Context, host string) (authn.AuthConfig, error)
+	Login func(ctx context.Context, host, repository string) (authn.AuthConfig, error)
 	// RootCAs check the registry's certificate; nil is the system's.
 	RootCAs func(host string) (*x509.CertPool, error)
 
@@ -99,7 +99,7 @@ func (s *Store) tag(digest string) name.Tag {
 // options are for the requests of one call. close ends their connections.
 func (s *Store) options(ctx context.Context) (opts []remote.Option, close func(), err error) {
 	host := s.repo.RegistryStr()
-	auth, err := s.cfg.Login(ctx, host)
+	auth, err := s.cfg.Login(ctx, host, s.repo.RepositoryStr())
 	if err != nil {
 		return nil, nil, &api.Error{Code: api.RegistryFailed, Msg: "the credentials for the context registry cannot be read", Err: err}
 	}

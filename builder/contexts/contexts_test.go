@@ -42,7 +42,7 @@ func standin(t *testing.T, first func(w http.ResponseWriter, r *http.Request) bo
 	s, err := New(Config{
 		Repository: strings.TrimPrefix(server.URL, "http://") + "/contexts",
 		MaxAge:     time.Hour,
-		Login:      func(context.Context, string) (authn.AuthConfig, error) { return authn.AuthConfig{}, nil },
+		Login:      func(context.Context, string, string) (authn.AuthConfig, error) { return authn.AuthConfig{}, nil },
 		RootCAs:    func(string) (*x509.CertPool, error) { return nil, nil },
 		Log:        zerolog.Nop(),
 	})

@@ -102,7 +102,7 @@ func TestCloudAmazon(t *testing.T) {
 		if n := s.requests.Load(); n != 1 {
 			t.Errorf("asked %d times", n)
 		}
-		if login, err := c.Login(t.Context(), ecrHost); err != nil || login.Password != "ecr-password" {
+		if login, err := c.Login(t.Context(), ecrHost, "app"); err != nil || login.Password != "ecr-password" {
 			t.Errorf("%+v, %v", login, err)
 		}
 	}
@@ -165,7 +165,7 @@ func TestCloudAzure(t *testing.T) {
 	// At a private address that is not listed, it gets no token of Entra's.
 	before := s.requests.Load()
 	for _, host := range []string{s.host(), "localhost:" + port} {
-		login, err := credentials().Login(t.Context(), host)
+		login, err := credentials().Login(t.Context(), host, "app")
 		if err == nil || !strings.Contains(err.Error(), "not a public address") {
 			t.Errorf("%s: %+v, %v", host, login, err)
 		}
@@ -209,7 +209,7 @@ func TestCloudFails(t *testing.T) {
 	wantCloudError(t, err, api.RegistryDenied, "public.ecr.aws", `"ecr-login"`)
 	_, _, err = c.Build(nil).Basic(t.Context(), ecrHost)
 	wantCloudError(t, err, api.RegistryDenied, ecrHost, `"ecr-login"`)
-	if _, err := c.Login(t.Context(), ecrHost); err == nil {
+	if _, err := c.Login(t.Context(), ecrHost, "app"); err == nil {
 		t.Error("logged in")
 	}
 	if got := b.Anonymous(); len(got) > 0 {

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"net"
 	"net/url"
 	"os"
 	"slices"
@@ -21,7 +20,6 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/docker/cli/cli/config/configfile"
-	"github.com/docker/cli/cli/config/credentials"
 	"github.com/docker/cli/cli/config/types"
 	"github.com/rs/zerolog"
 
@@ -39,6 +37,10 @@ type Config struct {
 	// speak plain http, each for its own registry. A token service is named by
 	// the registry that a Dockerfile names, so every other must be public.
 	TokenHosts []TokenHost
+
+	// TokenPaths are the registries whose token services name repositories by
+	// other paths than images do.
+	TokenPaths []TokenPath
 
 	// CAFiles are PEM files of further root CAs, by the registry's host as
 	// image names have it. Each counts for the tokens of that registry alone.
@@ -76,6 +78,66 @@ func ParseTokenHost(s string) (TokenHost, error) {
 		return TokenHost{}, err
 	}
 	return TokenHost{serverHost(registry), h}, nil
+}
+
+// TokenPath is what a registry's token service has for a path of its images.
+type TokenPath struct {
+	host         string   // as serverHost has it
+	image, token []string // segments that a repository begins with; none is every one
+}
+
+// ParseTokenPath takes "registry/path=path": of images at registry/path… the token
+// service says path…. Either path may be empty: one is put before all names, or
+// left out of them.
+func ParseTokenPath(s string) (TokenPath, error) {
+	image, token, ok := strings.Cut(s, "=")
+	host, below, _ := strings.Cut(image, "/")
+	if !ok {
+		return TokenPath{}, errors.New("there is no = in it")
+	}
+	if _, err := hosts.Parse(host); err != nil {
+		return TokenPath{}, err
+	}
+	p := TokenPath{host: serverHost(host)}
+	var err error
+	if p.image, err = pathSegments(below); err != nil {
+		return TokenPath{}, err
+	}
+	if p.token, err = pathSegments(token); err != nil {
+		return TokenPath{}, err
+	}
+	if slices.Equal(p.image, p.token) {
+		return TokenPath{}, errors.New("both paths are the same")
+	}
+	return p, nil
+}
+
+func pathSegments(text string) ([]string, error) {
+	if text = strings.Trim(text, "/"); text == "" {
+		return nil, nil
+	}
+	if named, err := reference.ParseNormalizedNamed(hubDomain + "/x/" + text); err != nil || !reference.IsNameOnly(named) {
+		return nil, fmt.Errorf("%q is not the path of a repository", text)
+	}
+	return strings.Split(text, "/"), nil
+}
+
+// tokenPath is how the token service of host names repository, where Config says
+// that it has a name of its own for it.
+func (c *Credentials) tokenPath(host, repository string) (string, bool) {
+	segments := strings.Split(repository, "/")
+	var longest *TokenPath
+	for _, p := range c.cfg.TokenPaths {
+		if p.host == host && len(p.image) <= len(segments) && slices.Equal(p.image, segments[:len(p.image)]) &&
+			(longest == nil || len(p.image) > len(longest.image)) {
+			longest = &p
+		}
+	}
+	if longest == nil {
+		return "", false
+	}
+	name := slices.Concat(longest.token, segments[len(longest.image):])
+	return strings.Join(name, "/"), len(name) > 0
 }
 
 // Credentials are those of all registries.
@@ -135,20 +197,8 @@ func serverHost(domain string) string {
 	return h.String()
 }
 
-// configKeys are the names that config.json may have for host, the one that a
-// helper is asked for first.
-func configKeys(host string) []string {
-	switch host = lower(host); host {
-	case hubDomain, hubHost, hubIndex:
-		return []string{hubKey, hubDomain, hubIndex, hubHost}
-	}
-	keys := []string{host}
-	// An image name may leave the port of https out.
-	if h, port, err := net.SplitHostPort(host); err == nil && port == "443" {
-		keys = append(keys, h)
-	}
-	return keys
-}
+// byteOrderMark is what some editors write before UTF-8.
+const byteOrderMark = "\uFEFF"
 
 // load is the config file as it is now. A file that does not parse leaves the
 // last one in use that did: it may be half written.
@@ -169,7 +219,7 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 		return c.current, nil
 	}
 	file := configfile.New(c.cfg.File)
-	if err := file.LoadFromReader(bytes.NewReader(raw)); err != nil {
+	if err := file.LoadFromReader(bytes.NewReader(bytes.TrimPrefix(raw, []byte(byteOrderMark)))); err != nil {
 		err = fmt.Errorf("reading registry config: %w", err)
 		if c.current == nil {
 			return nil, err
@@ -195,22 +245,15 @@ type found struct {
 	failed error
 }
 
-// lookup finds what is configured for host. Nothing configured is no error. A
-// helper named for this host alone must work; a global one that does not leaves
-// what the file itself holds.
-func (c *Credentials) lookup(ctx context.Context, host string) (found, error) {
-	file, err := c.load()
-	if err != nil {
-		return found{}, err
-	}
-	keys := configKeys(host)
-	helper, global := helperFor(file, host)
-	if helper != "" && !global {
-		return c.askHelper(ctx, helper, keys[0])
+// lookup gets what src says. Nothing there is no error. A helper named for this
+// registry must work; a global one that does not leaves what the file itself holds.
+func (c *Credentials) lookup(ctx context.Context, file *configfile.ConfigFile, src source) (found, error) {
+	if src.own {
+		return c.askHelper(ctx, src.helper, src.server)
 	}
 	var failed error
-	if helper != "" {
-		f, err := c.askHelper(ctx, helper, keys[0])
+	if src.helper != "" {
+		f, err := c.askHelper(ctx, src.helper, src.server)
 		if err == nil && f.auth != (types.AuthConfig{}) {
 			return f, nil
 		}
@@ -219,44 +262,22 @@ func (c *Credentials) lookup(ctx context.Context, host string) (found, error) {
 		}
 		failed = err
 	}
-	store := credentials.NewFileStore(file)
-	for _, key := range keys {
-		auth, err := store.Get(key)
-		if err != nil {
-			return found{}, err
+	if src.key != "" {
+		if failed != nil {
+			c.logHelper(file, src.helper, failed)
 		}
-		if auth.Username != "" || auth.IdentityToken != "" || auth.RegistryToken != "" {
-			if failed != nil {
-				c.logHelper(file, helper, failed)
-			}
-			return found{auth: auth}, nil
-		}
+		return found{auth: file.AuthConfigs[src.key]}, nil
 	}
-	if clouds.Has(helper) {
+	if clouds.Has(src.helper) {
 		if failed != nil {
 			c.cfg.Log.Warn().AnErr("error", errors.Unwrap(failed)).Msg("going on without credentials")
 		}
 		return found{failed: failed}, nil
 	}
 	if failed != nil {
-		c.logHelper(file, helper, failed)
+		c.logHelper(file, src.helper, failed)
 	}
 	return found{}, nil
-}
-
-// helperFor is the helper to ask for host, and whether it is the global one. A
-// cloud's is not asked for hosts of others.
-func helperFor(file *configfile.ConfigFile, host string) (name string, global bool) {
-	for _, key := range configKeys(host) {
-		if name := file.CredentialHelpers[key]; name != "" {
-			return name, false
-		}
-	}
-	name = file.CredentialsStore
-	if clouds.Has(name) && !clouds.Owns(name, host) {
-		return "", true
-	}
-	return name, true
 }
 
 // Prepare makes the repositories that are missing, where Config says so: those
@@ -272,7 +293,7 @@ func (c *Credentials) Prepare(ctx context.Context, pushes []reference.Named) err
 		if err != nil {
 			return unreadable(host, err)
 		}
-		if helper, _ := helperFor(file, host); helper != "ecr-login" {
+		if find(file, host, reference.Path(ref)).helper != "ecr-login" {
 			continue
 		}
 		if err := c.clouds.CreateRepository(ctx, host, reference.Path(ref)); err != nil {
@@ -288,9 +309,13 @@ type Login struct {
 	IdentityToken, RegistryToken string
 }
 
-// Login finds what is configured for a registry that the function itself uses.
-func (c *Credentials) Login(ctx context.Context, host string) (Login, error) {
-	f, err := c.lookup(ctx, serverHost(host))
+// Login finds what is configured for a repository that the function itself uses.
+func (c *Credentials) Login(ctx context.Context, host, repository string) (Login, error) {
+	file, err := c.load()
+	if err != nil {
+		return Login{}, err
+	}
+	f, err := c.lookup(ctx, file, find(file, host, repository))
 	if err == nil {
 		err = f.failed
 	}
@@ -320,12 +345,22 @@ func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err 
 func (c *Credentials) Build(pushes []reference.Named) *Build {
 	b := &Build{
 		creds:  c,
-		pushes: make(map[string]bool),
-		auths:  make(map[string]func() (found, error)),
+		pushes: make(map[string]string),
+		first:  make(map[string]string),
+		auths:  make(map[source]func() (found, error)),
 		none:   make(map[string]bool),
+		wanted: make(map[string]string),
+		other:  make(map[string]string),
 	}
 	for _, ref := range pushes {
-		b.pushes[serverHost(reference.Domain(ref))+"/"+reference.Path(ref)] = true
+		host, repository := serverHost(reference.Domain(ref)), reference.Path(ref)
+		if b.first[host] == "" {
+			b.first[host] = repository
+		}
+		b.pushes[host+"/"+repository] = repository
+		if name, ok := c.tokenPath(host, repository); ok {
+			b.pushes[host+"/"+name] = repository
+		}
 	}
 	return b
 }
@@ -333,22 +368,30 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 // Build answers for one build.
 type Build struct {
 	creds  *Credentials
-	pushes map[string]bool // by server host, a slash and the repository
+	pushes map[string]string // repositories, by server host, a slash and how token services name them
+	first  map[string]string // the first of them at each server host
 
-	mu    sync.Mutex
-	auths map[string]func() (found, error)
-	none  map[string]bool // hosts that nothing was found for
+	mu     sync.Mutex
+	auths  map[source]func() (found, error)
+	none   map[string]bool   // hosts that nothing was found for
+	wanted map[string]string // by the server host and the scopes of a token: the repository it was for
+	other  map[string]string // by server host: what its scope to push named instead of a repository
 }
 
-// auth is lookup once for each host, so that a build runs a helper once, but
+// auth is lookup once for each source, so that a build runs a helper once, but
 // again when what it found has to be renewed.
-func (b *Build) auth(ctx context.Context, host string) (found, error) {
+func (b *Build) auth(ctx context.Context, host, repository string) (found, error) {
 	for {
+		file, err := b.creds.load()
+		if err != nil {
+			return found{}, err
+		}
+		src := find(file, host, repository)
 		b.mu.Lock()
-		get, again := b.auths[host], true
+		get, again := b.auths[src], true
 		if get == nil {
-			get, again = sync.OnceValues(func() (found, error) { return b.creds.lookup(ctx, host) }), false
-			b.auths[host] = get
+			get, again = sync.OnceValues(func() (found, error) { return b.creds.lookup(ctx, file, src) }), false
+			b.auths[src] = get
 		}
 		b.mu.Unlock()
 		f, err := get()
@@ -356,9 +399,9 @@ func (b *Build) auth(ctx context.Context, host string) (found, error) {
 		stale := !f.renew.IsZero() && time.Now().After(f.renew)
 		if err != nil || stale {
 			// The next call asks again: the first caller may have gone away.
-			delete(b.auths, host)
+			delete(b.auths, src)
 		} else if f.auth == (types.AuthConfig{}) && f.failed == nil {
-			b.none[host] = true
+			b.none[lower(host)] = true
 		}
 		b.mu.Unlock()
 		if again && stale && err == nil {

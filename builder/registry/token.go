@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -54,10 +55,11 @@ type Token struct {
 	Expires  time.Time
 }
 
-// Basic is the user name and password for host, both empty when there are
-// none that may be handed out.
+// Basic is the user name and password for host, both empty when there are none
+// that may be handed out. They are those for the first repository that this build
+// pushes to there: the daemon asks by host alone, and keeps them for the build.
 func (b *Build) Basic(ctx context.Context, host string) (username, password string, err error) {
-	f, err := b.auth(ctx, lower(host))
+	f, err := b.auth(ctx, host, b.first[serverHost(host)])
 	if err == nil {
 		err = f.failed
 	}
@@ -92,7 +94,7 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	if err != nil {
 		return Token{}, err
 	}
-	have, err := b.auth(ctx, lower(req.Host))
+	have, err := b.auth(ctx, req.Host, b.repository(req.Host, scopes))
 	if err != nil {
 		return Token{}, unreadable(req.Host, err)
 	}
@@ -118,10 +120,88 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	}
 	defer f.client.CloseIdleConnections()
 	tok, err := f.run(ctx)
-	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.RegistryDenied && have.failed != nil {
-		return Token{}, unreadable(req.Host, have.failed)
+	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.RegistryDenied {
+		if have.failed != nil {
+			return Token{}, unreadable(req.Host, have.failed)
+		}
+		e.Msg += b.hint(req.Host)
 	}
 	return tok, err
+}
+
+// repository is the one that a token for these scopes is for, since it can be had
+// with one user's credentials only: the one that is pushed to, or the one that is
+// new, because the daemon asks for what it has along with it.
+func (b *Build) repository(host string, scopes []string) string {
+	host = serverHost(host)
+	set := host + " " + strings.Join(scopes, " ")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if repository, ok := b.wanted[set]; ok {
+		return repository
+	}
+	known := make(map[string]bool)
+	for s, repository := range b.wanted {
+		if strings.HasPrefix(s, host+" ") {
+			known[repository] = true
+		}
+	}
+	var pushed, fresh, any string
+	for _, scope := range scopes {
+		resource, actions, _ := cutLast(scope, ":")
+		_, name, _ := strings.Cut(resource, ":")
+		own, mine := b.pushes[host+"/"+name]
+		if mine {
+			name = own
+		}
+		if mine && strings.Contains(actions, "push") && pushed == "" {
+			pushed = name
+		}
+		if !known[name] && fresh == "" {
+			fresh = name
+		}
+		if any == "" {
+			any = name
+		}
+	}
+	repository := cmp.Or(pushed, fresh, any)
+	b.wanted[set] = repository
+	return repository
+}
+
+// hint says that a token service named another path than the image's, if it did.
+func (b *Build) hint(host string) string {
+	host = serverHost(host)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	name, repository := b.other[host], b.first[host]
+	if name == "" || repository == "" {
+		return ""
+	}
+	image, token := strings.Split(repository, "/"), strings.Split(name, "/")
+	n := sameEnd(image, token)
+	entry := strings.Join(append([]string{host}, image[:len(image)-n]...), "/") + "=" + strings.Join(token[:len(token)-n], "/")
+	return fmt.Sprintf("; its token service asks for %q where the image is %q: if these are the same, token_paths needs %q", name, repository, entry)
+}
+
+// sameEnd is how many segments a and b have in common at their ends.
+func sameEnd(a, b []string) int {
+	n := 0
+	for n < min(len(a), len(b)) && a[len(a)-1-n] == b[len(b)-1-n] {
+		n++
+	}
+	return n
+}
+
+// Hints are what to say of a push that was denied, by the server's host.
+func (b *Build) Hints() map[string]string {
+	hints := make(map[string]string)
+	for host := range b.first {
+		if h := b.hint(host); h != "" {
+			hints[host] = h
+		}
+	}
+	return hints
 }
 
 // grant leaves of scopes what this build may do at host.
@@ -137,8 +217,11 @@ func (b *Build) grant(host string, scopes []string) ([]string, error) {
 			}
 			var may []string
 			for action := range strings.SplitSeq(actions, ",") {
-				if action == "pull" || action == "push" && b.pushes[serverHost(host)+"/"+name] {
+				_, mine := b.pushes[serverHost(host)+"/"+name]
+				if action == "pull" || action == "push" && mine {
 					may = append(may, action)
+				} else if action == "push" {
+					b.elsewhere(serverHost(host), name)
 				}
 			}
 			if len(may) > 0 {
@@ -150,11 +233,24 @@ func (b *Build) grant(host string, scopes []string) ([]string, error) {
 	if len(granted) == 0 && len(scopes) > 0 {
 		return nil, &api.Error{
 			Code: api.RegistryDenied,
-			Msg:  fmt.Sprintf("registry %s: it asks for more than this build may do there: %q", host, strings.Join(scopes, " ")),
+			Msg:  fmt.Sprintf("registry %s: it asks for more than this build may do there: %q%s", host, strings.Join(scopes, " "), b.hint(host)),
 		}
 	}
 	slices.Sort(granted)
 	return slices.Compact(granted), nil
+}
+
+// elsewhere notes that host wants a right to push to a repository that this build
+// does not push to. It may be the one of another image, which the daemon pulls: one
+// whose name ends as that of the image does tells more.
+func (b *Build) elsewhere(host, name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	image := strings.Split(b.first[host], "/")
+	alike := func(name string) bool { return sameEnd(image, strings.Split(name, "/")) > 0 }
+	if b.other[host] == "" || alike(name) && !alike(b.other[host]) {
+		b.other[host] = name
+	}
 }
 
 func cutLast(s, sep string) (before, after string, ok bool) {
