@@ -376,7 +376,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	if err != nil && !gone {
 		failed = &failure{
 			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
-			auths: auths.failed(), anonymous: auths.build.Anonymous(),
+			auths: auths.failed(), anonymous: auths.build.Anonymous(), hints: auths.build.Hints(), troubled: b.progress.troubled,
 		}
 		v, ok := errors.AsType[*errdefs.VertexError](err)
 		if saysFull(err) || ok && b.progress.unstarted(v.Digest) {

@@ -79,7 +79,12 @@ type failure struct {
 	pushing bool                       // the push had begun
 	auths   []*api.Error               // what the daemon was told of registries, the last first
 
-	anonymous []string // hosts that were asked without credentials
+	anonymous []string          // hosts that were asked without credentials
+	hints     map[string]string // what else to say of a push that was denied, by host
+
+	// troubled says whether the push's own lines tell of a 5xx with the words of a
+	// text. It is nil where there are no lines.
+	troubled func(text string) bool
 }
 
 // quoted is what BuildKit's errors have of the client's own words: stages, paths
@@ -173,9 +178,10 @@ func (f *failure) buildFailed(what string) error {
 // errors have lost their types when they come here.
 var (
 	pushed           = regexp.MustCompile(`failed to push (\S+): `)
+	answered         = regexp.MustCompile(`^(?:rpc error: code = Unknown desc = )?(?:failed to push \S+: )?(?:errors:\s|(?:unknown|unsupported|unauthorized|denied|unavailable)(?:: |$))`) // with a body of the specification's form, in place of its status
 	unexpectedStatus = regexp.MustCompile(`unexpected status(?: code)?(?: from \w+ request to)? \S+: (\d{3})\b`)
 	registryContext  = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
-	tooManyRequests  = regexp.MustCompile(`: toomanyrequests\b`) // instead of a status, where the answer has a body
+	tooManyRequests  = regexp.MustCompile(`(?::\s|\n)toomanyrequests\b|(?i:too many requests|rate limit)`) // instead of a status, where the answer has a body
 	denied           = regexp.MustCompile(`insufficient_scope|\bunauthorized\b|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
 	rejected         = regexp.MustCompile(`: unsupported: |: unknown: .*(?:does not exist|not known|not found|immutable|invalid|not allowed)`) // a 4xx whose body is all that BuildKit passes on
 	unreachable      = regexp.MustCompile(`connection refused|no such host|server misbehaving|i/o timeout|context deadline exceeded|TLS handshake timeout|connection reset by peer|broken pipe|network is unreachable|no route to host|tls: |x509: |server gave HTTP response|: EOF\b`)
@@ -185,13 +191,24 @@ func (f *failure) aboutRegistry(said string) bool {
 	return f.pushing || registryContext.MatchString(said)
 }
 
+// severalErrors begins what is made of a body with more than one error.
+const severalErrors = "errors:"
+
+// statusIn is the status of an answer that text tells of, or 0.
+func statusIn(text string) int {
+	m := unexpectedStatus.FindStringSubmatch(text)
+	if m == nil {
+		return 0
+	}
+	status, _ := strconv.Atoi(m[1])
+	return status
+}
+
 // registryStatus is the error of a registry that answered with a status, or
 // nil. said is text without what is quoted in it.
 func (f *failure) registryStatus(said, text string) error {
-	status := 0
-	if m := unexpectedStatus.FindStringSubmatch(said); m != nil {
-		status, _ = strconv.Atoi(m[1])
-	} else if tooManyRequests.MatchString(said) {
+	status := statusIn(said)
+	if status == 0 && tooManyRequests.MatchString(said) {
 		status = http.StatusTooManyRequests
 	}
 	switch {
@@ -213,6 +230,12 @@ func (f *failure) registryTrouble(said, text string) error {
 	switch {
 	case !f.aboutRegistry(said):
 		return nil
+	case f.pushing && f.troubled != nil && answered.MatchString(said):
+		// BuildKit tries a 5xx again, and says so. No such line is a 4xx.
+		if f.troubled(text) {
+			return f.registryError(api.RegistryFailed, text)
+		}
+		return f.registryError(api.RegistryDenied, text)
 	case denied.MatchString(said), rejected.MatchString(said):
 		return f.registryError(api.RegistryDenied, text)
 	case f.pushing, unreachable.MatchString(said):
@@ -235,6 +258,11 @@ func (f *failure) registryError(code api.Code, text string) *api.Error {
 			if strings.Contains(text, host) {
 				msg += fmt.Sprintf(" (no credentials are configured for %s)", host)
 				break
+			}
+		}
+		for host, hint := range f.hints {
+			if f.pushing && strings.Contains(strings.ToLower(text), host) {
+				msg += hint
 			}
 		}
 	}

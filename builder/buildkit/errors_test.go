@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/moby/buildkit/client"
 	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/solver/pb"
@@ -49,6 +50,8 @@ func TestClassify(t *testing.T) {
 		full    bool
 		code    api.Code
 		later   bool
+		lines   string // of the push
+		blind   bool   // nothing is known of its lines
 		msg     string // all of it
 	}{
 		{name: "exit code", err: exit(3), code: api.BuildFailed, msg: `[2/2] RUN exit 3: exit code 3
@@ -113,7 +116,26 @@ Dockerfile:2
 		{name: "push that is not supported", err: errors.New(push + "unsupported: read only"), pushing: true, code: api.RegistryDenied,
 			msg: "pushing 127.0.0.1:5000/x:1: unsupported: read only (no credentials are configured for 127.0.0.1:5000)"},
 		{name: "push to a registry in trouble", err: errors.New(push + "unknown: unknown error"), pushing: true, code: api.RegistryFailed,
-			msg: "pushing 127.0.0.1:5000/x:1: unknown: unknown error"},
+			lines: "error: unexpected status from PUT request to http://127.0.0.1:5000/v2/x/manifests/1: 500 Internal Server Error\nunknown: unknown error\nretrying in 1s\n",
+			msg:   "pushing 127.0.0.1:5000/x:1: unknown: unknown error"},
+		{name: "push to a registry in several troubles", err: errors.New(push + "errors:\nunknown: one - why\nunknown: two\n"), pushing: true, code: api.RegistryFailed,
+			lines: "error: unexpected status from PUT request to http://r/v2/x: 503 Service Unavailable\nerrors:\nunknown: one\nunknown: two\n\nretrying in 1s\n",
+			msg:   "pushing 127.0.0.1:5000/x:1: errors: unknown: one - why unknown: two "},
+		{name: "push to a registry whose trouble has passed", err: errors.New(push + "unknown: blob unknown to registry"), pushing: true, code: api.RegistryDenied,
+			lines: "error: unexpected status from POST request to http://r/v2/x: 500 Internal Server Error\nunknown: unknown error\nretrying in 1s\nerror: EOF\nretrying in 2s\n",
+			msg:   "pushing 127.0.0.1:5000/x:1: unknown: blob unknown to registry (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push refused in its own words", err: errors.New(push + "unknown: whatever"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: unknown: whatever (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push refused in several words", err: errors.New(push + "errors:\nunknown: a\nunknown: b\n"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: errors: unknown: a unknown: b  (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push refused in one word", err: errors.New(push + "unavailable"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: unavailable (no credentials are configured for 127.0.0.1:5000)"},
+		{name: "push refused, without the push's lines", err: errors.New(push + "unknown: whatever"), pushing: true, blind: true, code: api.RegistryFailed,
+			msg: "pushing 127.0.0.1:5000/x:1: unknown: whatever"},
+		{name: "push 429 in other words", err: errors.New(push + "unknown: rate limit exceeded"), pushing: true, code: api.RegistryFailed, later: true,
+			msg: "pushing 127.0.0.1:5000/x:1: unknown: rate limit exceeded"},
+		{name: "push 413 of a proxy", err: errors.New(push + "unexpected status from PUT request to http://127.0.0.1:5000/v2/x: 413 Request Entity Too Large: <html>no</html>"), pushing: true, code: api.RegistryDenied,
+			msg: "pushing 127.0.0.1:5000/x:1: unexpected status from PUT request to http://127.0.0.1:5000/v2/x: 413 Request Entity Too Large: <html>no</html> (no credentials are configured for 127.0.0.1:5000)"},
 		{name: "push 400", err: errors.New(push + head + "400 Bad Request"), pushing: true, code: api.RegistryDenied,
 			msg: "pushing 127.0.0.1:5000/x:1: " + head + "400 Bad Request (no credentials are configured for 127.0.0.1:5000)"},
 		{name: "push 429 with a body", err: errors.New(push + "toomanyrequests: too many requests"), pushing: true, code: api.RegistryFailed, later: true,
@@ -166,6 +188,17 @@ Dockerfile:2
 					{Code: api.RegistryDenied, Msg: "registry r: it says no"},
 				},
 				anonymous: []string{"127.0.0.1:5000"},
+			}
+			if !tt.blind {
+				p := newProgress(func(...string) {}, f.redact, func(bool) {}, func() {})
+				export, step := digest.FromString("export"), digest.FromString("other step")
+				p.handle(&client.SolveStatus{Vertexes: []*client.Vertex{{Digest: export, Name: "exporting to image"}, {Digest: step, Name: "[1/1] RUN x"}}})
+				p.handle(&client.SolveStatus{Logs: []*client.VertexLog{
+					{Vertex: export, Data: []byte(tt.lines)},
+					// A step can print what it likes.
+					{Vertex: step, Data: []byte("error: unexpected status from PUT request to http://r: 500 Internal Server Error\nunknown: whatever\nunavailable\n")},
+				}})
+				f.troubled = p.troubled
 			}
 			err := f.classify()
 			e, ok := errors.AsType[*api.Error](err)

@@ -43,7 +43,18 @@ type vertex struct {
 	noSpace   bool // its output said so, in the words of the C library or of Go
 	unstarted bool // and in those of runc, for which there was none to start it
 	streams   []streamKey
+	tries     []try // those of a push that BuildKit makes again
 }
+
+// try is an answer that BuildKit takes for one that may change, as the lines of a
+// push tell it: "error: unexpected status … 503 …" and then the registry's words.
+type try struct {
+	status int
+	words  []string
+}
+
+// maxTries is more than BuildKit makes of all blobs that it pushes at once.
+const maxTries = 64
 
 // end is a line to print after the output that came with it.
 type end struct {
@@ -224,6 +235,9 @@ func (p *progress) output(l *client.VertexLog) {
 				v.noSpace = true
 				v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
 			}
+			if v != nil && isExport(v.name) {
+				v.try(line)
+			}
 		})
 		p.streams[key] = st
 		if v != nil {
@@ -231,6 +245,33 @@ func (p *progress) output(l *client.VertexLog) {
 		}
 	}
 	st.Write(l.Data)
+}
+
+func (v *vertex) try(line string) {
+	switch n := len(v.tries); {
+	case strings.HasPrefix(line, "error: "):
+		if n < maxTries {
+			v.tries = append(v.tries, try{status: statusIn(line)})
+		}
+	case n == 0, strings.HasPrefix(line, "retrying in "), line == severalErrors:
+	default:
+		v.tries[n-1].words = append(v.tries[n-1].words, line)
+	}
+}
+
+// troubled says whether a push was answered with a status of 5xx and the words of
+// text.
+func (p *progress) troubled(text string) bool {
+	text = p.redact.Line(text)
+	for _, v := range p.order {
+		for _, t := range v.tries {
+			said := func(words string) bool { return strings.Contains(text, words) }
+			if t.status >= 500 && slices.ContainsFunc(t.words, said) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (p *progress) warning(w *client.VertexWarning) {
