@@ -101,6 +101,11 @@ func manifestPut(r *http.Request) bool {
 	return r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/")
 }
 
+// manifestHead is how a push asks whether a manifest is there.
+func manifestHead(r *http.Request) bool {
+	return r.Method == http.MethodHead && strings.Contains(r.URL.Path, "/manifests/")
+}
+
 func blobPost(r *http.Request) bool {
 	return r.Method == http.MethodPost && strings.Contains(r.URL.Path, "/blobs/uploads/")
 }
@@ -133,15 +138,28 @@ func refuseWith(status int, code, message string, picks func(*http.Request) bool
 	}}
 }
 
-// first lets a fault happen n times.
-func first(n int, f *fault) *fault {
+// refuseBody answers with a body of any form.
+func refuseBody(status int, body string, picks func(*http.Request) bool) *fault {
+	return &fault{picks, func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	}}
+}
+
+// first lets a fault happen n times, and another from then on, if there is one.
+func first(n int, f *fault, then ...*fault) *fault {
+	current := f
 	return &fault{func(r *http.Request) bool {
+		if n == 0 && len(then) > 0 {
+			current = then[0]
+			return current.picks(r)
+		}
 		if n == 0 || !f.picks(r) {
 			return false
 		}
 		n--
 		return true
-	}, f.breaks}
+	}, func(w http.ResponseWriter, r *http.Request, next http.Handler) { current.breaks(w, r, next) }}
 }
 
 // during lets a fault happen for a time that begins with the first.
@@ -247,9 +265,28 @@ func TestRegistryFaults(t *testing.T) {
 			fault: refuseWith(400, "TAG_INVALID", "the tag is immutable", manifestPut),
 			code:  "registry_denied", texts: []string{"immutable"},
 		},
-		"405":        {fault: refuse(405, "UNSUPPORTED", manifestPut), code: "registry_denied", texts: []string{"unsupported"}},
-		"cut once":   {fault: first(1, cut(500<<10))},
-		"cut always": {fault: cut(500 << 10), code: "registry_failed"},
+		"blobs that it has not": {
+			fault: refuseWith(404, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry", manifestPut),
+			code:  "registry_denied", texts: []string{"blob unknown to registry"},
+		},
+		"several reasons": {
+			fault: refuseBody(400, `{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN","message":"blob unknown","detail":"a"},{"code":"BLOB_UNKNOWN","message":"unknown blob","detail":"b"}]}`, manifestPut),
+			code:  "registry_denied", texts: []string{"blob unknown - a", "unknown blob - b"},
+		},
+		"a reason in the detail": {
+			fault: refuseBody(400, `{"errors":[{"code":"BLOB_UPLOAD_INVALID","message":"blob upload invalid","detail":"Repository does not allow updating assets: hosted"}]}`, manifestPut),
+			code:  "registry_denied", texts: []string{"does not allow updating assets"},
+		},
+		"a code alone":       {fault: refuseBody(409, `{"errors":[{"code":"UNAVAILABLE"}]}`, manifestPut), code: "registry_denied", texts: []string{"unavailable"}},
+		"412 to a question":  {fault: refuse(412, "", manifestHead), code: "registry_denied", texts: []string{"412"}},
+		"413 of a proxy":     {fault: refuseBody(413, "<html>413 Request Entity Too Large</html>", blobBody), code: "registry_denied", texts: []string{"413"}},
+		"500 in words":       {fault: refuseWith(500, "UNKNOWN", "blob unknown to registry", manifestPut), code: "registry_failed", texts: []string{"blob unknown"}},
+		"500 in several":     {fault: refuseBody(502, `{"errors":[{"code":"UNKNOWN","message":"one","detail":"a"},{"code":"UNKNOWN","message":"two"}]}`, manifestPut), code: "registry_failed", texts: []string{"one - a", "two"}},
+		"500, then refused":  {fault: first(1, refuseWith(500, "UNKNOWN", "in trouble", manifestPut), refuseWith(400, "TAG_INVALID", "no such tag here", manifestPut)), code: "registry_denied", texts: []string{"no such tag here"}},
+		"429 in other words": {fault: refuseWith(429, "TOO_MANY", "Rate limit exceeded", manifestPut), code: "registry_failed", texts: []string{"Rate limit"}},
+		"405":                {fault: refuse(405, "UNSUPPORTED", manifestPut), code: "registry_denied", texts: []string{"unsupported"}},
+		"cut once":           {fault: first(1, cut(500<<10))},
+		"cut always":         {fault: cut(500 << 10), code: "registry_failed"},
 		"silent on the manifest": {
 			env: map[string]string{"push_timeout": "5s"}, fault: hang(manifestPut),
 			code: "registry_timeout", texts: []string{"push_timeout"}, within: 7 * time.Second,
@@ -686,5 +723,102 @@ func replace(t *testing.T, f *stack.Function, name string, text []byte) {
 	}
 	if err := os.Rename(path+".new", path); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestCredentialsByPath pushes to a registry with one user for each organisation,
+// for which distribution has no rules: a proxy of this test keeps the users apart.
+func TestCredentialsByPath(t *testing.T) {
+	t.Parallel()
+	s := stack.Shared(t)
+	proxy := newFaultProxy(t, s.Registry.Addr)
+	proxy.set(&fault{
+		func(r *http.Request) bool {
+			user, password, _ := r.BasicAuth()
+			return password != "password" || !strings.HasPrefix(r.URL.Path, "/v2/"+user+"/")
+		},
+		func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+			if _, _, ok := r.BasicAuth(); ok {
+				refuse(403, "DENIED", anything).breaks(w, r, next)
+				return
+			}
+			refuse(401, "UNAUTHORIZED", anything, "WWW-Authenticate", `Basic realm="test"`).breaks(w, r, next)
+		},
+	})
+	auths := make(map[string]any)
+	for _, user := range []string{"org-a", "org-b", "org-c", "org"} {
+		auths[proxy.addr+"/"+user] = login(user, "password")
+	}
+	text := append([]byte("\xef\xbb\xbf"), dockerConfig(t, map[string]any{"auths": auths})["registry-config"]...)
+	_, f := stack.Test(t, stack.FunctionConfig{Secrets: map[string][]byte{"registry-config": text}})
+	for i := range 6 {
+		repository := []string{"org-b/app", "org-c/deep/app"}[i%2]
+		a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v"}, 1<<10), jsonForm)
+		a.wantSuccess(t)
+		if d := digest(t, s.Registry.Image(repository+":v")); d != a.Digest {
+			t.Errorf("the tag is %s, the answer %s", d, a.Digest)
+		}
+	}
+	mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/org-d/app:v"}, 1<<10), jsonForm).
+		wantFailed(t, "registry_denied", "no credentials are configured")
+}
+
+// TestTokenPath pushes to a registry whose token service names repositories with
+// a prefix, and grants no more than it is asked for, as distribution's own scopes
+// never differ from its paths.
+func TestTokenPath(t *testing.T) {
+	t.Parallel()
+	s := stack.Shared(t)
+	var asked atomic.Value
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/token" {
+			// A redirect of the path, which has to be followed.
+			http.Redirect(w, r, "/moved?"+r.URL.RawQuery, http.StatusMovedPermanently)
+			return
+		}
+		if user, password, _ := r.BasicAuth(); user != "user" || password != "password" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		scopes := strings.Join(r.URL.Query()["scope"], " ")
+		asked.Store(scopes)
+		json.NewEncoder(w).Encode(map[string]any{"token": base64.RawURLEncoding.EncodeToString([]byte(scopes)), "expires_in": 300})
+	}))
+	t.Cleanup(service.Close)
+	proxy := newFaultProxy(t, s.Registry.Addr)
+	scope := func(r *http.Request) string {
+		repository, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/blobs/")
+		repository, _, _ = strings.Cut(repository, "/manifests/")
+		return "repository:upstream/" + repository + ":pull,push"
+	}
+	proxy.set(&fault{
+		func(r *http.Request) bool {
+			token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+			granted, _ := base64.RawURLEncoding.DecodeString(token)
+			return !strings.Contains(" "+string(granted)+" ", " "+scope(r)+" ")
+		},
+		func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+			value := fmt.Sprintf(`Bearer realm="%s/token",service="registry",scope="%s"`, service.URL, scope(r))
+			if r.Header.Get("Authorization") != "" {
+				value += `,error="insufficient_scope"`
+			}
+			refuse(http.StatusUnauthorized, "UNAUTHORIZED", nil, "WWW-Authenticate", value).breaks(w, r, nil)
+		},
+	})
+	secrets := dockerConfig(t, map[string]any{"auths": map[string]any{proxy.addr: login("user", "password")}})
+	hosts := proxy.addr + "=" + service.Listener.Addr().String()
+	body := layered(t, &builder.BuildConfig{Image: proxy.addr + "/team/paths:v"}, 1<<10)
+
+	_, f := stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": hosts}})
+	mustSend(t, f, body, jsonForm).wantFailed(t, "registry_denied", `"upstream/team/paths"`, `"team/paths"`, fmt.Sprintf("token_paths needs %q", proxy.addr+"=upstream"))
+	if got, _ := asked.Load().(string); strings.Contains(got, "upstream/team/paths:pull,push") {
+		t.Errorf("it asked for a right that no setting gives: %s", got)
+	}
+
+	_, f = stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": hosts, "token_paths": proxy.addr + "=upstream"}})
+	a := mustSend(t, f, body, jsonForm)
+	a.wantSuccess(t)
+	if d := digest(t, s.Registry.Image("team/paths:v")); d != a.Digest {
+		t.Errorf("the tag is %s, the answer %s", d, a.Digest)
 	}
 }
