@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
 	"sync"
@@ -274,6 +275,21 @@ func TestKeysAreLogged(t *testing.T) {
 		if n := strings.Count(f.log.String(), tt.says); n != 1 {
 			t.Errorf("%q is in the log %d times", tt.says, n)
 		}
+	}
+}
+
+// TestHeadersThatNobodyReads: what a request sends beside the headers that are read is not
+// kept while its body comes.
+func TestHeadersThatNobodyReads(t *testing.T) {
+	r := httptest.NewRequest(http.MethodPost, "/build", strings.NewReader("x"))
+	for i := range 1000 {
+		r.Header.Set("X-"+strconv.Itoa(i), "x")
+	}
+	r.Header["X-Build-Signature"] = []string{"one", "two"}
+	f := start(t, &scripted{}, nil)
+	f.s.ServeHTTP(httptest.NewRecorder(), r)
+	if len(r.Header) != 1 || len(r.Header.Values(api.SignatureHeader)) != 2 {
+		t.Errorf("%d headers are kept, %q", len(r.Header), r.Header.Values(api.SignatureHeader))
 	}
 }
 

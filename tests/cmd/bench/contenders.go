@@ -2,7 +2,6 @@ package main
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -174,9 +173,9 @@ func (b *benchmark) cached(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
-	spool, err := payload.Receive(bytes.NewReader(body), io.Discard, payload.Options{
-		Limits: payload.Limits{Body: maxBody, Unpacked: maxBody, Config: 1 << 20, Names: 1 << 25, Entries: 10_000, Path: 4096},
-		Memory: maxBody,
+	spool, err := payload.Receive(body, nil, io.Discard, payload.Options{
+		Limits:   payload.Limits{Body: maxBody, Unpacked: maxBody, Config: 1 << 20, Names: 1 << 25, Entries: 10_000, Path: 4096},
+		InMemory: maxBody,
 	})
 	if err != nil {
 		return err
