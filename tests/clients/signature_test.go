@@ -227,6 +227,10 @@ func jsonOf(t *testing.T, v any) []byte {
 	return b
 }
 
+// pemKey is a file of several lines, each of which could be guessed or is one of every
+// such key.
+const pemKey = "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIIrYSSNQFaA2Hwf1duRSxKtLYX5CB04fSeQ6tF1aY/PuoAoGCCqGSM49\nAwEHoUQDQgAEPR3tU2Fta9ktY+6P9G0cWO+0kETA6SFs38GecTyudlHz6xvCdz8q\n-----END EC PRIVATE KEY-----\n"
+
 // TestKeys changes the secret's file while the function runs. Every answer in
 // one piece is signed with the key that its request was.
 func TestKeys(t *testing.T) {
@@ -237,13 +241,17 @@ func TestKeys(t *testing.T) {
 		name, file string
 		good, bad  []string
 	}{
-		{"one", "key-one", []string{"key-one"}, []string{"key-two", "", "key-on"}},
-		{"white space around it", " \tkey-one\r\n\n", []string{"key-one"}, []string{" \tkey-one\r\n\n", "key-one\n"}},
-		{"two", "key-one\nkey-two\n", []string{"key-one", "key-two", "key-one\nkey-two"}, []string{"key-three", "", "key-one\nkey-two\n"}},
-		{"rotated", "key-three\r\nkey-one\r\n", []string{"key-three", "key-one", "key-three\r\nkey-one"}, []string{"key-two", "key-three\nkey-one"}},
-		{"none", "", nil, []string{"", "key-one", "\n"}},
+		{"one", "the-first-key--1", []string{"the-first-key--1"}, []string{"the-second-key-2", "", "the-first-key--"}},
+		{"white space around it", " \tthe-first-key--1\r\n\n", []string{"the-first-key--1"}, []string{" \tthe-first-key--1\r\n\n", "the-first-key--1\n"}},
+		{"two", "the-first-key--1\nthe-second-key-2\n", []string{"the-first-key--1", "the-second-key-2", "the-first-key--1\nthe-second-key-2"}, []string{"the-third-key--3", "", "the-first-key--1\nthe-second-key-2\n"}},
+		{"rotated", "# on Monday\nthe-third-key--3\r\nthe-first-key--1\r\n", []string{"the-third-key--3", "the-first-key--1", "# on Monday\nthe-third-key--3\r\nthe-first-key--1"}, []string{"# on Monday", "the-second-key-2", "the-third-key--3\nthe-first-key--1"}},
+		{"PEM", pemKey, []string{strings.TrimSpace(pemKey)}, strings.Split(strings.TrimSpace(pemKey), "\n")},
+		{"JSON", "{\n\"key\":\"the-first-key--1\"\n}\n", []string{"{\n\"key\":\"the-first-key--1\"\n}"}, []string{"{", "}", "\"key\":\"the-first-key--1\"", "the-first-key--1"}},
+		{"binary", "\x00\xff\n7\n0123456789abcdef\n\x80", []string{"\x00\xff\n7\n0123456789abcdef\n\x80"}, []string{"7", "0123456789abcdef"}},
+		{"none", "", nil, []string{"", "the-first-key--1", "\n"}},
 		{"only white space", " \n\t\n", nil, []string{"", " ", " \n\t\n", "\n"}},
-		{"one again", "key-one", []string{"key-one"}, []string{"key-three"}},
+		{"short", "fifteen bytes..\n", nil, []string{"fifteen bytes..", "fifteen bytes..\n", ""}},
+		{"one again", "the-first-key--1", []string{"the-first-key--1"}, []string{"the-third-key--3"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(f.SecretsDir, "payload-secret"), []byte(test.file), 0o600); err != nil {
@@ -271,11 +279,11 @@ func TestKeys(t *testing.T) {
 		})
 	}
 	// The text envelope's key signs as well.
-	got := post(t, ctx, f, jsonOf(t, map[string]string{"signature": stack.Sign("key-one", body), "tar": base64.StdEncoding.EncodeToString(body)}), func(req *http.Request) {
+	got := post(t, ctx, f, jsonOf(t, map[string]string{"signature": stack.Sign("the-first-key--1", body), "tar": base64.StdEncoding.EncodeToString(body)}), func(req *http.Request) {
 		req.Header.Del("X-Build-Signature")
 		req.Header.Set("Content-Type", "text/plain")
 	})
-	if r := record(t, got.text); r.Status != "success" || got.Header.Get("X-Build-Signature") != stack.Sign("key-one", []byte(got.text)) {
+	if r := record(t, got.text); r.Status != "success" || got.Header.Get("X-Build-Signature") != stack.Sign("the-first-key--1", []byte(got.text)) {
 		t.Errorf("an envelope was answered with %+v, signed %q", r, got.Header.Get("X-Build-Signature"))
 	}
 }

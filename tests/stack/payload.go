@@ -169,6 +169,8 @@ type Record struct {
 	Tags      []string `json:"tags"`
 	Platforms []string `json:"platforms"`
 	Warnings  []string `json:"warnings"`
+	ID        string   `json:"id"`
+	Request   string   `json:"request"` // of the last record, hex SHA-256
 }
 
 // Build sends a signed body, asks for NDJSON and calls each, if not nil, for
