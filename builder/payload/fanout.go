@@ -28,6 +28,7 @@ type chunk struct {
 // without copying it for each.
 type fanout struct {
 	memory *budget.Account
+	gate   Gate
 	taps   []*tap
 	free   chan *chunk
 	made   int
@@ -38,8 +39,29 @@ type fanout struct {
 // than all that is done with a small body. The collector empties them.
 var chunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
 
-func newFanout(memory *budget.Account) *fanout {
-	return &fanout{memory: memory, free: make(chan *chunk, maxChunks)}
+func newFanout(memory *budget.Account, gate Gate) *fanout {
+	return &fanout{memory: memory, gate: gate, free: make(chan *chunk, maxChunks)}
+}
+
+// Gate bounds the chunks that are worked on at once, of all streams that have it. Where
+// many bodies come as fast as they can, each for itself would have its goroutines in the
+// way of everything else: what takes turns with them, as a build does a hundred times,
+// would take seconds. A nil Gate bounds nothing.
+type Gate chan struct{}
+
+// NewGate returns a Gate for n chunks.
+func NewGate(n int) Gate { return make(Gate, n) }
+
+func (g Gate) enter() {
+	if g != nil {
+		g <- struct{}{}
+	}
+}
+
+func (g Gate) leave() {
+	if g != nil {
+		<-g
+	}
 }
 
 // tap adds a reader of the whole stream. All must be there before the first
@@ -47,7 +69,7 @@ func newFanout(memory *budget.Account) *fanout {
 // all.
 func (f *fanout) tap() *tap {
 	// With room for every chunk there is, a send never blocks.
-	t := &tap{in: make(chan *chunk, maxChunks), free: f.free}
+	t := &tap{in: make(chan *chunk, maxChunks), free: f.free, gate: f.gate}
 	f.taps = append(f.taps, t)
 	return t
 }
@@ -68,8 +90,9 @@ func (f *fanout) next() *chunk {
 	return chunks.Get().(*chunk)
 }
 
-// send hands c to every tap.
+// send hands c to every tap, when its turn has come.
 func (f *fanout) send(c *chunk) {
+	f.gate.enter()
 	c.refs.Store(int32(len(f.taps)))
 	for _, t := range f.taps {
 		t.in <- c
@@ -106,6 +129,7 @@ func (f *fanout) recycle() {
 type tap struct {
 	in   chan *chunk
 	free chan<- *chunk
+	gate Gate
 	c    *chunk
 	rest []byte // of c
 }
@@ -130,6 +154,7 @@ func (t *tap) release() {
 	if t.c.refs.Add(-1) == 0 {
 		t.c.buf = t.c.buf[:0]
 		t.free <- t.c
+		t.gate.leave()
 	}
 	t.c, t.rest = nil, nil
 }

@@ -50,6 +50,9 @@ type Options struct {
 	// nothing.
 	Memory, Disk *budget.Account
 
+	// Gate is what all bodies share that are received as streams. It may be nil.
+	Gate Gate
+
 	// ContentKey keys the hashes of files' contents.
 	ContentKey [32]byte
 
@@ -173,7 +176,7 @@ func (s *Spool) take(body []byte, signed io.Writer) error {
 
 // stream takes in a body that arrives.
 func (s *Spool) stream(head []byte, rest io.Reader, signed io.Writer) error {
-	in := newFanout(s.opts.Memory)
+	in := newFanout(s.opts.Memory, s.opts.Gate)
 	defer in.recycle()
 	// The goroutines end with the stream, and the stream with this function.
 	var work sync.WaitGroup

@@ -9,12 +9,14 @@ import (
 	"math"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
 
 	"handler/function/api"
 	"handler/function/budget"
+	"handler/function/payload"
 )
 
 // What bodies take before their signature has passed, all together. GOMEMLIMIT in
@@ -59,6 +61,7 @@ type intake struct {
 	slots  int           // how many there are
 	memory *budget.Budget
 	heads  *budget.Budget
+	gate   payload.Gate
 
 	mu       sync.Mutex
 	free     int // slots
@@ -73,6 +76,7 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 		draining: draining,
 		rate:     rate, grace: grace, slots: slots, free: slots,
 		memory: memory, heads: memory.Part(headMemory),
+		gate:     payload.NewGate(runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
 	}
 }

@@ -74,7 +74,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	start := time.Now()
 	verifier := keys.Verifier(stamp)
 	opts.Limits, opts.Dir, opts.InMemory = s.Limits, s.TempDir, s.SpoolMemory
-	opts.Memory, opts.Disk = a.memory, s.unsigned.Open()
+	opts.Memory, opts.Disk, opts.Gate = a.memory, s.unsigned.Open(), s.intake.gate
 	opts.ContentKey = s.isolationKey(keys).ContentKey()
 	spool, err := spoolBody(a, verifier, opts, func(first byte) error {
 		// Only the text envelope carries its signature itself.
