@@ -66,12 +66,12 @@ func kept(name string, body []byte) hostile {
 }
 
 // begun sends the beginning of a body of 10 MB.
-func begun(name string, conns int, body []byte) hostile {
-	return hostile{
-		name: name, conns: conns, target: "POST /build", body: body, length: 10_000_000,
-		// Each is slow at once, and 32 KiB give half a second more.
-		ends: uploadGrace + 3*time.Second,
-	}
+func begun(name string, body []byte) hostile {
+	h := whole(name, body)
+	h.length = 10_000_000
+	// Each is slow at once, and 32 KiB give half a second more.
+	h.ends = uploadGrace + 3*time.Second
+	return h
 }
 
 func (h hostile) of(conns int) hostile {
@@ -103,8 +103,7 @@ func hostiles(t *testing.T) []hostile {
 	// What is looked at in pieces is more than one of them before the end.
 	longer := zstdRuns(2<<30-1<<20, 128<<10, 512<<10)
 	windows := zstdRuns(64<<20, 8<<20, 256<<10)
-	noise := make([]byte, 64<<20)
-	rand.Read(noise)
+	noise := layered(t, local(), 64<<20)
 	many := names[:64<<20]
 	envelope := func(b []byte) []byte {
 		return fmt.Appendf(nil, `{"signature":%q,"tar":%q}`, wrongSignature, base64.StdEncoding.EncodeToString(b))
@@ -122,10 +121,10 @@ func hostiles(t *testing.T) []hostile {
 		whole("many names", many),
 		kept("zstd of a large window", windows),
 		kept("zstd of a large window", windows).of(100),
-		begun("headers only", 100, nil),
-		begun("headers only", 1000, nil),
-		begun("one byte", 1000, []byte("x")),
-		begun("32 KiB", 1000, many[:32<<10]),
+		begun("headers only", nil).of(100),
+		begun("headers only", nil).of(1000),
+		begun("one byte", []byte("x")).of(1000),
+		begun("32 KiB", many[:32<<10]).of(1000),
 		{name: "slow", conns: 16, target: "POST /build", body: many, length: len(many), rate: 72 << 10},
 		kept("envelope of gzip", envelope(zipped.Bytes())).enveloped(),
 		whole("envelope of gzip", envelope(zipped.Bytes())).enveloped(),
@@ -206,8 +205,8 @@ func (h hostile) sendOne(ctx context.Context, f *stack.Function) (end string) {
 	if err != nil {
 		return notConnected
 	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	header := h.header
 	if header == "" {
 		header = "X-Build-Signature: " + wrongSignature
