@@ -145,6 +145,31 @@ func (ix *index) match(key uint32, text []byte) int {
 	return len(ix.patterns[i])
 }
 
+// begun returns the length of the longest end of text that a pattern begins with,
+// of keyLen bytes and more, and that is not all of one.
+func (ix *index) begun(text []byte) int {
+	if ix == nil {
+		return 0
+	}
+	for i := max(0, len(text)-maxPattern+1); i+keyLen <= len(text); i++ {
+		key := binary.LittleEndian.Uint32(text[i:])
+		r, ok := ix.ranges[key]
+		if !ok {
+			continue
+		}
+		end := string(text[i:])
+		ps := ix.patterns[r[0]:r[1]]
+		j, whole := slices.BinarySearch(ps, end)
+		if whole {
+			j++
+		}
+		if j < len(ps) && strings.HasPrefix(ps[j], end) {
+			return len(end)
+		}
+	}
+	return 0
+}
+
 // greater reports whether p sorts after text.
 func greater(p string, text []byte) bool {
 	n := commonPrefix(p, text)

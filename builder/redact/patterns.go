@@ -62,6 +62,9 @@ func (ps *patternSet) addValue(v []byte, allForms bool) {
 	for line := range bytes.SplitSeq(v, []byte("\n")) {
 		line = bytes.TrimSuffix(line, []byte("\r"))
 		trimmed := bytes.TrimSpace(line)
+		if bytes.IndexByte(line, '\r') >= 0 {
+			sources = ps.addReturned(sources, line, allForms)
+		}
 		switch {
 		case len(trimmed) >= minValue:
 			ps.addText(trimmed)
@@ -90,6 +93,19 @@ func (ps *patternSet) addValue(v []byte, allForms bool) {
 			ps.addEncoded(s)
 		}
 	}
+}
+
+// addReturned adds the parts of a line between its carriage returns, which a
+// Stream takes for lines, and returns sources with those to encode.
+func (ps *patternSet) addReturned(sources [][]byte, line []byte, allForms bool) [][]byte {
+	for part := range bytes.SplitSeq(line, []byte("\r")) {
+		part = bytes.TrimSpace(part)
+		ps.addText(part)
+		if allForms && len(part) >= minValue {
+			sources = append(sources, part)
+		}
+	}
+	return sources
 }
 
 // addText adds a line as it looks when it has been sanitised. Its first and

@@ -5,6 +5,7 @@
 package redact
 
 import (
+	"bytes"
 	"strings"
 	"unicode/utf8"
 )
@@ -29,7 +30,7 @@ type Redactor struct {
 // than 8 bytes is not masked: it would blot out text that is no secret.
 //
 // Masked are the value itself and each line of it of 8 bytes and more (of 4 and
-// more where it has no longer line), either as they are or as base64 in both
+// more where it has no longer line, or where carriage returns end it), either as they are or as base64 in both
 // alphabets, also inside a longer base64 text and wrapped at 64 or 76 columns.
 // So are their forms in hex, URLs and JSON strings, for the shortest values up
 // to 64 KiB in all; of longer ones, the lines have no base64 of their own. Text
@@ -55,14 +56,21 @@ func (r *Redactor) Text(s string) string {
 	return text[:len(text)-1]
 }
 
-// Stream returns a Stream that hands its lines to emit, without their newlines.
+// Stream returns a Stream that hands its lines to emit, without their ends.
 func (r *Redactor) Stream(emit func(line string)) *Stream {
 	return &Stream{index: r.index, emit: emit}
 }
 
 // Stream cuts what is written to it into safe lines of at most MaxLine bytes. A
-// line is held until its newline, until it is too long, or until Flush. It
-// keeps less than 20 KiB, whatever is written. It is not for concurrent use.
+// line is held until its newline, until it is too long, or until Flush.
+//
+// A carriage return that no newline follows ends a state: a line that is drawn
+// over. Of states only the latest is held, until Draw or the line after it. A
+// blank one is none. What begins after a carriage return may be a state whose own
+// comes with the next one: Settle makes one of it.
+//
+// A Stream keeps less than 30 KiB, whatever is written. It is not for concurrent
+// use.
 type Stream struct {
 	index *index
 	emit  func(line string)
@@ -71,6 +79,16 @@ type Stream struct {
 	line   []byte // the current line, clean but not masked
 	hidden int    // leading bytes of line that are part of a match before the cut
 	out    []byte // scratch
+
+	drawn    bool // line began after a carriage return
+	returned bool // line has ended with one
+	cut      bool // line was too long
+	settled  bool // line is as Settle saw it last
+	whole    bool // the latest state is all of line
+
+	state   string // the latest, masked, if waiting
+	waiting bool
+	partial bool // state is the beginning of line
 }
 
 // Write never fails.
@@ -79,32 +97,84 @@ func (s *Stream) Write(p []byte) (int, error) {
 	const step = 4 << 10
 	n := len(p)
 	for len(p) > 0 {
+		if s.returned && p[0] != '\n' {
+			s.begin(true)
+		}
 		part := p[:min(len(p), step)]
-		newline := false
-		for i, c := range part {
-			if c == '\n' {
-				part, newline = part[:i], true
-				break
-			}
+		end := bytes.IndexAny(part, "\r\n")
+		if end >= 0 {
+			part = part[:end]
+		}
+		if len(part) > 0 {
+			s.add(part)
 		}
 		p = p[len(part):]
-		s.add(part)
-		if newline {
-			p = p[1:]
+		switch {
+		case end < 0:
+			continue
+		case p[0] == '\n':
 			s.end(true)
+		default:
+			s.carriageReturn()
 		}
+		p = p[1:]
 	}
 	return n, nil
 }
 
-// Flush emits the line that has no newline yet, if there is one. The Stream can
-// be used again.
-func (s *Stream) Flush() {
-	s.end(false)
+// Flush emits the state that is held and the line that has no end yet. The Stream
+// can be used again.
+func (s *Stream) Flush() { s.end(false) }
+
+// Waiting says whether a state is held.
+func (s *Stream) Waiting() bool { return s.waiting }
+
+// Draw emits the state that is held, if there is one.
+func (s *Stream) Draw() {
+	if s.waiting {
+		s.emit(s.state)
+	}
+	s.drop()
 }
 
-// add takes part, which has no newline, and emits what makes the line too long.
+func (s *Stream) drop() { s.state, s.waiting, s.partial = "", false, false }
+
+// Unsettled says whether Settle has something to do.
+func (s *Stream) Unsettled() bool {
+	return s.drawn && !s.returned && !s.cut && !s.settled && !blank(s.line)
+}
+
+// Settle makes a state of the line that has no end yet, if it draws over another:
+// nothing may follow for long. What could be the start of a value is left out. If
+// more follows, the line is a state, or a line, as a whole again.
+func (s *Stream) Settle() {
+	if !s.Unsettled() {
+		return
+	}
+	s.settled = true
+	n := len(s.line) - s.index.begun(s.line)
+	if s.hold(n) {
+		s.partial = true
+		s.whole = n == len(s.line) && len(s.raw) == 0
+	}
+}
+
+// hold makes a state of the first n bytes of the line, unless they are blank.
+func (s *Stream) hold(n int) bool {
+	if blank(s.line[:n]) {
+		return false
+	}
+	s.out, _ = s.index.appendMasked(s.out[:0], s.line, n, s.hidden)
+	s.state, s.waiting, s.partial = string(s.out), true, false
+	return true
+}
+
+func blank(line []byte) bool { return len(bytes.TrimSpace(line)) == 0 }
+
+// add takes part, which has no end of a line, and emits what makes the line too
+// long.
 func (s *Stream) add(part []byte) {
+	s.settled, s.whole = false, false
 	src := part
 	if len(s.raw) > 0 {
 		s.raw = append(s.raw, part...)
@@ -119,22 +189,50 @@ func (s *Stream) add(part []byte) {
 	}
 }
 
-func (s *Stream) end(newline bool) {
+// finish takes what has not ended as it is.
+func (s *Stream) finish() {
 	s.line, _ = sanitize(s.line, s.raw, true)
 	s.raw = s.raw[:0]
 	for len(s.line) > cutAt {
 		s.emitPart()
 	}
-	if len(s.line) > 0 || newline {
+}
+
+func (s *Stream) carriageReturn() {
+	s.finish()
+	s.returned = true
+	s.whole = s.whole || s.hold(len(s.line))
+}
+
+func (s *Stream) end(newline bool) {
+	s.finish()
+	if !s.partial || s.whole {
+		s.Draw()
+	}
+	s.drop()
+	// Where a newline ends nothing but what was drawn over, there is no line.
+	over := s.drawn || s.returned && !newline
+	if !s.whole && (len(s.line) > 0 || newline) && !(over && blank(s.line)) {
 		s.out, _ = s.index.appendMasked(s.out[:0], s.line, len(s.line), s.hidden)
 		s.emit(string(s.out))
 	}
+	s.begin(false)
+}
+
+// begin begins a line, after a carriage return or not.
+func (s *Stream) begin(drawn bool) {
 	s.line, s.hidden = s.line[:0], 0
+	s.drawn = drawn
+	s.returned, s.cut, s.settled, s.whole, s.partial = false, false, false, false, false
 }
 
 // emitPart emits the first cutAt bytes of the line, which is longer, or up to
 // three fewer so as not to split a rune.
 func (s *Stream) emitPart() {
+	if !s.partial {
+		s.Draw()
+	}
+	s.drop()
 	n := cutAt
 	for !utf8.RuneStart(s.line[n]) {
 		n--
@@ -142,4 +240,5 @@ func (s *Stream) emitPart() {
 	s.out, s.hidden = s.index.appendMasked(s.out[:0], s.line, n, s.hidden)
 	s.emit(string(s.out))
 	s.line = append(s.line[:0], s.line[n:]...)
+	s.cut = true
 }

@@ -236,6 +236,19 @@ func TestStream(t *testing.T) {
 		{"value at a cut", []string{dots + token + "\n"}, []string{dots, "***"}},
 		{"rune across a cut", []string{dots[1:] + "€\n"}, []string{dots[1:], "€"}},
 		{"more after a flush", []string{dots + "a\n", "b\n"}, []string{dots, "a", "b"}},
+		{"drawn over", []string{"1%\r2%\r", "3%\r\nover\n"}, []string{"3%", "over"}},
+		{"drawn over, returns first", []string{"\r1%\r2%", "\r3%\nover\n"}, []string{"2%", "3%", "over"}},
+		{"drawn over by another line", []string{"1%\r2%\rover\n"}, []string{"2%", "over"}},
+		{"drawn over at the end", []string{"1%\r2%\r"}, []string{"2%"}},
+		{"drawn over at the end, returns first", []string{"\r1%\r2%"}, []string{"1%", "2%"}},
+		{"wiped", []string{"1%\r      \r2%\r\x1b[K\r", "\n"}, []string{"2%"}},
+		{"wiped at the end", []string{"1%\r      \r"}, []string{"1%"}},
+		{"blank lines with CRLF", []string{"\r\n \r", "\n\r", "\na\r\n"}, []string{"", " ", "", "a"}},
+		{"CR CRLF", []string{"a\r\r\n", "b\r\r", "\n"}, []string{"a", "b"}},
+		{"title before a return", []string{"\x1b]0;a\r\x07b\n"}, []string{"]0;a", "b"}},
+		{"value in chunks, drawn over", []string{"1\rx cor", "rect h", "orse y\r", "z\n"}, []string{"x *** y", "z"}},
+		{"value across a cut, drawn over", []string{"1\r" + dots[6:] + "corr", "ect ho", "rse.\r"}, []string{"1", dots[6:] + "***", "***."}},
+		{"too long, drawn over", []string{dots + "a\r", "\n", dots + "b\rc\n"}, []string{dots, "a", dots, "b", "c"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if got := collect(r, tc.chunks...); !slices.Equal(got, tc.want) {
@@ -261,17 +274,85 @@ func TestStreamLive(t *testing.T) {
 	}
 }
 
+// TestStreamStates takes states as they come.
+func TestStreamStates(t *testing.T) {
+	r := New(map[string][]byte{"id": []byte("correct horse"), "parts": []byte("return\rto sender\rpart")})
+	const draw, settle = "draw", "settle"
+	for _, tc := range []struct {
+		name   string
+		chunks []string // written, or what is done
+		want   []string
+	}{
+		{"latest", []string{"1%\r2%\r", draw, draw, "3%\r", draw}, []string{"2%", "3%"}},
+		{"none yet", []string{"1%", settle, draw, "\r\n"}, []string{"1%"}},
+		{"its newline later", []string{"1%\r", draw, "\nover\n"}, []string{"1%", "over"}},
+		{"returns first", []string{"\r1%", draw, "\r2%", draw, "\n"}, []string{"1%", "2%"}},
+		{"settled", []string{"\r1%", settle, settle, draw, "\r2%", draw, settle, draw, "\n"}, []string{"1%", "2%"}},
+		{"settled, its newline later", []string{"\r1%", settle, "\n"}, []string{"1%"}},
+		{"settled, then longer", []string{"\r1%", settle, draw, " of 2", settle, draw, " MB\r", draw}, []string{"1%", "1% of 2", "1% of 2 MB"}},
+		{"settled, not drawn, then longer", []string{"\r1%", settle, " of 2 MB\n"}, []string{"1% of 2 MB"}},
+		{"settled over a state", []string{"0%\r1%", settle, draw}, []string{"1%"}},
+		{"settled, and again", []string{"\r1%", settle, draw, "\r1%", settle, draw, "\r", draw}, []string{"1%", "1%"}},
+		{"settled while blank", []string{"1%\r  ", settle, draw}, []string{"1%"}},
+		{"settled in a rune", []string{"\r1\xe2\x82", settle, draw, "\xac\r", draw}, []string{"1", "1€"}},
+		{"settled after a newline", []string{"\r1%\n2%", settle, draw}, []string{"1%", "2%"}},
+		{"settled when too long", []string{"\r" + strings.Repeat(".", cutAt+maxPattern), settle, draw}, []string{strings.Repeat(".", cutAt), strings.Repeat(".", maxPattern)}},
+		{"value at the end", []string{"\rx correct horse", settle, draw, "\n"}, []string{"x ***"}},
+		{"value that has begun", []string{"\rx correct", settle, draw, " horse\n"}, []string{"x ", "x ***"}},
+		{"value that has begun, and does not go on", []string{"\rx correct", settle, draw, "\n"}, []string{"x ", "x correct"}},
+		{"value with returns", []string{"return\r", draw, "to sender\r", draw, "part\n"}, []string{"***", "***", "***"}},
+		{"value with returns in base64", []string{base64.StdEncoding.EncodeToString([]byte("to sender")) + "\n"}, []string{"***"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var lines []string
+			s := r.Stream(func(line string) { lines = append(lines, line) })
+			for _, c := range tc.chunks {
+				switch c {
+				case draw:
+					s.Draw()
+				case settle:
+					s.Settle()
+				default:
+					s.Write([]byte(c))
+				}
+				if c == draw && s.Waiting() || c == settle && s.Unsettled() {
+					t.Errorf("not done: %s", c)
+				}
+			}
+			s.Flush()
+			if !slices.Equal(lines, tc.want) {
+				t.Errorf("got %.300q, want %.300q", lines, tc.want)
+			}
+		})
+	}
+}
+
+func TestBegun(t *testing.T) {
+	ix := newIndex([]string{"abcdefgh", "abcdxy", "cdefz", "abcdefghij"})
+	for text, want := range map[string]int{
+		"": 0, "abc": 0, "xabcd": 4, "abcdefgh": 8, "abcdefghij": 0, "abcdx": 5, "abcdxy": 0, "abcdez": 0, "abcdef": 6, "xcdef": 4,
+	} {
+		if got := ix.begun([]byte(text)); got != want {
+			t.Errorf("%q: %d, want %d", text, got, want)
+		}
+	}
+	var none *index
+	if none.begun([]byte("abcdef")) != 0 {
+		t.Error("something begins with nothing")
+	}
+}
+
 func TestStreamMemory(t *testing.T) {
 	r := New(map[string][]byte{"id": bytes.Repeat([]byte("long"), 10000)})
-	for _, in := range []string{"x", "\x1b]0;", "\xe2", "\xff", "long", "\x00", "\x1b[", "\x1b]\x1b\\"} {
+	for _, in := range []string{"x", "\x1b]0;", "\xe2", "\xff", "long", "\x00", "\x1b[", "\x1b]\x1b\\", "x\r", "\r", strings.Repeat("x", 5000) + "\r"} {
 		s := r.Stream(func(line string) {
 			if len(line) > MaxLine {
 				t.Errorf("%q: line of %d bytes", in, len(line))
 			}
 		})
 		s.Write([]byte("\x1b]"))
-		s.Write(bytes.Repeat([]byte(in), 1<<17))
-		if held := cap(s.raw) + cap(s.line) + cap(s.out); held > 80<<10 {
+		s.Write(bytes.Repeat([]byte(in), 1<<20/len(in)))
+		if held := cap(s.raw) + cap(s.line) + cap(s.out) + len(s.state); held > 80<<10 {
 			t.Errorf("%q: a stream holds %d bytes", in, held)
 		}
 	}
@@ -283,6 +364,7 @@ func FuzzRedactor(f *testing.F) {
 	f.Add([]byte("\xffbinary\x00 value"), []byte("\xe2\x82"), []byte("\xac"), uint64(3), false)
 	f.Add(bytes.Repeat([]byte("long value "), 100), []byte("\u202e"), []byte("\r\n"), uint64(4), true)
 	f.Add([]byte("\xa8\xad000000"), []byte("\xee"), []byte("0"), uint64(3), true)
+	f.Add([]byte("returned\rto a sender"), []byte("\r"), []byte("\r"), uint64(6), false)
 	f.Add([]byte("aaaaaaaaa"), []byte("aaa"), []byte("aa"), uint64(5), true)
 	f.Fuzz(func(t *testing.T, value, prefix, suffix []byte, seed uint64, pad bool) {
 		rnd := rand.New(rand.NewPCG(seed, 0))
@@ -298,7 +380,8 @@ func FuzzRedactor(f *testing.F) {
 		}
 
 		// One line at a time, so that what a cut parted can be joined.
-		for line := range bytes.SplitSeq(text, []byte("\n")) {
+		ends := func(c rune) bool { return c == '\n' || c == '\r' }
+		for line := range bytes.FieldsFuncSeq(text, ends) {
 			var joined strings.Builder
 			s := r.Stream(func(out string) {
 				if len(out) > MaxLine {
@@ -315,6 +398,23 @@ func FuzzRedactor(f *testing.F) {
 			checkSafe(t, joined.String())
 			checkMasked(t, value, joined.String())
 		}
+
+		// As it is drawn.
+		check := func(out string) {
+			checkSafe(t, out)
+			checkMasked(t, value, out)
+		}
+		s := r.Stream(check)
+		for rest := text; len(rest) > 0; {
+			n := 1 + rnd.IntN(len(rest))
+			s.Write(rest[:n])
+			rest = rest[n:]
+			if rnd.IntN(2) == 0 {
+				s.Settle()
+			}
+			s.Draw()
+		}
+		s.Flush()
 
 		for out := range strings.SplitSeq(r.Text(string(text)), "\n") {
 			checkSafe(t, out)
@@ -345,7 +445,8 @@ func checkMasked(t *testing.T, value []byte, s string) {
 	if len(value) < minValue || bytes.IndexByte(value, '*') >= 0 || len(bytes.TrimSpace(value)) == 0 {
 		return
 	}
-	for line := range bytes.SplitSeq(value, []byte("\n")) {
+	ends := func(c rune) bool { return c == '\n' || c == '\r' }
+	for line := range bytes.FieldsFuncSeq(value, ends) {
 		line = bytes.TrimSpace(line)
 		// What is not UTF-8 can be whole runes only with bytes around it.
 		if len(line) >= minValue && utf8.Valid(line) && strings.Contains(s, string(line)) {
