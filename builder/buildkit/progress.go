@@ -26,7 +26,9 @@ type progress struct {
 	vertices map[digest.Digest]*vertex
 	order    []*vertex
 	statuses map[statusKey]*client.VertexStatus
-	streams  map[streamKey]*redact.Stream
+	streams  map[streamKey]*stream
+	printed  map[digest.Digest]*printed
+	drawing  []*stream // those that have, or may have, a state to draw
 
 	transfer time.Duration // of what local sources took
 	lines    []string      // of the current message
@@ -76,6 +78,53 @@ type streamKey struct {
 	stream int
 }
 
+// stream is one of the two that a step prints to.
+type stream struct {
+	*redact.Stream
+	step    *printed
+	written time.Time // the last time
+	drew    time.Time // the last time
+	listed  bool      // in progress.drawing
+}
+
+// drawEvery is between two states of one step that draws over a line: below four
+// a second, also when they come a little late.
+const drawEvery = 300 * time.Millisecond
+
+// settleAfter is how long a line that is drawn, and has no end yet, stands before
+// it is shown as it is.
+const settleAfter = time.Second
+
+// A failed step's error has the last that it printed, newlines included.
+const (
+	maxPrintedLines = 20
+	maxPrinted      = 4 << 10
+)
+
+// printed is of one step, both streams.
+type printed struct {
+	lines    []string // the last, masked
+	size     int      // with their newlines
+	drawNext time.Time
+}
+
+func (p *printed) add(line string) {
+	const mark = "… "
+	if len(line) >= maxPrinted {
+		line = mark + strings.ToValidUTF8(line[len(line)-maxPrinted+len(mark)+1:], "")
+	}
+	p.lines = append(p.lines, line)
+	p.size += len(line) + 1
+	drop := max(0, len(p.lines)-maxPrintedLines)
+	for _, line := range p.lines[:drop] {
+		p.size -= len(line) + 1
+	}
+	for ; p.size > maxPrinted; drop++ {
+		p.size -= len(p.lines[drop]) + 1
+	}
+	p.lines = slices.Delete(p.lines, 0, drop)
+}
+
 func newProgress(log solve.Log, r *redact.Redactor, listening func(bool), pushing func()) *progress {
 	return &progress{
 		log:       log,
@@ -84,23 +133,78 @@ func newProgress(log solve.Log, r *redact.Redactor, listening func(bool), pushin
 		pushing:   pushing,
 		vertices:  make(map[digest.Digest]*vertex),
 		statuses:  make(map[statusKey]*client.VertexStatus),
-		streams:   make(map[streamKey]*redact.Stream),
+		streams:   make(map[streamKey]*stream),
+		printed:   make(map[digest.Digest]*printed),
 	}
 }
 
 // drain takes every message, also when the log is slow: a solve does not end
-// before its status channel has been read.
+// before its status channel has been read. What has waited to be drawn is when ch
+// is closed.
 func (p *progress) drain(ch <-chan *client.SolveStatus) {
-	for s := range ch {
-		// A client that reads slowly is not the daemon's silence.
+	timer := time.NewTimer(0)
+	timer.Stop()
+	defer timer.Stop()
+	for open := true; open; {
+		var s *client.SolveStatus
+		select {
+		case s, open = <-ch:
+		case <-timer.C:
+		}
+		// A client that reads slowly is not the daemon's silence. What is drawn by
+		// the timer follows a sign of the daemon's by a second or so.
 		p.listening(false)
-		p.handle(s)
+		if s != nil {
+			p.handle(s)
+		}
+		if !open {
+			for _, st := range p.streams {
+				st.Flush()
+			}
+		}
+		timer.Stop()
+		if wait := p.draw(); wait > 0 {
+			timer.Reset(wait)
+		}
+		p.send()
 		p.listening(true)
 	}
-	for _, st := range p.streams {
-		st.Flush()
+}
+
+// draw prints what is due of lines that are drawn over. It returns how long to
+// wait for what is due next, or 0.
+func (p *progress) draw() time.Duration {
+	now := time.Now()
+	var next time.Time
+	sooner := func(t time.Time) {
+		if next.IsZero() || t.Before(next) {
+			next = t
+		}
 	}
-	p.send()
+	// Who drew last comes after the other stream of its step.
+	slices.SortStableFunc(p.drawing, func(a, b *stream) int { return a.drew.Compare(b.drew) })
+	p.drawing = slices.DeleteFunc(p.drawing, func(st *stream) bool {
+		if st.Unsettled() && now.Sub(st.written) >= settleAfter {
+			st.Settle()
+		}
+		switch {
+		case !st.Waiting():
+		case now.Before(st.step.drawNext):
+			sooner(st.step.drawNext)
+		default:
+			st.Draw()
+			st.drew, st.step.drawNext = now, now.Add(drawEvery)
+		}
+		if st.Unsettled() {
+			sooner(st.written.Add(settleAfter))
+		}
+		st.listed = st.Waiting() || st.Unsettled()
+		return !st.listed
+	})
+	if next.IsZero() {
+		return 0
+	}
+	return next.Sub(now)
 }
 
 func (p *progress) send() {
@@ -173,7 +277,6 @@ func (p *progress) handle(s *client.SolveStatus) {
 	for _, w := range s.Warnings {
 		p.warning(w)
 	}
-	p.send()
 }
 
 func ending(v *client.Vertex, took time.Duration) string {
@@ -226,25 +329,40 @@ func (p *progress) output(l *client.VertexLog) {
 	key := streamKey{l.Vertex, l.Stream}
 	st := p.streams[key]
 	if st == nil {
-		v := p.vertices[l.Vertex]
-		st = p.redact.Stream(func(line string) {
-			p.line("l: %s", line)
-			// The C library begins it with a capital, Go and runc do not. Every line
-			// passes here: no regexp.
-			if v != nil && strings.Contains(line, "o space left on device") {
-				v.noSpace = true
-				v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
-			}
-			if v != nil && isExport(v.name) {
-				v.try(line)
-			}
-		})
+		st = p.newStream(key)
 		p.streams[key] = st
-		if v != nil {
-			v.streams = append(v.streams, key)
-		}
 	}
 	st.Write(l.Data)
+	st.written = time.Now()
+	if !st.listed && (st.Waiting() || st.Unsettled()) {
+		st.listed = true
+		p.drawing = append(p.drawing, st)
+	}
+}
+
+func (p *progress) newStream(key streamKey) *stream {
+	step := p.printed[key.vertex]
+	if step == nil {
+		step = &printed{}
+		p.printed[key.vertex] = step
+	}
+	v := p.vertices[key.vertex]
+	if v != nil {
+		v.streams = append(v.streams, key)
+	}
+	return &stream{step: step, Stream: p.redact.Stream(func(line string) {
+		p.line("l: %s", line)
+		step.add(line)
+		// The C library begins it with a capital, Go and runc do not. Every line
+		// passes here: no regexp.
+		if v != nil && strings.Contains(line, "o space left on device") {
+			v.noSpace = true
+			v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
+		}
+		if v != nil && isExport(v.name) {
+			v.try(line)
+		}
+	})}
 }
 
 func (v *vertex) try(line string) {
@@ -326,6 +444,15 @@ func (p *progress) name(d string) string {
 		return p.redact.Line(v.name)
 	}
 	return ""
+}
+
+// lastPrinted is the end of what the vertex with the given digest printed, masked.
+func (p *progress) lastPrinted(d string) string {
+	step := p.printed[digest.Digest(d)]
+	if step == nil {
+		return ""
+	}
+	return strings.Trim(strings.Join(step.lines, "\n"), "\n")
 }
 
 // noSpace says whether the vertex with the given digest ran out of disk.

@@ -3,9 +3,12 @@ package buildkit
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/moby/buildkit/client"
@@ -156,6 +159,110 @@ func TestProgressLines(t *testing.T) {
 				t.Errorf("got\n%s\nwant\n%s", strings.Join(lines, "\n"), strings.Join(tt.want, "\n"))
 			}
 		})
+	}
+}
+
+// TestProgressDraws prints over a line and looks at what is logged, and when.
+func TestProgressDraws(t *testing.T) {
+	const step, other = "[1/2] RUN a", "[2/2] RUN b"
+	type print struct {
+		at     time.Duration
+		name   string
+		stream int
+		text   string
+	}
+	ms := time.Millisecond
+	every := func(d, until time.Duration, format string) (all []print) {
+		for i := 0; time.Duration(i)*d < until; i++ {
+			all = append(all, print{time.Duration(i) * d, step, 1, fmt.Sprintf(format, i)})
+		}
+		return all
+	}
+	for _, tt := range []struct {
+		name   string
+		prints []print
+		end    time.Duration
+		want   []string // offset in ms, and the line
+	}{
+		{"slowly", every(time.Second, 3*time.Second, "%d%%\r"), 3 * time.Second, []string{"0 0%", "1000 1%", "2000 2%"}},
+		{"slowly, returns first", every(1500*ms, 3*time.Second, "\r%d%%"), 3 * time.Second, []string{"1000 0%", "2500 1%"}},
+		{"fast", every(110*ms, time.Second, "%d%%\r"), 5 * time.Second, []string{"0 0%", "300 2%", "600 5%", "900 8%", "1200 9%"}},
+		{"fast, returns first", every(110*ms, time.Second, "\r%d%%"), 5 * time.Second, []string{"110 0%", "410 2%", "710 5%", "1010 8%", "1990 9%"}},
+		{"held back, and silence", []print{{0, step, 1, "1%\r"}, {10 * ms, step, 1, "2%\r3%\r"}}, 5 * time.Second, []string{"0 1%", "300 3%"}},
+		{"held back, and its newline", []print{{0, step, 1, "1%\r"}, {10 * ms, step, 1, "2%\r"}, {20 * ms, step, 1, "\nover\n"}}, time.Second, []string{"0 1%", "20 2%", "20 over"}},
+		{"held back at the end", []print{{0, step, 1, "1%\r"}, {10 * ms, step, 1, "2%\r"}}, 100 * ms, []string{"0 1%", "100 2%"}},
+		{"lines wait for nothing", []print{{0, step, 1, "a\r\nb\r\n"}, {ms, step, 1, "c\r\nd\r\n"}}, time.Second, []string{"0 a", "0 b", "1 c", "1 d"}},
+		{"both streams of a step, in turn", []print{{0, step, 1, "a1\r"}, {ms, step, 2, "b1\r"}, {2 * ms, step, 1, "a2\r"}, {3 * ms, step, 2, "b2\r"}, {4 * ms, step, 1, "a3\r"}}, 5 * time.Second, []string{"0 a1", "300 b2", "600 a3"}},
+		{"both streams, returns first", []print{{0, step, 1, "\ra1\ra2"}, {ms, step, 2, "\rb1\rb2"}, {2 * ms, step, 1, "\ra3\ra4"}, {700 * ms, step, 1, "\n"}, {800 * ms, step, 2, "\n"}}, 900 * ms, []string{"0 a1", "300 b1", "600 a3", "700 a4", "800 b2"}},
+		{"two steps", []print{{0, step, 1, "a\r"}, {ms, other, 1, "b\r"}}, time.Second, []string{"0 a", "1 b"}},
+		{"no state", []print{{0, step, 1, "waiting..."}}, 3 * time.Second, []string{"3000 waiting..."}},
+		{"a secret in parts", []print{{0, step, 1, "\rit is very"}, {3 * time.Second, step, 1, "secret\r"}}, 4 * time.Second, []string{"1000 it is ", "3000 it is ***"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				start := time.Now()
+				var lines []string
+				heard := true
+				p := newProgress(func(l ...string) {
+					for _, line := range l {
+						lines = append(lines, fmt.Sprintf("%d %s", time.Since(start).Milliseconds(), strings.TrimPrefix(line, "l: ")))
+					}
+					if heard {
+						t.Error("a slow client would be the daemon's silence")
+					}
+				}, redact.New(map[string][]byte{"s": []byte("verysecret")}), func(yes bool) { heard = yes }, func() {})
+				ch := make(chan *client.SolveStatus)
+				go func() {
+					defer close(ch)
+					for _, pr := range tt.prints {
+						time.Sleep(pr.at - time.Since(start))
+						ch <- &client.SolveStatus{Logs: []*client.VertexLog{logged(pr.name, pr.stream, pr.text)}}
+					}
+					time.Sleep(tt.end - time.Since(start))
+				}()
+				p.drain(ch)
+				if !slices.Equal(lines, tt.want) {
+					t.Errorf("got %q, want %q", lines, tt.want)
+				}
+			})
+		})
+	}
+}
+
+func TestPrinted(t *testing.T) {
+	var many []string
+	for i := range 30 {
+		many = append(many, strconv.Itoa(i))
+	}
+	long := strings.Repeat("é", 1022)
+	for _, tt := range []struct {
+		name, text, want string
+	}{
+		{"nothing", "", ""},
+		{"blank", "\n\n", ""},
+		{"a line", "a", "a"},
+		{"blank lines around", "\na\n\nb\n\n", "a\n\nb"},
+		{"the last lines", strings.Join(many, "\n"), strings.Join(many[10:], "\n")},
+		{"as many bytes as can be", "a\nb " + long + "\nc " + long + "\n", "a\nb " + long + "\nc " + long},
+		{"one more", "aa\nb " + long + "\nc " + long + "\n", "b " + long + "\nc " + long},
+		{"a long line", "a\nb" + strings.Repeat("é", 3000) + "!\n", "… " + strings.Repeat("é", 2045) + "!"},
+		{"secrets", "it is very\x1b[1msecret\nverysecret", "it is ***\n***"},
+		{"drawn over", "1%\r2%\rover\n", "2%\nover"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, p, _ := progressOf(&client.SolveStatus{Logs: []*client.VertexLog{logged("step", 1, tt.text), logged("another", 1, "other\n")}})
+			got := p.lastPrinted(digest.FromString("step").String())
+			if got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+			if len(got) > maxPrinted {
+				t.Errorf("%d bytes", len(got))
+			}
+		})
+	}
+	_, p, _ := progressOf(&client.SolveStatus{Logs: []*client.VertexLog{logged("step", 1, "a\n"), logged("step", 2, "b\n"), logged("step", 1, "c")}})
+	if got := p.lastPrinted(digest.FromString("step").String()); got != "a\nb\nc" {
+		t.Errorf("of both streams %q", got)
 	}
 }
 
