@@ -375,7 +375,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	var failed *failure
 	if err != nil && !gone {
 		failed = &failure{
-			err: err, redact: b.redact, step: b.progress.name, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
+			err: err, redact: b.redact, step: b.progress.name, printed: b.progress.lastPrinted, noSpace: b.progress.noSpace, pushing: b.limits.isPushing(),
 			auths: auths.failed(), anonymous: auths.build.Anonymous(), hints: auths.build.Hints(), troubled: b.progress.troubled,
 		}
 		v, ok := errors.AsType[*errdefs.VertexError](err)

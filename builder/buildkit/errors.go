@@ -74,6 +74,7 @@ type failure struct {
 	err     error
 	redact  *redact.Redactor
 	step    func(digest string) string // name of a vertex
+	printed func(digest string) string // the last that it printed, masked; may be nil
 	noSpace func(digest string) bool   // whether it ran out of disk; may be nil
 	full    bool                       // the daemon's disk is, and the error or a step that was not started said so
 	pushing bool                       // the push had begun
@@ -155,10 +156,12 @@ func (f *failure) ranOutOfDisk() bool {
 // longer than the whole error may, and why it failed comes after it.
 const maxStep = 1 << 10
 
-// buildFailed says what failed at which step, with the Dockerfile around it.
+// buildFailed says what failed at which step, with the last that the step printed
+// and the Dockerfile around it.
 func (f *failure) buildFailed(what string) error {
 	var b strings.Builder
-	if v, ok := errors.AsType[*errdefs.VertexError](f.err); ok {
+	v, ok := errors.AsType[*errdefs.VertexError](f.err)
+	if ok {
 		if step := f.step(v.Digest); step != "" && !strings.Contains(what, step) {
 			if len(step) > maxStep {
 				step = strings.ToValidUTF8(step[:maxStep], "") + " …"
@@ -167,6 +170,11 @@ func (f *failure) buildFailed(what string) error {
 		}
 	}
 	b.WriteString(what)
+	if ok && f.printed != nil {
+		if text := f.printed(v.Digest); text != "" {
+			b.WriteString("\n" + text)
+		}
+	}
 	for _, s := range errdefs.Sources(f.err) {
 		b.WriteString("\n")
 		s.Print(&b)

@@ -62,6 +62,16 @@ Dockerfile:3
    3 | >>> RUN exit 3
    4 |     
 --------------------`},
+		{name: "what the step printed", err: atLine(errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 2}, digest.FromString("talker")), 2), code: api.BuildFailed, msg: `exit code 2
+cc: one
+cc: two
+Dockerfile:2
+--------------------
+   1 |     FROM busybox
+   2 | >>> RUN echo ***
+   3 |     RUN exit 3
+   4 |     
+--------------------`},
 		{name: "long step", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 3}, digest.FromString("long")), code: api.BuildFailed,
 			msg: "RUN " + strings.Repeat("é", (maxStep-4)/2) + " …: exit code 3"},
 		{name: "memory", err: errdefs.WrapVertex(&gatewayapi.ExitError{ExitCode: 137}, digest.FromString("step")), code: api.BuildFailed,
@@ -179,6 +189,12 @@ Dockerfile:2
 					}
 					if d == digest.FromString("long").String() {
 						return "RUN " + strings.Repeat("é", maxStep)
+					}
+					return ""
+				},
+				printed: func(d string) string {
+					if d == digest.FromString("talker").String() {
+						return "cc: one\ncc: two"
 					}
 					return ""
 				},
