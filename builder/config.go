@@ -16,6 +16,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/buildconfig"
+	"handler/function/buildkit"
 	"handler/function/hosts"
 	"handler/function/payload"
 	"handler/function/registry"
@@ -59,10 +60,11 @@ type Config struct {
 	TokenPaths         []registry.TokenPath // token_paths
 	RegistryCA         map[string]string    // registry_ca: host=name in SecretsDir
 
-	CacheRepository   reference.Named // cache_repository: nil keeps no cache in a registry
-	ContextRepository string          // context_repository: empty takes no contexts by digest
-	ContextMaxAge     time.Duration   // context_max_age
-	ContextHosts      []string        // context_hosts: of git contexts; empty refuses all
+	ImageCompression  buildkit.Compression // image_compression
+	CacheRepository   reference.Named      // cache_repository: nil keeps no cache in a registry
+	ContextRepository string               // context_repository: empty takes no contexts by digest
+	ContextMaxAge     time.Duration        // context_max_age
+	ContextHosts      []string             // context_hosts: of git contexts; empty refuses all
 
 	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
 	SpoolMemory int64          // spool_memory_bytes
@@ -114,6 +116,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		TokenPaths:         parsed(e, "token_paths", registry.ParseTokenPath),
 		RegistryCA:         e.pairs("registry_ca"),
 
+		ImageCompression:  e.compression("image_compression", "gzip"),
 		CacheRepository:   e.repository("cache_repository"),
 		ContextRepository: e.contextRepository("context_repository"),
 		ContextMaxAge:     e.duration("context_max_age", 48*time.Hour),
@@ -337,6 +340,15 @@ func (e *environment) contextRepository(name string) string {
 		}
 	}
 	return v
+}
+
+func (e *environment) compression(name, fallback string) buildkit.Compression {
+	v := e.text(name, fallback)
+	c, err := buildkit.ParseCompression(v)
+	if err != nil {
+		e.fail(name, v, `gzip or zstd, or with a level, such as "gzip:6"`)
+	}
+	return c
 }
 
 func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {

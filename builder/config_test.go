@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"handler/function/buildkit"
 )
 
 func env(pairs ...string) func(string) string {
@@ -37,6 +39,7 @@ func TestLoadConfig(t *testing.T) {
 		"buildkit_addr", "tcp://a:1, tcp://b:1",
 		"cache_repository", "acme/cache",
 		"create_repositories", "true",
+		"image_compression", " zstd:3 ",
 	))
 	if err != nil {
 		t.Fatal(err)
@@ -54,6 +57,9 @@ func TestLoadConfig(t *testing.T) {
 	if len(c.TokenHosts) != 2 || len(c.TokenPaths) != 2 || c.ContextRepository != "http://registry.example:5000/contexts" || !slices.Equal(c.ContextHosts, []string{"github.com", "http://git.example:3000"}) {
 		t.Errorf("token hosts %v, contexts %q from %q", c.TokenHosts, c.ContextRepository, c.ContextHosts)
 	}
+	if c.ImageCompression != (buildkit.Compression{Type: "zstd", Level: 3}) {
+		t.Errorf("compression %+v", c.ImageCompression)
+	}
 	if c.RegistryCA["registry.example:5000"] != "registry-ca" {
 		t.Errorf("registry CAs %q", c.RegistryCA)
 	}
@@ -67,6 +73,7 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		{"registry_ca", "a.example=ca,A.example.=other"}, {"token_hosts", "registry=http://auth"}, {"token_hosts", "registry=auth/token"},
 		{"token_paths", "registry/a"}, {"token_paths", "registry:05000/a=b"},
 		{"context_hosts", "https://github.com/acme"}, {"context_hosts", "[::1]"},
+		{"image_compression", "gzip:best"},
 	} {
 		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))
 		if err == nil || c != nil {

@@ -99,6 +99,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		DaemonBuilds:    cfg.DaemonBuilds,
 		DefaultPlatform: cfg.DefaultPlatform,
 		CacheRepository: cfg.CacheRepository,
+		Compression:     cfg.ImageCompression,
 		AllowSyntax:     cfg.AllowSyntax,
 		Credentials:     credentials,
 		Log:             log,

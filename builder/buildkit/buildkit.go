@@ -60,6 +60,9 @@ type Config struct {
 	// those that have none of theirs. Empty: nowhere.
 	CacheRepository reference.Named
 
+	// Compression is of images and of the cache.
+	Compression Compression
+
 	// AllowSyntax follows a Dockerfile's "# syntax=" line.
 	AllowSyntax bool
 
@@ -468,12 +471,16 @@ func (b *build) solveOpt(ref string, auths *authServer) client.SolveOpt {
 	if cache := b.cache(); cache != nil {
 		opt.CacheImports = []client.CacheOptionsEntry{{Type: "registry", Attrs: map[string]string{"ref": cache.String()}}}
 		if b.pushes() {
-			opt.CacheExports = []client.CacheOptionsEntry{{Type: "registry", Attrs: map[string]string{
+			// What is in no image is compressed by the cache's exporter, and may be in a
+			// later one.
+			attrs := b.solver.cfg.Compression.attrs()
+			maps.Copy(attrs, map[string]string{
 				"ref": cache.String(),
 				// The results of all stages, as an image: some registries take no other
 				// manifest. Without ignore-error the image would not be pushed either.
 				"mode": "max", "image-manifest": "true", "oci-mediatypes": "true", "ignore-error": "true",
-			}}}
+			})
+			opt.CacheExports = []client.CacheOptionsEntry{{Type: "registry", Attrs: attrs}}
 		}
 	}
 	return opt
@@ -562,7 +569,7 @@ func (b *build) frontendAttrs() map[string]string {
 // nothing of it but its cache. It is exported all the same, for its digest.
 func (b *build) exporterAttrs() map[string]string {
 	cfg := b.req.Config
-	attrs := make(map[string]string)
+	attrs := b.solver.cfg.Compression.attrs()
 	for k, v := range cfg.Annotations {
 		attrs["annotation."+k] = v
 		if len(b.platforms()) > 1 {
