@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -16,10 +17,12 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/moby/buildkit/client"
 	"github.com/tonistiigi/fsutil"
 
+	"handler/function"
 	"handler/function/buildkit"
 	"handler/function/payload"
 	"handler/function/tests/stack"
@@ -37,11 +40,15 @@ type benchmark struct {
 	stack    *stack.Stack
 	function *stack.Function
 	client   *client.Client
+	source   []byte // what contexts are made of
 	result   result
 }
 
 func (b *benchmark) start(ctx context.Context) error {
 	var err error
+	if b.source, err = goSource(ctx); err != nil {
+		return err
+	}
 	if b.function, err = b.newFunction(ctx); err != nil {
 		return err
 	}
@@ -81,10 +88,13 @@ func (b *benchmark) idle(ctx context.Context, _ workload) error {
 	return nil
 }
 
-// buildctl builds dir as a process.
-func (b *benchmark) buildctl(ctx context.Context, dir, ref string) (time.Duration, error) {
-	cmd := b.stack.Buildkitd.Buildctl(ctx, "build", "--progress=quiet", "--frontend=dockerfile.v0",
-		"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,name="+ref)
+// buildctl builds dir as a process. output is further attributes of the image.
+func (b *benchmark) buildctl(ctx context.Context, dir, ref string, output ...string) (time.Duration, error) {
+	// Who builds with another host name shares no cache of a RUN step, nor of what
+	// follows it.
+	cmd := b.stack.Buildkitd.Buildctl(ctx, "build", "--progress=quiet", "--frontend=dockerfile.v0", "--opt=hostname="+filepath.Base(dir),
+		"--local=context="+dir, "--local=dockerfile="+dir,
+		"--output="+strings.Join(append([]string{"type=image", "push=true", "name=" + ref}, output...), ","))
 	start := time.Now()
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -127,17 +137,42 @@ func (b *benchmark) overHTTP(ctx context.Context, body []byte) (time.Duration, e
 	return time.Since(start), err
 }
 
+// goSource is Go's own, one file after the other: text that compresses as what
+// people build does.
+func goSource(ctx context.Context) ([]byte, error) {
+	root, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
+	if err != nil {
+		return nil, fmt.Errorf("finding Go's source: %w", err)
+	}
+	const enough = 64 << 20
+	var all []byte
+	err = filepath.WalkDir(filepath.Join(strings.TrimSpace(string(root)), "src"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || filepath.Ext(path) != ".go" {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		all = append(all, text...)
+		if err == nil && len(all) >= enough {
+			err = fs.SkipAll
+		}
+		return err
+	})
+	if err == nil && len(all) < 1<<20 {
+		err = fmt.Errorf("finding Go's source: only %d bytes", len(all))
+	}
+	return all, err
+}
+
 // writeContext makes a tree of small files, a Dockerfile, and a base with a RUN step.
-func writeContext(dir string, files, size int) error {
+func (b *benchmark) writeContext(dir string, files, size int) error {
 	content := map[string]string{"Dockerfile": "FROM busybox\nRUN true\nCOPY . /src\nRUN ls /src | wc -l\n"}
 	if err := stack.WriteContext(dir, content); err != nil {
 		return err
 	}
-	block := make([]byte, size)
 	start := time.Now().Add(-24 * time.Hour)
 	for i := range files {
 		path := filepath.Join(dir, "d"+strconv.Itoa(i/100), fmt.Sprintf("f%d", i))
-		if err := writeFile(path, block, i); err != nil {
+		if err := b.writeFile(path, size, i); err != nil {
 			return err
 		}
 		when := start.Add(time.Duration(i) * time.Second)
@@ -148,25 +183,20 @@ func writeContext(dir string, files, size int) error {
 	return nil
 }
 
-// writeFile fills block with what depends on seed and does not compress to
-// nothing.
-func writeFile(path string, block []byte, seed int) error {
-	x := uint64(seed)*0x9e3779b97f4a7c15 + 1
-	for i := range block {
-		x ^= x << 13
-		x ^= x >> 7
-		x ^= x << 17
-		block[i] = byte(x)
-	}
+// writeFile writes size bytes of source that depend on seed.
+func (b *benchmark) writeFile(path string, size, seed int) error {
+	text := fmt.Appendf(nil, "// %d\n", seed)
+	at := seed * size % (len(b.source) - size)
+	text = append(text, b.source[at:at+size-len(text)]...)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	return os.WriteFile(path, block, 0o644)
+	return os.WriteFile(path, text, 0o644)
 }
 
 func (b *benchmark) cached(ctx context.Context, w workload) error {
 	dir := filepath.Join(b.stack.Dir, "bench-cached")
-	if err := writeContext(dir, 300, 10<<10); err != nil {
+	if err := b.writeContext(dir, 300, 10<<10); err != nil {
 		return err
 	}
 	body, err := stack.Tar(dir, map[string]string{"image": b.stack.Registry.Image("bench/function:v1")})
@@ -216,42 +246,108 @@ func (b *benchmark) cached(ctx context.Context, w workload) error {
 	return nil
 }
 
+// oneFile compares with buildctl asked for the function's own compression, and as
+// it comes, which is gzip at level 6. Each contender has a context of its own: the
+// daemon remembers what it was sent of one.
 func (b *benchmark) oneFile(ctx context.Context, w workload) error {
-	dir := filepath.Join(b.stack.Dir, "bench-one-file")
 	const files, size = 2000, 100 << 10
-	if err := writeContext(dir, files, size); err != nil {
+	defaults, err := function.LoadConfig(func(string) string { return "" })
+	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	var function, ctl series
-	block := make([]byte, size)
-	for i := range w.oneFile + 1 {
-		if err := writeFile(filepath.Join(dir, "d0", "f0"), block, files+i); err != nil {
+	own := defaults.ImageCompression
+	attrs := []string{"compression=" + own.Type}
+	b.result.OneFileCompression, b.result.OneFileCompressionDefault = own.Type, "gzip:6"
+	if own.Level > 0 {
+		attrs = append(attrs, fmt.Sprint("compression-level=", own.Level))
+		b.result.OneFileCompression += fmt.Sprint(":", own.Level)
+	}
+	var body []byte
+	contenders := []struct {
+		name   string
+		build  func(dir, ref string) (time.Duration, error)
+		times  series
+		pushed int64 // bytes, by the last build
+	}{
+		{name: "function", build: func(string, string) (time.Duration, error) { return b.overHTTP(ctx, body) }},
+		{name: "buildctl", build: func(dir, ref string) (time.Duration, error) {
+			return b.buildctl(ctx, dir, ref, attrs...)
+		}},
+		{name: "buildctl-default", build: func(dir, ref string) (time.Duration, error) { return b.buildctl(ctx, dir, ref) }},
+	}
+	dir := func(name string) string { return filepath.Join(b.stack.Dir, "bench-one-file-"+name) }
+	for _, c := range contenders {
+		defer os.RemoveAll(dir(c.name))
+		if err := b.writeContext(dir(c.name), files, size); err != nil {
 			return err
-		}
-		body, err := stack.Tar(dir, map[string]string{"image": b.stack.Registry.Image("bench/function-one:v1")})
-		if err != nil {
-			return err
-		}
-		t1, err := b.overHTTP(ctx, body)
-		if err != nil {
-			return err
-		}
-		t2, err := b.buildctl(ctx, dir, b.stack.Registry.Image("bench/buildctl-one:v1"))
-		if err != nil {
-			return err
-		}
-		if i > 0 {
-			function, ctl = append(function, t1), append(ctl, t2)
 		}
 	}
+	for i := range w.oneFile + 1 {
+		for j := range contenders {
+			c := &contenders[j]
+			ref := b.stack.Registry.Image("bench/one-file-" + c.name + ":v1")
+			if err := b.writeFile(filepath.Join(dir(c.name), "d0", "f0"), size, files+i); err != nil {
+				return err
+			}
+			if c.name == "function" {
+				if body, err = stack.Tar(dir(c.name), map[string]string{"image": ref}); err != nil {
+					return err
+				}
+			}
+			took, err := c.build(dir(c.name), ref)
+			if err != nil {
+				return err
+			}
+			if i > 0 {
+				c.times = append(c.times, took)
+			}
+			if c.pushed, err = changed(ctx, ref); err != nil {
+				return err
+			}
+		}
+	}
+	ours, same, plain := contenders[0], contenders[1], contenders[2]
 	sent, err := b.lastSent()
 	if err != nil {
 		return err
 	}
-	b.result.OneFileVsBuildctl, b.result.OneFileBytesSent = ratio(function, ctl), sent
-	fmt.Printf("one file of %d bytes changed in 200 MB\n  function  %v\n  buildctl  %v\n  bytes of content sent to the daemon: %d\n", size, function, ctl, sent)
+	b.result.OneFileVsBuildctl, b.result.OneFileVsBuildctlDefault = ratio(ours.times, same.times), ratio(ours.times, plain.times)
+	b.result.OneFileBytesPushed, b.result.OneFileBytesPushedBuildctl, b.result.OneFileBytesPushedDefault = ours.pushed, same.pushed, plain.pushed
+	b.result.OneFileBytesSent = sent
+	fmt.Printf("one file of %d bytes changed in 200 MB\n", size)
+	fmt.Printf("  function          %s  %v, %.1f MB pushed\n", b.result.OneFileCompression, ours.times, float64(ours.pushed)/1e6)
+	fmt.Printf("  buildctl          %s  %v, %.1f MB pushed\n", b.result.OneFileCompression, same.times, float64(same.pushed)/1e6)
+	fmt.Printf("  buildctl, as is   %s  %v, %.1f MB pushed\n", b.result.OneFileCompressionDefault, plain.times, float64(plain.pushed)/1e6)
+	fmt.Printf("  bytes of content sent to the daemon: %d\n", sent)
 	return nil
+}
+
+// changed is the size of the layers that copy the context and of what follows
+// them: each build of oneFile pushes these anew.
+func changed(ctx context.Context, ref string) (int64, error) {
+	manifest, err := pushedManifest(ctx, ref)
+	if err != nil {
+		return 0, err
+	}
+	size := manifest.Config.Size
+	for i, l := range manifest.Layers {
+		if i >= len(manifest.Layers)-2 {
+			size += l.Size
+		}
+	}
+	return size, nil
+}
+
+func pushedManifest(ctx context.Context, ref string) (*v1.Manifest, error) {
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	img, err := remote.Image(parsed, remote.WithContext(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return img.Manifest()
 }
 
 // lastSent is what the function says of its last build.
@@ -483,15 +579,7 @@ func (b *benchmark) image(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
-	parsed, err := name.ParseReference(ref)
-	if err != nil {
-		return err
-	}
-	img, err := remote.Image(parsed, remote.WithContext(ctx))
-	if err != nil {
-		return err
-	}
-	manifest, err := img.Manifest()
+	manifest, err := pushedManifest(ctx, ref)
 	if err != nil {
 		return err
 	}

@@ -43,17 +43,23 @@ type workload struct {
 // peer's: below 1 is faster than the peer. ingest_vs_openssl is one of speeds:
 // above 1 is faster.
 type result struct {
-	CachedVsBuildctl      float64 `json:"cached_vs_buildctl"`
-	CachedVsClient        float64 `json:"cached_vs_client"`
-	CachedVsClientHistory float64 `json:"cached_vs_client_history"`
-	OneFileVsBuildctl     float64 `json:"one_file_vs_buildctl"`
-	OneFileBytesSent      int64   `json:"one_file_bytes_sent"`
-	IngestVsOpenssl       float64 `json:"ingest_vs_openssl"`
-	IngestPeakMiB         float64 `json:"ingest_peak_mib"`
-	LastByteToSolveMS     float64 `json:"last_byte_to_solve_ms"`
-	ReadyMS               float64 `json:"ready_ms"`
-	IdleRSSMiB            float64 `json:"idle_rss_mib"`
-	ImageMiB              float64 `json:"image_mib"`
+	CachedVsBuildctl           float64 `json:"cached_vs_buildctl"`
+	CachedVsClient             float64 `json:"cached_vs_client"`
+	CachedVsClientHistory      float64 `json:"cached_vs_client_history"`
+	OneFileVsBuildctl          float64 `json:"one_file_vs_buildctl"`
+	OneFileVsBuildctlDefault   float64 `json:"one_file_vs_buildctl_default"`
+	OneFileCompression         string  `json:"one_file_compression"`
+	OneFileCompressionDefault  string  `json:"one_file_compression_default"`
+	OneFileBytesPushed         int64   `json:"one_file_bytes_pushed"`
+	OneFileBytesPushedBuildctl int64   `json:"one_file_bytes_pushed_buildctl"`
+	OneFileBytesPushedDefault  int64   `json:"one_file_bytes_pushed_default"`
+	OneFileBytesSent           int64   `json:"one_file_bytes_sent"`
+	IngestVsOpenssl            float64 `json:"ingest_vs_openssl"`
+	IngestPeakMiB              float64 `json:"ingest_peak_mib"`
+	LastByteToSolveMS          float64 `json:"last_byte_to_solve_ms"`
+	ReadyMS                    float64 `json:"ready_ms"`
+	IdleRSSMiB                 float64 `json:"idle_rss_mib"`
+	ImageMiB                   float64 `json:"image_mib"`
 }
 
 func bench(ctx context.Context, sizes workload) (err error) {
