@@ -1,7 +1,9 @@
 package clients_test
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -196,4 +198,159 @@ func TestLogLines(t *testing.T) {
 		}
 	}
 	t.Logf("the longest line has %d bytes", longest)
+}
+
+// arrival is a line of a stream, and when it came.
+type arrival struct {
+	line string
+	at   time.Time
+}
+
+// arrivals builds and notes when each line comes.
+func arrivals(t *testing.T, ctx context.Context, f *stack.Function, body []byte) ([]arrival, stack.Record) {
+	t.Helper()
+	var all []arrival
+	last, err := f.Build(ctx, body, func(r stack.Record) {
+		for _, l := range r.Log {
+			all = append(all, arrival{l, time.Now()})
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all, last
+}
+
+// TestProgressBars has a step draw over a line in the ways that programs have.
+func TestProgressBars(t *testing.T) {
+	ctx, _, f := start(t, stack.FunctionConfig{})
+	script := `
+i=0; while [ $i -lt 4 ]; do printf 'fetch %s0%%\r' $i; sleep 1; i=$((i+1)); done; echo; echo over
+i=0; while [ $i -lt 3 ]; do printf '\rpull %s0%%' $i; sleep 2; i=$((i+1)); done; printf '\rpull done\n'
+i=0; while [ $i -lt 150 ]; do printf 'fast %s\r' $i; sleep 0.01; i=$((i+1)); done; echo after
+i=0; while [ $i -lt 150 ]; do printf '\rerr %s' $i; sleep 0.01; i=$((i+1)); done >&2; sleep 3; echo awake
+i=0; while [ $i -lt 2000 ]; do printf 'at once %s\r' $i; i=$((i+1)); done; echo
+printf 'crlf\r'; sleep 1; printf '\nnext\r\n\r\n'
+printf 'last %s\r' 1 2 3
+`
+	lines, last := arrivals(t, ctx, f, tarOf(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox\nCOPY bars.sh /\nRUN sh /bars.sh\n", "bars.sh": script}))
+	if last.Status != "success" {
+		t.Fatalf("the build ended %s, %s: %s", last.Status, last.Code, last.Error)
+	}
+	var printed []arrival
+	states := map[string][]arrival{}
+	for _, l := range lines {
+		text, ok := strings.CutPrefix(l.line, "l: ")
+		if !ok {
+			continue
+		}
+		printed = append(printed, arrival{text, l.at})
+		if i := strings.LastIndexByte(text, ' '); i >= 0 {
+			states[text[:i]] = append(states[text[:i]], arrival{text[i+1:], l.at})
+		}
+	}
+	// texts are the states of one kind, in order.
+	texts := func(kind string) (all []string) {
+		for _, s := range states[kind] {
+			all = append(all, s.line)
+		}
+		return all
+	}
+	if got := texts("fetch"); !slices.Equal(got, []string{"00%", "10%", "20%", "30%"}) {
+		t.Errorf("fetch: %q", got)
+	}
+	if got := texts("pull"); !slices.Equal(got, []string{"00%", "10%", "20%", "done"}) {
+		t.Errorf("pull: %q", got)
+	}
+	for _, kind := range []string{"fetch", "pull"} {
+		for i, s := range states[kind] {
+			if i > 0 && s.at.Sub(states[kind][i-1].at) < 400*time.Millisecond {
+				t.Errorf("%s %s came %v after the one before", kind, s.line, s.at.Sub(states[kind][i-1].at))
+			}
+		}
+	}
+	for _, kind := range []string{"fast", "err"} {
+		got := states[kind]
+		if len(got) < 3 || got[len(got)-1].line != "149" {
+			t.Errorf("%s: %q", kind, texts(kind))
+			continue
+		}
+		// One that came late by half its time counts in the second before.
+		if over := got[len(got)-1].at.Sub(got[0].at); float64(len(got)) > 4*over.Seconds()+2 {
+			t.Errorf("%d states of %s in %v", len(got), kind, over)
+		}
+	}
+	if got := texts("at once"); len(got) > 8 || len(got) < 1 || got[len(got)-1] != "1999" {
+		t.Errorf("at once: %q", got)
+	}
+	if got := texts("last"); len(got) < 1 || got[len(got)-1] != "3" {
+		t.Errorf("at the end: %q", got)
+	}
+	var rest []string
+	for i, p := range printed {
+		switch {
+		case strings.ContainsAny(p.line, "0123456789") || strings.HasPrefix(p.line, "pull"):
+		case p.line == "awake" && p.at.Sub(printed[i-1].at) < time.Second:
+			t.Errorf("the last state before a silence came %v before its end", p.at.Sub(printed[i-1].at))
+		default:
+			rest = append(rest, p.line)
+		}
+	}
+	if !slices.Equal(rest, []string{"over", "after", "awake", "crlf", "next", ""}) {
+		t.Errorf("other lines are %q", rest)
+	}
+}
+
+// TestErrorPrinted reads what a failed step printed out of the error alone.
+func TestErrorPrinted(t *testing.T) {
+	ctx, _, f := start(t, stack.FunctionConfig{})
+	fails := func(step string) []byte {
+		return tarOf(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox AS beside\n" +
+			"RUN i=0; while [ $i -lt 100 ]; do echo beside-$i; echo beside-$i >&2; sleep 0.1; i=$((i+1)); done\n" +
+			"FROM busybox AS before\nRUN echo of-the-step-before\n" +
+			"RUN sleep 1; " + step + "\n" +
+			"FROM busybox\nCOPY --from=before /bin/busybox /\nCOPY --from=beside /bin/busybox /\n"})
+	}
+	// The lines between what failed and the Dockerfile's.
+	between := func(text string) []string {
+		_, rest, ok := strings.Cut(text, "exit code 3\n")
+		output, _, ok2 := strings.Cut(rest, "\nDockerfile:5\n---")
+		if !ok || !ok2 {
+			t.Errorf("the error is %q", text)
+		}
+		return strings.Split(output, "\n")
+	}
+	body := fails(`i=0; while [ $i -lt 30 ]; do echo out-$i; i=$((i+1)); done; sleep 0.3; printf 'main.c:1: \033[31merror\033[0m\n' >&2; sleep 0.3; printf 'drawn 1\rdrawn 2\r'; exit 3`)
+	var want []string
+	for i := range 18 {
+		want = append(want, fmt.Sprint("out-", i+12))
+	}
+	want = append(want, "main.c:1: error", "drawn 2")
+	a := post(t, ctx, f, body, nil)
+	got := record(t, a.text)
+	if a.StatusCode != http.StatusUnprocessableEntity || got.Code != "build_failed" || !slices.Equal(between(got.Error), want) {
+		t.Errorf("got %s: %s", a.Status, got.Error)
+	}
+	if !strings.HasPrefix(got.Error, "[before 3/3] RUN sleep 1; ") {
+		t.Errorf("the error begins otherwise: %s", got.Error)
+	}
+	_, last := arrivals(t, ctx, f, body)
+	if !slices.Equal(between(last.Error), want) {
+		t.Errorf("in a stream: %s", last.Error)
+	}
+	text := post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("Content-Type", "text/plain") }).text
+	if err := within(text, strings.Join(want, "\n")+"\nDockerfile:5\n"); err != nil {
+		t.Errorf("as text: %v", err)
+	}
+
+	// By bytes: a line of a page, and then fewer lines.
+	got = record(t, post(t, ctx, f, fails(`printf '%04000d\n%0500d\n%03000d\n' 1 2 3; exit 3`), nil).text)
+	if lines := between(got.Error); len(lines) != 2 || len(lines[0]) != 500 || len(lines[1]) != 3000 {
+		t.Errorf("%d lines, %d bytes: %s", len(lines), len(strings.Join(lines, "\n")), got.Error)
+	}
+	// A step that says nothing.
+	got = record(t, post(t, ctx, f, fails(`exit 3`), nil).text)
+	if !strings.Contains(got.Error, "exit code 3\nDockerfile:5\n") {
+		t.Errorf("of a silent step: %s", got.Error)
+	}
 }

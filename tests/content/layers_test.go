@@ -230,7 +230,7 @@ func TestLayers(t *testing.T) {
 			}
 			ref := s.Registry.Image(fmt.Sprintf("layers%d:buildctl", i))
 			out, err := s.Buildkitd.Buildctl(ctx, "build", "--no-cache", "--frontend=dockerfile.v0",
-				"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,name="+ref).CombinedOutput()
+				"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,compression=gzip,compression-level=1,name="+ref).CombinedOutput()
 			if err != nil {
 				t.Fatalf("building with buildctl: %v\n%s", err, out)
 			}

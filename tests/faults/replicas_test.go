@@ -310,13 +310,13 @@ func TestVerdictAfterRestart(t *testing.T) {
 	a := deliver(t, one, body, m)()
 	a.wantSuccess(t)
 	failing := "failing-" + m
-	// What the command holds could be a secret, which nothing masks later.
-	deliver(t, one, request(t, local(), "FROM busybox", `RUN : "quoted-in-the-command"; exit 3`), failing)().wantFailed(t, "build_failed", "quoted-in-the-command")
+	// What the command holds, or prints, could be a secret, which nothing masks later.
+	deliver(t, one, request(t, local(), "FROM busybox", `RUN : "quoted-in-the-command"; printf '%s-by-it\\n' printed; exit 3`), failing)().wantFailed(t, "build_failed", "quoted-in-the-command", "printed-by-it")
 	one.Kill()
 	if status, rec := verdict(t, two, m); status != http.StatusOK || rec.Status != "success" || rec.Digest != a.Digest || !strings.Contains(rec.Image, repository) {
 		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
 	}
-	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") || strings.Contains(rec.Error, "quoted") {
+	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") || strings.Contains(rec.Error, "quoted") || strings.Contains(rec.Error, "printed") {
 		t.Errorf("of a failure: HTTP %d, %+v", status, rec)
 	}
 	// A call id is of whoever has the key.
