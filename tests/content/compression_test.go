@@ -21,7 +21,7 @@ import (
 // zipped is text that each level makes of another size.
 func zipped(mark string) string {
 	var b strings.Builder
-	for i := range 20_000 {
+	for i := range 4000 {
 		fmt.Fprintf(&b, "%s line %d of %d: func (s *Server) handle%d(w http.ResponseWriter, r *http.Request) error {\n", mark, i, i*i%977, i*7919%1013)
 	}
 	return b.String()
@@ -30,7 +30,7 @@ func zipped(mark string) string {
 // blob is what the registry has of one layer.
 type blob struct {
 	v1.Descriptor
-	form string // zstd, or gzip and the levels that it may be of
+	form string // zstd, or gzip and its level
 }
 
 // blobs are the layers of an image, or of a cache, that are not the base's.
@@ -69,12 +69,12 @@ func blobs(t *testing.T, ctx context.Context, ref string) (list []blob) {
 	return list
 }
 
-// formOf compresses what is in a layer at each level, as buildkitd does, and
-// compares. large is what zipped has made.
+// formOf compresses what is in a layer as buildkitd does, at the levels that are
+// asked for here, and compares. large is what zipped has made.
 func formOf(t *testing.T, data []byte) (form string, large bool) {
 	t.Helper()
 	if bytes.HasPrefix(data, []byte("\x28\xb5\x2f\xfd")) {
-		return "zstd", len(data) > 50_000
+		return "zstd", len(data) > 8000
 	}
 	r, err := gzip.NewReader(bytes.NewReader(data))
 	if err != nil {
@@ -84,11 +84,11 @@ func formOf(t *testing.T, data []byte) (form string, large bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Contains(plain, []byte(" line 19999 of ")) {
+	if !bytes.Contains(plain, []byte(" line 3999 of ")) {
 		return "", false
 	}
 	form = "gzip"
-	for level := 1; level <= 9; level++ {
+	for _, level := range []int{1, 6} {
 		var b bytes.Buffer
 		w, err := gzip.NewWriterLevel(&b, level)
 		if err != nil {
