@@ -30,7 +30,7 @@ const (
 	strangersMemory = 256 << 20        // anonymous memory of the function, in bytes
 	strangersSpool  = 256 << 20        // max_spool_bytes, of which they have half
 	strangersWait   = 2 * time.Second  // of a signed build, beyond what it takes without them
-	strangersLines  = 20               // of the log in a second
+	strangersLines  = 41               // of the log in a second: those of two periods and a count
 	restMemory      = 176 << 20        // afterwards: GOMEMLIMIT and what is not Go's
 	uploadGrace     = 10 * time.Second // by default
 )
