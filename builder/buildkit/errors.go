@@ -186,7 +186,7 @@ func (f *failure) buildFailed(what string) error {
 // errors have lost their types when they come here.
 var (
 	pushed           = regexp.MustCompile(`failed to push (\S+): `)
-	answered         = regexp.MustCompile(`^(?:rpc error: code = Unknown desc = )?(?:failed to push \S+: )?(?:errors:\s|(?:unknown|unsupported|unauthorized|denied|unavailable)(?:: |$))`) // with a body of the specification's form, in place of its status
+	answered         = regexp.MustCompile(`^(?:rpc error: code = Unknown desc = )?failed to push \S+: (?:errors:\s|(?:unknown|unsupported|unauthorized|denied|unavailable)(?:: |$))`) // with a body of the specification's form, in place of its status
 	unexpectedStatus = regexp.MustCompile(`unexpected status(?: code)?(?: from \w+ request to)? \S+: (\d{3})\b`)
 	registryContext  = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
 	tooManyRequests  = regexp.MustCompile(`(?::\s|\n)toomanyrequests\b|(?i:too many requests|rate limit)`) // instead of a status, where the answer has a body
