@@ -309,19 +309,25 @@ var errShuttingDown = &api.Error{Code: api.ShuttingDown, Msg: "the builder is sh
 // signature has passed.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, c *call, err error, body *upload) {
 	e := api.AsError(err)
-	s.metrics.Refused(e.Code)
-	if body != nil || e.Code == api.Internal || s.refusals.allow(s.Log) {
-		event := c.log.Warn()
-		if e.Code == api.Internal {
-			event = c.log.Error()
-		}
-		event.Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
+	if body == nil {
+		s.countUnsigned(e, c.id)
+	} else {
+		s.metrics.Refused(e.Code)
+		c.log.WithLevel(levelOf(e)).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	}
 	opts := reply.Options{ID: c.id, Start: c.start}
 	if body != nil {
 		opts.Sign, opts.Request = body.signer.sign, body.request()
 	}
 	refuse(w, r, e, opts)
+}
+
+// levelOf is warn for what may happen, and error for a defect here.
+func levelOf(e *api.Error) zerolog.Level {
+	if e.Code == api.Internal {
+		return zerolog.ErrorLevel
+	}
+	return zerolog.WarnLevel
 }
 
 func (s *Server) logEnd(b *build, rec api.Record, stats solve.Stats, took time.Duration, err error) {

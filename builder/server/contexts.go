@@ -39,7 +39,7 @@ func (s *Server) contextDigest(r *http.Request) (string, error) {
 // headContext says with 200 or 404 whether a context is there.
 func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 	id, _ := nameCall(w, r)
-	by, err := s.signedBy(r)
+	by, err := s.signedBy(r, id)
 	var digest string
 	if err == nil {
 		digest, err = s.contextDigest(r)

@@ -94,11 +94,19 @@ func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 
 // signedBy checks the signature of a request that has no body: it signs its
 // method, a space and its path, with the query if there is one. Without HMAC
-// there is no signer.
-func (s *Server) signedBy(r *http.Request) (signer, error) {
+// there is no signer. id is for the log, where it is none that signed.
+func (s *Server) signedBy(r *http.Request, id string) (signer, error) {
 	if s.DisableHMAC {
 		return signer{}, nil
 	}
+	by, err := s.verify(r)
+	if err != nil {
+		s.countUnsigned(api.AsError(err), id)
+	}
+	return by, err
+}
+
+func (s *Server) verify(r *http.Request) (signer, error) {
 	keys, err := s.keys.now()
 	if err != nil {
 		return signer{}, err

@@ -297,8 +297,13 @@ func TestHeadersThatNobodyReads(t *testing.T) {
 func TestRefusalsAreCounted(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	const n = 300
-	for range n {
-		f.do(t, f.request(t, []byte("x"), api.SignatureHeader, signature.Sign([]byte("a key that is wrong"), "", []byte("x"))))
+	for i := range n {
+		r := f.request(t, []byte("x"))
+		if i%2 == 1 {
+			r = f.bodiless(t, "GET", "/builds/x")
+		}
+		r.Header.Set(api.SignatureHeader, signature.Sign([]byte("a key that is wrong"), "", []byte("x")))
+		f.do(t, r)
 	}
 	if lines := strings.Count(f.log.String(), `"request refused"`); lines < 5 || lines > 60 {
 		t.Errorf("%d lines of %d refusals", lines, n)

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"handler/function/api"
 )
 
 // What is logged of requests that are refused before a signature has passed: anybody can
@@ -38,6 +40,15 @@ func (r *refusals) allow(log zerolog.Logger) bool {
 		time.AfterFunc(time.Until(r.until), func() { r.report(log) })
 	}
 	return false
+}
+
+// countUnsigned counts a request that was refused before a signature had passed, and logs
+// it if there is room in the log.
+func (s *Server) countUnsigned(e *api.Error, id string) {
+	s.metrics.Refused(e.Code)
+	if e.Code == api.Internal || s.refusals.allow(s.Log) {
+		s.Log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
+	}
 }
 
 func (r *refusals) report(log zerolog.Logger) {

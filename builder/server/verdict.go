@@ -35,7 +35,7 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 
 // verdict returns who signed the request beside an error too.
 func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error) {
-	by, err = s.signedBy(r)
+	by, err = s.signedBy(r, r.PathValue(segment))
 	if err != nil {
 		return rec, by, err
 	}
