@@ -161,7 +161,7 @@ func TestSecretInError(t *testing.T) {
 	sealed := sealFor(t, s, map[string]string{"token": token})
 	for _, tt := range []struct{ name, dockerfile, code string }{
 		{"a step that prints it", "FROM busybox\nRUN --mount=type=secret,id=token cat /run/secrets/token; base64 /run/secrets/token >&2; exit 7\n", "build_failed"},
-		{"a step that prints it in pieces", "FROM busybox\nRUN --mount=type=secret,id=token t=$(cat /run/secrets/token); printf '1%%\\r2%%\\rit is %.9s' $t; sleep 2; printf %s ${t#?????????}; printf '\\r3%%\\r'; sleep 1; printf '\\n'; exit 7\n", "build_failed"},
+		{"a step that prints it in pieces", "FROM busybox\nRUN --mount=type=secret,id=token t=$(cat /run/secrets/token); printf '1%%\\r2%%\\rit is %.9s' $t; sleep 2; printf '%s\\r' ${t#?????????}; sleep 1; printf '3%%\\r'; printf '\\n'; exit 7\n", "build_failed"},
 		{"a step that spells it out", "FROM busybox\n# " + token + "\nRUN echo " + token + " " + encoded + " && exit 7\n", "build_failed"},
 		{"a build argument", "FROM busybox\nARG TOKEN\nENV X=$TOKEN\nRUN echo $TOKEN && exit 7\n", "build_failed"},
 		{"a file that is not there", "FROM busybox\nCOPY " + token + " /\n", "build_failed"},
