@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -50,18 +51,15 @@ const (
 // tenant's cache and another's isolation included.
 const reserved = "BUILDKIT_"
 
-// Parse reads one JSON object. Every error is an *api.Error of code bad_config
-// whose message names the key.
+// Parse reads one JSON object, in UTF-8. A null, of a key or within one, is nothing at
+// all. Every error is an *api.Error of code bad_config whose message names the key.
 func Parse(data []byte) (*Config, error) {
 	c := &Config{}
-	data, err := c.only(known, "", data)
-	if err != nil {
-		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
+	err := errUTF16
+	if !isUTF16(data) {
+		err = c.object("", bytes.TrimPrefix(data, []byte(byteOrderMark)), c.fields())
 	}
-	if err := json.Unmarshal(data, &c.BuildConfig); err != nil {
-		if te, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-			return nil, bad(err, "reading %s: %.255q is a JSON %s, not %s", api.ConfigFile, te.Field, te.Value, wanted(te))
-		}
+	if err != nil {
 		return nil, bad(err, "reading %s: %v", api.ConfigFile, err)
 	}
 	if c.Frontend != "" {
@@ -73,52 +71,172 @@ func Parse(data []byte) (*Config, error) {
 	return c, nil
 }
 
-// known are the keys of the contract's table, and inContext those of its context.
-var (
-	known = []string{
-		"image", "buildArgs", "platforms", "skipPush", "tags", "target", "dockerfile",
-		"labels", "annotations", "noCache", "pull", "context", "frontend",
-	}
-	inContext = []string{"digest", "git"}
-)
+// byteOrderMark is what editors and shells put before UTF-8.
+const byteOrderMark = "\ufeff"
 
-// only leaves of an object what encoding/json is to read: it would take a key for
-// a known one that differs from it in case. All others get a warning. prefix is
-// what the object's own keys are named after.
-func (c *Config) only(keys []string, prefix string, data []byte) ([]byte, error) {
-	members, err := objectMembers(data)
-	if err != nil {
-		return nil, err
+var errUTF16 = errors.New("it is UTF-16, and UTF-8 is wanted")
+
+// isUTF16 says whether data is, by its byte order mark, or because one half of its first
+// character is zero: JSON begins with ASCII.
+func isUTF16(data []byte) bool {
+	if len(data) < 2 {
+		return false
 	}
-	kept := make(map[string]json.RawMessage)
-	for _, m := range members {
-		if !slices.Contains(keys, m.key) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %.255q", api.ConfigFile, prefix+m.key))
-			continue
-		}
-		// What is no object there is refused with its type.
-		if m.key == "context" && bytes.HasPrefix(m.value, []byte("{")) {
-			if m.value, err = c.only(inContext, "context.", m.value); err != nil {
-				return nil, fmt.Errorf("%q: %w", m.key, err)
-			}
-		}
-		kept[m.key] = m.value
-	}
-	return json.Marshal(kept)
+	first, second := data[0], data[1]
+	return first == 0xfe && second == 0xff || first == 0xff && second == 0xfe || (first == 0) != (second == 0)
 }
 
-func wanted(e *json.UnmarshalTypeError) string {
-	switch e.Type.Kind().String() {
-	case "map":
-		return "an object of strings"
-	case "slice":
-		return "a list of strings"
-	case "bool":
-		return "true or false"
-	case "ptr", "struct":
-		return "an object"
+// fields are the keys of the contract's table, each with what it is read into.
+func (c *Config) fields() map[string]any {
+	return map[string]any{
+		"image":       &c.Image,
+		"buildArgs":   &c.BuildArgs,
+		"platforms":   &c.Platforms,
+		"skipPush":    &c.SkipPush,
+		"tags":        &c.Tags,
+		"target":      &c.Target,
+		"dockerfile":  &c.Dockerfile,
+		"labels":      &c.Labels,
+		"annotations": &c.Annotations,
+		"noCache":     &c.NoCache,
+		"pull":        &c.Pull,
+		"context":     &c.Context,
+		"frontend":    &c.Frontend,
 	}
-	return "a " + e.Type.String()
+}
+
+// object reads the object at path. A key that is not among fields, be it by its case
+// alone, gets a warning.
+func (c *Config) object(path string, data []byte, fields map[string]any) error {
+	members, err := objectMembers(data)
+	if err != nil {
+		if path != "" {
+			return fmt.Errorf("%q: %w", path, err)
+		}
+		return err
+	}
+	for _, m := range members {
+		name := m.key
+		if path != "" {
+			name = path + "." + m.key
+		}
+		into, ok := fields[m.key]
+		if !ok {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %.255q", api.ConfigFile, name))
+			continue
+		}
+		if err := c.field(name, m.value, into); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Config) field(name string, value json.RawMessage, into any) error {
+	if string(value) == "null" {
+		return nil
+	}
+	switch into := into.(type) {
+	case *string:
+		return scalar(name, value, into, "a string")
+	case *bool:
+		return scalar(name, value, into, "true or false")
+	case *[]string:
+		return list(name, value, into)
+	case *map[string]string:
+		return table(name, value, into)
+	case **api.ContextSource:
+		if value[0] != '{' {
+			return wrongType(name, kind(value[0]), "an object")
+		}
+		*into = &api.ContextSource{}
+		return c.object(name, value, map[string]any{"digest": &(*into).Digest, "git": &(*into).Git})
+	}
+	return fmt.Errorf("%q: nothing reads a %T", name, into)
+}
+
+func scalar(name string, value json.RawMessage, into any, wanted string) error {
+	if json.Unmarshal(value, into) != nil {
+		return wrongType(name, kind(value[0]), wanted)
+	}
+	return nil
+}
+
+func list(name string, value json.RawMessage, into *[]string) error {
+	if value[0] != '[' {
+		return wrongType(name, kind(value[0]), "a list of strings")
+	}
+	var elements []*string
+	if err := json.Unmarshal(value, &elements); err != nil {
+		var kinds []kind
+		json.Unmarshal(value, &kinds)
+		for i, k := range kinds {
+			if k.isNoText() {
+				return wrongType(fmt.Sprintf("%s[%d]", name, i), k, "a string")
+			}
+		}
+		return fmt.Errorf("%q: %w", name, err)
+	}
+	for _, s := range elements {
+		if s != nil {
+			*into = append(*into, *s)
+		}
+	}
+	return nil
+}
+
+func table(name string, value json.RawMessage, into *map[string]string) error {
+	if value[0] != '{' {
+		return wrongType(name, kind(value[0]), "an object of strings")
+	}
+	var elements map[string]*string
+	if json.Unmarshal(value, &elements) != nil {
+		var kinds map[string]kind
+		json.Unmarshal(value, &kinds)
+		for _, key := range slices.Sorted(maps.Keys(kinds)) {
+			if kinds[key].isNoText() {
+				return wrongType(name+"."+key, kinds[key], "a string")
+			}
+		}
+		// Of a key that stands twice the last value counts, also to kinds.
+		return fmt.Errorf("%q: a key stands twice in it", name)
+	}
+	*into = make(map[string]string, len(elements))
+	for key, s := range elements {
+		if s != nil {
+			(*into)[key] = *s
+		}
+	}
+	return nil
+}
+
+// kind is the first byte of a JSON value, which tells its type. encoding/json's error
+// does not say which element of a list or object has a wrong one.
+type kind byte
+
+func (k *kind) UnmarshalJSON(value []byte) error {
+	*k = kind(value[0])
+	return nil
+}
+
+func (k kind) isNoText() bool { return k != '"' && k != 'n' }
+
+func (k kind) String() string {
+	switch k {
+	case '{':
+		return "object"
+	case '[':
+		return "array"
+	case '"':
+		return "string"
+	case 't', 'f':
+		return "bool"
+	}
+	return "number"
+}
+
+func wrongType(name string, k kind, wanted string) error {
+	return fmt.Errorf("%.255q is a JSON %s, not %s", name, k, wanted)
 }
 
 type member struct {

@@ -1,14 +1,17 @@
 package buildconfig_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
@@ -60,6 +63,112 @@ func TestParseWarns(t *testing.T) {
 	}
 	if len(c.Platforms) != 0 {
 		t.Errorf("platforms %q", c.Platforms)
+	}
+}
+
+// TestParseNull: what is null is as if it were not there, at every place of a config.
+func TestParseNull(t *testing.T) {
+	for _, tt := range []struct{ config, same string }{
+		{`{"image":null,"skipPush":true}`, `{"skipPush":true}`},
+		{`{"image":"x","buildArgs":null,"platforms":null,"skipPush":null,"tags":null,"target":null,"dockerfile":null,` +
+			`"labels":null,"annotations":null,"noCache":null,"pull":null,"context":null,"frontend":null}`, `{"image":"x"}`},
+		{`{"image":"x","buildArgs":{"A":null,"B":"","C":"c"}}`, `{"image":"x","buildArgs":{"B":"","C":"c"}}`},
+		{`{"image":"x","buildArgs":{"A":"a","A":null}}`, `{"image":"x","buildArgs":{}}`},
+		{`{"image":"x","buildArgs":{"BUILDKIT_SYNTAX":null}}`, `{"image":"x","buildArgs":{}}`},
+		{`{"image":"x","labels":{"a":null,"b":"","c":"c"}}`, `{"image":"x","labels":{"b":"","c":"c"}}`},
+		{`{"image":"x","annotations":{"a":null,"b":"","c":"c"}}`, `{"image":"x","annotations":{"b":"","c":"c"}}`},
+		{`{"image":"x","tags":[null,"a:1", null ,"a:2"]}`, `{"image":"x","tags":["a:1","a:2"]}`},
+		{`{"image":"x","tags":[` + list(128, `"a:%d"`) + `,null]}`, `{"image":"x","tags":[` + list(128, `"a:%d"`) + `]}`},
+		{`{"image":"x","platforms":[null,"linux/amd64"]}`, `{"image":"x","platforms":["linux/amd64"]}`},
+		{`{"image":"x","context":{"git":"https://host/a.git","digest":null}}`, `{"image":"x","context":{"git":"https://host/a.git"}}`},
+	} {
+		got, err := buildconfig.Parse([]byte(tt.config))
+		if err != nil {
+			t.Errorf("%s: %v", tt.config, err)
+			continue
+		}
+		want, err := buildconfig.Parse([]byte(tt.same))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(got.BuildConfig, want.BuildConfig) ||
+			len(got.References) != len(want.References) || len(got.Warnings) > 0 {
+			t.Errorf("%s: got %+v, want %+v", tt.config, got, want)
+		}
+	}
+}
+
+// TestParseByteOrderMark reads what editors and shells write before a config.
+func TestParseByteOrderMark(t *testing.T) {
+	c, err := buildconfig.Parse([]byte("\ufeff" + `{"image":"x"}`))
+	if err != nil || c.Image != "x" || len(c.Warnings) > 0 {
+		t.Errorf("got %+v, %v", c, err)
+	}
+	for name, encode := range map[string]func(text string) []byte{
+		"little": func(text string) []byte { return utf16Of(binary.LittleEndian, text) },
+		"big":    func(text string) []byte { return utf16Of(binary.BigEndian, text) },
+	} {
+		for _, mark := range []string{"", "\ufeff"} {
+			for _, text := range []string{`{"image":"x"}`, "\n{}", "[]", " ", ""} {
+				if mark+text == "" {
+					continue
+				}
+				_, err := buildconfig.Parse(encode(mark + text))
+				if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.BadConfig || !strings.Contains(e.Msg, "UTF-16") {
+					t.Errorf("%s-endian %q: %v", name, mark+text, err)
+				}
+			}
+		}
+	}
+}
+
+func utf16Of(order binary.AppendByteOrder, text string) (b []byte) {
+	for _, unit := range utf16.Encode([]rune(text)) {
+		b = order.AppendUint16(b, unit)
+	}
+	return b
+}
+
+// TestParseNames: every key of a BuildConfig is read, and the error of a wrong type says
+// where it is.
+func TestParseNames(t *testing.T) {
+	objects := map[string]reflect.Type{"": reflect.TypeFor[api.BuildConfig](), "context": reflect.TypeFor[api.ContextSource]()}
+	for path, object := range objects {
+		for i := range object.NumField() {
+			field := object.Field(i)
+			key, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+			wrong := map[string]string{} // what is wrong, to where
+			switch field.Type.Kind() {
+			case reflect.Map:
+				wrong[`1`], wrong[`"x"`], wrong[`["x"]`] = "", "", ""
+				for _, value := range []string{`1.5`, `true`, `["x"]`, `{"VERSION":"x"}`} {
+					wrong[`{"A":"x","NONE":null,"VERSION":`+value+`,"Z":"z"}`] = ".VERSION"
+				}
+				wrong[`{"A.B":"x","a b":{}}`] = ".a b"
+				wrong[`{"A":1,"A":"x"}`] = ""
+			case reflect.Slice:
+				wrong[`false`], wrong[`"x"`], wrong[`""`], wrong[`{"0":"x"}`] = "", "", "", ""
+				for _, value := range []string{`0`, `false`, `[]`, `[null]`, `{}`} {
+					wrong[`["a:b",null,`+value+`,"a:c"]`] = "[2]"
+				}
+			case reflect.Bool:
+				wrong[`"true"`], wrong[`1`], wrong[`[]`] = "", "", ""
+			case reflect.Pointer:
+				wrong[`"x"`], wrong[`[]`] = "", ""
+			default:
+				wrong[`1`], wrong[`true`], wrong[`{}`], wrong[`["x"]`] = "", "", "", ""
+			}
+			for value, where := range wrong {
+				config, at := fmt.Sprintf(`{%q:%s}`, key, value), key+where
+				if path != "" {
+					config, at = fmt.Sprintf(`{%q:%s}`, path, config), path+"."+at
+				}
+				_, err := buildconfig.Parse([]byte(config))
+				if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.BadConfig || !strings.Contains(e.Msg, fmt.Sprintf(": %q", at)) {
+					t.Errorf("%s: %v, want %q named", config, err, at)
+				}
+			}
+		}
 	}
 }
 
@@ -318,6 +427,9 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"image":"localhost:5000/app","tags":["x"],"dockerfile":"a/../b"}`))
 	f.Add([]byte(`{"skipPush":true,"Image":"x","image":"y"}`))
 	f.Add([]byte(`{`))
+	f.Add([]byte(`{"image":"x","buildArgs":{"A":null,"B":1,"B":""},"tags":[null,1]}`))
+	f.Add([]byte(`{"tags":""}`))
+	f.Add([]byte("\ufeff" + `{"skipPush":null,"labels":{"a":1},"context":{"git":null}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c, err := buildconfig.Parse(data)
 		if err != nil {
