@@ -57,10 +57,12 @@ func index(r io.Reader, data io.ReaderAt, opts *Options) (_ *Payload, err error)
 	if err != nil {
 		return nil, err
 	}
+	start := &beginning{r: r}
 	x := &indexer{
 		memory:  opts.Memory,
 		limits:  &opts.Limits,
-		in:      &tarStream{r: r, limit: opts.Limits.Unpacked},
+		start:   start,
+		in:      &tarStream{r: start, limit: opts.Limits.Unpacked},
 		hash:    hash,
 		paths:   map[string]int32{},
 		others:  map[string]struct{}{},
@@ -114,6 +116,7 @@ type indexer struct {
 	taken, owed int64 // of memory: what has been, and what is still to be
 
 	limits *Limits
+	start  *beginning
 	in     *tarStream
 	tr     *tar.Reader
 	hash   *highwayhash.Digest
@@ -169,7 +172,10 @@ func (x *indexer) next() (*tar.Header, error) {
 
 func (x *indexer) cutShort(err error) error {
 	if x.in.n == 0 {
-		return refuse(err, "reading tar: there is none")
+		return refuse(err, "reading tar: there is none, this is empty; %s", tarWanted)
+	}
+	if err := x.noTar(err); err != nil {
+		return err
 	}
 	return refuse(err, "reading tar: it is cut short after %s: two blocks of zeros do not end it", x.after())
 }
@@ -184,6 +190,9 @@ func (x *indexer) headerError(err error) error {
 	case errors.Is(err, tar.ErrFieldTooLong):
 		return tooLarge("the tar has an extended header of over 1 MiB after %s", x.after())
 	case errors.Is(err, tar.ErrHeader) && x.count == 0:
+		if err := x.noTar(err); err != nil {
+			return err
+		}
 		return refuse(err, "reading tar: this is neither a tar nor one compressed with gzip or zstd")
 	}
 	return refuse(err, "reading tar: bad header after %s", x.after())
