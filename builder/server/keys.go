@@ -152,6 +152,15 @@ func unauthorized(cause error) error {
 	}
 }
 
+// errHeaderIgnored is of a text envelope without a signature beside a signature header. It
+// is the same whatever the header holds, which nobody looks at: it says nothing of a key.
+var errHeaderIgnored = &api.Error{
+	Code: api.Unauthorized,
+	Msg: `the request is not signed with the payload secret: a body that begins with { is taken for a text envelope, ` +
+		`which carries its signature inside, as "signature", and has none; a header ` + api.SignatureHeader + ` beside it is ignored`,
+	Err: errors.New("no signature"),
+}
+
 // isolationKey is derived from the first key, and so outlives the rotation of
 // those after it.
 func (s *Server) isolationKey(keys signature.Keys) isolation.Key {

@@ -393,6 +393,36 @@ func TestSignatures(t *testing.T) {
 			}
 		}
 	}
+	// An envelope without a signature is told from others if there is a header, whatever
+	// is in either of them.
+	for name, body := range map[string]string{
+		"an envelope":          fmt.Sprintf(`{"tar":%q}`, base64.StdEncoding.EncodeToString(good)),
+		"an empty signature":   `{"signature":"","tar":""}`,
+		"no text":              `{"signature":1,"tar":""}`,
+		"a config":             config,
+		"a large one":          `{"tar":"` + strings.Repeat("AAAA", 1<<17) + `"}`,
+		"no JSON":              "{",
+		"a secret of its own":  `{"secret":"` + secret + `"}`,
+		"a bad tar in base64":  `{"tar":"*"}`,
+		"something else in it": `{"tar":"","tar":""}`,
+	} {
+		for what, values := range map[string][]string{
+			"right": {sign(secret, []byte(body))}, "wrong": {sign("another key", []byte(body))}, "of the tar": {sign(secret, good)},
+			"malformed": {"x"}, "empty": {""}, "doubled": {sign(secret, []byte(body)), sign(secret, []byte(body))},
+		} {
+			r := f.request(t, []byte(body))
+			r.Header[api.SignatureHeader] = values
+			a := f.do(t, r)
+			const want = `the request is not signed with the payload secret: a body that begins with { is taken for a text envelope, ` +
+				`which carries its signature inside, as "signature", and has none; a header X-Build-Signature beside it is ignored`
+			if a.status != 401 || a.rec.Code != api.Unauthorized || a.rec.Error != want || a.header.Get(api.SignatureHeader) != "" {
+				t.Errorf("%s, header %s: %d %s", name, what, a.status, a.body)
+			}
+		}
+		if a := f.do(t, f.request(t, []byte(body), api.SignatureHeader, "")); a.status != 401 || a.rec.Error != "the request is not signed with the payload secret" {
+			t.Errorf("%s without a header: %d %s", name, a.status, a.body)
+		}
+	}
 	if n := f.solver.calls.Load(); n != 0 {
 		t.Errorf("%d solves of unsigned bodies", n)
 	}

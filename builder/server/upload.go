@@ -92,6 +92,10 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 		return &upload{Spool: spool, keys: keys}, nil
 	}
 	if value, ok := spool.Signature(); ok {
+		if value == "" && len(r.Header.Values(api.SignatureHeader)) > 0 {
+			spool.Close()
+			return nil, errHeaderIgnored
+		}
 		mac, macErr = signature.Parse([]string{value})
 	}
 	if macErr != nil {
