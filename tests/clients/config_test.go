@@ -3,7 +3,9 @@ package clients_test
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -12,6 +14,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -48,6 +51,66 @@ LABEL given=<$GIVEN> empty=<$EMPTY> absent=<$ABSENT> odd="<$ODD>" package=<$ADDI
 	want := map[string]string{"given": "<value>", "empty": "<>", "absent": "<default>", "odd": `<a=b, c"d>`, "package": "<>"}
 	if labels := configOf(t, pull(t, ctx, ref, got.Digest)).Labels; !maps.Equal(labels, want) {
 		t.Errorf("got %q, want %q", labels, want)
+	}
+}
+
+// TestNull has null wherever a config takes it: in a build argument the Dockerfile's
+// default holds, which an empty value replaces.
+func TestNull(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	ref, tag := s.Registry.Image("config:null"), s.Registry.Image("config:null-tag")
+	got := mustBuild(t, ctx, f, tarOf(t, config{
+		"image":       ref,
+		"buildArgs":   config{"VERSION": nil, "EMPTY": ""},
+		"labels":      config{"none": nil, "empty": "", "own": nil},
+		"annotations": config{"none": nil, "empty": ""},
+		"tags":        []any{nil, tag},
+		"platforms":   []any{nil},
+		"skipPush":    nil, "target": nil, "dockerfile": nil, "noCache": nil, "pull": nil, "context": nil, "frontend": nil,
+	}, map[string]string{"Dockerfile": `FROM busybox
+ARG VERSION=1.2.3
+ARG EMPTY=full
+RUN echo "[$VERSION][$EMPTY]" > /out
+LABEL own=dockerfile
+`}))
+	if len(got.Warnings) > 0 || !slices.Equal(got.Tags, []string{tag}) {
+		t.Errorf("got warnings %q and tags %q", got.Warnings, got.Tags)
+	}
+	img := pull(t, ctx, tag, got.Digest)
+	if out := contents(t, img, "")["out"]; out != "[1.2.3][]\n" {
+		t.Errorf("the step saw %q", out)
+	}
+	labels, annotations := configOf(t, img).Labels, manifest(t, img).Annotations
+	if _, ok := labels["none"]; ok || labels["own"] != "dockerfile" || !maps.Equal(annotations, map[string]string{"empty": ""}) {
+		t.Errorf("labels are %q and annotations %q", labels, annotations)
+	}
+	if empty, ok := labels["empty"]; !ok || empty != "" {
+		t.Errorf("labels are %q", labels)
+	}
+
+	ref = s.Registry.Image("config:null-all")
+	got = mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "buildArgs": nil, "labels": nil, "annotations": nil, "tags": nil, "platforms": nil}, copyOnly))
+	pull(t, ctx, ref, got.Digest)
+}
+
+// TestEncodings builds with configs as editors and shells write them.
+func TestEncodings(t *testing.T) {
+	ctx, s, f := start(t, stack.FunctionConfig{})
+	ref := s.Registry.Image("config:encodings")
+	text := fmt.Sprintf(`{"image":%q}`, ref)
+	got := mustBuild(t, ctx, f, tarOf(t, []byte("\ufeff"+text), copyOnly))
+	pull(t, ctx, ref, got.Digest)
+	for name, order := range map[string]binary.AppendByteOrder{"little-endian": binary.LittleEndian, "big-endian": binary.BigEndian} {
+		for _, mark := range []string{"\ufeff", ""} {
+			var body []byte
+			for _, unit := range utf16.Encode([]rune(mark + text)) {
+				body = order.AppendUint16(body, unit)
+			}
+			got := post(t, ctx, f, tarOf(t, body, copyOnly), nil)
+			if r := record(t, got.text); got.StatusCode != http.StatusBadRequest || r.Code != "bad_config" || !strings.Contains(r.Error, "UTF-16") {
+				t.Errorf("%s after %q: %s, %s: %s", name, mark, got.Status, r.Code, r.Error)
+			}
+		}
 	}
 }
 
@@ -463,11 +526,16 @@ func TestBadConfig(t *testing.T) {
 		"platform":          {config{"image": "a/b", "platforms": []string{"linux/amd64/v1/extra/more"}}, `"platforms"`},
 		"platforms type":    {config{"image": "a/b", "platforms": "linux/amd64"}, `"platforms"`},
 		"build arg":         {config{"image": "a/b", "buildArgs": config{"BUILDKIT_SYNTAX": "x"}}, "BUILDKIT_SYNTAX"},
-		"build args type":   {config{"image": "a/b", "buildArgs": config{"A": 1}}, `"buildArgs`},
+		"build args type":   {config{"image": "a/b", "buildArgs": config{"A": 1}}, `"buildArgs.A"`},
+		"build args list":   {config{"image": "a/b", "buildArgs": []string{"A=1"}}, `"buildArgs"`},
+		"one tag's type":    {config{"image": "a/b", "tags": []any{"a/b:c", nil, 3}}, `"tags[2]"`},
+		"platform type":     {config{"image": "a/b", "platforms": []any{config{"os": "linux"}}}, `"platforms[0]"`},
+		"git type":          {config{"image": "a/b", "context": config{"git": true}}, `"context.git"`},
+		"annotation type":   {config{"image": "a/b", "annotations": config{"a": "b", "c.d": []string{}}}, `"annotations.c.d"`},
 		"skipPush type":     {config{"image": "a/b", "skipPush": "true"}, `"skipPush"`},
 		"dockerfile":        {config{"image": "a/b", "dockerfile": "../Dockerfile"}, `"dockerfile"`},
 		"target type":       {config{"image": "a/b", "target": []string{}}, `"target"`},
-		"labels type":       {config{"image": "a/b", "labels": config{"a": nil, "b": 2}}, `"labels`},
+		"labels type":       {config{"image": "a/b", "labels": config{"a": nil, "b": 2}}, `"labels.b"`},
 		"annotations type":  {config{"image": "a/b", "annotations": "x"}, `"annotations"`},
 		"noCache type":      {config{"image": "a/b", "noCache": 1}, `"noCache"`},
 		"pull type":         {config{"image": "a/b", "pull": "yes"}, `"pull"`},
