@@ -15,6 +15,8 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"handler/function/payload"
 )
 
 // BenchmarkReceive is to be read against its hmac, which is what a receiver of
@@ -43,7 +45,7 @@ func BenchmarkReceive(b *testing.B) {
 	receive := func(b *testing.B, body io.Reader) {
 		opts := testOptions(b)
 		opts.Limits.Body, opts.Limits.Unpacked = 4*size, 4*size
-		s, err := receiveBody(body, hmac.New(sha256.New, []byte("key")), opts)
+		s, err := payload.Receive(body, hmac.New(sha256.New, []byte("key")), opts)
 		if err != nil {
 			b.Error(err)
 			return
@@ -86,7 +88,7 @@ func BenchmarkManyFiles(b *testing.B) {
 	var took time.Duration
 	for b.Loop() {
 		body := &timedReader{r: &manyEntries{n: 199_000, name: 108}}
-		s, err := receiveBody(body, io.Discard, testOptions(b))
+		s, err := payload.Receive(body, io.Discard, testOptions(b))
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -23,7 +23,7 @@ func TestIndexMemory(t *testing.T) {
 			opts.Memory = memory.Open()
 			opts.InMemory = 0
 			before := liveMemory()
-			s, err := receiveBody(&manyEntries{n: n, name: name}, io.Discard, opts)
+			s, err := payload.Receive(&manyEntries{n: n, name: name}, io.Discard, opts)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -68,7 +68,7 @@ func TestMemorySpent(t *testing.T) {
 			opts := testOptions(t)
 			opts.Memory, opts.Disk = memory.Open(), unsigned.Open()
 			var signed strings.Builder
-			s, err := receiveBody(strings.NewReader(body), &signed, opts)
+			s, err := payload.Receive(strings.NewReader(body), &signed, opts)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -113,7 +113,7 @@ func TestWaitsInMemory(t *testing.T) {
 	opts := testOptions(t)
 	opts.Memory = budget.New(10 << 20).Open()
 	body := archive(file("context/x", strings.Repeat("x", 1<<20)))
-	s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +134,7 @@ func TestDiskSpent(t *testing.T) {
 			opts := testOptions(t)
 			opts.InMemory, opts.Disk = inMemory, disk.Part(1<<20).Open()
 			var signed strings.Builder
-			s, err := receiveBody(strings.NewReader(body), &signed, opts)
+			s, err := payload.Receive(strings.NewReader(body), &signed, opts)
 			if err != nil {
 				t.Fatal(err)
 			}

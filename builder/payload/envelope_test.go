@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"handler/function/api"
+
+	"handler/function/payload"
 )
 
 func TestEnvelope(t *testing.T) {
@@ -52,7 +54,7 @@ func TestEnvelope(t *testing.T) {
 			if signed != tt.signed {
 				t.Errorf("signed are %d bytes, want %d", len(signed), len(tt.signed))
 			}
-			s, err := receiveBody(strings.NewReader(tt.body), &bytes.Buffer{}, opts)
+			s, err := payload.Receive(strings.NewReader(tt.body), &bytes.Buffer{}, opts)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -38,7 +38,7 @@ func FuzzReceive(f *testing.F) {
 	}
 	opts := fuzzOptions(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
-		s, err := receiveBody(bytes.NewReader(body), io.Discard, opts)
+		s, err := payload.Receive(bytes.NewReader(body), io.Discard, opts)
 		if err != nil {
 			if s != nil || int64(len(body)) <= opts.Limits.Body {
 				t.Fatalf("Receive: %v, %v", s, err)
@@ -125,7 +125,7 @@ func FuzzEnvelope(f *testing.F) {
 			return
 		}
 		var signed bytes.Buffer
-		s, err := receiveBody(strings.NewReader(body), &signed, opts)
+		s, err := payload.Receive(strings.NewReader(body), &signed, opts)
 		if err != nil {
 			t.Fatal(err)
 		}

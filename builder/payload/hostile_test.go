@@ -503,7 +503,7 @@ func TestMemory(t *testing.T) {
 			debug.FreeOSMemory()
 			goroutines := runtime.NumGoroutine()
 			peak := watchMemory()
-			s, err := receiveBody(body, io.Discard, opts)
+			s, err := payload.Receive(body, io.Discard, opts)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -50,16 +50,16 @@ const (
 )
 
 // index reads a tar to its end and returns what it holds. data is where the
-// same bytes can be read later. Each of its errors that is the client's is an
-// *api.Error; errMemory is nobody's.
-func index(r io.Reader, data io.ReaderAt, opts *Options) (_ *Payload, err error) {
+// same bytes can be read later. The index is taken of memory. Each of its errors that is the client's is an
+// *api.Error. errMemory is for the caller alone.
+func index(r io.Reader, data io.ReaderAt, opts *Options, memory *budget.Account) (_ *Payload, err error) {
 	hash, err := highwayhash.NewDigest128(opts.ContentKey[:])
 	if err != nil {
 		return nil, err
 	}
 	start := &beginning{r: r}
 	x := &indexer{
-		memory:  opts.Memory,
+		memory:  memory,
 		limits:  &opts.Limits,
 		start:   start,
 		in:      &tarStream{r: start, limit: opts.Limits.Unpacked},

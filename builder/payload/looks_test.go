@@ -163,7 +163,7 @@ func TestLooksLikeContext(t *testing.T) {
 	opts := testOptions(t)
 	opts.ContextOnly, opts.Raw = true, true
 	for body, looks := range map[string]string{enveloped(archive()): "JSON", gzipped(t, "FROM scratch\n"): "a Dockerfile"} {
-		spool, err := payload.Receive([]byte(body), nil, io.Discard, opts)
+		spool, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,7 +11,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"runtime/debug"
 	"sync"
@@ -46,9 +45,16 @@ type Options struct {
 	// memory. What is larger lies in a file in Dir, which has no name.
 	InMemory int64
 
-	// Memory and Disk are what the body takes. The Spool closes both. nil counts
+	// HeadSize is how much of a body is taken in by itself, in one goroutine and
+	// little memory. Larger is called once, before what is larger goes on as a
+	// stream; its error ends the body. It may be nil.
+	HeadSize int64
+	Larger   func() error
+
+	// HeadMemory and HeadDisk are what a body takes until Larger is called, Memory
+	// and Disk what it takes afterwards. The Spool closes all four. A nil one counts
 	// nothing.
-	Memory, Disk *budget.Account
+	HeadMemory, HeadDisk, Memory, Disk *budget.Account
 
 	// Gate is what all bodies share that are received as streams. It may be nil.
 	Gate Gate
@@ -84,7 +90,9 @@ type Spool struct {
 	raw       *store // the body as it was sent
 	tar       *store // what was unpacked of it; nil for a plain tar, and before that
 	signature string // of an envelope
-	disk      *budget.Budget
+
+	memory *budget.Account // HeadMemory, or Memory of what is larger
+	unpack *budget.Budget  // of the disk, for what is unpacked
 
 	summed sync.Once
 	sum    [sha256.Size]byte
@@ -106,131 +114,165 @@ type Payload struct {
 	memory int64 // bytes that the index has taken
 }
 
-// Receive takes in a body: head, which has been read, and then rest to its end, or
-// until it is over the limit. With a nil rest, head is all. Of Options.Memory, the
-// capacity of head has been taken.
+// Receive takes in a body to its end, or until it is over the limit. The body is stored
+// as it was sent. Every byte that a signature is over is written to signed, in order and
+// by one goroutine at a time: the body or, from a text envelope, the decoded bytes of its
+// tar. signed is a hash: its Write does not fail.
 //
-// The body is stored as it was sent. Every byte that a signature is over is written
-// to signed in order, by one goroutine: the body or, from a text envelope, the decoded
-// bytes of its tar. signed is a hash: its Write does not fail. A plain tar that has a rest is indexed meanwhile, as far as there is
-// memory for it. Nothing is decompressed.
+// A plain tar that is larger than HeadSize is indexed meanwhile, as far as there is
+// memory for the index. Nothing is decompressed.
 //
-// The errors it returns are those that a client may be told before its
-// signature has passed: an *api.Error of code too_large when the body is over
-// Limits.Body, and what rest's Read returned. All others are held for
+// The errors that it returns may be told before the signature has passed: an *api.Error
+// of code too_large when the body is over Limits.Body, one of code no_space when there is
+// no room for its head, and what Larger and body's Read returned. All others are held for
 // [Spool.Payload]. The caller must close the Spool.
 //
 // Receive may not read for as long as the index needs for what has come, so a caller
 // who wants a minimum rate must count the time inside of Read only.
-func Receive(head []byte, rest io.Reader, signed io.Writer, opts Options) (*Spool, error) {
-	s := &Spool{opts: opts}
-	s.raw = &store{dir: opts.Dir, most: opts.InMemory, memory: opts.Memory, disk: opts.Disk}
-	var err error
-	if rest != nil && len(head) < magicLen {
-		head, rest, err = readMagic(head, rest)
-	}
-	if s.form = formOf(head); s.form == formEnvelope && opts.ContextOnly {
-		s.form = formTar
-	}
-	switch {
-	case err != nil:
-	case rest == nil:
-		err = s.take(head, signed)
-	default:
-		err = s.stream(head, rest, signed)
-	}
-	if err != nil {
+func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
+	s := &Spool{opts: opts, memory: opts.HeadMemory}
+	s.raw = &store{dir: opts.Dir, most: opts.InMemory, memory: opts.HeadMemory, disk: opts.HeadDisk, direct: true}
+	if err := s.receive(body, signed); err != nil {
 		s.Close()
 		return nil, err
 	}
 	return s, nil
 }
 
-// readMagic reads as much of rest as formOf needs. A nil rest has ended.
-func readMagic(head []byte, rest io.Reader) ([]byte, io.Reader, error) {
-	magic := append(make([]byte, 0, magicLen), head...)
-	n, err := io.ReadFull(rest, magic[len(head):magicLen])
-	switch magic = magic[:len(head)+n]; err {
-	case nil:
-		return magic, rest, nil
-	case io.EOF, io.ErrUnexpectedEOF:
-		return magic, nil, nil
+func (s *Spool) receive(body io.Reader, signed io.Writer) error {
+	whole, err := s.readHead(body, signed)
+	if err != nil {
+		return err
 	}
-	return nil, nil, fmt.Errorf("reading body: %w", err)
-}
-
-// take takes in a body that is in memory.
-func (s *Spool) take(body []byte, signed io.Writer) error {
-	s.raw.adopt(body)
-	s.size = int64(len(body))
-	if s.size > s.opts.Limits.Body {
-		return s.bodyTooLarge()
-	}
-	if s.form != formEnvelope {
-		signed.Write(body)
+	if whole {
+		if s.form == formEnvelope {
+			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(s.Raw(), signed) })
+		}
 		return nil
 	}
-	s.hold(func() (*Payload, error) { return nil, s.readEnvelope(bytes.NewReader(body), signed) })
-	return nil
+	if s.opts.Larger != nil {
+		if err := s.opts.Larger(); err != nil {
+			return err
+		}
+	}
+	s.memory = s.opts.Memory
+	if err := s.raw.move(s.opts.Memory, s.opts.Disk); err != nil {
+		return err
+	}
+	return s.stream(body, signed)
 }
 
-// stream takes in a body that arrives.
-func (s *Spool) stream(head []byte, rest io.Reader, signed io.Writer) error {
+// headPiece is what a body has of memory that stands still before it has sent anything,
+// in bytes.
+const headPiece = 8 << 10
+
+// readHead reads the body to its end, or until it is larger than HeadSize.
+func (s *Spool) readHead(body io.Reader, signed io.Writer) (whole bool, err error) {
+	buf := make([]byte, headPiece)
+	n := 0
+	for n < magicLen && err == nil {
+		var m int
+		m, err = body.Read(buf[n:])
+		n += m
+	}
+	if s.form = formOf(buf[:n]); s.form == formEnvelope && s.opts.ContextOnly {
+		s.form = formTar
+	}
+	for {
+		if s.size += int64(n); s.size > s.opts.Limits.Body {
+			return false, s.bodyTooLarge()
+		}
+		if _, full := s.raw.Write(buf[:n]); full != nil {
+			return false, full
+		}
+		if s.form != formEnvelope {
+			signed.Write(buf[:n])
+		}
+		switch {
+		case err == io.EOF:
+			return true, nil
+		case err != nil:
+			return false, fmt.Errorf("reading body: %w", err)
+		case s.size > s.opts.HeadSize:
+			return false, nil
+		}
+		n, err = body.Read(buf)
+	}
+}
+
+// stream takes in what follows the head.
+func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	in := newFanout(s.opts.Memory, s.opts.Gate)
 	defer in.recycle()
 	// The goroutines end with the stream, and the stream with this function.
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer in.close()
-	copyTo(&work, in.tap(), s.raw)
-	if s.form == formEnvelope {
+	head := s.size
+	var heads sync.WaitGroup // that are still to be read
+	// tap has read be called with all of the body, the head first. The head is read
+	// before anything follows it: a store that has no room later keeps nothing.
+	tap := func(read func(io.Reader)) {
 		t := in.tap()
+		heads.Add(1)
+		follow := &follower{rest: t, begin: sync.OnceFunc(heads.Done)}
 		work.Go(func() {
 			defer t.drain()
-			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(t, signed) })
+			defer follow.begin()
+			read(io.MultiReader(io.NewSectionReader(s.raw, 0, head), follow))
+		})
+	}
+	copyTo(&work, in.tap(), s.raw)
+	if s.form == formEnvelope {
+		tap(func(r io.Reader) {
+			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(r, signed) })
 		})
 	} else {
 		copyTo(&work, in.tap(), signed)
 	}
 	if s.form == formTar {
-		t := in.tap()
-		work.Go(func() {
-			defer t.drain()
-			s.hold(func() (*Payload, error) { return index(t, s.raw, &s.opts) })
+		tap(func(r io.Reader) {
+			s.hold(func() (*Payload, error) { return index(r, s.raw, &s.opts, s.memory) })
 		})
 	}
 	// A plain tar can be summed later: while it arrives, the signature and the index
 	// need the processors.
-	var sum hash.Hash
 	if s.form != formTar || s.opts.SHA256 {
-		sum = sha256.New()
-		copyTo(&work, in.tap(), sum)
+		tap(func(r io.Reader) {
+			sum := sha256.New()
+			if n, err := io.Copy(sum, r); err == nil && n >= head {
+				s.summed.Do(func() { s.sumOK = len(sum.Sum(s.sum[:0])) == len(s.sum) })
+			}
+		})
 	}
 
-	headLeft := int64(cap(head))
-	body := io.MultiReader(bytes.NewReader(head), rest)
+	heads.Wait()
 	for eof := false; !eof; {
 		c := in.next()
 		var err error
-		if eof, err = s.fill(c, body); err != nil {
+		if eof, err = s.fill(c, rest); err != nil {
 			return err
-		}
-		if s.size >= int64(len(head)) && headLeft > 0 {
-			s.opts.Memory.Give(headLeft)
-			head, headLeft = nil, 0
 		}
 		in.send(c)
 	}
 	in.close()
 	work.Wait()
-
-	if sum != nil {
-		s.summed.Do(func() { s.sumOK = len(sum.Sum(s.sum[:0])) == len(s.sum) })
-	}
-	if err := s.raw.finish(); err != nil && s.err == nil {
+	// What else went wrong may come from that.
+	if err := s.raw.finish(); err != nil {
 		s.refuse(err)
 	}
 	return nil
+}
+
+// follower is what follows the head of a body.
+type follower struct {
+	rest  *tap
+	begin func() // is called before it is read
+}
+
+func (f *follower) Read(p []byte) (int, error) {
+	f.begin()
+	return f.rest.Read(p)
 }
 
 // fill reads body until c is full or the body has ended.
@@ -294,7 +336,7 @@ func (s *Spool) refuse(err error) {
 
 func (s *Spool) dropIndex() {
 	if s.payload != nil {
-		s.opts.Memory.Give(s.payload.memory)
+		s.memory.Give(s.payload.memory)
 		s.payload = nil
 	}
 }
@@ -317,22 +359,22 @@ func (s *Spool) Signature() (value string, ok bool) {
 }
 
 // Charge has what the Spool takes counted against other budgets from now on; a nil one
-// counts nothing. disk has to be the one that Options.Disk is of, or that one's whole.
-// What finds no room in memory is let go, an index first, or moved to the disk.
+// counts nothing. The disk's account has to be of disk already, or of a part of it. What
+// finds no room in memory is let go, an index first, or moved to the disk.
 func (s *Spool) Charge(memory, disk *budget.Budget) {
-	s.disk = disk
-	s.opts.Disk.Move(disk)
-	if s.opts.Memory.Move(memory) {
+	s.unpack = disk
+	s.raw.disk.Move(disk)
+	if s.memory.Move(memory) {
 		return
 	}
 	s.dropIndex()
-	if s.opts.Memory.Move(memory) {
+	if s.memory.Move(memory) {
 		return
 	}
 	if err := s.raw.spill(); err != nil && s.err == nil {
 		s.refuse(err)
 	}
-	s.opts.Memory.Move(memory)
+	s.memory.Move(memory)
 }
 
 // Index makes the index of a plain tar that lies in memory, if there is none and there
@@ -365,7 +407,7 @@ func (s *Spool) open() (*Payload, error) {
 	var r io.Reader = bufio.NewReaderSize(s.Raw(), readSize)
 	f := s.form
 	if f == formTar {
-		return index(r, s.raw, &s.opts)
+		return index(r, s.raw, &s.opts, s.memory)
 	}
 	if f == formEnvelope {
 		inner, end := s.openEnvelope(r)
@@ -380,10 +422,10 @@ func (s *Spool) open() (*Payload, error) {
 	}
 	defer d.Close()
 	if s.opts.Raw {
-		return index(d, nil, &s.opts)
+		return index(d, nil, &s.opts, s.memory)
 	}
-	unpacked := &store{dir: s.opts.Dir, most: s.opts.InMemory, memory: s.opts.Memory, disk: s.disk.Open()}
-	p, err := index(io.TeeReader(d, unpacked), unpacked, &s.opts)
+	unpacked := &store{dir: s.opts.Dir, most: s.opts.InMemory, memory: s.memory, disk: s.unpack.Open()}
+	p, err := index(io.TeeReader(d, unpacked), unpacked, &s.opts, s.memory)
 	if err == nil {
 		err = unpacked.finish()
 	}
@@ -444,8 +486,9 @@ func (s *Spool) Close() error {
 		err = errors.Join(err, s.tar.Close())
 	}
 	s.dropIndex()
-	s.opts.Memory.Close()
-	s.opts.Disk.Close()
+	for _, a := range []*budget.Account{s.opts.HeadMemory, s.opts.HeadDisk, s.opts.Memory, s.opts.Disk} {
+		a.Close()
+	}
 	return err
 }
 

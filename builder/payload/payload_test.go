@@ -33,26 +33,9 @@ func testOptions(t testing.TB) payload.Options {
 		},
 		Dir:        t.TempDir(),
 		InMemory:   4 << 20,
+		HeadSize:   100, // so that most are streams
 		ContentKey: [32]byte{1, 2, 3},
 	}
-}
-
-// receiveBody receives a body as a stream, unless it is smaller than a small head.
-func receiveBody(body io.Reader, signed io.Writer, opts payload.Options) (*payload.Spool, error) {
-	return receiveHead(100, body, signed, opts)
-}
-
-// receiveHead reads a head of n bytes, and the rest as a stream if there is one.
-func receiveHead(n int, body io.Reader, signed io.Writer, opts payload.Options) (*payload.Spool, error) {
-	head := make([]byte, n)
-	n, err := io.ReadFull(body, head)
-	switch err {
-	case nil:
-		return payload.Receive(head, body, signed, opts)
-	case io.EOF, io.ErrUnexpectedEOF:
-		return payload.Receive(head[:n], nil, signed, opts)
-	}
-	return nil, fmt.Errorf("reading body: %w", err)
 }
 
 // receive checks what holds for every body that is received: what is hashed is
@@ -61,8 +44,10 @@ func receiveHead(n int, body io.Reader, signed io.Writer, opts payload.Options) 
 // would be over.
 func receive(t testing.TB, body string, opts payload.Options) (p *payload.Payload, signed string, err error) {
 	t.Helper()
-	whole, signedWhole, wholeErr := receiveAs(t, len(body)+1, body, opts)
-	p, signed, err = receiveAs(t, len(body)%2*100, body, opts)
+	small := opts
+	small.HeadSize = int64(len(body))
+	whole, signedWhole, wholeErr := receiveAs(t, body, small)
+	p, signed, err = receiveAs(t, body, opts)
 	if signed != signedWhole || fmt.Sprint(err) != fmt.Sprint(wholeErr) {
 		t.Errorf("in memory and as a stream, %d and %d bytes are signed, and the errors are %v and %v", len(signedWhole), len(signed), wholeErr, err)
 	}
@@ -73,12 +58,12 @@ func receive(t testing.TB, body string, opts payload.Options) (p *payload.Payloa
 	return p, signed, err
 }
 
-// receiveAs is receive of a body whose head has n bytes.
-func receiveAs(t testing.TB, n int, body string, opts payload.Options) (p *payload.Payload, signed string, err error) {
+// receiveAs is receive of a body that comes in one way.
+func receiveAs(t testing.TB, body string, opts payload.Options) (p *payload.Payload, signed string, err error) {
 	t.Helper()
 	goroutines := runtime.NumGoroutine()
 	var w bytes.Buffer
-	s, err := receiveHead(n, strings.NewReader(body), &w, opts)
+	s, err := payload.Receive(strings.NewReader(body), &w, opts)
 	if err != nil {
 		t.Fatalf("Receive: %v", err)
 	}
@@ -369,7 +354,7 @@ func TestBodyLimit(t *testing.T) {
 			goroutines := runtime.NumGoroutine()
 			opts := testOptions(t)
 			opts.Limits.Body = int64(limit)
-			s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+			s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 			if s != nil || code(err) != api.TooLarge || !strings.Contains(err.Error(), fmt.Sprint(limit)) {
 				t.Errorf("limit %d: %v, %v", limit, s, err)
 			}
@@ -392,7 +377,7 @@ func TestBodyError(t *testing.T) {
 			opts := testOptions(t)
 			opts.InMemory = 1000
 			var signed slowWriter
-			s, err := receiveBody(io.MultiReader(strings.NewReader(body[:n]), iotest.ErrReader(failed)), &signed, opts)
+			s, err := payload.Receive(io.MultiReader(strings.NewReader(body[:n]), iotest.ErrReader(failed)), &signed, opts)
 			if signed.busy.Load() {
 				t.Error("signed is written to after Receive has returned")
 			}
@@ -424,7 +409,7 @@ func TestReadSizes(t *testing.T) {
 			"half":     iotest.HalfReader(strings.NewReader(body)),
 			"data+EOF": iotest.DataErrReader(strings.NewReader(body)),
 		} {
-			s, err := receiveBody(r, io.Discard, testOptions(t))
+			s, err := payload.Receive(r, io.Discard, testOptions(t))
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
@@ -459,7 +444,7 @@ func TestSpool(t *testing.T) {
 			t.Run(fmt.Sprintf("%d/%s", memory, form), func(t *testing.T) {
 				opts := testOptions(t)
 				opts.InMemory = int64(memory)
-				s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+				s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -507,12 +492,12 @@ func TestDescriptors(t *testing.T) {
 	before := count()
 	for range 20 {
 		for _, body := range bodies {
-			s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+			s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 			if err != nil {
 				t.Fatal(err)
 			}
 			s.Close()
-			_, err = receiveBody(io.MultiReader(strings.NewReader(body), iotest.ErrReader(io.ErrUnexpectedEOF)), io.Discard, opts)
+			_, err = payload.Receive(io.MultiReader(strings.NewReader(body), iotest.ErrReader(io.ErrUnexpectedEOF)), io.Discard, opts)
 			if err == nil {
 				t.Fatal("no error")
 			}
@@ -530,7 +515,7 @@ func TestNoTempDir(t *testing.T) {
 	opts.Dir = path.Join(opts.Dir, "missing")
 	opts.InMemory = 600 << 10 // some of it is stored before there is no more room
 	mustSpool := func(body string) *payload.Spool {
-		s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+		s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 		if err != nil {
 			t.Fatal(err)
 		}

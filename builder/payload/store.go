@@ -23,25 +23,15 @@ type store struct {
 	disk   *budget.Account // of the file's bytes, and of nothing else
 
 	mu     sync.RWMutex
+	direct bool // nothing is gathered before it is written to the file
+
 	blocks [][]byte // each but the last of blockSize
 	taken  int64    // of memory, for the blocks
-	given  bool     // they are parts of what adopt was given
 	size   int64
 	file   *os.File
 	buf    []byte // what is not yet in file
 	err    error  // the first; sticky
 	closed bool
-}
-
-// adopt has an empty store hold b, whose capacity has been taken of its memory.
-func (s *store) adopt(b []byte) {
-	s.given, s.taken = true, int64(cap(b))
-	s.size = int64(len(b))
-	for len(b) > 0 {
-		n := min(len(b), blockSize)
-		s.blocks = append(s.blocks, b[:n:n])
-		b = b[n:]
-	}
 }
 
 // Write returns an *api.Error.
@@ -73,8 +63,7 @@ func (s *store) Write(p []byte) (int, error) {
 
 // writeMemory returns false, and has written nothing, where there is no memory for p.
 func (s *store) writeMemory(p []byte) bool {
-	if n := s.size + int64(len(p)) - s.taken; n > 0 {
-		n = (n + blockSize - 1) / blockSize * blockSize
+	if n := room(s.size+int64(len(p))) - s.taken; n > 0 {
 		if !s.memory.Take(n) {
 			return false
 		}
@@ -83,15 +72,67 @@ func (s *store) writeMemory(p []byte) bool {
 	for len(p) > 0 {
 		last := len(s.blocks) - 1
 		if last < 0 || len(s.blocks[last]) == blockSize {
-			s.blocks = append(s.blocks, blocks.Get().(*[blockSize]byte)[:0])
+			s.blocks = append(s.blocks, nil)
 			last++
 		}
 		b := s.blocks[last]
 		n := min(len(p), blockSize-len(b))
+		if len(b)+n > cap(b) {
+			b = append(newBlock(len(b)+n), b...)
+		}
 		s.blocks[last] = append(b, p[:n]...)
 		p = p[n:]
 	}
 	return true
+}
+
+// room is what the blocks for n bytes take. A body that has just begun takes little: many
+// never go on.
+func room(n int64) int64 {
+	for _, small := range []int64{4 << 10, 16 << 10} {
+		if n <= small {
+			return small
+		}
+	}
+	return (n + blockSize - 1) / blockSize * blockSize
+}
+
+// newBlock is an empty block for n bytes or more.
+func newBlock(n int) []byte {
+	if size := room(int64(n)); size < blockSize {
+		return make([]byte, 0, size)
+	}
+	return blocks.Get().(*[blockSize]byte)[:0]
+}
+
+// move has what is stored counted against other accounts.
+func (s *store) move(memory, disk *budget.Account) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.memory
+	switch {
+	case s.err != nil:
+		return s.err
+	case s.file != nil:
+		if !disk.Take(s.size) {
+			s.err = errNoSpool
+			s.drop()
+			return s.err
+		}
+		s.disk.Give(s.size)
+		s.disk = disk
+	case memory.Take(s.taken):
+		old.Give(s.taken)
+		s.disk = disk
+	default:
+		s.disk = disk
+		if s.err = s.moveToFile(); s.err != nil {
+			s.drop()
+			return s.err
+		}
+	}
+	s.memory, s.direct = memory, false
+	return nil
 }
 
 // moveToFile is called with s.mu held.
@@ -137,17 +178,20 @@ var blocks = sync.Pool{New: func() any { return new([blockSize]byte) }}
 
 func (s *store) freeBlocks() {
 	for _, b := range s.blocks {
-		if !s.given {
+		if cap(b) == blockSize {
 			blocks.Put((*[blockSize]byte)(b[:blockSize]))
 		}
 	}
 	s.memory.Give(s.taken)
-	s.blocks, s.taken, s.given = nil, 0, false
+	s.blocks, s.taken = nil, 0
 }
 
 // writeFile gathers what is small: a decompressed tar comes in pieces as small
 // as a header.
 func (s *store) writeFile(p []byte) error {
+	if s.direct {
+		return s.toFile(p)
+	}
 	if len(s.buf)+len(p) < blockSize {
 		s.buf = append(s.buf, p...)
 		return nil
@@ -171,9 +215,11 @@ func (s *store) flush() error {
 	return err
 }
 
+var errNoSpool = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
+
 func (s *store) toFile(p []byte) error {
 	if !s.disk.Take(int64(len(p))) {
-		return &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
+		return errNoSpool
 	}
 	_, err := s.file.Write(p)
 	return storeError(err)

@@ -31,7 +31,7 @@ func TestNoSpace(t *testing.T) {
 	receive := func(body string, raw *store) (*Spool, string) {
 		var signed bytes.Buffer
 		s := &Spool{opts: opts, form: formOf([]byte(body)), raw: raw}
-		if err := s.stream(nil, strings.NewReader(body), &signed); err != nil {
+		if err := s.stream(strings.NewReader(body), &signed); err != nil {
 			t.Fatal(err)
 		}
 		return s, signed.String()

@@ -39,14 +39,21 @@ func URLs(text string) string {
 	if !strings.ContainsAny(text, "?#@=%") {
 		return text
 	}
-	text = pathQuery.ReplaceAllStringFunc(cutURLs(text), func(s string) string {
+	text = pathQuery.ReplaceAllStringFunc(cutURLs(text, maxNested), func(s string) string {
 		path, _, _ := strings.Cut(s, "?")
 		return path + ending(s)
 	})
 	return signing.ReplaceAllString(text, "${1}"+mask)
 }
 
-func cutURLs(text string) string {
+// maxNested is how deep URLs are looked for in URLs, as a proxy's has the one that it was
+// asked for. What is deeper is left out: each level is another reading of the rest.
+const maxNested = 4
+
+func cutURLs(text string, nested int) string {
+	if nested == 0 && inText.MatchString(text) {
+		return mask
+	}
 	return inText.ReplaceAllStringFunc(text, func(s string) string {
 		m := inText.FindStringSubmatch(s)
 		rest := m[3]
@@ -57,7 +64,7 @@ func cutURLs(text string) string {
 		if at := extra.FindStringIndex(rest); at != nil {
 			rest = rest[:at[0]] + ending(rest)
 		}
-		return m[1] + m[2] + cutURLs(rest)
+		return m[1] + m[2] + cutURLs(rest, nested-1)
 	})
 }
 

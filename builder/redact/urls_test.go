@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestURLs(t *testing.T) {
@@ -84,5 +85,23 @@ func TestURLsSigned(t *testing.T) {
 				t.Errorf("%s: the host %s is lost: %s", form, host, got)
 			}
 		}
+	}
+}
+
+// TestURLsNested: URLs within one another take a time that grows as their text does.
+func TestURLsNested(t *testing.T) {
+	text := strings.Repeat("a://", 250_000) + "user:password@host?token=secret"
+	done := make(chan string, 1)
+	go func() { done <- URLs(text) }()
+	select {
+	case got := <-done:
+		if strings.Contains(got, "secret") || strings.Contains(got, "password") {
+			t.Errorf("it ends %q", got[max(0, len(got)-100):])
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("1 MB takes more than 20 s")
+	}
+	if got := URLs("https://a?x=1 https://a/https://b/https://c?x=1"); got != "https://a https://a/https://b/https://c" {
+		t.Errorf("got %q", got)
 	}
 }

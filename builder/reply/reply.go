@@ -338,7 +338,7 @@ func IsAnswer(b []byte) bool {
 // last but for one line.
 func writeText(b *bytes.Buffer, rec api.Record) {
 	const lastLines = 50
-	// An id is a header's value, so that it has no line break.
+	// The caller has seen to it that an id has no line break.
 	fmt.Fprintf(b, "%s%s\n", textPrefix, rec.ID)
 	if rec.Request != "" {
 		fmt.Fprintf(b, "request: %s\n", rec.Request)

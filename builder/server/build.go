@@ -76,8 +76,10 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	f := &flight{call: c, done: make(chan struct{})}
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	if c.joins() {
-		sum, _ := body.SHA256()
-		f.id = flightID{key: string(body.signer.key), call: c.id, body: sum}
+		// Of a body that could not be stored nothing says whether another is the same.
+		if sum, ok := body.SHA256(); ok {
+			f.id = flightID{key: string(body.signer.key), call: c.id, body: sum}
+		}
 	}
 	f, seat, run := s.flights.begin(f, out)
 	if run {
@@ -136,7 +138,8 @@ type build struct {
 	mask *redact.Redactor
 	log  zerolog.Logger
 
-	timeKey [32]byte // for the context's times
+	timeKey [32]byte          // for the context's times
+	hidden  map[string][]byte // what mask is to keep out of sight
 
 	sha256 string // the verdict's Request, once hashed is closed
 	hashed chan struct{}
@@ -167,6 +170,8 @@ func (s *Server) build(b *build) (outcome solve.Outcome, stats solve.Stats, err 
 	if err != nil {
 		return outcome, stats, err
 	}
+	b.mask = redact.New(b.hidden)
+	req.Mask = b.mask
 	started := time.Now()
 	b.aside.Go(func() {
 		<-b.hashed
@@ -254,8 +259,7 @@ func (s *Server) request(b *build) (*solve.Request, []string, error) {
 			hidden["git\npassword"], hidden["git\nbasic"] = []byte(password), []byte(basic)
 		}
 	}
-	b.mask = redact.New(hidden)
-	req.Mask = b.mask
+	b.hidden = hidden
 
 	key := s.isolationKey(b.body.keys)
 	repository := rand.Text() // without an image nothing says which builds are one another's

@@ -129,6 +129,8 @@ func (s *Server) checkContext(ctx context.Context, body *upload) error {
 	defer s.checks.release()
 	body.Charge(nil, s.disk)
 	_, err := body.Payload()
+	// The index is not needed while the registry takes the context in.
+	body.Charge(s.waiting, s.disk)
 	return err
 }
 
@@ -155,10 +157,11 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 		return nil, nil, err
 	}
 	defer stream.Close()
-	spool, err := payload.Receive(nil, stream, io.Discard, payload.Options{
+	spool, err := payload.Receive(stream, io.Discard, payload.Options{
 		Limits:      s.Limits,
 		Dir:         s.TempDir,
 		InMemory:    s.SpoolMemory,
+		HeadDisk:    s.disk.Open(),
 		Disk:        s.disk.Open(),
 		ContentKey:  s.isolationKey(b.body.keys).ContentKey(),
 		SHA256:      true,
@@ -178,6 +181,7 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 		spool.Close()
 		return nil, nil, err
 	}
+	spool.Charge(nil, s.disk)
 	p, err := spool.Payload()
 	if err != nil {
 		spool.Close()

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,16 +19,14 @@ import (
 )
 
 // What bodies take before their signature has passed, all together. GOMEMLIMIT in
-// stack.yml is above it.
+// stack.yml is above it, with waitingMemory.
 const (
-	intakeMemory = 96 << 20 // bytes of memory
-	headMemory   = 32 << 20 // of them, for heads
+	headMemory   = 32 << 20 // bytes of memory, for heads
+	uploadMemory = 64 << 20 // bytes of memory, for those that have a slot
 
 	// headSize is how much of a body is read before it needs an upload slot. What a
 	// queue delivers is smaller.
 	headSize = 1 << 20
-	// leastHead is what the first bytes of a head take.
-	leastHead = 4 << 10
 
 	// maxArrivals bounds the bodies that are being received, those included that
 	// send nothing.
@@ -38,44 +35,50 @@ const (
 	// slowRate is what an upload is safe with, in bytes per second: none that is
 	// faster is ended for another.
 	slowRate = 256 << 10
-	// judgedAfter is how long an upload goes on before it can be too slow.
-	judgedAfter = 250 * time.Millisecond
+	// judgedAfter is how long an upload goes on before it can be too slow, and
+	// burstCounts how long after a burst it cannot.
+	judgedAfter = time.Second
+	burstCounts = 3 * time.Second
 	// judgeEvery is how often those are looked at again whom another waits for.
 	judgeEvery = 50 * time.Millisecond
 
-	// uploadWait is how long a body waits for others to be received.
+	// uploadWait is how long a body waits for a slot.
 	uploadWait = 30 * time.Second
 )
 
 // intake is where bodies are received, until their signatures are compared. Nobody
 // knows yet who sends them. So each has what it has sent, and a share of what is there
-// for all; and where there is not enough, the slowest goes.
+// for all.
 //
-// A body begins as a head: up to headSize bytes in memory, of a budget of headMemory.
-// One that is larger takes one of the slots, and goes on in a stream.
+// A body begins as a head: up to headSize bytes, in memory while there is some, and
+// otherwise on the disk. One that is larger takes one of the slots, and goes on in a
+// stream. Heads and streams have budgets of their own: whoever fills one of them leaves
+// the other.
 type intake struct {
 	draining context.Context // its end ends the waiting
 
-	rate   int64         // bytes per second that a body must come at
-	grace  time.Duration // before the rate counts
-	slots  int           // how many there are
-	memory *budget.Budget
-	heads  *budget.Budget
-	gate   payload.Gate
+	rate  int64         // bytes per second that a body must come at
+	grace time.Duration // before the rate counts
+	slots int           // how many there are
+
+	heads, uploads         *budget.Budget // of memory
+	headsDisk, uploadsDisk *budget.Budget // parts of the disk
+	gate                   payload.Gate
 
 	mu       sync.Mutex
 	free     int // slots
 	arrivals map[*arrival]struct{}
-	forHead  line // those that wait for memory
-	forSlot  line
+	waiting  []chan struct{} // for a slot, in the order that they came
 }
 
-func newIntake(draining context.Context, slots int, rate int64, grace time.Duration) *intake {
-	memory := budget.New(intakeMemory)
+// newIntake makes one with the given number of slots. Of disk, unsigned bodies have
+// spool at most, a quarter of it for heads.
+func newIntake(draining context.Context, slots int, rate int64, grace time.Duration, disk *budget.Budget, spool int64) *intake {
 	return &intake{
 		draining: draining,
 		rate:     rate, grace: grace, slots: slots, free: slots,
-		memory: memory, heads: memory.Part(headMemory),
+		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
+		headsDisk: disk.Part(spool / 4), uploadsDisk: disk.Part(spool - spool/4),
 		gate:     payload.NewGate(runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
 	}
@@ -83,10 +86,6 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 
 // errEvicted ends an upload that another waits for.
 var errEvicted = &api.Error{Code: api.SlowUpload, Msg: fmt.Sprintf("the body came more slowly than %d bytes a second, and others are waiting", slowRate)}
-
-func (in *intake) busy() error {
-	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
-}
 
 // arrival is one body that is being received.
 type arrival struct {
@@ -96,12 +95,9 @@ type arrival struct {
 	ctx  context.Context // its end ends the reading
 	end  context.CancelCauseFunc
 
-	memory *budget.Account // of in.heads, or of in.memory once it has a slot
+	slot bool // guarded by in.mu, as is over
+	over bool // it is read, or has left: it cannot be ended any more
 
-	slot  bool  // guarded by in.mu, as is holds
-	holds int64 // bytes of in.heads
-
-	began   time.Time
 	stopped chan struct{} // closed once the end of ctx has set its deadline
 	keep    func() bool   // keeps the end of ctx from setting one
 	set     time.Time     // the read deadline that was
@@ -111,24 +107,25 @@ type arrival struct {
 	left  time.Time // the end of the last Read; zero while there is one
 	n     int64     // bytes read
 
-	mark   time.Time // when lately was last reckoned
-	markN  int64     // n then
-	recent float64   // lately then
+	// The rate of the last burstCounts, or since it was last asked for.
+	recent float64
+	markN  int64         // n then
+	markAt time.Duration // after start
 }
 
 // arrive takes in a body of which nothing has been read. ctx ends the reading. The
 // caller must call leave.
 func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseController) (*arrival, error) {
 	now := time.Now()
-	a := &arrival{in: in, body: body, rc: rc, memory: in.heads.Open(), began: now, start: now, left: now, mark: now, recent: math.Inf(1), stopped: make(chan struct{})}
+	a := &arrival{in: in, body: body, rc: rc, start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.arrivals) >= maxArrivals {
-		in.evict(1, (*arrival).lately, func(other *arrival) (holds int64, rank float64) { return 1, other.lately() })
+		in.endSlowest(func(*arrival) bool { return true })
 	}
 	if len(in.arrivals) >= 2*maxArrivals {
 		// Those who were ended have not left yet.
-		return nil, in.busy()
+		return nil, &api.Error{Code: api.NoSpace, Msg: "too many requests are being received"}
 	}
 	a.ctx, a.end = context.WithCancelCause(ctx)
 	a.keep = context.AfterFunc(a.ctx, func() {
@@ -139,12 +136,26 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 	return a, nil
 }
 
-// leave gives back the slot. Nothing of the arrival changes a read deadline afterwards.
-// What it has of memory is somebody else's to give back, before that.
-func (a *arrival) leave() {
-	if !a.keep() {
-		<-a.stopped // its deadline is not to be the last
+// finish keeps a from being ended. It returns false if it has been: its read deadline is
+// in the past then, and nothing of a changes it any more.
+func (a *arrival) finish() bool {
+	a.in.mu.Lock()
+	was := a.over
+	a.over = true
+	a.in.mu.Unlock()
+	if was {
+		return true
 	}
+	if !a.keep() {
+		<-a.stopped
+		return false
+	}
+	return true
+}
+
+// leave gives back the slot. Nothing of a changes a read deadline afterwards.
+func (a *arrival) leave() {
+	a.finish()
 	a.end(nil)
 	in := a.in
 	in.mu.Lock()
@@ -153,131 +164,42 @@ func (a *arrival) leave() {
 	if a.slot {
 		a.slot = false
 		in.free++
-		in.forSlot.wake()
-	}
-	in.forHead.wake()
-}
-
-// readHead reads the body to its end or, if it is larger than headSize, some more than
-// that. whole says that it has ended. begins is asked about the first byte, if there is
-// one, before memory is taken for it.
-func (a *arrival) readHead(begins func(first byte) error) (head []byte, whole bool, err error) {
-	var first [1]byte
-	switch n, err := io.ReadFull(a, first[:]); {
-	case n == 0 && err == io.EOF:
-		return nil, true, nil
-	case err != nil:
-		return nil, false, fmt.Errorf("reading body: %w", err)
-	}
-	if err := begins(first[0]); err != nil {
-		return nil, false, err
-	}
-	for next := leastHead; ; next *= 2 {
-		// One block above headSize shows whether a body of that size has ended.
-		next = min(next, headSize+leastHead)
-		if err := a.takeHead(int64(next - cap(head))); err != nil {
-			return nil, false, err
-		}
-		larger := make([]byte, len(head), next)
-		copy(larger, head)
-		if head = larger; len(head) == 0 {
-			head = append(head, first[0])
-		}
-		for len(head) < next {
-			n, err := a.Read(head[len(head):next])
-			head = head[:len(head)+n]
-			if err == io.EOF {
-				return head, true, nil
-			}
-			if err != nil {
-				return nil, false, fmt.Errorf("reading body: %w", err)
-			}
-		}
-		if len(head) > headSize {
-			return head, false, nil
-		}
+		in.wake()
 	}
 }
 
-// takeHead takes n bytes of in.heads, and waits for them if it must.
-func (a *arrival) takeHead(n int64) error {
-	return a.in.wait(a, &a.in.forHead, func() bool {
-		if !a.memory.Take(n) {
-			return false
-		}
-		a.holds += n
-		return true
-	}, func() {
-		// The oldest goes first. The slowest could be one that has just begun to wait.
-		a.in.evict(n, (*arrival).lately, func(other *arrival) (holds int64, rank float64) {
-			if other == a {
-				return 0, 0
-			}
-			return other.holds, -time.Since(other.began).Seconds()
-		})
-	})
-}
-
-// takeSlot takes a slot, and waits for one if it must. The head's memory is of in.memory
-// afterwards.
+// takeSlot takes a slot. Where there is none it waits in line, and has the slowest of
+// those that have one ended.
 func (a *arrival) takeSlot() error {
-	err := a.in.wait(a, &a.in.forSlot, func() bool {
-		if a.in.free == 0 {
-			return false
-		}
-		a.in.free--
-		a.slot = true
-		return true
-	}, func() {
-		a.in.evict(1, (*arrival).speed, func(other *arrival) (holds int64, rank float64) {
-			if !other.slot {
-				return 0, 0
-			}
-			return 1, other.speed()
-		})
-	})
-	if err != nil {
-		return err
-	}
-	a.memory.Move(a.in.memory)
-	a.in.mu.Lock()
-	defer a.in.mu.Unlock()
-	a.holds = 0
-	a.in.forHead.wake()
-	return nil
-}
-
-// wait calls try until it succeeds, once the turn of a has come, and evict whenever it
-// has not. Both are called with in.mu held.
-func (in *intake) wait(a *arrival, l *line, try func() bool, evict func()) error {
+	in := a.in
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if len(l.waiting) == 0 && try() {
-		return nil
-	}
-	if l == &in.forSlot && len(l.waiting) >= maxSlotWait {
-		return in.busy()
-	}
-	me := l.join()
-	defer l.leave(me)
+	me := make(chan struct{}, 1)
+	in.waiting = append(in.waiting, me)
+	defer func() {
+		in.waiting = slices.DeleteFunc(in.waiting, func(c chan struct{}) bool { return c == me })
+		in.wake()
+	}()
 	timeout := time.NewTimer(uploadWait)
 	defer timeout.Stop()
-	again := time.NewTicker(judgeEvery)
-	defer again.Stop()
 	for {
-		if l.waiting[0] == me {
-			if try() {
+		var again <-chan time.Time
+		if in.waiting[0] == me {
+			if in.free > 0 {
+				in.free--
+				a.slot = true
 				return nil
 			}
-			evict()
+			in.endSlowest(func(other *arrival) bool { return other.slot })
+			again = time.After(judgeEvery)
 		}
 		in.mu.Unlock()
 		var err error
 		select {
 		case <-me:
-		case <-again.C:
+		case <-again:
 		case <-timeout.C:
-			err = in.busy()
+			err = &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
 		case <-in.draining.Done():
 			err = errShuttingDown
 		case <-a.ctx.Done():
@@ -290,61 +212,55 @@ func (in *intake) wait(a *arrival, l *line, try func() bool, evict func()) error
 	}
 }
 
-// maxSlotWait bounds the bodies that wait for a slot. Each has a head in memory, and
-// together they leave half of it to those that need no slot.
-const maxSlotWait = headMemory / headSize / 2
-
-// evict ends uploads whose speed is below slowRate, those of the lowest rank first,
-// until what they hold is need. look says what an upload holds and its rank. All are
-// called with in.mu held.
-func (in *intake) evict(need int64, speed func(*arrival) float64, look func(*arrival) (holds int64, rank float64)) {
-	type candidate struct {
-		*arrival
-		holds int64
-		rank  float64
+// wake has the first in line try again. It is called with in.mu held.
+func (in *intake) wake() {
+	if len(in.waiting) == 0 {
+		return
 	}
-	var slow []candidate
-	for a := range in.arrivals {
-		holds, rank := look(a)
-		switch {
-		case holds == 0:
-		case a.ctx.Err() != nil:
-			need -= holds // it is about to leave
-		case speed(a) < slowRate:
-			slow = append(slow, candidate{a, holds, rank})
-		}
-	}
-	slices.SortFunc(slow, func(a, b candidate) int { return cmp.Compare(a.rank, b.rank) })
-	for _, c := range slow {
-		if need <= 0 {
-			return
-		}
-		c.end(errEvicted)
-		need -= c.holds
+	select {
+	case in.waiting[0] <- struct{}{}:
+	default:
 	}
 }
 
-// speed is the rate that the body has come at, in bytes per second of its client's
-// time; infinite while it is too early to tell.
+// endSlowest ends the slowest upload of those that among takes, if it is slower than
+// slowRate and none of them is about to leave. It is called with in.mu held.
+func (in *intake) endSlowest(among func(*arrival) bool) {
+	var slowest *arrival
+	least := float64(slowRate)
+	for a := range in.arrivals {
+		if !among(a) {
+			continue
+		}
+		if a.ctx.Err() != nil {
+			return
+		}
+		if a.over {
+			continue
+		}
+		if speed := a.speed(); speed < least {
+			slowest, least = a, speed
+		}
+	}
+	if slowest != nil {
+		slowest.end(errEvicted)
+	}
+}
+
+// speed is the rate that the body has come at, or comes at now if that is less, in bytes
+// per second of its client's time; infinite while it is too early to tell.
 func (a *arrival) speed() float64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.left.IsZero() {
-		return rate(a.n, time.Since(a.start))
+	now := a.left
+	if now.IsZero() {
+		now = time.Now()
 	}
-	return rate(a.n, a.left.Sub(a.start))
-}
-
-// lately is the rate of the last judgedAfter, or since it was last asked for; infinite
-// while it is too early to tell. The time counts, too, that the body waits for memory. Else those that
-// have all the memory, and wait for more of it, would be stuck together.
-func (a *arrival) lately() float64 {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if since := time.Since(a.mark); since >= judgedAfter {
-		a.recent, a.mark, a.markN = rate(a.n-a.markN, since), a.mark.Add(since), a.n
+	took := now.Sub(a.start)
+	if since := took - a.markAt; since >= burstCounts {
+		a.recent, a.markN, a.markAt = rate(a.n-a.markN, since), a.n, took
 	}
-	return a.recent
+	return min(a.recent, rate(a.n, took))
 }
 
 func rate(bytes int64, took time.Duration) float64 {
@@ -386,7 +302,12 @@ func (a *arrival) read(b []byte, now, deadline time.Time) (int, error) {
 		return 0, a.cause()
 	}
 	n, err := a.body.Read(b)
-	if err != nil && err != io.EOF && a.ctx.Err() != nil {
+	switch {
+	case err == io.EOF && !a.finish():
+		// net/http watches the connection from now on, and would take the deadline for
+		// the client's leaving.
+		err = a.cause()
+	case err != nil && err != io.EOF && a.ctx.Err() != nil:
 		err = a.cause()
 	}
 	return n, err
@@ -398,29 +319,4 @@ func (a *arrival) cause() error {
 		return err
 	}
 	return errShuttingDown
-}
-
-// line is who waits, in the order that they came.
-type line struct{ waiting []chan struct{} }
-
-func (l *line) join() chan struct{} {
-	me := make(chan struct{}, 1)
-	l.waiting = append(l.waiting, me)
-	return me
-}
-
-func (l *line) leave(me chan struct{}) {
-	l.waiting = slices.DeleteFunc(l.waiting, func(c chan struct{}) bool { return c == me })
-	l.wake()
-}
-
-// wake has the first try again.
-func (l *line) wake() {
-	if len(l.waiting) == 0 {
-		return
-	}
-	select {
-	case l.waiting[0] <- struct{}{}:
-	default:
-	}
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/budget"
 )
 
 // client is a body that comes as a test has it come, and keeps to its read deadline.
@@ -87,12 +88,14 @@ func (c *client) leave(a *arrival) {
 	}
 }
 
-// receive reads a body as spoolBody does, and leaves.
+// receive reads a body as receive does, and leaves.
 func (c *client) receive(a *arrival) error {
 	defer c.leave(a)
-	defer a.memory.Close()
-	_, whole, err := a.readHead(func(byte) error { return nil })
-	if err != nil || whole {
+	_, err := io.CopyN(discard{}, a, headSize+1)
+	if err == io.EOF {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	if err := a.takeSlot(); err != nil {
@@ -109,7 +112,7 @@ type discard struct{}
 func (discard) Write(b []byte) (int, error) { return len(b), nil }
 
 func testIntake(slots int) *intake {
-	return newIntake(context.Background(), slots, 64<<10, 10*time.Second)
+	return newIntake(context.Background(), slots, 64<<10, 10*time.Second, budget.New(1<<40), 1<<39)
 }
 
 func code(err error) api.Code {
@@ -123,7 +126,7 @@ func code(err error) api.Code {
 // client, what the client takes is.
 func TestPace(t *testing.T) {
 	read := func(t *testing.T, slow, between time.Duration) error {
-		in := newIntake(context.Background(), 1, 1, 10*time.Second)
+		in := newIntake(context.Background(), 1, 1, 10*time.Second, nil, 0)
 		c := newClient(20, 1, slow)
 		a := c.arrive(t, in)
 		defer c.leave(a)
@@ -143,29 +146,6 @@ func TestPace(t *testing.T) {
 			t.Errorf("below the rate: %v", err)
 		}
 	})
-}
-
-// TestHead: a body of up to 1 MiB needs no slot.
-func TestHead(t *testing.T) {
-	for size, wantWhole := range map[int]bool{0: true, 1: true, leastHead: true, leastHead + 1: true, headSize - 1: true, headSize: true, headSize + leastHead: false, headSize + 2*leastHead: false} {
-		synctest.Test(t, func(t *testing.T) {
-			in := testIntake(1)
-			c := newClient(size, 700, 0)
-			a := c.arrive(t, in)
-			head, whole, err := a.readHead(func(byte) error { return nil })
-			if err != nil || whole != wantWhole || whole && len(head) != size {
-				t.Errorf("%d bytes: %d, whole is %v, %v", size, len(head), whole, err)
-			}
-			if used := in.heads.Used(); used != int64(cap(head)) {
-				t.Errorf("%d bytes: %d are counted, and %d taken", size, used, cap(head))
-			}
-			a.memory.Close()
-			c.leave(a)
-			if in.memory.Used() != 0 || in.heads.Used() != 0 || len(in.arrivals) != 0 {
-				t.Errorf("%d bytes: something is left", size)
-			}
-		})
-	}
 }
 
 // TestSlowestEnds: a body that waits for a slot ends the slowest upload that is below
@@ -231,49 +211,61 @@ func TestFastKeepTheirSlots(t *testing.T) {
 	})
 }
 
-// TestHeadsAreSpent: those who have all the memory for heads, and do nothing with it or
-// wait for more, make room for a body that goes on.
-func TestHeadsAreSpent(t *testing.T) {
-	const n = 150
-	for name, test := range map[string]struct{ sent, piece int }{
-		"stand still":   {200 << 10, 200 << 10},
-		"want more":     {300 << 10, 300 << 10},
-		"wait for more": {1 << 20, 1 << 20},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			in := testIntake(16)
-			ends := make(chan error, n)
-			for range n {
-				c := newClient(1<<30, test.piece, 0)
-				a := c.arrive(t, in)
-				a.body = io.MultiReader(io.LimitReader(c, int64(test.sent)), readerFunc(func([]byte) (int, error) {
-					<-c.late()
-					return 0, os.ErrDeadlineExceeded
-				}))
-				go func() { ends <- c.receive(a) }()
-			}
-			time.Sleep(time.Second)
-			if used := in.heads.Used(); used < headMemory/2 || used > headMemory {
-				t.Errorf("%s: %d bytes of heads are used", name, used)
-			}
-			for range 3 {
-				began := time.Now()
-				c := newClient(200<<10, 64<<10, time.Millisecond)
-				if err := c.receive(c.arrive(t, in)); err != nil || time.Since(began) > 2*time.Second {
-					t.Errorf("%s: after %v: %v", name, time.Since(began), err)
-				}
-				time.Sleep(time.Second)
-			}
-			for range n {
-				if err := <-ends; code(err) != api.SlowUpload && code(err) != api.Busy {
-					t.Errorf("%s: %v", name, err)
-				}
-			}
-			if in.memory.Used() != 0 || len(in.arrivals) != 0 || in.free != 16 {
-				t.Errorf("%s: something is left", name)
-			}
-		})
-	}
+// TestBurst: who has sent much at once, and then nothing, is slow, whatever the average.
+func TestBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(1)
+		burst := newClient(1<<30, 1<<20, 0)
+		a := burst.arrive(t, in)
+		a.body = io.MultiReader(io.LimitReader(burst, 50<<20), readerFunc(func([]byte) (int, error) {
+			<-burst.late()
+			return 0, os.ErrDeadlineExceeded
+		}))
+		ended := make(chan error, 1)
+		go func() { ended <- burst.receive(a) }()
+		time.Sleep(3 * time.Second)
+		began := time.Now()
+		c := newClient(2<<20, 1<<20, 0)
+		if err := c.receive(c.arrive(t, in)); err != nil || time.Since(began) > 5*time.Second {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		if err := <-ended; code(err) != api.SlowUpload {
+			t.Errorf("the other ended with %v", err)
+		}
+	})
+}
+
+// TestEndedAfterItsEnd: a body that has been read is not ended, and leaves no deadline in
+// the past: net/http watches its connection.
+func TestEndedAfterItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(1)
+		c := newClient(100, 100, 0)
+		a := c.arrive(t, in)
+		if _, err := io.Copy(io.Discard, a); err != nil {
+			t.Fatal(err)
+		}
+		a.end(errEvicted)
+		synctest.Wait()
+		select {
+		case <-c.late():
+			t.Error("its deadline is in the past")
+		default:
+		}
+		c.leave(a)
+
+		c = newClient(100, 100, 0)
+		a = c.arrive(t, in)
+		a.end(errEvicted)
+		synctest.Wait()
+		if _, err := io.Copy(io.Discard, a); code(err) != api.SlowUpload {
+			t.Errorf("one that was ended before: %v", err)
+		}
+		c.leave(a)
+		if len(in.arrivals) != 0 {
+			t.Error("something is left")
+		}
+	})
 }
 
 type readerFunc func([]byte) (int, error)
@@ -290,7 +282,7 @@ func TestManyArrivals(t *testing.T) {
 			a := c.arrive(t, in)
 			go func() { ends <- c.receive(a) }()
 		}
-		time.Sleep(time.Second)
+		time.Sleep(2 * time.Second)
 		for range 100 {
 			c := newClient(5000, 5000, 0)
 			if err := c.receive(c.arrive(t, in)); err != nil {

@@ -57,7 +57,9 @@ func (h readiness) Handle(handler.Request) (handler.Response, error) {
 	}
 	keys, err := h.s.keys.now()
 	if err != nil {
-		h.s.Log.Warn().Err(err).Msg("not ready: reading the payload secret")
+		if h.s.refusals.allow(h.s.Log) { // anybody can ask
+			h.s.Log.Warn().Err(err).Msg("not ready: reading the payload secret")
+		}
 		return text(http.StatusServiceUnavailable, "the payload secret cannot be read"), nil
 	}
 	if len(keys) == 0 {

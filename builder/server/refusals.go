@@ -1,6 +1,7 @@
 package server
 
 import (
+	"strings"
 	"sync"
 	"time"
 
@@ -45,6 +46,7 @@ func (r *refusals) allow(log zerolog.Logger) bool {
 // countUnsigned counts a request that was refused before a signature had passed, and logs
 // it if there is room in the log.
 func (s *Server) countUnsigned(e *api.Error, id string) {
+	id = strings.ToValidUTF8(id[:min(len(id), maxCallID)], "")
 	s.metrics.Refused(e.Code)
 	if e.Code == api.Internal || s.refusals.allow(s.Log) {
 		s.Log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")

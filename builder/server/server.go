@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/rs/zerolog"
 
@@ -90,7 +91,7 @@ type Config struct {
 
 // waitingMemory is what builds that wait for a slot keep in memory, all together, in
 // bytes. What finds no room is read again from the disk when the slot is there.
-const waitingMemory = 64 << 20
+const waitingMemory = 32 << 20
 
 // tenant is the only one there is.
 const tenant = "default"
@@ -103,7 +104,6 @@ type Server struct {
 	keys     keyring
 	intake   *intake
 	disk     *budget.Budget // of all bodies
-	unsigned *budget.Budget // of it, for those whose signature has not passed
 	waiting  *budget.Budget // of memory, for builds that wait for a slot
 	builds   slots
 	checks   slots // of contexts that are sent ahead
@@ -138,10 +138,9 @@ func New(cfg Config) *Server {
 		checks:  make(slots, maxChecks),
 		flights: flights{all: make(map[flightID]*flight)},
 	}
-	s.unsigned = s.disk.Part(cfg.SpoolBytes / 2)
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
-	s.intake = newIntake(s.draining, cfg.MaxUploads, cfg.UploadMinRate, cfg.UploadGrace)
+	s.intake = newIntake(s.draining, cfg.MaxUploads, cfg.UploadMinRate, cfg.UploadGrace, s.disk, cfg.SpoolBytes/2)
 	s.daemons.count = cfg.Solver.Daemons
 	s.metrics = metrics.New(s.daemons.get)
 
@@ -203,9 +202,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.ServeHTTP(w, r)
 }
 
-// read are the headers that anything here looks at, and Accept-Encoding, at which the
+// readHeaders are those that anything here looks at, and Accept-Encoding, at which the
 // metrics do.
-var read = []string{
+var readHeaders = []string{
 	api.SignatureHeader, api.TimestampHeader, api.CallIDHeader, api.CallbackHeader,
 	"Accept", "Accept-Encoding", "Content-Type", "User-Agent",
 }
@@ -213,8 +212,8 @@ var read = []string{
 // kept is h without all that nobody reads. A request lives as long as its body takes to
 // come, and 16 KiB of short headers are 475 KiB in memory.
 func kept(h http.Header) http.Header {
-	few := make(http.Header, len(read))
-	for _, name := range read {
+	few := make(http.Header, len(readHeaders))
+	for _, name := range readHeaders {
 		for _, value := range h.Values(name) {
 			// Its own, not a part of all headers in one string.
 			few.Add(name, strings.Clone(value))
@@ -230,11 +229,16 @@ const segment = "segment"
 // maxCallID is longer than any id that a gateway makes.
 const maxCallID = 128
 
+// validCallID says that an answer can have id in it. Text answers have it on a line.
+func validCallID(id string) bool {
+	return id != "" && len(id) <= maxCallID && !strings.ContainsFunc(id, unicode.IsControl)
+}
+
 // nameCall returns the id of a request's build: the X-Call-Id that came with it, or one
 // made here. The answer has it in its own X-Call-Id.
 func nameCall(w http.ResponseWriter, r *http.Request) (id string, came bool) {
 	id = r.Header.Get(api.CallIDHeader)
-	if came = id != "" && len(id) <= maxCallID; !came {
+	if came = validCallID(id); !came {
 		id = w.Header().Get(api.CallIDHeader)
 	}
 	if id == "" {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bufio"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -72,17 +73,22 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	defer a.leave()
 
 	start := time.Now()
-	verifier := keys.Verifier(stamp)
-	opts.Limits, opts.Dir, opts.InMemory = s.Limits, s.TempDir, s.SpoolMemory
-	opts.Memory, opts.Disk, opts.Gate = a.memory, s.unsigned.Open(), s.intake.gate
-	opts.ContentKey = s.isolationKey(keys).ContentKey()
-	spool, err := spoolBody(a, verifier, opts, func(first byte) error {
-		// Only the text envelope carries its signature itself.
-		if first != '{' && macErr != nil {
-			return unauthorized(macErr)
+	body := bufio.NewReaderSize(a, 16)
+	if macErr != nil {
+		// Only the text envelope carries its signature itself, and its first byte tells.
+		if first, err := body.Peek(1); err != nil && err != io.EOF {
+			return nil, bodyError(err)
+		} else if len(first) == 0 || first[0] != '{' {
+			return nil, unauthorized(macErr)
 		}
-		return nil
-	})
+	}
+	verifier := keys.Verifier(stamp)
+	opts.Limits, opts.Dir, opts.InMemory, opts.Gate = s.Limits, s.TempDir, s.SpoolMemory, s.intake.gate
+	opts.HeadSize, opts.Larger = headSize, a.takeSlot
+	opts.HeadMemory, opts.HeadDisk = s.intake.heads.Open(), s.intake.headsDisk.Open()
+	opts.Memory, opts.Disk = s.intake.uploads.Open(), s.intake.uploadsDisk.Open()
+	opts.ContentKey = s.isolationKey(keys).ContentKey()
+	spool, err := payload.Receive(body, verifier, opts)
 	if err != nil {
 		return nil, bodyError(err)
 	}
@@ -113,28 +119,6 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	}
 	spool.Charge(s.waiting, s.disk)
 	return &upload{Spool: spool, keys: keys, signer: signer{key, stamp != ""}}, nil
-}
-
-// spoolBody stores a body that arrives, and writes what its signature is over to signed.
-// Beside an error it leaves nothing behind.
-func spoolBody(a *arrival, signed io.Writer, opts payload.Options, begins func(first byte) error) (_ *payload.Spool, err error) {
-	defer func() {
-		if err != nil {
-			opts.Memory.Close()
-			opts.Disk.Close()
-		}
-	}()
-	head, whole, err := a.readHead(begins)
-	if err != nil {
-		return nil, err
-	}
-	if whole {
-		return payload.Receive(head, nil, signed, opts)
-	}
-	if err := a.takeSlot(); err != nil {
-		return nil, err
-	}
-	return payload.Receive(head, a, signed, opts)
 }
 
 func canceled(cause error) error {

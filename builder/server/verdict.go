@@ -18,6 +18,9 @@ const findTimeout = 30 * time.Second
 // The status is 200 for a verdict of either kind, and 202 for none yet.
 func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	opts := reply.Options{ID: r.PathValue(segment), Start: time.Now()}
+	if !validCallID(opts.ID) {
+		opts.ID, _ = nameCall(w, r)
+	}
 	rec, by, err := s.verdict(r)
 	opts.Sign = by.sign
 	if err != nil {
@@ -40,6 +43,9 @@ func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error)
 		return rec, by, err
 	}
 	id := r.PathValue(segment)
+	if !validCallID(id) {
+		return rec, by, errNoBuild
+	}
 	if f := s.flights.find(by.key, id); f != nil {
 		return f.now(), by, nil
 	}
@@ -54,10 +60,12 @@ func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error)
 		return rec, by, err
 	}
 	if past == nil {
-		return rec, by, &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
+		return rec, by, errNoBuild
 	}
 	return recordOf(past), by, nil
 }
+
+var errNoBuild = &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
 
 // now is the flight's verdict, or how long it has been under way.
 func (f *flight) now() api.Record {
