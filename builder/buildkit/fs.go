@@ -21,7 +21,7 @@ import (
 // source is the part of a payload.Context that a contextFS reads.
 type source interface {
 	Entries() []payload.Entry
-	Open(*payload.Entry) *io.SectionReader
+	Open(*payload.Entry) io.Reader
 }
 
 // contextFS is a build context as fsutil sends it. It serves the daemon's

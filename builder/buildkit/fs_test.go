@@ -29,7 +29,7 @@ type memory struct {
 
 func (m *memory) Entries() []payload.Entry { return m.entries }
 
-func (m *memory) Open(e *payload.Entry) *io.SectionReader {
+func (m *memory) Open(e *payload.Entry) io.Reader {
 	return io.NewSectionReader(strings.NewReader(m.content[e.Path]), 0, e.Size)
 }
 
@@ -248,7 +248,7 @@ func TestTransferFollowsLinks(t *testing.T) {
 // brokenSource ends before its entries say.
 type brokenSource struct{ *memory }
 
-func (brokenSource) Open(e *payload.Entry) *io.SectionReader {
+func (brokenSource) Open(e *payload.Entry) io.Reader {
 	return io.NewSectionReader(strings.NewReader("short"), 0, e.Size)
 }
 

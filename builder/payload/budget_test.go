@@ -43,6 +43,68 @@ func TestIndexMemory(t *testing.T) {
 	}
 }
 
+// TestIndexMemoryAgain: what is replaced is not said to be there still, and the pieces of a
+// sparse file are.
+func TestIndexMemoryAgain(t *testing.T) {
+	var spans []int64
+	for i := range int64(60_000) {
+		spans = append(spans, 2*i, 1)
+	}
+	sparse := sparse01("context/s", 120_000, strings.Repeat("x", 60_000), spans...)
+	for name, tt := range map[string]struct {
+		body func() io.Reader
+		most float64
+	}{
+		"everything twice": {func() io.Reader {
+			var parts []io.Reader
+			for range 2 {
+				parts = append(parts, io.LimitReader(&manyEntries{n: 99_000, name: 60}, int64(len(config)+512*99_001)))
+			}
+			return io.MultiReader(parts[0], &skipper{r: parts[1], n: int64(len(config))}, strings.NewReader(end))
+		}, 1.5},
+		"sparse": {func() io.Reader {
+			return strings.NewReader(archive(sparse, sparse01("context/r", 120_000, strings.Repeat("x", 60_000), spans...)))
+		}, 1.6},
+	} {
+		memory := budget.New(1 << 40)
+		opts := testOptions(t)
+		opts.Memory, opts.InMemory = memory.Open(), 0
+		before := liveMemory()
+		s, err := receiveBody(tt.body(), io.Discard, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Payload(); err != nil {
+			t.Fatal(err)
+		}
+		said, is := float64(memory.Used()), float64(liveMemory()-before)
+		if ratio := said / is; ratio < 0.9 || ratio > tt.most {
+			t.Errorf("%s takes %.1f MiB, and says %.1f", name, is/(1<<20), said/(1<<20))
+		}
+		runtime.KeepAlive(s)
+		s.Close()
+		if memory.Used() != 0 {
+			t.Errorf("%s: %d bytes are left", name, memory.Used())
+		}
+	}
+}
+
+// skipper leaves the first n bytes of r out.
+type skipper struct {
+	r io.Reader
+	n int64
+}
+
+func (s *skipper) Read(p []byte) (int, error) {
+	if s.n > 0 {
+		if _, err := io.CopyN(io.Discard, s.r, s.n); err != nil {
+			return 0, err
+		}
+		s.n = 0
+	}
+	return s.r.Read(p)
+}
+
 // liveMemory is what the heap holds and something still refers to, in bytes.
 func liveMemory() uint64 {
 	debug.FreeOSMemory()

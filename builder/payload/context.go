@@ -4,6 +4,7 @@ import (
 	"io"
 	"io/fs"
 	"sort"
+	"unicode/utf8"
 )
 
 // Context is a build context that lies in a spooled tar. Once SetTimes has been
@@ -12,13 +13,14 @@ import (
 type Context struct {
 	entries []Entry
 	inodes  []inode
+	sparse  map[int32][]fragment // by inode
 	data    io.ReaderAt
 	sums    []contentSum // by inode; nil once SetTimes has been called
 }
 
-// Entry is a file, directory or symlink of a context.
+// Entry is a file, directory or symlink of a context, or an odd one.
 type Entry struct {
-	Path string      // slash-separated, relative to the context, clean, valid UTF-8
+	Path string      // slash-separated, relative to the context, clean
 	Mode fs.FileMode // with setuid, setgid and sticky
 
 	// inode is an index into Context.inodes, the same for all of a regular
@@ -35,7 +37,23 @@ type Entry struct {
 
 const noInode = -1
 
-// inode is where a regular file's content lies in the tar.
+// Odd says why BuildKit cannot be given the entry; "" where it can. Who serves a
+// Context judges those that would be sent.
+func (e *Entry) Odd() string {
+	switch {
+	case e.Mode&fs.ModeDevice != 0:
+		return "a device"
+	case e.Mode&fs.ModeNamedPipe != 0:
+		return "a FIFO"
+	case !utf8.ValidString(e.Path):
+		return "a path that is not UTF-8"
+	case e.Mode&fs.ModeSymlink != 0 && !utf8.ValidString(e.Linkname):
+		return "a symlink to a path that is not UTF-8"
+	}
+	return ""
+}
+
+// inode is where a regular file's content lies in the tar, if it is not sparse.
 type inode struct {
 	offset, size int64
 }
@@ -57,11 +75,14 @@ func (c *Context) Find(path string) *Entry {
 
 // Open reads a regular file's content, a hard link's too. Of anything else it
 // reads nothing.
-func (c *Context) Open(e *Entry) *io.SectionReader {
+func (c *Context) Open(e *Entry) io.Reader {
 	if e.inode == noInode {
 		return io.NewSectionReader(c.data, 0, 0)
 	}
 	n := c.inodes[e.inode]
+	if fragments, ok := c.sparse[e.inode]; ok {
+		return &sparseReader{tar: c.data, fragments: fragments, size: n.size}
+	}
 	return io.NewSectionReader(c.data, n.offset, n.size)
 }
 

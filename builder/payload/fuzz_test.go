@@ -9,6 +9,7 @@ import (
 	"path"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"handler/function/payload"
 )
@@ -33,7 +34,12 @@ func FuzzReceive(f *testing.F) {
 		}
 	}
 	body := archive(file("context/a/b", "data"), hardlink("context/0", "context/a/b"), symlink("context/s", "../x"), file("beside", "x"))
-	for _, body := range []string{body, gzipped(f, body), zstded(f, body), enveloped(body)} {
+	again := archive(file("context/a/b", "data"), hardlink("context/0", "context/a/b"), file("context/a/b", "new"), file("context/a", ""), dir("context/a"),
+		header{name: "context/fifo", typ: '6'}.String(), file("context/\xe9", ""), file(`context/\`, ""), hardlink("context/\xe9", "context/fifo"))
+	for _, sparse := range []func(string, int64, string, ...int64) string{sparse00, sparse01, sparse10, sparseGNU} {
+		f.Add([]byte(archive(sparse("context/s", 3000, "some data", 0, 4, 2000, 5), sparse("context/s", 10, "", 10, 0))))
+	}
+	for _, body := range []string{body, again, gzipped(f, body), zstded(f, body), enveloped(body), gzipped(f, again) + end, zstded(f, again) + end} {
 		f.Add([]byte(body))
 	}
 	opts := fuzzOptions(f)
@@ -77,7 +83,8 @@ func checkContext(t *testing.T, p *payload.Payload, limits payload.Limits) {
 		if i > 0 && payload.ComparePath(entries[i-1].Path, e.Path) >= 0 {
 			t.Errorf("%q after %q", e.Path, entries[i-1].Path)
 		}
-		if !fs.ValidPath(e.Path) || e.Path == "." || strings.ContainsAny(e.Path, "\x00\\") || len(e.Path) > limits.Path {
+		// What is not UTF-8 is valid otherwise.
+		if !fs.ValidPath(strings.ToValidUTF8(e.Path, "x")) || e.Path == "." || strings.Contains(e.Path, "\x00") || len(e.Path) > limits.Path {
 			t.Errorf("path %q", e.Path)
 		}
 		if parent := path.Dir(e.Path); parent != "." && !seen[parent].Mode.IsDir() {
@@ -86,8 +93,9 @@ func checkContext(t *testing.T, p *payload.Payload, limits payload.Limits) {
 		if e.Mode.Type() == fs.ModeSymlink && e.Linkname == "" || e.Mode.IsDir() && e.Linkname != "" {
 			t.Errorf("%q of mode %v links to %q", e.Path, e.Mode, e.Linkname)
 		}
-		if e.Mode.Type()&^(fs.ModeDir|fs.ModeSymlink) != 0 {
-			t.Errorf("%q of mode %v", e.Path, e.Mode)
+		odd := e.Mode.Type()&^(fs.ModeDir|fs.ModeSymlink) != 0 || !utf8.ValidString(e.Path) || e.Mode.Type() == fs.ModeSymlink && !utf8.ValidString(e.Linkname)
+		if odd != (e.Odd() != "") {
+			t.Errorf("%q of mode %v, linked to %q, is odd: %q", e.Path, e.Mode, e.Linkname, e.Odd())
 		}
 		if e.Mode.IsRegular() && e.Linkname != "" {
 			first, ok := seen[e.Linkname]

@@ -15,9 +15,6 @@ import (
 	"runtime/debug"
 	"sync"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-
 	"handler/function/api"
 	"handler/function/budget"
 )
@@ -73,10 +70,6 @@ type Options struct {
 	// The Context cannot be read then.
 	Raw bool
 }
-
-// maxWindow bounds the memory of a zstd decoder. It is what RFC 8878 recommends
-// to support, and what zstd's levels up to 19 use.
-const maxWindow = 8 << 20
 
 // readSize is how much of a stored body is read at once.
 const readSize = 64 << 10
@@ -232,7 +225,7 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	}
 	if s.form == formTar {
 		tap(func(r io.Reader) {
-			s.hold(func() (*Payload, error) { return index(r, s.raw, &s.opts, s.memory) })
+			s.hold(func() (*Payload, error) { return index(r, s.raw, true, &s.opts, s.memory) })
 		})
 	}
 	// A plain tar can be summed later: while it arrives, the signature and the index
@@ -315,11 +308,11 @@ func (s *Spool) readEnvelope(text io.Reader, w io.Writer) error {
 	return err
 }
 
-// hold keeps what f returns for [Spool.Payload]. That there was no memory for an index
-// is nothing to tell: it can be made later.
+// hold keeps what f returns for [Spool.Payload]. That there is no index yet, for want of
+// memory or of a signature, is nothing to tell: it can be made later.
 func (s *Spool) hold(f func() (*Payload, error)) {
 	p, err := guard(f)
-	if errors.Is(err, errMemory) {
+	if errors.Is(err, errMemory) || errors.Is(err, errLater) {
 		return
 	}
 	if err != nil {
@@ -407,7 +400,7 @@ func (s *Spool) open() (*Payload, error) {
 	var r io.Reader = bufio.NewReaderSize(s.Raw(), readSize)
 	f := s.form
 	if f == formTar {
-		return index(r, s.raw, &s.opts, s.memory)
+		return index(r, s.raw, false, &s.opts, s.memory)
 	}
 	if f == formEnvelope {
 		inner, end := s.openEnvelope(r)
@@ -416,16 +409,16 @@ func (s *Spool) open() (*Payload, error) {
 		first, _ := b.Peek(magicLen) // nothing at all is a tar that ends early
 		r, f = b, formOf(first)
 	}
-	d, err := newDecompressor(f, r)
+	d, err := newDecompressor(f, bufio.NewReaderSize(r, readSize))
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
 	if s.opts.Raw {
-		return index(d, nil, &s.opts, s.memory)
+		return index(d, nil, false, &s.opts, s.memory)
 	}
 	unpacked := &store{dir: s.opts.Dir, most: s.opts.InMemory, memory: s.memory, disk: s.unpack.Open()}
-	p, err := index(io.TeeReader(d, unpacked), unpacked, &s.opts, s.memory)
+	p, err := index(io.TeeReader(d, unpacked), unpacked, false, &s.opts, s.memory)
 	if err == nil {
 		err = unpacked.finish()
 	}
@@ -529,58 +522,6 @@ func IsBody(b []byte) bool {
 	}
 	_, err := tar.NewReader(bytes.NewReader(b)).Next()
 	return len(b) >= blockLen && !errors.Is(err, tar.ErrHeader)
-}
-
-// decompressor reads what f holds, and words its errors for the client.
-type decompressor struct {
-	name  string
-	r     io.Reader
-	close func()
-}
-
-func newDecompressor(f form, in io.Reader) (*decompressor, error) {
-	switch f {
-	case formGzip:
-		r, err := gzip.NewReader(in)
-		if err != nil {
-			return nil, refuse(err, "reading gzip: %s", decompressError(err))
-		}
-		return &decompressor{name: "gzip", r: r, close: func() {}}, nil
-	case formZstd:
-		// One at a time means no goroutines.
-		r, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, refuse(err, "reading zstd: %s", decompressError(err))
-		}
-		return &decompressor{name: "zstd", r: r, close: r.Close}, nil
-	default:
-		return &decompressor{name: "tar", r: in, close: func() {}}, nil
-	}
-}
-
-func (d *decompressor) Read(p []byte) (int, error) {
-	n, err := d.r.Read(p)
-	switch {
-	case err == nil || err == io.EOF:
-		return n, err
-	case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):
-		return n, tooLarge("the zstd window is over the limit of %d bytes", maxWindow)
-	}
-	return n, refuse(err, "reading %s: %s", d.name, decompressError(err))
-}
-
-func (d *decompressor) Close() { d.close() }
-
-func decompressError(err error) string {
-	switch {
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
-		return "it is cut short"
-	case errors.Is(err, gzip.ErrHeader) || errors.Is(err, zstd.ErrMagicMismatch):
-		return "something else follows it"
-	case errors.Is(err, gzip.ErrChecksum) || errors.Is(err, zstd.ErrCRCMismatch):
-		return "its checksum is wrong"
-	}
-	return "it is corrupt"
 }
 
 func refuse(cause error, format string, args ...any) error {

@@ -231,7 +231,7 @@ func TestPayload(t *testing.T) {
 			warning: `5 entries of the tar beside context/ ignored: "src", "src/a", "src/b", …`,
 		},
 		{name: "global headers", body: pax('g', "comment=0123456789") + config + ctx + pax('g', "comment=x") + end},
-		{name: "volatile records", body: config + ctx + pax('x', "SCHILY.xattr.user.a=b", "LIBARCHIVE.creationtime=1", "atime=1.5") + file("context/x", "x") + end},
+		{name: "volatile records", body: config + ctx + pax('x', "SCHILY.acl.access=b", "LIBARCHIVE.creationtime=1", "atime=1.5") + file("context/x", "x") + end},
 		{name: "V7", body: config + ctx + header{name: "context/old", typ: 0xff, magic: "\x00\x00\x00\x00\x00\x00\x00\x00", set: map[int]string{156: "\x00"}}.String() + end},
 		{name: "GNU magic", body: config + ctx + header{name: "context/gnu", magic: "ustar  \x00"}.String() + end},
 		{name: "GNU long name", body: config + ctx + special('L', "context/"+strings.Repeat("n", 200)+"\x00") + file("x", "y") + end},

@@ -116,6 +116,64 @@ func special(typ byte, data string) string {
 	return header{name: "meta", typ: typ, size: int64(len(data))}.String() + padded(data)
 }
 
+// sparse01 is a sparse file in GNU's PAX format 0.1: spans are offsets and sizes of
+// its data in turn.
+func sparse01(name string, size int64, data string, spans ...int64) string {
+	return pax('x', "GNU.sparse.major=0", "GNU.sparse.minor=1", fmt.Sprint("GNU.sparse.size=", size),
+		fmt.Sprint("GNU.sparse.numblocks=", len(spans)/2), "GNU.sparse.map="+joined(spans, ","), "GNU.sparse.name="+name) + file("f", data)
+}
+
+// sparse00 is the same in format 0.0, whose map is a record for each number.
+func sparse00(name string, size int64, data string, spans ...int64) string {
+	records := []string{"path=" + name, fmt.Sprint("GNU.sparse.size=", size), fmt.Sprint("GNU.sparse.numblocks=", len(spans)/2)}
+	for i := 0; i < len(spans); i += 2 {
+		records = append(records, fmt.Sprint("GNU.sparse.offset=", spans[i]), fmt.Sprint("GNU.sparse.numbytes=", spans[i+1]))
+	}
+	return pax('x', records...) + file("f", data)
+}
+
+// sparse10 is the same in format 1.0, whose map is before the data.
+func sparse10(name string, size int64, data string, spans ...int64) string {
+	return pax('x', "GNU.sparse.major=1", "GNU.sparse.minor=0", fmt.Sprint("GNU.sparse.realsize=", size), "GNU.sparse.name="+name) +
+		file("f", padded(fmt.Sprintf("%d\n%s\n", len(spans)/2, joined(spans, "\n")))+data)
+}
+
+// sparseGNU is the same in GNU's old format, whose map is in the header and in blocks
+// after it.
+func sparseGNU(name string, size int64, data string, spans ...int64) string {
+	numbers := func(spans []int64) string {
+		var b strings.Builder
+		for _, n := range spans {
+			b.WriteString(octal(n, 12))
+		}
+		return b.String()
+	}
+	inHeader := min(len(spans), 8)
+	h := header{name: name, typ: 'S', size: int64(len(data)), magic: "ustar  \x00", set: map[int]string{386: numbers(spans[:inHeader]), 483: octal(size, 12)}}
+	rest := spans[inHeader:]
+	if len(rest) > 0 {
+		h.set[482] = "\x01"
+	}
+	var more strings.Builder
+	for len(rest) > 0 {
+		n := min(len(rest), 42)
+		b := []byte(padded(numbers(rest[:n])))
+		if rest = rest[n:]; len(rest) > 0 {
+			b[504] = 1
+		}
+		more.Write(b)
+	}
+	return h.String() + more.String() + padded(data)
+}
+
+func joined(numbers []int64, by string) string {
+	s := make([]string, len(numbers))
+	for i, n := range numbers {
+		s[i] = fmt.Sprint(n)
+	}
+	return strings.Join(s, by)
+}
+
 var (
 	config = file(configName, "{}")
 	end    = strings.Repeat("\x00", 1024)
@@ -158,4 +216,32 @@ var zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
 
 func enveloped(s string) string {
 	return `{"signature":"sha256=00","tar":"` + base64.StdEncoding.EncodeToString([]byte(s)) + `"}`
+}
+
+// zstdForms packs s with and without a checksum, in one piece and as a stream, at both
+// ends of the encoder's levels.
+func zstdForms(t testing.TB, s string) []string {
+	t.Helper()
+	var forms []string
+	for _, level := range []zstd.EncoderLevel{zstd.SpeedFastest, zstd.SpeedBetterCompression} {
+		for _, crc := range []bool{true, false} {
+			var b bytes.Buffer
+			w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(1<<16), zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(crc))
+			if err != nil {
+				t.Fatal(err)
+			}
+			forms = append(forms, string(w.EncodeAll([]byte(s), nil)))
+			for _, p := range []string{s[:len(s)/2], s[len(s)/2:]} {
+				if _, err := w.Write([]byte(p)); err != nil {
+					t.Fatal(err)
+				}
+				w.Flush()
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			forms = append(forms, b.String())
+		}
+	}
+	return forms
 }
