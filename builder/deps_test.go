@@ -34,6 +34,7 @@ var imports = map[string][]string{
 var reserved = []struct{ module, by, why string }{
 	{"github.com/moby/buildkit", "buildkit", "everything else can be read and tested without a daemon in mind"},
 	{"github.com/tonistiigi/fsutil", "buildkit", "it is BuildKit's wire format"},
+	{"github.com/moby/patternmatcher", "buildkit", "what .dockerignore means is BuildKit's to say"},
 	{"google.golang.org/grpc", "buildkit", "it is BuildKit's transport"},
 	{"github.com/docker/", "registry", "credentials are read in one place; go-units is the exception"},
 	{"github.com/aws/", "clouds", "the rest knows Docker's helpers by name"},

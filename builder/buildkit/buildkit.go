@@ -130,7 +130,7 @@ func (s *Solver) Daemons(ctx context.Context) solve.Daemons {
 //
 // # Errors
 //
-// Every error is an *api.Error: build_failed, registry_denied, registry_failed,
+// Every error is an *api.Error: bad_tar, build_failed, registry_denied, registry_failed,
 // registry_timeout, deadline, daemon_lost, daemon_full, no_daemon or internal;
 // when ctx ended, its cause if that is one, and else canceled.
 func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
@@ -139,6 +139,12 @@ func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (
 
 func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextFS, log solve.Log) (solve.Outcome, solve.Stats, error) {
 	defer files.close()
+	checking, stop := context.WithTimeout(ctx, s.cfg.BuildTimeout)
+	err := files.checkSent(checking, req.Config.Dockerfile)
+	stop()
+	if err != nil {
+		return solve.Outcome{}, solve.Stats{}, api.AsError(err)
+	}
 	b := s.newBuild(req, files, log)
 	for _, w := range b.warnings {
 		b.progress.warn(w)

@@ -30,6 +30,7 @@ type source interface {
 type contextFS struct {
 	src     source
 	entries []payload.Entry
+	odd     bool         // some of the entries are, and left out
 	sent    atomic.Int64 // bytes of file content read
 
 	mu     sync.RWMutex // held for reading while the source is read
@@ -41,7 +42,9 @@ type contextFS struct {
 func FS(c *payload.Context) fsutil.FS { return newContextFS(c) }
 
 func newContextFS(src source) *contextFS {
-	return &contextFS{src: src, entries: src.Entries()}
+	entries := src.Entries()
+	odd := slices.ContainsFunc(entries, func(e payload.Entry) bool { return e.Odd() != "" })
+	return &contextFS{src: src, entries: entries, odd: odd}
 }
 
 // close returns when no read is under way.
@@ -58,7 +61,8 @@ func (f *contextFS) find(p string) (int, bool) {
 	})
 }
 
-// Walk follows filepath.WalkDir, but for the root, which fsutil wants left out.
+// Walk follows filepath.WalkDir, but for the root, which fsutil wants left out, and for
+// what BuildKit cannot be given: checkSent has found that it need not be.
 // A target that does not exist is no error, as it is none in fsutil.NewFS.
 func (f *contextFS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) error {
 	first, within := 0, ""
@@ -79,6 +83,9 @@ func (f *contextFS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) 
 			continue
 		}
 		skip = ""
+		if f.odd && e.Odd() != "" {
+			continue
+		}
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}

@@ -77,7 +77,7 @@ func sample() *memory {
 	m.add("out -> /etc/passwd", 0, "")
 	m.add("second => dir/a", 0o600, "")
 	m.add("third => second", 0o600, "")
-	m.add("weird\nname\xff", 0o644, "w")
+	m.add("weird\nname\\", 0o644, "w")
 	return m
 }
 

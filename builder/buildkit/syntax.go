@@ -2,29 +2,34 @@ package buildkit
 
 import (
 	"io"
+	"io/fs"
 	"path"
 	"strings"
 
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
+
+	"handler/function/payload"
 )
 
 // maxDockerfile is how much of a Dockerfile is read for its syntax line, which
 // is among the first.
 const maxDockerfile = 1 << 20 // bytes
 
-// maxLinks is how many symlinks a Dockerfile's name may lead through.
-const maxLinks = 10
+// maxLinks is how many symlinks a file's name may lead through.
+const maxLinks = 255 // as containerd's, which resolves them for the frontend
+
+const defaultDockerfile = "Dockerfile"
 
 // syntaxLine is the frontend that the Dockerfile asks for, or empty. What
 // cannot be read has none: the daemon says what is wrong with it.
 func syntaxLine(f *contextFS, name string) string {
 	if name == "" {
-		name = "Dockerfile"
+		name = defaultDockerfile
 	}
-	r := openDockerfile(f, name)
-	if r == nil && path.Base(name) == "Dockerfile" {
+	r := openFile(f, name)
+	if r == nil && path.Base(name) == defaultDockerfile {
 		// The frontend falls back to this one too.
-		r = openDockerfile(f, path.Join(path.Dir(name), "dockerfile"))
+		r = openFile(f, path.Join(path.Dir(name), "dockerfile"))
 	}
 	if r == nil {
 		return ""
@@ -37,26 +42,37 @@ func syntaxLine(f *contextFS, name string) string {
 	return syntax
 }
 
-func openDockerfile(f *contextFS, name string) io.Reader {
-	for range maxLinks {
-		name = strings.TrimPrefix(path.Clean("/"+name), "/")
-		i, ok := f.find(name)
-		if !ok {
-			return nil
+// openFile opens the regular file that name leads to, through symlinks, none of which
+// leaves the context; nil where there is none.
+func openFile(f *contextFS, name string) io.Reader {
+	name = strings.TrimPrefix(path.Clean("/"+name), "/")
+	for links, from := 0, 0; ; {
+		end := len(name)
+		if i := strings.IndexByte(name[from:], '/'); i >= 0 {
+			end = from + i
 		}
-		if e := &f.entries[i]; e.Linkname != "" && !e.Mode.IsRegular() {
-			if path.IsAbs(e.Linkname) {
-				name = e.Linkname
-			} else {
-				name = path.Join(path.Dir(name), e.Linkname)
+		var e payload.Entry // of no mode where there is none
+		if i, ok := f.find(name[:end]); ok {
+			e = f.entries[i]
+		}
+		switch {
+		case e.Mode&fs.ModeSymlink != 0:
+			if links++; links > maxLinks {
+				return nil
 			}
-			continue
+			target := e.Linkname
+			if !path.IsAbs(target) {
+				target = path.Join("/", path.Dir(e.Path), target)
+			}
+			name, from = strings.TrimPrefix(path.Join(target, name[end:]), "/"), 0
+		case end < len(name):
+			from = end + 1
+		default:
+			file, err := f.file(name)
+			if err != nil {
+				return nil
+			}
+			return f.src.Open(file)
 		}
-		e, err := f.file(name)
-		if err != nil {
-			return nil
-		}
-		return f.src.Open(e)
 	}
-	return nil
 }
