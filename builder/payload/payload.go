@@ -139,7 +139,7 @@ func (s *Spool) receive(body io.Reader, signed io.Writer) error {
 	}
 	if whole {
 		if s.form == formEnvelope {
-			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(s.Raw(), signed) })
+			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(s.Raw(), s.size, signed) })
 		}
 		return nil
 	}
@@ -218,7 +218,7 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	copyTo(&work, in.tap(), s.raw)
 	if s.form == formEnvelope {
 		tap(func(r io.Reader) {
-			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(r, signed) })
+			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(r, readSize, signed) })
 		})
 	} else {
 		copyTo(&work, in.tap(), signed)
@@ -300,10 +300,11 @@ func copyTo(work *sync.WaitGroup, t *tap, w io.Writer) {
 	})
 }
 
-// readEnvelope writes the tar in a text envelope to w, and keeps the signature.
-func (s *Spool) readEnvelope(text io.Reader, w io.Writer) error {
+// readEnvelope writes the tar in a text envelope to w, and keeps the signature. size is
+// the text's, or what is enough for all.
+func (s *Spool) readEnvelope(text io.Reader, size int64, w io.Writer) error {
 	e := &envelope{}
-	err := e.read(text, max(s.size, readSize), w)
+	err := e.read(text, size, w)
 	s.signature = e.signature
 	return err
 }
@@ -439,7 +440,7 @@ func (s *Spool) openEnvelope(r io.Reader) (tar io.Reader, end func()) {
 	pr, pw := io.Pipe()
 	var work sync.WaitGroup
 	work.Go(func() {
-		_, err := guard(func() (*Payload, error) { return nil, s.readEnvelope(r, pw) })
+		_, err := guard(func() (*Payload, error) { return nil, s.readEnvelope(r, s.size, pw) })
 		pw.CloseWithError(err)
 	})
 	return pr, func() {
