@@ -471,6 +471,7 @@ func TestAttributes(t *testing.T) {
 		},
 		"many":        {many, `extended attributes left out, of 4 entries; without their capabilities are: "a", "b", "c", …`},
 		"replaced":    {capability + file("context/x", "") + file("context/x", ""), ""},
+		"dropped":     {capability + file("context/d/x", "") + file("context/d", ""), ""},
 		"beside":      {capability + file("x", ""), `1 entry of the tar beside context/ ignored: "x"`},
 		"of the rest": {pax('x', "SCHILY.dev=1", "LIBARCHIVE.creationtime=1") + file("context/x", ""), ""},
 	} {

@@ -218,8 +218,9 @@ func enveloped(s string) string {
 	return `{"signature":"sha256=00","tar":"` + base64.StdEncoding.EncodeToString([]byte(s)) + `"}`
 }
 
-// zstdForms packs s with and without a checksum, in one piece and as a stream, at both
-// ends of the encoder's levels.
+// zstdForms packs s with and without a checksum, in one piece, as a stream and in many
+// frames, at both ends of the encoder's levels. All of it ends with a frame of one byte
+// that is repeated.
 func zstdForms(t testing.TB, s string) []string {
 	t.Helper()
 	var forms []string
@@ -241,7 +242,18 @@ func zstdForms(t testing.TB, s string) []string {
 				t.Fatal(err)
 			}
 			forms = append(forms, b.String())
+			var pieces []byte
+			for rest := s; rest != ""; {
+				n := min(len(rest), 1+len(pieces)/10)
+				pieces = w.EncodeAll([]byte(rest[:n]), pieces)
+				rest = rest[n:]
+			}
+			forms = append(forms, string(pieces))
 		}
+	}
+	// 100 zeros: a single segment, its size in one byte, and one block.
+	for i := range forms {
+		forms[i] += "\x28\xb5\x2f\xfd\x20\x64\x23\x03\x00\x00"
 	}
 	return forms
 }
