@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -132,6 +133,38 @@ func TestContexts(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+// TestOddContext: what may be ignored is taken in, and the build that names it judges.
+func TestOddContext(t *testing.T) {
+	solver := &scripted{solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
+		if e := req.Context.Find("fifo"); e == nil || e.Odd() == "" {
+			t.Errorf("the build has %+v", e)
+		}
+		return solve.Outcome{}, solve.Stats{}, nil
+	}}
+	f := start(t, solver, func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range []*tar.Header{
+		{Name: "context/", Typeflag: tar.TypeDir}, {Name: "context/fifo", Typeflag: tar.TypeFifo}, {Name: "context/caf\xe9", Format: tar.FormatGNU},
+		{Name: "context/f", PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x"}},
+	} {
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	digest := digestOf(b.Bytes())
+	if a := f.do(t, f.context(t, "PUT", digest, b.Bytes())); a.status != http.StatusCreated {
+		t.Fatalf("%d %s", a.status, a.body)
+	}
+	a := f.do(t, f.request(t, packTar(t, api.ConfigFile, `{"image":"ghcr.io/acme/app:v1","context":{"digest":"`+digest+`"}}`)))
+	if a.status != http.StatusOK || len(a.rec.Warnings) != 1 || !strings.Contains(a.rec.Warnings[0], `capabilities are: "f"`) {
+		t.Errorf("%d %s, warnings %q", a.status, a.body, a.rec.Warnings)
 	}
 }
 
