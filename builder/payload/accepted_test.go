@@ -95,6 +95,18 @@ func TestAccepted(t *testing.T) {
 			warnings: `4 entries of the tar beside context/ ignored: "x/a", "x/a", "x", …`,
 		},
 
+		// Below symlinks.
+		{
+			name: "a file below a symlink to a directory",
+			body: archive(dir("context/usr"), dir("context/usr/lib"), symlink("context/lib", "usr/lib"), file("context/lib/f", "1"), file("context/lib/d/g", "2"), hardlink("context/h", "context/lib/f")),
+			want: []string{"-rw-r--r-- 1 h = 1", "Lrwxrwxrwx 7 lib -> usr/lib", "drwxr-xr-x 0 usr", "drwxr-xr-x 0 usr/lib", "drwxr-xr-x 0 usr/lib/d", "-rw-r--r-- 1 usr/lib/d/g = 2", "-rw-r--r-- 1 usr/lib/f -> h = 1"},
+		},
+		{
+			name: "what leads outside stays inside",
+			body: archive(dir("context/etc"), symlink("context/l", "/etc"), symlink("context/m", "../../../l/."), file("context/m/f", "1"), symlink("context/r", ".."), file("context/r/g", "2")),
+			want: []string{"drwxr-xr-x 0 etc", "-rw-r--r-- 1 etc/f = 1", "-rw-r--r-- 1 g = 2", "Lrwxrwxrwx 4 l -> /etc", "Lrwxrwxrwx 12 m -> ../../../l/.", "Lrwxrwxrwx 2 r -> .."},
+		},
+
 		// Names and links.
 		{
 			name: "backslashes",

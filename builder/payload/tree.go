@@ -18,6 +18,10 @@ const (
 
 	symlinkMode = fs.ModeSymlink | 0o777 // as lstat gives it
 
+	maxLinks = 40 // that Linux follows in one path
+
+	freeLookups = 4096 // bytes of names that are looked up for an entry
+
 	noEntry = -1
 )
 
@@ -32,6 +36,10 @@ type node struct {
 
 // addContext takes in an entry at rel in the context.
 func (x *indexer) addContext(rel string, hdr *tar.Header) error {
+	rel, err := x.through(rel)
+	if err != nil {
+		return err
+	}
 	for part := range strings.SplitSeq(rel, "/") {
 		if len(part) > maxName {
 			return x.refuse(fmt.Sprintf("a name over %d bytes in its path", maxName))
@@ -49,7 +57,6 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	} else if sec > maxSecond {
 		e.ModTime = maxSecond * second
 	}
-	var err error
 	switch hdr.Typeflag {
 	case tar.TypeDir:
 		e.Mode |= fs.ModeDir
@@ -63,6 +70,11 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 		err = x.take(e.Size)
 	case tar.TypeLink:
 		target, ok := strings.CutPrefix(path.Clean(hdr.Linkname), api.ContextDir+"/")
+		if ok {
+			if target, err = x.through(target); err != nil {
+				return err
+			}
+		}
 		i, there := x.paths[target]
 		if !ok || !there || x.entries.at(i).Mode.IsDir() {
 			return x.refuse(fmt.Sprintf("a hard link to %s, which is no earlier file or symlink of the context", quote(hdr.Linkname)))
@@ -95,6 +107,60 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	n := x.nodes.at(i)
 	n.attributed, n.capable = attributes(hdr)
 	return nil
+}
+
+// through follows the symlinks above the last name of rel, as extracting does where the
+// context is the root of the file system.
+func (x *indexer) through(rel string) (string, error) {
+	slash := strings.LastIndexByte(rel, '/')
+	if slash < 0 {
+		return rel, nil
+	}
+	if i, ok := x.paths[rel[:slash]]; ok && x.entries.at(i).Mode.IsDir() {
+		return rel, nil
+	}
+	var link string // the last one
+	var links, to int
+	for from, looked := 0, 0; ; {
+		next := strings.IndexByte(rel[from:], '/')
+		if next < 0 {
+			return rel, nil
+		}
+		end := from + next
+		from = end + 1
+		// A path may have thousands of parts, each of which takes a look: that is counted
+		// like names, but for what paths usually have.
+		if looked += end; looked > freeLookups {
+			if err := x.countNames(end/16 + 1); err != nil {
+				return "", err
+			}
+		}
+		i, ok := x.paths[rel[:end]]
+		switch {
+		case !ok && end <= to || links > maxLinks:
+			return "", x.refuse(fmt.Sprintf("%s is not a directory", quote(api.ContextDir+"/"+link)))
+		case !ok:
+			return rel, nil
+		case x.entries.at(i).Mode&fs.ModeSymlink == 0:
+			continue
+		}
+		e := x.entries.at(i)
+		target := e.Linkname
+		if !path.IsAbs(target) {
+			target = path.Join(path.Dir(e.Path), target)
+		}
+		// What is inside stays inside.
+		target = strings.TrimPrefix(path.Join("/", target), "/")
+		links, link, to = links+1, e.Path, len(target)
+		rel = strings.TrimPrefix(path.Join("/", target, rel[end:]), "/")
+		if len(rel) > x.limits.Path {
+			return "", tooLarge("tar entry %s: a path over the limit of %d bytes (max_path_bytes) through the symlink %s", quote(x.last), x.limits.Path, quote(link))
+		}
+		if err := x.countNames(len(target)); err != nil {
+			return "", err
+		}
+		from = 0
+	}
 }
 
 // addFile reads a regular file's data, and returns its inode.

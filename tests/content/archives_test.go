@@ -71,6 +71,7 @@ func TestExtracted(t *testing.T) {
 		{"a hard link keeps what it linked to", head + file("context/a", "old") + hardlink("context/l", "context/a") + file("context/a", "new")},
 		{"a hard link over a file", head + file("context/a", "1") + file("context/b", "2") + hardlink("context/a", "context/b")},
 		{"a hard link to a symlink", head + symlink("context/s", "Dockerfile") + hardlink("context/l", "context/s")},
+		{"files below a symlink", head + dirMode("context/usr", "0000755") + dirMode("context/usr/lib", "0000755") + symlink("context/lib", "usr/lib") + file("context/lib/f", "1") + hardlink("context/h", "context/lib/f")},
 		{"backslashes", head + file(`context/a\b`, "1") + file(`context/..\..\c`, "2") + symlink("context/l", `a\b`) + dirMode(`context/C:\`, "0000755")},
 		{"contiguous files", head + block("context/f", '7', 1, nil) + data("c")},
 		{"odd entries that are left out", head + file("context/.dockerignore", "run\nfixtures/caf*\nodd*\n") + dirMode("context/run", "0000755") + block("context/run/agent", '6', 0, nil) +
