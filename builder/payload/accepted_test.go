@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"handler/function/budget"
+
+	"handler/function/payload"
 )
 
 // TestAccepted shows what becomes of archives that look wrong at first, and which
@@ -391,7 +393,7 @@ func TestSparseWaits(t *testing.T) {
 	opts := testOptions(t)
 	opts.Memory = memory.Open()
 	began := time.Now()
-	s, err := receiveBody(strings.NewReader(body), io.Discard, opts)
+	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -432,7 +434,7 @@ func TestPadding(t *testing.T) {
 			if n%50 == 0 {
 				packed = enveloped(packed)
 			}
-			s, err := receiveBody(strings.NewReader(packed), io.Discard, testOptions(t))
+			s, err := payload.Receive(strings.NewReader(packed), io.Discard, testOptions(t))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -70,7 +70,7 @@ func TestIndexMemoryAgain(t *testing.T) {
 		opts := testOptions(t)
 		opts.Memory, opts.InMemory = memory.Open(), 0
 		before := liveMemory()
-		s, err := receiveBody(tt.body(), io.Discard, opts)
+		s, err := payload.Receive(tt.body(), io.Discard, opts)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -203,7 +204,7 @@ func (b *benchmark) cached(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
-	spool, err := payload.Receive(body, nil, io.Discard, payload.Options{
+	spool, err := payload.Receive(bytes.NewReader(body), io.Discard, payload.Options{
 		Limits:   payload.Limits{Body: maxBody, Unpacked: maxBody, Config: 1 << 20, Names: 1 << 25, Entries: 10_000, Path: 4096},
 		InMemory: maxBody,
 	})
