@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"encoding/hex"
 	"errors"
-	"io"
 	"net/http"
 	"os"
 	"time"
@@ -76,9 +75,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	body := bufio.NewReaderSize(a, 16)
 	if macErr != nil {
 		// Only the text envelope carries its signature itself, and its first byte tells.
-		if first, err := body.Peek(1); err != nil && err != io.EOF {
-			return nil, bodyError(err)
-		} else if len(first) == 0 || first[0] != '{' {
+		if first, err := body.Peek(1); err != nil || first[0] != '{' {
 			return nil, unauthorized(macErr)
 		}
 	}
