@@ -98,7 +98,7 @@ func TestShutdownUploads(t *testing.T) {
 		"a build":   startUpload(t, f, "POST", "/build"),
 		"a context": startUpload(t, f, "PUT", "/contexts/sha256:"+strings.Repeat("0", 64)),
 	}
-	waits := background(t, f, request(t, local(), "FROM busybox"), ndjson)
+	waits := background(t, f, layered(t, local(), 2<<20), ndjson)
 	time.Sleep(200 * time.Millisecond)
 
 	began := time.Now()

@@ -215,7 +215,8 @@ func TestSlowStrangers(t *testing.T) {
 	}
 }
 
-// startUpload opens a connection that sends the first byte of a body and no more.
+// startUpload opens a connection that sends so much of a body that it needs a slot, and
+// no more.
 func startUpload(t *testing.T, f *stack.Function, method, path string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(f.URL, "http://"))
@@ -224,8 +225,11 @@ func startUpload(t *testing.T, f *stack.Function, method, path string) net.Conn 
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(testTimeout))
-	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\nX-Build-Signature: sha256=%064d\r\n\r\nx", method, path, 0)
-	// Until it is being read.
+	fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: builder\r\nContent-Length: 10000000\r\nX-Build-Signature: sha256=%064d\r\n\r\n", method, path, 0)
+	if _, err := conn.Write(make([]byte, 1<<20+64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	// Until it has its slot.
 	time.Sleep(200 * time.Millisecond)
 	return conn
 }

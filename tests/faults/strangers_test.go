@@ -49,6 +49,9 @@ type hostile struct {
 	rate   int    // bytes per second after the first MiB; 0 is at once
 	again  bool   // each answer is followed by the next request
 
+	// leaves is how long a connection stays after what it sends; 0 is until the end.
+	leaves time.Duration
+
 	// ends is when each connection is over by itself; 0 is not before it is cut off.
 	ends time.Duration
 }
@@ -118,6 +121,10 @@ func hostiles(t *testing.T) []hostile {
 		kept("zstd of one long file", longer),
 		whole("zstd of one long file", runs),
 		kept("many names", many),
+		// All that streams may have of memory, by streams that keep it.
+		kept("few names", names[:3_500_000]),
+		// Heads that come and go, more of them than there is memory for.
+		{name: "comers and goers", conns: 100, target: "POST /build", body: many[:600<<10], length: 10_000_000, leaves: 500 * time.Millisecond, again: true},
 		whole("many names", many),
 		kept("zstd of a large window", windows),
 		kept("zstd of a large window", windows).of(100),
@@ -229,6 +236,13 @@ func (h hostile) sendOne(ctx context.Context, f *stack.Function) (end string) {
 				time.Sleep(100 * time.Millisecond)
 			}
 		}()
+	}
+	if h.leaves > 0 {
+		select {
+		case <-time.After(h.leaves):
+		case <-ctx.Done():
+		}
+		return "left"
 	}
 	// There may be an answer although not all was taken.
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -377,7 +391,7 @@ func (h hostile) round(ctx context.Context, t *testing.T, f *stack.Function, las
 	switch {
 	case last && h.ends > 0:
 		limit = h.ends
-	case h.again, h.rate > 0, h.length > len(h.body):
+	case h.again, h.rate > 0, h.length > len(h.body), h.leaves > 0:
 		limit = 4 * time.Second
 	}
 	pause := time.After(shortest)
