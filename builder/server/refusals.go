@@ -13,8 +13,8 @@ import (
 // What is logged of requests that are refused before a signature has passed: anybody can
 // send those, as fast as they like. The metrics count each.
 const (
-	refusalsLogged = 20 // in refusalPeriod
-	refusalPeriod  = 10 * time.Second
+	refusalsLogged = 10 // in refusalPeriod
+	refusalPeriod  = 5 * time.Second
 )
 
 // refusals bounds the lines about requests that nobody signed.

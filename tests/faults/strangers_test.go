@@ -30,7 +30,7 @@ const (
 	strangersMemory = 256 << 20        // anonymous memory of the function, in bytes
 	strangersSpool  = 256 << 20        // max_spool_bytes, of which they have half
 	strangersWait   = 2 * time.Second  // of a signed build, beyond what it takes without them
-	strangersLines  = 41               // of the log in a second: those of two periods and a count
+	strangersLines  = 21               // of the log in a second: those of two periods and a count
 	restMemory      = 176 << 20        // afterwards: GOMEMLIMIT and what is not Go's
 	uploadGrace     = 10 * time.Second // by default
 )
@@ -72,7 +72,12 @@ func kept(name string, body []byte) hostile {
 func begun(name string, body []byte) hostile {
 	h := whole(name, body)
 	h.length = 10_000_000
-	// Each is slow at once, and 32 KiB give half a second more.
+	return h
+}
+
+// slowly wants each connection to be over by itself: it is slow at once, and what it has
+// sent gives it half a second more at most.
+func (h hostile) slowly() hostile {
 	h.ends = uploadGrace + 3*time.Second
 	return h
 }
@@ -129,9 +134,9 @@ func hostiles(t *testing.T) []hostile {
 		kept("zstd of a large window", windows),
 		kept("zstd of a large window", windows).of(100),
 		begun("headers only", nil).of(100),
-		begun("headers only", nil).of(1000),
+		begun("headers only", nil).of(1000).slowly(),
 		begun("one byte", []byte("x")).of(1000),
-		begun("32 KiB", many[:32<<10]).of(1000),
+		begun("32 KiB", many[:32<<10]).of(1000).slowly(),
 		{name: "slow", conns: 16, target: "POST /build", body: many, length: len(many), rate: 72 << 10},
 		kept("envelope of gzip", envelope(zipped.Bytes())).enveloped(),
 		whole("envelope of gzip", envelope(zipped.Bytes())).enveloped(),
