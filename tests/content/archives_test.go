@@ -30,7 +30,8 @@ func extract(t *testing.T, body string, options ...string) string {
 	return filepath.Join(parent, "context")
 }
 
-// buildctl builds a directory without a cache, and pushes it to ref.
+// buildctl builds a directory without a cache, compressed as the function does, and pushes
+// it to ref.
 func buildctl(t *testing.T, ctx context.Context, s *stack.Stack, dir, ref string) {
 	t.Helper()
 	// The daemon takes a file that it has from another build for the same as one of the
@@ -39,7 +40,7 @@ func buildctl(t *testing.T, ctx context.Context, s *stack.Stack, dir, ref string
 		t.Fatalf("pruning: %v\n%s", err, out)
 	}
 	out, err := s.Buildkitd.Buildctl(ctx, "build", "--no-cache", "--frontend=dockerfile.v0",
-		"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,name="+ref).CombinedOutput()
+		"--local=context="+dir, "--local=dockerfile="+dir, "--output=type=image,push=true,compression=gzip,compression-level=1,name="+ref).CombinedOutput()
 	if err != nil {
 		t.Fatalf("building with buildctl: %v\n%s", err, out)
 	}
