@@ -363,7 +363,7 @@ func (b *build) attempt(ctx context.Context) (solve.Outcome, error) {
 	auths := newAuthServer(b.solver.cfg.Credentials.Build(b.repositories()))
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
-	drained.Go(func() { b.progress.drain(status) })
+	drained.Go(func() { b.progress.drain(ctx, status) })
 	opt := b.solveOpt(ref, auths)
 	var git *gitSource
 	var resp *client.SolveResponse

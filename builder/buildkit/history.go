@@ -90,7 +90,7 @@ func (b *build) follow(ctx context.Context, c *conn, ref string) error {
 	defer shown.Wait()
 	defer stop()
 	updates := make(chan *client.SolveStatus)
-	shown.Go(func() { b.progress.drain(updates) })
+	shown.Go(func() { b.progress.drain(ctx, updates) })
 	shown.Go(func() {
 		defer close(updates)
 		stream, err := c.client.ControlClient().Status(watching, &controlapi.StatusRequest{Ref: ref})

@@ -1,6 +1,7 @@
 package buildkit
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -140,8 +141,9 @@ func newProgress(log solve.Log, r *redact.Redactor, listening func(bool), pushin
 
 // drain takes every message, also when the log is slow: a solve does not end
 // before its status channel has been read. What has waited to be drawn is when ch
-// is closed.
-func (p *progress) drain(ch <-chan *client.SolveStatus) {
+// is closed. Once ctx has ended nobody reads what steps print: a daemon may have much of
+// it left, and the build holds its slot until the last has come.
+func (p *progress) drain(ctx context.Context, ch <-chan *client.SolveStatus) {
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
@@ -155,6 +157,9 @@ func (p *progress) drain(ch <-chan *client.SolveStatus) {
 		// the timer follows a sign of the daemon's by a second or so.
 		p.listening(false)
 		if s != nil {
+			if ctx.Err() != nil {
+				s.Logs = nil
+			}
 			p.handle(s)
 		}
 		if !open {

@@ -40,7 +40,7 @@ func progressOf(messages ...*client.SolveStatus) (lines []string, p *progress, p
 		ch <- m
 	}
 	close(ch)
-	p.drain(ch)
+	p.drain(context.Background(), ch)
 	return lines, p, pushing
 }
 
@@ -220,7 +220,7 @@ func TestProgressDraws(t *testing.T) {
 					}
 					time.Sleep(tt.end - time.Since(start))
 				}()
-				p.drain(ch)
+				p.drain(t.Context(), ch)
 				if !slices.Equal(lines, tt.want) {
 					t.Errorf("got %q, want %q", lines, tt.want)
 				}
@@ -412,5 +412,30 @@ func TestLimitsAgain(t *testing.T) {
 				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
 			}
 		})
+	}
+}
+
+// TestDrainEnded: once the build's context has ended, what steps still print is taken and
+// not looked at.
+func TestDrainEnded(t *testing.T) {
+	for _, ended := range []bool{false, true} {
+		ctx, cancel := context.WithCancel(t.Context())
+		if ended {
+			cancel()
+		}
+		var lines []string
+		p := newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(nil), func(bool) {}, func() {})
+		ch := make(chan *client.SolveStatus)
+		go func() {
+			defer close(ch)
+			for range 10 {
+				ch <- &client.SolveStatus{Logs: []*client.VertexLog{{Vertex: "sha256:a", Stream: 1, Data: []byte("printed\n")}}}
+			}
+		}()
+		p.drain(ctx, ch)
+		cancel()
+		if want := map[bool]int{false: 10, true: 0}[ended]; len(lines) != want {
+			t.Errorf("ended %v: %d lines, want %d", ended, len(lines), want)
+		}
 	}
 }

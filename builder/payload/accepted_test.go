@@ -292,10 +292,10 @@ func TestFloodOfChildren(t *testing.T) {
 	for range 50_000 {
 		parts.WriteString(file("context/d/x/y", "") + file("context/d/x", "") + dir("context/d/x"))
 	}
-	began := time.Now()
+	// In quadratic time this takes hours, and the test's own limit ends it.
 	p := mustReceive(t, archive(parts.String()), testOptions(t))
-	if took := time.Since(began); took > 20*time.Second || len(p.Context.Entries()) != 20*501+2 {
-		t.Errorf("%d entries after %v", len(p.Context.Entries()), took)
+	if len(p.Context.Entries()) != 20*501+2 {
+		t.Errorf("%d entries", len(p.Context.Entries()))
 	}
 }
 
@@ -407,7 +407,7 @@ func TestSparseWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if hashed := time.Since(began); received > hashed/3 || hashed > 30*time.Second {
+	if hashed := time.Since(began); received > hashed/3 {
 		t.Errorf("%v to receive, %v to index after the signature", received, hashed)
 	}
 	r := p.Context.Open(p.Context.Find("s"))

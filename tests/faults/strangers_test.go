@@ -292,14 +292,24 @@ func TestStrangers(t *testing.T) {
 	body := layered(t, local(), 100<<10)
 	for _, h := range hostiles(t) {
 		t.Run(h.name, func(t *testing.T) {
-			_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Memory: limit.Value(), Env: env})
-			endure(t, f, h, body)
+			var wait time.Duration
+			// What else runs on this machine may have had the processors the first time.
+			// What strangers do comes again.
+			for range 2 {
+				_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Memory: limit.Value(), Env: env})
+				if wait = endure(t, f, h, body); wait <= strangersWait {
+					return
+				}
+				t.Logf("a signed build waited %v", wait)
+			}
+			t.Errorf("a signed build waited %v, %v at most", wait, strangersWait)
 		})
 	}
 }
 
-// endure has f take three rounds of h while it builds body for others.
-func endure(t *testing.T, f *stack.Function, h hostile, body []byte) {
+// endure has f take three rounds of h while it builds body for others. It returns how
+// much longer than usual the slowest build took.
+func endure(t *testing.T, f *stack.Function, h hostile, body []byte) (wait time.Duration) {
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(waysToBuild)}}
 	var usual time.Duration
 	for i := range 3 {
@@ -350,9 +360,6 @@ func endure(t *testing.T, f *stack.Function, h hostile, body []byte) {
 	} else if built.sent < 6*len(waysToBuild) {
 		t.Errorf("%d signed builds were sent, which says little", built.sent)
 	}
-	if wait := built.longest - usual; wait > strangersWait {
-		t.Errorf("a signed build waited %v, %v at most", wait, strangersWait)
-	}
 	if peak.memory > strangersMemory {
 		t.Errorf("%.1f MiB of memory, %.1f at most", mib(peak.memory), mib(strangersMemory))
 	}
@@ -385,6 +392,7 @@ func endure(t *testing.T, f *stack.Function, h hostile, body []byte) {
 	})
 	t.Logf("at rest after %v", rested.Round(time.Millisecond))
 	wantAccount(t, f)
+	return built.longest - usual
 }
 
 // round has all of them send at once. What holds its connection is cut off after a
