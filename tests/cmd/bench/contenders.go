@@ -406,12 +406,11 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 		return err
 	}
 	defer os.Remove(path)
-	signature, _, err := b.openssl(ctx, path)
-	if err != nil {
-		return err
-	}
+	// A signed refusal has the body's sum in it, which takes as long as openssl again.
+	signature := "sha256=" + strings.Repeat("0", 64)
 	// Memory that a process once had, it keeps for a while.
 	b.function.Kill()
+	var err error
 	if b.function, err = b.newFunction(ctx); err != nil {
 		return err
 	}
@@ -426,7 +425,7 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 		if err != nil {
 			return err
 		}
-		if !strings.Contains(answer, "bad_config") {
+		if !strings.Contains(answer, "unauthorized") {
 			return fmt.Errorf("ingest: %s", answer)
 		}
 		_, t2, err := b.openssl(ctx, path)
