@@ -79,7 +79,7 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 		rate:     rate, grace: grace, slots: slots, free: slots,
 		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
 		headsDisk: disk.Part(spool / 4), uploadsDisk: disk.Part(spool - spool/4),
-		// Fewer, and one upload alone waits for the disk: 1 GiB takes half as long again.
+		// Fewer, and one upload alone waits for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
 	}
