@@ -92,6 +92,13 @@ func (a *Account) add(n int64, force bool) bool {
 	return true
 }
 
+// Taken is how many bytes are taken.
+func (a *Account) Taken() int64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.taken
+}
+
 // Give gives n bytes back, which were taken before.
 func (a *Account) Give(n int64) {
 	if a == nil {

@@ -48,6 +48,10 @@ type Options struct {
 	HeadSize int64
 	Larger   func() error
 
+	// NoRoom is called where HeadDisk is spent. The head tries again when it returns
+	// nil; its error ends the body. It may be nil, which ends the body too.
+	NoRoom func() error
+
 	// HeadMemory and HeadDisk are what a body takes until Larger is called, Memory
 	// and Disk what it takes afterwards. The Spool closes all four. A nil one counts
 	// nothing.
@@ -124,7 +128,7 @@ type Payload struct {
 // who wants a minimum rate must count the time inside of Read only.
 func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
 	s := &Spool{opts: opts, memory: opts.HeadMemory}
-	s.raw = &store{dir: opts.Dir, most: opts.InMemory, memory: opts.HeadMemory, disk: opts.HeadDisk, direct: true}
+	s.raw = &store{dir: opts.Dir, most: opts.InMemory, memory: opts.HeadMemory, disk: opts.HeadDisk, noRoom: opts.NoRoom, direct: true}
 	if err := s.receive(body, signed); err != nil {
 		s.Close()
 		return nil, err

@@ -23,7 +23,8 @@ type store struct {
 	disk   *budget.Account // of the file's bytes, and of nothing else
 
 	mu     sync.RWMutex
-	direct bool // nothing is gathered before it is written to the file
+	direct bool         // nothing is gathered before it is written to the file
+	noRoom func() error // is called where disk is spent, and returns nil to try again; may be nil
 
 	blocks [][]byte // each but the last of blockSize
 	taken  int64    // of memory, for the blocks
@@ -109,13 +110,14 @@ func newBlock(n int) []byte {
 func (s *store) move(memory, disk *budget.Account) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.noRoom = nil
 	old := s.memory
 	switch {
 	case s.err != nil:
 		return s.err
 	case s.file != nil:
 		if !disk.Take(s.size) {
-			s.err = errNoSpool
+			s.err = ErrNoRoom
 			s.drop()
 			return s.err
 		}
@@ -215,11 +217,17 @@ func (s *store) flush() error {
 	return err
 }
 
-var errNoSpool = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
+// ErrNoRoom is of a body that finds its budget of the disk spent.
+var ErrNoRoom = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
 
 func (s *store) toFile(p []byte) error {
-	if !s.disk.Take(int64(len(p))) {
-		return errNoSpool
+	for !s.disk.Take(int64(len(p))) {
+		if s.noRoom == nil {
+			return ErrNoRoom
+		}
+		if err := s.noRoom(); err != nil {
+			return err
+		}
 	}
 	_, err := s.file.Write(p)
 	return storeError(err)

@@ -41,9 +41,14 @@ const (
 	burstCounts = 3 * time.Second
 	// judgeEvery is how often those are looked at again whom another waits for.
 	judgeEvery = 50 * time.Millisecond
+	// silentFor is how long a head has to have sent nothing before it can be ended
+	// for the room that it takes.
+	silentFor = 500 * time.Millisecond
 
-	// uploadWait is how long a body waits for a slot.
+	// uploadWait is how long a body waits for a slot, and roomWait how long a head waits
+	// for room.
 	uploadWait = 30 * time.Second
+	roomWait   = 10 * time.Second
 )
 
 // intake is where bodies are received, until their signatures are compared. Nobody
@@ -60,6 +65,7 @@ type intake struct {
 	rate  int64         // bytes per second that a body must come at
 	grace time.Duration // before the rate counts
 	slots int           // how many there are
+	line  int           // how many wait for a slot at most
 
 	heads, uploads         *budget.Budget // of memory
 	headsDisk, uploadsDisk *budget.Budget // parts of the disk
@@ -96,6 +102,9 @@ type arrival struct {
 	ctx  context.Context // its end ends the reading
 	end  context.CancelCauseFunc
 
+	disk   *budget.Account // what its head takes there
+	waited time.Duration   // for room there
+
 	slot bool // guarded by in.mu, as is over
 	over bool // it is read, or has left: it cannot be ended any more
 
@@ -105,7 +114,8 @@ type arrival struct {
 
 	mu    sync.Mutex
 	start time.Time // moves on while the body is not read
-	left  time.Time // the end of the last Read; zero while there is one
+	asked time.Time // the beginning of the last Read
+	left  time.Time // its end; zero before that
 	n     int64     // bytes read
 
 	// The rate of the last burstCounts, or since it was last asked for.
@@ -118,7 +128,7 @@ type arrival struct {
 // caller must call leave.
 func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseController) (*arrival, error) {
 	now := time.Now()
-	a := &arrival{in: in, body: body, rc: rc, start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
+	a := &arrival{in: in, body: body, rc: rc, disk: in.headsDisk.Open(), start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.arrivals) >= maxArrivals {
@@ -175,6 +185,9 @@ func (a *arrival) takeSlot() error {
 	in := a.in
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	if len(in.waiting) >= in.line {
+		return in.busy()
+	}
 	me := make(chan struct{}, 1)
 	in.waiting = append(in.waiting, me)
 	defer func() {
@@ -200,7 +213,7 @@ func (a *arrival) takeSlot() error {
 		case <-me:
 		case <-again:
 		case <-timeout.C:
-			err = &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
+			err = in.busy()
 		case <-in.draining.Done():
 			err = errShuttingDown
 		case <-a.ctx.Done():
@@ -211,6 +224,56 @@ func (a *arrival) takeSlot() error {
 			return err
 		}
 	}
+}
+
+func (in *intake) busy() error {
+	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
+}
+
+// makeRoom has another head ended that takes room on the disk, and returns after a
+// moment. Heads that have none left call it again and again.
+func (a *arrival) makeRoom() error {
+	in := a.in
+	in.mu.Lock()
+	in.endHead()
+	in.mu.Unlock()
+	if a.waited >= roomWait {
+		return payload.ErrNoRoom
+	}
+	start := time.Now()
+	defer func() { a.waited += time.Since(start) }()
+	select {
+	case <-time.After(judgeEvery / 5):
+		return nil
+	case <-in.draining.Done():
+		return errShuttingDown
+	case <-a.ctx.Done():
+		return a.cause()
+	}
+}
+
+// endHead ends the head that has been silent for the longest, of those that take room on
+// the disk. Where none is silent it is the slowest. It is called with in.mu held.
+func (in *intake) endHead() {
+	takesRoom := func(a *arrival) bool { return !a.slot && a.disk.Taken() > 0 }
+	var silent *arrival
+	longest := silentFor
+	for a := range in.arrivals {
+		if !takesRoom(a) {
+			continue
+		}
+		if a.ctx.Err() != nil {
+			return // it is about to leave
+		}
+		if d := a.silence(); !a.over && d > longest {
+			silent, longest = a, d
+		}
+	}
+	if silent != nil {
+		silent.end(errEvicted)
+		return
+	}
+	in.endSlowest(takesRoom)
 }
 
 // wake has the first in line try again. It is called with in.mu held.
@@ -264,6 +327,16 @@ func (a *arrival) speed() float64 {
 	return min(a.recent, rate(a.n, took))
 }
 
+// silence is for how long the body has been read without a byte.
+func (a *arrival) silence() time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.left.IsZero() {
+		return 0
+	}
+	return time.Since(a.asked)
+}
+
 func rate(bytes int64, took time.Duration) float64 {
 	if took < judgedAfter {
 		return math.Inf(1)
@@ -277,7 +350,7 @@ func (a *arrival) Read(b []byte) (int, error) {
 	a.mu.Lock()
 	now := time.Now()
 	a.start = a.start.Add(now.Sub(a.left))
-	a.left = time.Time{}
+	a.asked, a.left = now, time.Time{}
 	deadline := a.start.Add(a.in.grace + time.Duration(float64(a.n)/float64(a.in.rate)*float64(time.Second)))
 	a.mu.Unlock()
 	n, err := a.read(b, now, deadline)

@@ -128,6 +128,8 @@ func hostiles(t *testing.T) []hostile {
 		kept("many names", many),
 		// All that streams may have of memory, by streams that keep it.
 		kept("few names", names[:3_500_000]),
+		// All that heads may have, by heads that keep it.
+		kept("whole heads", many[:1<<20]).of(100),
 		// Heads that come and go, more of them than there is memory for.
 		{name: "comers and goers", conns: 100, target: "POST /build", body: many[:600<<10], length: 10_000_000, leaves: 500 * time.Millisecond, again: true},
 		whole("many names", many),
