@@ -83,6 +83,8 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 	return &intake{
 		draining: draining,
 		rate:     rate, grace: grace, slots: slots, free: slots,
+		// Whoever waits has a whole head. Half of the room is for others.
+		line:  max(int((headMemory+spool/4)/headSize/2), 1),
 		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
 		headsDisk: disk.Part(spool / 4), uploadsDisk: disk.Part(spool - spool/4),
 		// Fewer, and one upload alone waits for the disk.

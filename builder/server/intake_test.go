@@ -211,6 +211,94 @@ func TestFastKeepTheirSlots(t *testing.T) {
 	})
 }
 
+// TestLine: those who wait for a slot take half of the room that heads have, and the next
+// is told to come back at once.
+func TestLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const spool = 32 << 20 // a quarter of it, and headMemory, are the room of heads
+		in := newIntake(context.Background(), 1, 1<<10, time.Minute, budget.New(1<<40), spool)
+		fast := newClient(1<<30, 1<<20, 0)
+		fast.after = time.Second
+		a := fast.arrive(t, in)
+		go fast.receive(a)
+		synctest.Wait()
+		ended := make(chan error, 100)
+		const room = (headMemory + spool/4) / headSize / 2
+		for range room + 1 {
+			c := newClient(2<<20, 100<<20, 0)
+			a := c.arrive(t, in)
+			go func() { ended <- c.receive(a) }()
+		}
+		time.Sleep(time.Second)
+		if n := len(ended); n != 1 {
+			t.Errorf("%d of %d bodies have been refused, want 1", n, room+1)
+		} else if err := <-ended; code(err) != api.Busy {
+			t.Error(err)
+		}
+		a.end(errShuttingDown)
+	})
+}
+
+// TestSilentHeadsGoFirst: a head that finds no room has the one ended that has been silent
+// for the longest, of those that take room on the disk.
+func TestSilentHeadsGoFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := newIntake(context.Background(), 1, 64<<10, time.Minute, budget.New(1<<40), 1<<39)
+		ended := make(chan string, 10)
+		head := func(name string, disk int64, silent bool) {
+			c := newClient(1<<30, 1<<20, 100*time.Millisecond)
+			a := c.arrive(t, in)
+			a.disk.Take(disk)
+			if silent {
+				a.body = readerFunc(func([]byte) (int, error) {
+					<-c.late()
+					return 0, os.ErrDeadlineExceeded
+				})
+			}
+			go func() {
+				defer a.disk.Close()
+				defer c.leave(a)
+				_, err := io.Copy(discard{}, a)
+				ended <- name + " " + string(code(err))
+			}()
+			time.Sleep(time.Second)
+		}
+		head("in memory", 0, true)
+		head("silent", 1, true)
+		head("silent later", 1, true)
+		head("fast", 1, false)
+		c := newClient(1, 1, 0)
+		a := c.arrive(t, in)
+		for _, want := range []string{"silent slow_upload", "silent later slow_upload"} {
+			if err := a.makeRoom(); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			if len(ended) != 1 {
+				t.Fatalf("%d have ended, want %q", len(ended), want)
+			}
+			if got := <-ended; got != want {
+				t.Errorf("ended: %q, want %q", got, want)
+			}
+		}
+		began := time.Now()
+		var err error
+		for err == nil {
+			err = a.makeRoom()
+		}
+		if took := time.Since(began); code(err) != api.NoSpace || took > roomWait {
+			t.Errorf("after %v: %v", took, err)
+		}
+		if len(ended) > 0 {
+			t.Errorf("ended: %q", <-ended)
+		}
+		c.leave(a)
+		for other := range in.arrivals {
+			other.end(errShuttingDown)
+		}
+	})
+}
+
 // TestBurst: who has sent much at once, and then nothing, is slow, whatever the average.
 func TestBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
