@@ -29,7 +29,8 @@ func (f *contextFS) checkSent(ctx context.Context, dockerfile string) error {
 		return nil
 	}
 	all := &contextFS{src: f.src, entries: f.entries}
-	patterns, err := ignorefile.ReadAll(io.LimitReader(openIgnore(f, dockerfile), maxIgnore))
+	name, file := openIgnore(f, dockerfile)
+	patterns, err := ignorefile.ReadAll(io.LimitReader(file, maxIgnore))
 	if err != nil {
 		return nil // the frontend says it better: it fails on the same
 	}
@@ -48,7 +49,7 @@ func (f *contextFS) checkSent(ctx context.Context, dockerfile string) error {
 			return nil
 		}
 		if why := f.entries[i].Odd(); why != "" {
-			refused = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("tar entry %.200q: %s, and %s does not leave it out", api.ContextDir+"/"+p, why, ignoreName)}
+			refused = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("tar entry %.200q: %s, and %s does not leave it out", api.ContextDir+"/"+p, why, name)}
 			return fs.SkipAll
 		}
 		return nil
@@ -56,16 +57,17 @@ func (f *contextFS) checkSent(ctx context.Context, dockerfile string) error {
 	return refused
 }
 
-// openIgnore reads the file that says what is not sent: the Dockerfile's own before
-// that of the context. An empty one counts.
-func openIgnore(f *contextFS, dockerfile string) io.Reader {
+// openIgnore reads the file that says what is not sent, and names it: the Dockerfile's
+// own before that of the context. An empty one counts. Where there is none, it is an
+// empty .dockerignore.
+func openIgnore(f *contextFS, dockerfile string) (name string, r io.Reader) {
 	if dockerfile == "" {
 		dockerfile = defaultDockerfile
 	}
 	for _, name := range []string{dockerfile + ignoreName, ignoreName} {
 		if r := openFile(f, name); r != nil {
-			return r
+			return name, r
 		}
 	}
-	return strings.NewReader("")
+	return ignoreName, strings.NewReader("")
 }

@@ -51,9 +51,9 @@ func TestCheckSent(t *testing.T) {
 		{"everything but one", map[string]string{".dockerignore": "*\n!fixtures/plain\n"}, "", ""},
 		{"the Dockerfile's own", map[string]string{"Dockerfile.dockerignore": all}, "", ""},
 		{"the Dockerfile's own comes first", map[string]string{"Dockerfile.dockerignore": all, ".dockerignore": ""}, "", ""},
-		{"an empty one of the Dockerfile comes first", map[string]string{"Dockerfile.dockerignore": "", ".dockerignore": all}, "", "a device"},
+		{"an empty one of the Dockerfile comes first", map[string]string{"Dockerfile.dockerignore": "", ".dockerignore": all}, "", "a device, and Dockerfile.dockerignore does not"},
 		{"another Dockerfile's", map[string]string{"docker/prod.dockerignore": all, ".dockerignore": ""}, "docker/prod", ""},
-		{"another Dockerfile's is not asked", map[string]string{"docker/prod.dockerignore": all}, "", "a device"},
+		{"another Dockerfile's is not asked", map[string]string{"docker/prod.dockerignore": all}, "", "a device, and .dockerignore does not"},
 		{"of another Dockerfile without one", map[string]string{".dockerignore": all}, "docker/prod", ""},
 		{"a bad pattern is the frontend's to refuse", map[string]string{".dockerignore": "[\n"}, "", ""},
 	} {

@@ -108,6 +108,9 @@ func (m *members) Read(p []byte) (int, error) {
 		if err := skipPadding(m.in); err != nil {
 			return 0, err
 		}
+		if b, _ := m.in.Peek(2); formOf(b) != formGzip {
+			return 0, errFollowed
+		}
 		if err := m.member.Reset(m.in); err != nil {
 			return 0, err
 		}

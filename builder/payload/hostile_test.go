@@ -179,6 +179,7 @@ func hostileBodies(t testing.TB) []hostile {
 	bad("gzip, then zeros, then text", gz+strings.Repeat("\x00", 512)+"more", "gzip: something else follows")
 	bad("gzip, then many zeros, then a byte", gz+strings.Repeat("\x00", 200_000)+"x", "gzip: something else follows")
 	bad("gzip, then zeros, then gzip", gz+strings.Repeat("\x00", 512)+gz, "gzip: something else follows")
+	bad("gzip, then a line end", gz+"\n", "gzip: something else follows")
 	bad("gzip, then a tar", gz+whole, "gzip: something else follows")
 	bad("gzip, then another tar in gzip", gz+gz, "something else than zeros")
 	bad("gzip, then zstd", gz+zst, "gzip: something else follows")

@@ -175,6 +175,16 @@ func tokenPaths(t *testing.T, entries ...string) []TokenPath {
 	return list
 }
 
+// TestTokenPathsMeet: where a token service has one name for two repositories, it is that
+// of the image, which comes first.
+func TestTokenPathsMeet(t *testing.T) {
+	b := New(Config{TokenPaths: tokenPaths(t, "r.example/local=", "r.example/prod=")}).
+		Build(append(refs(t, "r.example/local/app"), refs(t, "r.example/prod/app")...))
+	if got := b.pushes["r.example/app"]; got != "local/app" {
+		t.Errorf("it is %q", got)
+	}
+}
+
 func TestTokenPaths(t *testing.T) {
 	for _, tt := range []struct {
 		entries []string

@@ -349,6 +349,7 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 		first:  make(map[string]string),
 		auths:  make(map[source]func() (found, error)),
 		none:   make(map[string]bool),
+		some:   make(map[string]bool),
 		wanted: make(map[string]string),
 		other:  make(map[string]string),
 	}
@@ -358,7 +359,7 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 			b.first[host] = repository
 		}
 		b.pushes[host+"/"+repository] = repository
-		if name, ok := c.tokenPath(host, repository); ok {
+		if name, ok := c.tokenPath(host, repository); ok && b.pushes[host+"/"+name] == "" {
 			b.pushes[host+"/"+name] = repository
 		}
 	}
@@ -374,6 +375,7 @@ type Build struct {
 	mu     sync.Mutex
 	auths  map[source]func() (found, error)
 	none   map[string]bool   // hosts that nothing was found for
+	some   map[string]bool   // hosts that something was found for: one repository's, not another's
 	wanted map[string]string // by the server host and the scopes of a token: the repository it was for
 	other  map[string]string // by server host: what its scope to push named instead of a repository
 }
@@ -400,7 +402,9 @@ func (b *Build) auth(ctx context.Context, host, repository string) (found, error
 		if err != nil || stale {
 			// The next call asks again: the first caller may have gone away.
 			delete(b.auths, src)
-		} else if f.auth == (types.AuthConfig{}) && f.failed == nil {
+		} else if f.auth != (types.AuthConfig{}) || f.failed != nil {
+			b.some[lower(host)] = true
+		} else {
 			b.none[lower(host)] = true
 		}
 		b.mu.Unlock()
@@ -411,10 +415,11 @@ func (b *Build) auth(ctx context.Context, host, repository string) (found, error
 	}
 }
 
-// Anonymous are the hosts that were asked for credentials and had none, in
-// order.
+// Anonymous are the hosts that were asked for credentials and had none for any
+// repository, in order.
 func (b *Build) Anonymous() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.Sorted(maps.Keys(b.none))
+	hosts := slices.Sorted(maps.Keys(b.none))
+	return slices.DeleteFunc(hosts, func(host string) bool { return b.some[host] })
 }

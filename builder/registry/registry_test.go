@@ -284,4 +284,15 @@ func TestAnonymous(t *testing.T) {
 	if got := strings.Join(b.Anonymous(), " "); got != "a z" {
 		t.Errorf("anonymous: %q", got)
 	}
+
+	// What is there for one repository is not there for another.
+	b = New(Config{File: configFile(t, `{"auths":{"h/team":`+basicAuth("u", "p")+`}}`)}).Build(nil)
+	for _, repository := range []string{"public/base", "team/app"} {
+		if _, err := b.auth(t.Context(), "h", repository); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := b.Anonymous(); len(got) > 0 {
+		t.Errorf("anonymous: %q", got)
+	}
 }
