@@ -399,6 +399,9 @@ func TestSparseWaits(t *testing.T) {
 	}
 	defer s.Close()
 	received := time.Since(began)
+	if s.Index() {
+		t.Error("it was indexed outside of the slot")
+	}
 	if took := memory.Used(); took > int64(len(body))+1<<20 {
 		t.Errorf("%d bytes are taken by a body of %d", took, len(body))
 	}
@@ -416,6 +419,35 @@ func TestSparseWaits(t *testing.T) {
 	}
 	if rest, err := io.ReadAll(r); string(rest) != "end" || err != nil {
 		t.Errorf("then %q, %v", rest, err)
+	}
+}
+
+// TestLongHeaderWaits: an extended header takes many times its size in memory, and so a
+// long one is read after the signature.
+func TestLongHeaderWaits(t *testing.T) {
+	var records []string
+	for i := range 20_000 {
+		records = append(records, fmt.Sprintf("%x=", i))
+	}
+	for _, waits := range []bool{false, true} {
+		header := pax('x', records[:1000]...)
+		if waits {
+			header = pax('x', records...)
+		}
+		opts := testOptions(t)
+		opts.InMemory = 0
+		s, err := payload.Receive(strings.NewReader(archive(header, file("context/x", "x"))), io.Discard, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		// What lies in a file is indexed while it arrives, or in the slot.
+		if indexed := s.Index(); indexed == waits {
+			t.Errorf("a header of %d bytes: indexed is %v", len(header), indexed)
+		}
+		if p, err := s.Payload(); err != nil || p.Context.Find("x") == nil {
+			t.Errorf("a header of %d bytes: %v", len(header), err)
+		}
 	}
 }
 

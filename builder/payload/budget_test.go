@@ -1,6 +1,7 @@
 package payload_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -124,7 +125,7 @@ func TestMemorySpent(t *testing.T) {
 	plain := archive(files...)
 	want := describe(t, mustReceive(t, plain, testOptions(t)).Context)
 	for form, body := range map[string]string{"tar": plain, "gzip": gzipped(t, plain), "zstd": zstded(t, plain), "envelope": enveloped(plain)} {
-		for _, limit := range []int64{0, 100 << 10, 1 << 20, 100 << 20} {
+		for _, limit := range []int64{0, 100 << 10, 600 << 10, 100 << 20} {
 			memory, disk := budget.New(limit), budget.New(1<<30)
 			unsigned := disk.Part(1 << 29)
 			opts := testOptions(t)
@@ -234,5 +235,64 @@ func TestIsBody(t *testing.T) {
 		if payload.IsBody([]byte(text)) {
 			t.Errorf("%.20q is one", text)
 		}
+	}
+}
+
+// TestNoRoom: a body that finds no room on the disk waits for it, a head as well as a
+// stream, and nobody asks for room once the body has been received.
+func TestNoRoom(t *testing.T) {
+	body := archive(file("context/x", strings.Repeat("x", 3<<20)))
+	for _, head := range []int64{100, 16 << 20} {
+		disk := budget.New(5 << 20)
+		other := disk.Open()
+		other.Take(4 << 20)
+		opts := testOptions(t)
+		opts.InMemory, opts.HeadSize = 0, head
+		opts.HeadDisk, opts.Disk = disk.Open(), disk.Open()
+		asked := 0
+		opts.NoRoom = func() error {
+			if asked++; asked == 3 {
+				other.Close()
+			}
+			return nil
+		}
+		s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := s.Payload(); err != nil || p.Context.Find("x") == nil || asked != 3 {
+			t.Errorf("heads of %d bytes: asked %d times, %v", head, asked, err)
+		}
+		s.Close()
+
+		other.Take(4 << 20)
+		opts = testOptions(t)
+		opts.InMemory, opts.HeadSize = 0, head
+		opts.HeadDisk, opts.Disk = disk.Open(), disk.Open()
+		opts.NoRoom = func() error { return io.ErrNoProgress }
+		if _, err := payload.Receive(strings.NewReader(body), io.Discard, opts); !errors.Is(err, io.ErrNoProgress) {
+			t.Errorf("heads of %d bytes: %v", head, err)
+		}
+		if disk.Used() != 4<<20 {
+			t.Errorf("heads of %d bytes: %d bytes are left", head, disk.Used())
+		}
+	}
+
+	disk := budget.New(1 << 20)
+	opts := testOptions(t)
+	opts.HeadSize = 16 << 20
+	opts.HeadMemory, opts.HeadDisk = budget.New(16<<20).Open(), disk.Open()
+	opts.NoRoom = func() error {
+		t.Error("asked for room when all was there")
+		return io.ErrNoProgress
+	}
+	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Charge(budget.New(0), disk)
+	if _, err := s.Payload(); api.AsError(err).Code != api.NoSpace {
+		t.Errorf("where nothing is left: %v", err)
 	}
 }

@@ -9,16 +9,17 @@ import (
 )
 
 const (
-	// chunkSize is large: whoever passes chunks on, and waits for them, is in the way
-	// of the hash. Of 256 KiB, 1 GiB takes 1.1 times as long.
+	// chunkSize is large: each chunk that is passed on takes time from the hash. With
+	// chunks of 256 KiB, 1 GiB takes 1.1 times as long.
 	chunkSize = 1 << 20
-	// maxChunks bounds how far the reader of a stream may be ahead of the
-	// slowest of those that work on it, and so the memory of an upload. What is
-	// ahead at the end is waited for: the headers of 8 MiB take the index 0.1 s.
-	maxChunks = 8
-	// minChunks are those without which it could not go on. It has them even if
-	// the memory is spent.
+	// maxChunks bounds how far the reader of a stream may be ahead of its slowest tap,
+	// and so the memory of an upload. At the end of the body the stream waits for that
+	// tap: the index needs 0.1 s for 8 MiB of headers.
+	maxChunks = 10
+	// A stream has its first minChunks even if the memory is spent: without two it
+	// could not go on. They are small.
 	minChunks = 2
+	smallSize = 256 << 10
 )
 
 // chunk is a piece of a stream, shared by the taps until the last has let go.
@@ -34,22 +35,25 @@ type fanout struct {
 	gate   Gate
 	taps   []*tap
 	free   chan *chunk
-	made   int
+	made   int   // chunks
+	taken  int64 // of memory
 	closed bool
 }
 
 // chunks and blocks are used again: memory that is new to the process costs more
 // than all that is done with a small body. The collector empties them.
-var chunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
+var (
+	chunks      = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
+	smallChunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, smallSize)} }}
+)
 
 func newFanout(memory *budget.Account, gate Gate) *fanout {
 	return &fanout{memory: memory, gate: gate, free: make(chan *chunk, maxChunks)}
 }
 
-// Gate bounds the chunks that are worked on at once, of all streams that have it. Where
-// many bodies come as fast as they can, each for itself would have its goroutines in the
-// way of everything else: what takes turns with them, as a build does a hundred times,
-// would take seconds. A nil Gate bounds nothing.
+// Gate bounds how many chunks all its streams work on at once. Without it, the goroutines
+// of many fast bodies would take the processors: a build, which gives up its own a hundred
+// times, would wait seconds to have it back. A nil Gate bounds nothing.
 type Gate chan struct{}
 
 // NewGate returns a Gate for n chunks.
@@ -84,13 +88,20 @@ func (f *fanout) next() *chunk {
 		return c
 	default:
 	}
-	if f.made < minChunks {
-		f.memory.Must(chunkSize)
-	} else if f.made == maxChunks || !f.memory.Take(chunkSize) {
-		return <-f.free
+	switch {
+	case f.made < minChunks:
+		f.memory.Must(smallSize)
+		return f.add(&smallChunks, smallSize)
+	case f.made < maxChunks && f.memory.Take(chunkSize):
+		return f.add(&chunks, chunkSize)
 	}
+	return <-f.free
+}
+
+func (f *fanout) add(from *sync.Pool, size int64) *chunk {
 	f.made++
-	return chunks.Get().(*chunk)
+	f.taken += size
+	return from.Get().(*chunk)
 }
 
 // send hands c to every tap, when its turn has come.
@@ -116,12 +127,16 @@ func (f *fanout) close() {
 
 // recycle lets go of the chunks, after all taps have ended.
 func (f *fanout) recycle() {
-	f.memory.Give(int64(f.made) * chunkSize)
-	f.made = 0
+	f.memory.Give(f.taken)
+	f.made, f.taken = 0, 0
 	for {
 		select {
 		case c := <-f.free:
-			chunks.Put(c)
+			if cap(c.buf) == smallSize {
+				smallChunks.Put(c)
+			} else {
+				chunks.Put(c)
+			}
 		default:
 			return
 		}

@@ -24,6 +24,10 @@ const (
 	// the limit on entries does not see.
 	freeHeaders = 4096
 
+	// earlyHeaders is how many bytes of headers one entry may have before the signature
+	// has passed. In memory, an extended header can be ten times what it is in the tar.
+	earlyHeaders = 64 << 10
+
 	maxNamed = 3 // entries in one warning
 )
 
@@ -36,7 +40,7 @@ var errMemory = errors.New("indexing payload: no memory is left for it")
 
 // errLater is of an index that costs more than what was sent, and so waits for the
 // signature.
-var errLater = errors.New("indexing payload: a sparse file is for later")
+var errLater = errors.New("indexing payload: a sparse file or a long extended header is for later")
 
 // What an index takes of memory, in bytes. TestIndexMemory compares it with what the
 // runtime says.
@@ -152,13 +156,19 @@ func (x *indexer) next() (*tar.Header, error) {
 	for {
 		pad := -x.in.n & (blockLen - 1)
 		start := x.in.n + pad
-		x.in.beginHeaders(start + freeHeaders + x.headers)
+		limit := freeHeaders + x.headers
+		if x.early {
+			limit = min(limit, earlyHeaders)
+		}
+		x.in.beginHeaders(start + limit)
 		hdr, err := x.tr.Next()
 		x.in.inHeaders = false
 		used := x.in.n - start
 		switch {
 		case err == io.EOF && used == 2*blockLen && x.in.zeros >= 2*blockLen:
 			return nil, io.EOF
+		case errors.Is(err, errHeaders) && x.early:
+			return nil, errLater
 		case err == io.EOF || err == io.ErrUnexpectedEOF:
 			return nil, x.cutShort(err)
 		case err != nil:
@@ -183,7 +193,7 @@ func (x *indexer) cutShort(err error) error {
 	if err := x.noTar(err); err != nil {
 		return err
 	}
-	return refuse(err, "reading tar: it is cut short after %s: two blocks of zeros do not end it", x.after())
+	return refuse(err, "reading tar: it is cut short after %s: the two blocks of zeros that end a tar are missing", x.after())
 }
 
 func (x *indexer) headerError(err error) error {

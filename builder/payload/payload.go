@@ -48,8 +48,8 @@ type Options struct {
 	HeadSize int64
 	Larger   func() error
 
-	// NoRoom is called where HeadDisk is spent. The head tries again when it returns
-	// nil; its error ends the body. It may be nil, which ends the body too.
+	// NoRoom is called where HeadDisk, or later Disk, is spent. Receive tries again when
+	// it returns nil; its error ends the body. It may be nil, which ends the body too.
 	NoRoom func() error
 
 	// HeadMemory and HeadDisk are what a body takes until Larger is called, Memory
@@ -138,6 +138,7 @@ func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
 
 func (s *Spool) receive(body io.Reader, signed io.Writer) error {
 	whole, err := s.readHead(body, signed)
+	s.raw.endHead()
 	if err != nil {
 		return err
 	}
@@ -245,6 +246,9 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 
 	heads.Wait()
 	for eof := false; !eof; {
+		if err := s.waitForRoom(); err != nil {
+			return err
+		}
 		c := in.next()
 		var err error
 		if eof, err = s.fill(c, rest); err != nil {
@@ -258,6 +262,21 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	if err := s.raw.finish(); err != nil {
 		s.refuse(err)
 	}
+	return nil
+}
+
+// waitForRoom waits until there is room on the disk for the next chunk, or NoRoom ends the
+// body. Another may take that room before it is written to: the store then has an error.
+func (s *Spool) waitForRoom() error {
+	if s.opts.NoRoom == nil || s.size+chunkSize <= s.opts.InMemory {
+		return nil
+	}
+	for !s.opts.Disk.Take(chunkSize) {
+		if err := s.opts.NoRoom(); err != nil {
+			return err
+		}
+	}
+	s.opts.Disk.Give(chunkSize)
 	return nil
 }
 
@@ -376,10 +395,10 @@ func (s *Spool) Charge(memory, disk *budget.Budget) {
 }
 
 // Index makes the index of a plain tar that lies in memory, if there is none and there
-// is memory for it. It returns whether Payload has its answer ready.
+// is memory for it, and it costs no more than what was sent. It returns whether Payload has its answer ready.
 func (s *Spool) Index() bool {
 	if s.payload == nil && s.err == nil && s.form == formTar && s.raw.inMemory() {
-		s.hold(s.open)
+		s.hold(func() (*Payload, error) { return index(s.Raw(), s.raw, true, &s.opts, s.memory) })
 	}
 	return s.payload != nil || s.err != nil
 }

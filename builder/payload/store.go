@@ -106,11 +106,17 @@ func newBlock(n int) []byte {
 	return blocks.Get().(*[blockSize]byte)[:0]
 }
 
+// endHead says that no more waits for room are to come.
+func (s *store) endHead() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noRoom = nil
+}
+
 // move has what is stored counted against other accounts.
 func (s *store) move(memory, disk *budget.Account) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.noRoom = nil
 	old := s.memory
 	switch {
 	case s.err != nil:

@@ -18,8 +18,8 @@ import (
 	"handler/function/payload"
 )
 
-// What bodies take before their signature has passed, all together. GOMEMLIMIT in
-// stack.yml is above it, with waitingMemory.
+// Bodies take this much at most, all together, until their signatures have passed. With
+// waitingMemory it has to stay below GOMEMLIMIT in stack.yml.
 const (
 	headMemory   = 32 << 20 // bytes of memory, for heads
 	uploadMemory = 64 << 20 // bytes of memory, for those that have a slot
@@ -32,21 +32,22 @@ const (
 	// send nothing.
 	maxArrivals = 1024
 
-	// slowRate is what an upload is safe with, in bytes per second: none that is
-	// faster is ended for another.
+	// slowRate is in bytes per second. An upload that is as fast is not ended for
+	// another that waits for its slot.
 	slowRate = 256 << 10
-	// judgedAfter is how long an upload goes on before it can be too slow, and
-	// burstCounts how long after a burst it cannot.
+	// An upload is not judged by its rate in its first judgedAfter. A burst raises its
+	// rate for burstCounts at most.
 	judgedAfter = time.Second
 	burstCounts = 3 * time.Second
-	// judgeEvery is how often those are looked at again whom another waits for.
+	// judgeEvery is how often uploads are judged while a body waits for a slot, and
+	// roomEvery while one waits for room on the disk.
 	judgeEvery = 50 * time.Millisecond
-	// silentFor is how long a head has to have sent nothing before it can be ended
+	roomEvery  = 10 * time.Millisecond
+	// silentFor is how long a body has to have sent nothing before it can be ended
 	// for the room that it takes.
 	silentFor = 500 * time.Millisecond
 
-	// uploadWait is how long a body waits for a slot, and roomWait how long a head waits
-	// for room.
+	// uploadWait is how long a body waits for a slot, and roomWait how long for room.
 	uploadWait = 30 * time.Second
 	roomWait   = 10 * time.Second
 )
@@ -74,7 +75,8 @@ type intake struct {
 	mu       sync.Mutex
 	free     int // slots
 	arrivals map[*arrival]struct{}
-	waiting  []chan struct{} // for a slot, in the order that they came
+	waiting  []chan struct{}    // for a slot, in the order that they came
+	judged   map[bool]time.Time // when somebody was last looked for who takes room, with a slot or without
 }
 
 // newIntake makes one with the given number of slots. Of disk, unsigned bodies have
@@ -87,14 +89,15 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 		line:  max(int((headMemory+spool/4)/headSize/2), 1),
 		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
 		headsDisk: disk.Part(spool / 4), uploadsDisk: disk.Part(spool - spool/4),
-		// Fewer, and one upload alone waits for the disk.
+		// With fewer pieces, a single upload would wait for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
+		judged:   make(map[bool]time.Time),
 	}
 }
 
 // errEvicted ends an upload that another waits for.
-var errEvicted = &api.Error{Code: api.SlowUpload, Msg: fmt.Sprintf("the body came more slowly than %d bytes a second, and others are waiting", slowRate)}
+var errEvicted = &api.Error{Code: api.Busy, Msg: "others waited for the room that this body took, which came slowly or not at all; send it again"}
 
 // arrival is one body that is being received.
 type arrival struct {
@@ -104,11 +107,12 @@ type arrival struct {
 	ctx  context.Context // its end ends the reading
 	end  context.CancelCauseFunc
 
-	disk   *budget.Account // what its head takes there
-	waited time.Duration   // for room there
+	headDisk, uploadDisk *budget.Account // what it takes there, before it has a slot and after
+	waited               time.Duration   // for room there
 
-	slot bool // guarded by in.mu, as is over
-	over bool // it is read, or has left: it cannot be ended any more
+	slot  bool // guarded by in.mu, as are wants and over
+	wants bool // it waits for room
+	over  bool // it is read, or has left: it cannot be ended any more
 
 	stopped chan struct{} // closed once the end of ctx has set its deadline
 	keep    func() bool   // keeps the end of ctx from setting one
@@ -130,11 +134,11 @@ type arrival struct {
 // caller must call leave.
 func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseController) (*arrival, error) {
 	now := time.Now()
-	a := &arrival{in: in, body: body, rc: rc, disk: in.headsDisk.Open(), start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
+	a := &arrival{in: in, body: body, rc: rc, headDisk: in.headsDisk.Open(), uploadDisk: in.uploadsDisk.Open(), start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.arrivals) >= maxArrivals {
-		in.endSlowest(func(*arrival) bool { return true })
+		in.endFor(func(*arrival) int64 { return 1 }, 0)
 	}
 	if len(in.arrivals) >= 2*maxArrivals {
 		// Those who were ended have not left yet.
@@ -149,8 +153,9 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 	return a, nil
 }
 
-// finish keeps a from being ended. It returns false if it has been: its read deadline is
-// in the past then, and nothing of a changes it any more.
+// finish says that a's body has been read: a cannot be ended from then on. It returns
+// false if a was ended before. The read deadline lies in the past then, and a sets no
+// other.
 func (a *arrival) finish() bool {
 	a.in.mu.Lock()
 	was := a.over
@@ -232,50 +237,86 @@ func (in *intake) busy() error {
 	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
 }
 
-// makeRoom has another head ended that takes room on the disk, and returns after a
-// moment. Heads that have none left call it again and again.
+// makeRoom ends another body that takes room on the disk, of the same budget as a's, and
+// waits a moment. A body that still finds no room calls it again. After roomWait it
+// returns payload.ErrNoRoom.
 func (a *arrival) makeRoom() error {
-	in := a.in
-	in.mu.Lock()
-	in.endHead()
-	in.mu.Unlock()
+	start := time.Now()
+	defer func() { a.waited += time.Since(start) }()
 	if a.waited >= roomWait {
 		return payload.ErrNoRoom
 	}
-	start := time.Now()
-	defer func() { a.waited += time.Since(start) }()
+	a.wait(true)
+	defer a.wait(false)
 	select {
-	case <-time.After(judgeEvery / 5):
+	case <-time.After(roomEvery):
 		return nil
-	case <-in.draining.Done():
+	case <-a.in.draining.Done():
 		return errShuttingDown
 	case <-a.ctx.Done():
 		return a.cause()
 	}
 }
 
-// endHead ends the head that has been silent for the longest, of those that take room on
-// the disk. Where none is silent it is the slowest. It is called with in.mu held.
-func (in *intake) endHead() {
-	takesRoom := func(a *arrival) bool { return !a.slot && a.disk.Taken() > 0 }
-	var silent *arrival
-	longest := silentFor
+// wait says whether a waits for room.
+func (a *arrival) wait(wants bool) {
+	in := a.in
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	a.wants = wants
+	slot := a.slot
+	if !wants || time.Since(in.judged[slot]) < roomEvery {
+		return
+	}
+	in.judged[slot] = time.Now()
+	in.endFor(func(other *arrival) int64 {
+		switch {
+		case other.slot != slot:
+			return 0
+		case slot:
+			return other.uploadDisk.Taken()
+		}
+		return other.headDisk.Taken()
+	}, silentFor)
+}
+
+// endFor considers those that take something of what is wanted. It ends the one that has
+// been silent the longest, if that is more than atLeast. If none is silent, it ends the
+// slowest below slowRate. If none is slow either, and several all wait for room, it ends
+// the one that takes most: they would wait for one another. It is called with in.mu held.
+func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
+	var silent, largest *arrival
+	longest, most := atLeast, int64(0)
+	waiting, others := 0, 0
 	for a := range in.arrivals {
-		if !takesRoom(a) {
+		n := takes(a)
+		if n == 0 {
 			continue
 		}
 		if a.ctx.Err() != nil {
 			return // it is about to leave
 		}
-		if d := a.silence(); !a.over && d > longest {
+		if a.over {
+			continue
+		}
+		if d := a.silence(); d > longest {
 			silent, longest = a, d
+		}
+		if !a.wants {
+			others++
+			continue
+		}
+		if waiting++; n > most {
+			largest, most = a, n
 		}
 	}
 	if silent != nil {
 		silent.end(errEvicted)
 		return
 	}
-	in.endSlowest(takesRoom)
+	if !in.endSlowest(func(a *arrival) bool { return takes(a) > 0 }) && waiting > 1 && others == 0 {
+		largest.end(errEvicted)
+	}
 }
 
 // wake has the first in line try again. It is called with in.mu held.
@@ -290,8 +331,9 @@ func (in *intake) wake() {
 }
 
 // endSlowest ends the slowest upload of those that among takes, if it is slower than
-// slowRate and none of them is about to leave. It is called with in.mu held.
-func (in *intake) endSlowest(among func(*arrival) bool) {
+// slowRate and none of them is about to leave. It returns whether one leaves. It is
+// called with in.mu held.
+func (in *intake) endSlowest(among func(*arrival) bool) bool {
 	var slowest *arrival
 	least := float64(slowRate)
 	for a := range in.arrivals {
@@ -299,7 +341,7 @@ func (in *intake) endSlowest(among func(*arrival) bool) {
 			continue
 		}
 		if a.ctx.Err() != nil {
-			return
+			return true
 		}
 		if a.over {
 			continue
@@ -311,6 +353,7 @@ func (in *intake) endSlowest(among func(*arrival) bool) {
 	if slowest != nil {
 		slowest.end(errEvicted)
 	}
+	return slowest != nil
 }
 
 // speed is the rate that the body has come at, or comes at now if that is less, in bytes

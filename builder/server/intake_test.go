@@ -177,7 +177,7 @@ func TestSlowestEnds(t *testing.T) {
 		time.Sleep(time.Second)
 		got := []string{<-ends, <-ends, <-ends, <-ends}
 		slices.Sort(got[1:3]) // they come to their end together
-		if want := []string{"slowest slow_upload", "second ", "third ", "slower "}; !slices.Equal(got, want) {
+		if want := []string{"slowest busy", "second ", "third ", "slower "}; !slices.Equal(got, want) {
 			t.Errorf("ended: %q, want %q", got, want)
 		}
 	})
@@ -248,7 +248,7 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 		head := func(name string, disk int64, silent bool) {
 			c := newClient(1<<30, 1<<20, 100*time.Millisecond)
 			a := c.arrive(t, in)
-			a.disk.Take(disk)
+			a.headDisk.Take(disk)
 			if silent {
 				a.body = readerFunc(func([]byte) (int, error) {
 					<-c.late()
@@ -256,7 +256,7 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 				})
 			}
 			go func() {
-				defer a.disk.Close()
+				defer a.headDisk.Close()
 				defer c.leave(a)
 				_, err := io.Copy(discard{}, a)
 				ended <- name + " " + string(code(err))
@@ -269,7 +269,7 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 		head("fast", 1, false)
 		c := newClient(1, 1, 0)
 		a := c.arrive(t, in)
-		for _, want := range []string{"silent slow_upload", "silent later slow_upload"} {
+		for _, want := range []string{"silent busy", "silent later busy"} {
 			if err := a.makeRoom(); err != nil {
 				t.Fatal(err)
 			}
@@ -293,9 +293,55 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 			t.Errorf("ended: %q", <-ended)
 		}
 		c.leave(a)
+		in.mu.Lock()
+		defer in.mu.Unlock()
 		for other := range in.arrivals {
 			other.end(errShuttingDown)
 		}
+	})
+}
+
+// TestWaitersMakeRoom: where all who take room wait for more, the one that takes most ends.
+// Heads and streams have budgets of their own.
+func TestWaitersMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(4)
+		ended := make(chan string, 10)
+		var all sync.WaitGroup
+		waiter := func(name string, slot bool, head, upload int64) {
+			c := newClient(1<<30, 1<<20, 0)
+			a := c.arrive(t, in)
+			if slot {
+				if err := a.takeSlot(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a.headDisk.Take(head)
+			a.uploadDisk.Take(upload)
+			a.Read(make([]byte, 10))
+			all.Go(func() {
+				defer c.leave(a)
+				var err error
+				for err == nil {
+					err = a.makeRoom()
+				}
+				a.headDisk.Close()
+				a.uploadDisk.Close()
+				ended <- name + " " + string(code(err))
+			})
+		}
+		waiter("large head", false, 2, 0)
+		waiter("small head", false, 1, 0)
+		waiter("small stream", true, 3, 1)
+		waiter("large stream", true, 0, 2)
+		time.Sleep(2 * roomEvery)
+		synctest.Wait()
+		first := []string{<-ended, <-ended}
+		slices.Sort(first)
+		if want := []string{"large head busy", "large stream busy"}; !slices.Equal(first, want) {
+			t.Errorf("ended: %q, want %q", first, want)
+		}
+		all.Wait()
 	})
 }
 
@@ -317,7 +363,7 @@ func TestBurst(t *testing.T) {
 		if err := c.receive(c.arrive(t, in)); err != nil || time.Since(began) > 5*time.Second {
 			t.Errorf("after %v: %v", time.Since(began), err)
 		}
-		if err := <-ended; code(err) != api.SlowUpload {
+		if err := <-ended; code(err) != api.Busy {
 			t.Errorf("the other ended with %v", err)
 		}
 	})
@@ -346,7 +392,7 @@ func TestEndedAfterItsEnd(t *testing.T) {
 		a = c.arrive(t, in)
 		a.end(errEvicted)
 		synctest.Wait()
-		if _, err := io.Copy(io.Discard, a); code(err) != api.SlowUpload {
+		if _, err := io.Copy(io.Discard, a); code(err) != api.Busy {
 			t.Errorf("one that was ended before: %v", err)
 		}
 		c.leave(a)

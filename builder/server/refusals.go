@@ -48,7 +48,11 @@ func (r *refusals) allow(log zerolog.Logger) bool {
 func (s *Server) countUnsigned(e *api.Error, id string) {
 	id = strings.ToValidUTF8(id[:min(len(id), maxCallID)], "")
 	s.metrics.Refused(e.Code)
-	if e.Code == api.Internal || s.refusals.allow(s.Log) {
+	lines := &s.refusals
+	if e.Code == api.Internal {
+		lines = &s.defects // which strangers' refusals must not crowd out
+	}
+	if lines.allow(s.Log) {
 		s.Log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	}
 }

@@ -99,17 +99,17 @@ const tenant = "default"
 // Server is the builder's http.Handler.
 type Server struct {
 	Config
-	metrics  *metrics.Metrics
-	routes   map[string]map[string]http.Handler
-	keys     keyring
-	intake   *intake
-	disk     *budget.Budget // of all bodies
-	waiting  *budget.Budget // of memory, for builds that wait for a slot
-	builds   slots
-	checks   slots // of contexts that are sent ahead
-	flights  flights
-	daemons  daemonCount
-	refusals refusals
+	metrics           *metrics.Metrics
+	routes            map[string]map[string]http.Handler
+	keys              keyring
+	intake            *intake
+	disk              *budget.Budget // of all bodies
+	waiting           *budget.Budget // of memory, for builds that wait for a slot
+	builds            slots
+	checks            slots // of contexts that are sent ahead
+	flights           flights
+	daemons           daemonCount
+	refusals, defects refusals // logged
 
 	// draining ends when Shutdown is called; stopped, when the time that builds
 	// get after that is over.
@@ -184,7 +184,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		refuse(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
+		s.refuseUnsigned(w, r, id, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"})
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -196,7 +196,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		refuse(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
+		s.refuseUnsigned(w, r, id, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method})
 		return
 	}
 	h.ServeHTTP(w, r)
@@ -261,6 +261,12 @@ func refuse(w http.ResponseWriter, r *http.Request, err *api.Error, opts reply.O
 		opts.NotBefore = time.Now().Add(settle)
 	}
 	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
+}
+
+// refuseUnsigned refuses and counts a request of which no signature is asked.
+func (s *Server) refuseUnsigned(w http.ResponseWriter, r *http.Request, id string, err *api.Error) {
+	s.countUnsigned(err, id)
+	refuse(w, r, err, reply.Options{ID: id})
 }
 
 // settle is how long after the end of a body its answer may begin. A proxy made

@@ -712,7 +712,7 @@ func TestUploadsWait(t *testing.T) {
 	if a := f.do(t, f.request(t, pack(t, config, "context/x", strings.Repeat("x", 2<<20)))); a.status != 200 {
 		t.Errorf("%d %s", a.status, a.body)
 	}
-	if status, body := answered(t, conn); status != 400 || !strings.Contains(body, string(api.SlowUpload)) {
+	if status, body := answered(t, conn); status != 429 || !strings.Contains(body, string(api.Busy)) {
 		t.Errorf("the one that had the slot: %d %s", status, body)
 	}
 }

@@ -82,8 +82,8 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 	verifier := keys.Verifier(stamp)
 	opts.Limits, opts.Dir, opts.InMemory, opts.Gate = s.Limits, s.TempDir, s.SpoolMemory, s.intake.gate
 	opts.HeadSize, opts.Larger, opts.NoRoom = headSize, a.takeSlot, a.makeRoom
-	opts.HeadMemory, opts.HeadDisk = s.intake.heads.Open(), a.disk
-	opts.Memory, opts.Disk = s.intake.uploads.Open(), s.intake.uploadsDisk.Open()
+	opts.HeadMemory, opts.HeadDisk = s.intake.heads.Open(), a.headDisk
+	opts.Memory, opts.Disk = s.intake.uploads.Open(), a.uploadDisk
 	opts.ContentKey = s.isolationKey(keys).ContentKey()
 	spool, err := payload.Receive(body, verifier, opts)
 	if err != nil {
