@@ -85,7 +85,7 @@ func (f *fanout) tap() *tap {
 func (f *fanout) next() *chunk {
 	select {
 	case c := <-f.free:
-		return c
+		return f.grow(c)
 	default:
 	}
 	switch {
@@ -95,7 +95,18 @@ func (f *fanout) next() *chunk {
 	case f.made < maxChunks && f.memory.Take(chunkSize):
 		return f.add(&chunks, chunkSize)
 	}
-	return <-f.free
+	return f.grow(<-f.free)
+}
+
+// grow is a large chunk for a small one, if there is memory for it.
+func (f *fanout) grow(c *chunk) *chunk {
+	const more = chunkSize - smallSize
+	if cap(c.buf) == chunkSize || !f.memory.Take(more) {
+		return c
+	}
+	f.taken += more
+	smallChunks.Put(c)
+	return chunks.Get().(*chunk)
 }
 
 func (f *fanout) add(from *sync.Pool, size int64) *chunk {
