@@ -29,6 +29,7 @@ type client struct {
 
 	mu       sync.Mutex
 	deadline *time.Timer
+	passed   bool          // it was in the past when it was set
 	ended    chan struct{} // closed by it
 }
 
@@ -39,11 +40,17 @@ func newClient(size, piece int, pause time.Duration) *client {
 func (c *client) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.deadline != nil && !c.deadline.Stop() {
-		c.ended = make(chan struct{}) // the last one has passed
+	if c.passed || c.deadline != nil && !c.deadline.Stop() {
+		c.ended, c.passed = make(chan struct{}), false // the last one has passed
 	}
 	ended := c.ended
-	c.deadline = time.AfterFunc(time.Until(t), func() { close(ended) })
+	c.deadline = nil
+	if left := time.Until(t); left > 0 {
+		c.deadline = time.AfterFunc(left, func() { close(ended) })
+	} else {
+		close(ended)
+		c.passed = true
+	}
 	return nil
 }
 
@@ -298,6 +305,50 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 		for other := range in.arrivals {
 			other.end(errShuttingDown)
 		}
+	})
+}
+
+// TestSilentLeaveFirst: where as many bodies are being received as may, a new one ends the
+// one that has been silent the longest, and not one that comes slowly.
+func TestSilentLeaveFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := testIntake(1)
+		var all sync.WaitGroup
+		var honest *arrival
+		for i := range maxArrivals {
+			c := newClient(100<<20, 1<<10, 10*time.Millisecond)
+			a := c.arrive(t, in)
+			if i == 0 {
+				honest = a
+			} else {
+				a.body = readerFunc(func([]byte) (int, error) {
+					<-c.late()
+					return 0, os.ErrDeadlineExceeded
+				})
+			}
+			all.Go(func() {
+				defer c.leave(a)
+				io.Copy(discard{}, a)
+			})
+			if i == 0 {
+				time.Sleep(5 * time.Second) // it can be judged then
+			}
+		}
+		time.Sleep(judgedAfter / 2)
+		for range 3 {
+			c := newClient(1, 1, 0)
+			c.leave(c.arrive(t, in))
+			synctest.Wait()
+		}
+		in.mu.Lock()
+		if n := len(in.arrivals); honest.ctx.Err() != nil || n >= maxArrivals {
+			t.Errorf("the slow one ended with %v; %d are left", honest.ctx.Err(), n)
+		}
+		for a := range in.arrivals {
+			a.end(errShuttingDown)
+		}
+		in.mu.Unlock()
+		all.Wait()
 	})
 }
 
