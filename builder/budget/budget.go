@@ -94,6 +94,9 @@ func (a *Account) add(n int64, force bool) bool {
 
 // Taken is how many bytes are taken.
 func (a *Account) Taken() int64 {
+	if a == nil {
+		return 0
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.taken

@@ -245,10 +245,15 @@ func TestNoRoom(t *testing.T) {
 	for _, head := range []int64{100, 16 << 20} {
 		disk := budget.New(5 << 20)
 		other := disk.Open()
-		other.Take(4 << 20)
+		other.Take(5 << 20)
+		// The head of a stream has room.
+		heads := disk
+		if head == 100 {
+			heads = budget.New(1 << 20)
+		}
 		opts := testOptions(t)
 		opts.InMemory, opts.HeadSize = 0, head
-		opts.HeadDisk, opts.Disk = disk.Open(), disk.Open()
+		opts.HeadDisk, opts.Disk = heads.Open(), disk.Open()
 		asked := 0
 		opts.NoRoom = func() error {
 			if asked++; asked == 3 {
@@ -268,7 +273,7 @@ func TestNoRoom(t *testing.T) {
 		other.Take(4 << 20)
 		opts = testOptions(t)
 		opts.InMemory, opts.HeadSize = 0, head
-		opts.HeadDisk, opts.Disk = disk.Open(), disk.Open()
+		opts.HeadDisk, opts.Disk = heads.Open(), disk.Open()
 		opts.NoRoom = func() error { return io.ErrNoProgress }
 		if _, err := payload.Receive(strings.NewReader(body), io.Discard, opts); !errors.Is(err, io.ErrNoProgress) {
 			t.Errorf("heads of %d bytes: %v", head, err)
@@ -278,15 +283,29 @@ func TestNoRoom(t *testing.T) {
 		}
 	}
 
-	disk := budget.New(1 << 20)
+	// A body as large as the room that there is needs no more.
+	whole := budget.New(int64(len(body)))
 	opts := testOptions(t)
+	opts.InMemory, opts.Disk = 0, whole.Open()
+	opts.NoRoom = func() error { return io.ErrNoProgress }
+	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Payload(); err != nil {
+		t.Errorf("where there is just enough: %v", err)
+	}
+	s.Close()
+
+	disk := budget.New(1 << 20)
+	opts = testOptions(t)
 	opts.HeadSize = 16 << 20
 	opts.HeadMemory, opts.HeadDisk = budget.New(16<<20).Open(), disk.Open()
 	opts.NoRoom = func() error {
 		t.Error("asked for room when all was there")
 		return io.ErrNoProgress
 	}
-	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
+	s, err = payload.Receive(strings.NewReader(body), io.Discard, opts)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -138,11 +138,11 @@ func Receive(body io.Reader, signed io.Writer, opts Options) (*Spool, error) {
 
 func (s *Spool) receive(body io.Reader, signed io.Writer) error {
 	whole, err := s.readHead(body, signed)
-	s.raw.endHead()
 	if err != nil {
 		return err
 	}
 	if whole {
+		s.raw.endHead()
 		if s.form == formEnvelope {
 			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(s.Raw(), s.size, signed) })
 		}
@@ -246,12 +246,13 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 
 	heads.Wait()
 	for eof := false; !eof; {
-		if err := s.waitForRoom(); err != nil {
-			return err
-		}
 		c := in.next()
 		var err error
 		if eof, err = s.fill(c, rest); err != nil {
+			return err
+		}
+		// Before the chunk has its turn at the gate, which others wait for.
+		if err := s.waitForRoom(); err != nil {
 			return err
 		}
 		in.send(c)
@@ -265,19 +266,25 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	return nil
 }
 
-// waitForRoom waits until there is room on the disk for the next chunk, or NoRoom ends the
-// body. Another may take that room before it is written to: the store then has an error.
+// waitForRoom waits until there is room on the disk for all that has been read, or NoRoom
+// ends the body. Another may take that room first: the store then has an error.
 func (s *Spool) waitForRoom() error {
-	if s.opts.NoRoom == nil || s.size+chunkSize <= s.opts.InMemory {
+	if s.opts.NoRoom == nil || s.size <= s.opts.InMemory && s.raw.inMemory() {
 		return nil
 	}
-	for !s.opts.Disk.Take(chunkSize) {
+	for {
+		missing := s.size - s.opts.Disk.Taken()
+		if missing <= 0 {
+			return nil
+		}
+		if s.opts.Disk.Take(missing) {
+			s.opts.Disk.Give(missing)
+			return nil
+		}
 		if err := s.opts.NoRoom(); err != nil {
 			return err
 		}
 	}
-	s.opts.Disk.Give(chunkSize)
-	return nil
 }
 
 // follower is what follows the head of a body.
@@ -394,8 +401,9 @@ func (s *Spool) Charge(memory, disk *budget.Budget) {
 	s.memory.Move(memory)
 }
 
-// Index makes the index of a plain tar that lies in memory, if there is none and there
-// is memory for it, and it costs no more than what was sent. It returns whether Payload has its answer ready.
+// Index makes the index of a plain tar that lies in memory, if there is none yet, there is
+// memory for it, and it costs no more than what was sent. It returns whether Payload has
+// its answer ready.
 func (s *Spool) Index() bool {
 	if s.payload == nil && s.err == nil && s.form == formTar && s.raw.inMemory() {
 		s.hold(func() (*Payload, error) { return index(s.Raw(), s.raw, true, &s.opts, s.memory) })

@@ -113,7 +113,7 @@ func (s *store) endHead() {
 	s.noRoom = nil
 }
 
-// move has what is stored counted against other accounts.
+// move has what is stored counted against other accounts, and ends the head.
 func (s *store) move(memory, disk *budget.Account) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,8 +122,7 @@ func (s *store) move(memory, disk *budget.Account) error {
 	case s.err != nil:
 		return s.err
 	case s.file != nil:
-		if !disk.Take(s.size) {
-			s.err = ErrNoRoom
+		if s.err = s.takeRoom(disk, s.size); s.err != nil {
 			s.drop()
 			return s.err
 		}
@@ -139,7 +138,7 @@ func (s *store) move(memory, disk *budget.Account) error {
 			return s.err
 		}
 	}
-	s.memory, s.direct = memory, false
+	s.memory, s.direct, s.noRoom = memory, false, nil
 	return nil
 }
 
@@ -227,7 +226,16 @@ func (s *store) flush() error {
 var ErrNoRoom = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
 
 func (s *store) toFile(p []byte) error {
-	for !s.disk.Take(int64(len(p))) {
+	if err := s.takeRoom(s.disk, int64(len(p))); err != nil {
+		return err
+	}
+	_, err := s.file.Write(p)
+	return storeError(err)
+}
+
+// takeRoom takes n bytes of disk, when noRoom has made some.
+func (s *store) takeRoom(disk *budget.Account, n int64) error {
+	for !disk.Take(n) {
 		if s.noRoom == nil {
 			return ErrNoRoom
 		}
@@ -235,8 +243,7 @@ func (s *store) toFile(p []byte) error {
 			return err
 		}
 	}
-	_, err := s.file.Write(p)
-	return storeError(err)
+	return nil
 }
 
 // finish makes all that was written readable.

@@ -76,7 +76,7 @@ type intake struct {
 	free     int // slots
 	arrivals map[*arrival]struct{}
 	waiting  []chan struct{}    // for a slot, in the order that they came
-	judged   map[bool]time.Time // when somebody was last looked for who takes room, with a slot or without
+	judged   map[bool]time.Time // for their room: when those with a slot (true) were last, and those without
 }
 
 // newIntake makes one with the given number of slots. Of disk, unsigned bodies have
@@ -246,26 +246,30 @@ func (a *arrival) makeRoom() error {
 	if a.waited >= roomWait {
 		return payload.ErrNoRoom
 	}
-	a.wait(true)
-	defer a.wait(false)
+	in := a.in
+	in.mu.Lock()
+	a.wants = true
+	in.judge(a.slot)
+	in.mu.Unlock()
+	defer func() {
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		a.wants = false
+	}()
 	select {
 	case <-time.After(roomEvery):
 		return nil
-	case <-a.in.draining.Done():
+	case <-in.draining.Done():
 		return errShuttingDown
 	case <-a.ctx.Done():
 		return a.cause()
 	}
 }
 
-// wait says whether a waits for room.
-func (a *arrival) wait(wants bool) {
-	in := a.in
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	a.wants = wants
-	slot := a.slot
-	if !wants || time.Since(in.judged[slot]) < roomEvery {
+// judge ends a body for the room that it takes on the disk: one with a slot, or one
+// without. However many wait, it does so every roomEvery. The caller must hold in.mu.
+func (in *intake) judge(slot bool) {
+	if time.Since(in.judged[slot]) < roomEvery {
 		return
 	}
 	in.judged[slot] = time.Now()
@@ -283,7 +287,7 @@ func (a *arrival) wait(wants bool) {
 // endFor considers those that take something of what is wanted. It ends the one that has
 // been silent the longest, if that is more than atLeast. If none is silent, it ends the
 // slowest below slowRate. If none is slow either, and several all wait for room, it ends
-// the one that takes most: they would wait for one another. It is called with in.mu held.
+// the one that takes most: they would wait for one another. The caller must hold in.mu.
 func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 	var silent, largest *arrival
 	longest, most := atLeast, int64(0)

@@ -427,8 +427,8 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 	var function, openssl series
 	for i := range w.ingest + 1 {
 		began := time.Now()
-		// The client takes its time of the same processors. It has the least to do
-		// with a file that it need not read: the kernel sends it.
+		// The client runs on the same processors. It costs least where the kernel
+		// sends the file.
 		started, err := b.postFile(ctx, path, signature, func(f *os.File) io.ReadCloser { return f })
 		if err != nil {
 			return fmt.Errorf("ingest: %w", err)
