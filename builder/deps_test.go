@@ -19,7 +19,12 @@ const module = "handler/function"
 var imports = map[string][]string{
 	".":           {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "reply", "server"},
 	"server":      {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
-	"buildkit":    {"api", "buildconfig", "hosts", "payload", "placement", "redact", "registry", "solve"},
+	"buildkit":    {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
+
+	"buildkit/contextfs": {"api", "payload"},
+	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},
+	"buildkit/report":    {"api", "redact", "solve"},
+
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},
@@ -81,7 +86,7 @@ func TestImports(t *testing.T) {
 				continue
 			}
 			for _, r := range reserved {
-				if strings.HasPrefix(name, r.module) && pkg != r.by && !slices.Contains(exceptions[name], pkg) {
+				if strings.HasPrefix(name, r.module) && pkg != r.by && !strings.HasPrefix(pkg, r.by+"/") && !slices.Contains(exceptions[name], pkg) {
 					t.Errorf("%s imports %s, which only %s may: %s", path, name, r.by, r.why)
 				}
 			}

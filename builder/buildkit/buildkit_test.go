@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
@@ -22,20 +23,49 @@ import (
 
 	"handler/function/api"
 	"handler/function/buildconfig"
+	"handler/function/buildkit/contextfs"
+	"handler/function/payload"
 	"handler/function/registry"
 	"handler/function/solve"
 )
 
-func newTestBuild(t *testing.T, cfg Config, config string) *build {
+// files is a context whose regular files have the given content.
+type files map[string]string
+
+func (f files) Entries() []payload.Entry {
+	var list []payload.Entry
+	for _, name := range slices.Sorted(maps.Keys(f)) {
+		list = append(list, payload.Entry{Path: name, Mode: 0o644, Size: int64(len(f[name]))})
+	}
+	return list
+}
+
+func (f files) Open(e *payload.Entry) io.Reader { return strings.NewReader(f[e.Path]) }
+
+var sample = files{"Dockerfile": "FROM scratch\n"}
+
+func mustNew(t *testing.T, cfg Config) *Solver {
+	t.Helper()
+	cfg.Addrs = []string{"tcp://127.0.0.1:1"}
+	if cfg.Credentials == nil {
+		cfg.Credentials = registry.New(registry.Config{})
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// mustPlan is the plan of a request with the given config.
+func mustPlan(t *testing.T, s *Solver, config string, src contextfs.Source) *plan {
 	t.Helper()
 	c, err := buildconfig.Parse([]byte(config))
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Credentials = registry.New(registry.Config{})
-	req := &solve.Request{Config: c, SharedKey: "key", Hostname: "host", CacheMountNS: "ns"}
-	cfg.Addrs = []string{"tcp://127.0.0.1:1"}
-	return mustNew(t, cfg).newBuild(req, newContextFS(sample()), func(...string) {})
+	return s.newPlan(&solve.Request{Config: c, SharedKey: "key", Hostname: "host", CacheMountNS: "ns"}, contextfs.New(src))
 }
 
 func TestAttributes(t *testing.T) {
@@ -62,10 +92,12 @@ func TestAttributes(t *testing.T) {
 			map[string]string{"platform": "linux/amd64,linux/arm64"}, map[string]string{"annotation.a.b": "c", "annotation-index.a.b": "c"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			b := newTestBuild(t, tt.cfg, tt.config)
+			a := &attempt{ref: "ref", auths: newAuthServer(nil)}
+			a.run = &run{Solver: mustNew(t, tt.cfg)}
+			a.plan = mustPlan(t, a.Solver, tt.config, sample)
 			want := maps.Clone(always)
 			maps.Copy(want, tt.frontend)
-			opt := b.solveOpt("ref", newAuthServer(nil))
+			opt := a.solveOpt()
 			if !maps.Equal(opt.FrontendAttrs, want) {
 				t.Errorf("frontend %v, want %v", opt.FrontendAttrs, want)
 			}
@@ -82,8 +114,8 @@ func TestAttributes(t *testing.T) {
 			if opt.Ref != "ref" || !opt.Internal {
 				t.Errorf("ref %q, kept out of the history: %v", opt.Ref, opt.Internal)
 			}
-			b.req.Name = solve.Name{Call: "c", Body: "b"}
-			if b.solveOpt("ref", newAuthServer(nil)).Internal {
+			a.plan.name = solve.Name{Call: "c", Body: "b"}
+			if a.solveOpt().Internal {
 				t.Error("a build with a name is kept out of the history")
 			}
 		})
@@ -104,8 +136,8 @@ func TestCacheRepository(t *testing.T) {
 		{`{"image":"acme/app:1","skipPush":true}`, 1, 0},
 		{`{"skipPush":true}`, 0, 0}, // nothing says whose cache it would be
 	} {
-		b := newTestBuild(t, cfg, tt.config)
-		opt := b.solveOpt("ref", newAuthServer(nil))
+		p := mustPlan(t, mustNew(t, cfg), tt.config, sample)
+		opt := p.solveOpt("ref", newAuthServer(nil))
 		if len(opt.CacheImports) != tt.imports || len(opt.CacheExports) != tt.exports {
 			t.Errorf("%s: %d imports, %d exports", tt.config, len(opt.CacheImports), len(opt.CacheExports))
 		}
@@ -119,28 +151,34 @@ func TestCacheRepository(t *testing.T) {
 				t.Errorf("%+v", e)
 			}
 		}
-		if n := len(b.repositories()); n != 2*tt.imports {
+		if n := len(p.repositories()); n != 2*tt.imports {
 			t.Errorf("%s: tokens for %d repositories", tt.config, n)
 		}
-		if len(b.req.Config.References) > 1 {
+		if len(p.req.Config.References) > 1 {
 			t.Error("the cache is one of the image's names")
 		}
 	}
 }
 
 func TestSyntaxWarning(t *testing.T) {
-	m := sample()
-	m.content["Dockerfile"] = "# syntax=e\n#\n"
 	for allow, want := range map[bool]int{false: 1, true: 0} {
-		var lines []string
-		c, _ := buildconfig.Parse([]byte(`{"skipPush":true}`))
-		b := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}, AllowSyntax: allow}).newBuild(&solve.Request{Config: c}, newContextFS(m), func(l ...string) { lines = append(lines, l...) })
-		if len(b.warnings) != want {
-			t.Errorf("allow_syntax=%v: warnings %q", allow, b.warnings)
+		s := mustNew(t, Config{AllowSyntax: allow})
+		p := mustPlan(t, s, `{"skipPush":true}`, files{"Dockerfile": "# syntax=e\n#\n"})
+		if warnings := s.warnings(p); len(warnings) != want {
+			t.Errorf("allow_syntax=%v: warnings %q", allow, warnings)
 		}
-		if _, follows := b.frontendAttrs()["cmdline"]; follows == allow {
+		if _, follows := p.frontendAttrs()["cmdline"]; follows == allow {
 			t.Errorf("allow_syntax=%v: cmdline %v", allow, follows)
 		}
+	}
+}
+
+// TestSolveRefusesOdd has the context refused before any daemon is asked.
+func TestSolveRefusesOdd(t *testing.T) {
+	s := mustNew(t, Config{BuildTimeout: time.Second})
+	_, _, err := s.solve(t.Context(), &solve.Request{Config: new(buildconfig.Config)}, contextfs.New(files{"\xff": ""}), func(...string) {})
+	if err == nil || api.AsError(err).Code != api.BadTar {
+		t.Errorf("%v", err)
 	}
 }
 
@@ -180,15 +218,15 @@ func TestPrepare(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			asked = nil
-			b := newTestBuild(t, Config{CacheRepository: tt.cache}, tt.config)
-			b.solver.cfg.Credentials = registry.New(registry.Config{File: file, CreateRepositories: true})
-			err := b.prepare(t.Context())
+			s := mustNew(t, Config{CacheRepository: tt.cache, Credentials: registry.New(registry.Config{File: file, CreateRepositories: true})})
+			p := mustPlan(t, s, tt.config, sample)
+			err := s.prepare(t.Context(), p)
 			if err == nil != (tt.want == "") || err != nil && api.AsError(err).Code != tt.want || len(asked) > 0 != tt.asks {
 				t.Errorf("%v; asked %q", err, asked)
 			}
 			if err != nil {
-				if _, err := b.all(t.Context()); api.AsError(err).Code != tt.want {
-					t.Errorf("all: %v", err)
+				if _, _, err := s.build(t.Context(), p, func(...string) {}, func(string) {}); api.AsError(err).Code != tt.want {
+					t.Errorf("build: %v", err)
 				}
 			}
 		})

@@ -39,8 +39,8 @@ func TestCompressionAttributes(t *testing.T) {
 		{Compression{"zstd", 0}, map[string]string{"compression": "zstd", "oci-mediatypes": "true"}},
 		{Compression{"zstd", 9}, map[string]string{"compression": "zstd", "compression-level": "9", "oci-mediatypes": "true"}},
 	} {
-		b := newTestBuild(t, Config{Compression: tt.compression, CacheRepository: repository}, `{"image":"acme/app:1","annotations":{"compression":"zstd"}}`)
-		opt := b.solveOpt("ref", newAuthServer(nil))
+		p := mustPlan(t, mustNew(t, Config{Compression: tt.compression, CacheRepository: repository}), `{"image":"acme/app:1","annotations":{"compression":"zstd"}}`, sample)
+		opt := p.solveOpt("ref", newAuthServer(nil))
 		image := maps.Clone(tt.want)
 		maps.Copy(image, map[string]string{"name": "docker.io/acme/app:1", "push": "true", "annotation.compression": "zstd"})
 		if got := opt.Exports[0].Attrs; !maps.Equal(got, image) {

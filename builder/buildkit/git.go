@@ -16,23 +16,24 @@ import (
 
 	"handler/function/api"
 	"handler/function/buildconfig"
+	"handler/function/buildkit/report"
 )
 
-// gitSource is a git context on its way into one solve.
+// gitSource is the git context of one solve.
 type gitSource struct {
 	*buildconfig.Git
 
-	// secret is the id of the session's secret with the Authorization header. It
-	// is made for one solve: a RUN step can mount any secret of the session whose
-	// id it knows, and it knows GIT_AUTH_TOKEN and the like.
+	// secret is the id of the session's secret with the Authorization header. A RUN step
+	// can mount any secret of the session whose id it knows, and it knows GIT_AUTH_TOKEN
+	// and the like. So the id is random, and made for one solve.
 	secret string
 
 	commit string // that the ref has been resolved to
 	err    error  // of resolving or fetching it
 }
 
-// state is of a ref; an empty one is the default branch. It fetches no submodules:
-// they come from wherever the repository says.
+// state is the source at a ref; an empty ref is the default branch. Submodules are not
+// fetched: the repository decides where they come from.
 func (g *gitSource) state(ref string, opts ...llb.GitOption) llb.State {
 	opts = append(opts, llb.GitSkipSubmodules(), llb.AuthHeaderSecret(g.secret), llb.AuthTokenSecret(""))
 	if ref != "" {
@@ -59,8 +60,7 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 			g.err = err
 			return nil, err
 		}
-		// Should the ref move meanwhile, this fails instead of building something
-		// else.
+		// If the ref moves meanwhile, this fails instead of building something else.
 		def, err := g.state(g.Ref, llb.GitChecksum(checksum)).Marshal(ctx)
 		if err != nil {
 			return nil, err
@@ -71,22 +71,23 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 			CacheImports:   imports,
 			FrontendInputs: map[string]*pb.Definition{"context": def.ToPB(), "dockerfile": def.ToPB()},
 		})
-		if err != nil && g.isFetch(unquoted(err.Error())) {
+		if err != nil && g.isFetch(report.Unquoted(err.Error())) {
 			g.err = err
 		}
 		return res, err
 	}, status)
 }
 
-// isFetch says whether text is of a commit that could not be had, though it was
-// resolved (source/git/source.go of BuildKit).
+// isFetch says whether text is about a commit that was resolved and could not be fetched
+// (source/git/source.go of BuildKit).
 func (g *gitSource) isFetch(text string) bool {
 	return strings.Contains(text, "failed to fetch remote "+g.Remote()+": ") || strings.Contains(text, "failed to checkout remote "+g.Remote()+": ")
 }
 
-// checksum is what the ref names, a commit or an annotated tag. Whoever cannot
-// read the repository does not get it: of a commit BuildKit does not ask the host,
-// and what another build has fetched it would give to anyone who knows the commit.
+// checksum is the object that the ref names, a commit or an annotated tag. Only a client that
+// can read the repository gets it. For a commit, BuildKit does not ask the host: it gives the
+// files that another build has fetched to anybody who knows the commit. So the default branch
+// is asked for first.
 func (g *gitSource) checksum(ctx context.Context, c gateway.Client) (string, error) {
 	if gitutil.IsCommitSHA(g.Ref) {
 		_, err := g.resolve(ctx, c, "")
@@ -121,14 +122,14 @@ func (g *gitSource) resolve(ctx context.Context, c gateway.Client, ref string) (
 	return meta.Git, nil
 }
 
-// hostTrouble are git's words for a host that may answer later.
+// hostTrouble is how git reports a host that may answer later.
 var hostTrouble = []string{
 	"Could not resolve host", "Failed to connect", "Connection refused", "Connection timed out",
 	"Operation timed out", "Connection reset", "returned error: 5", "returned error: 429", "early EOF",
 }
 
-// failure says why a ref could not be had. What git says of it may hold the
-// URL, which has no credentials.
+// failure says why the ref could not be fetched. git's words may hold the URL, which has no
+// credentials.
 func (g *gitSource) failure(line func(string) string) *api.Error {
 	text := g.err.Error()
 	for _, sign := range hostTrouble {

@@ -25,7 +25,7 @@ import (
 	"github.com/tonistiigi/fsutil"
 
 	"handler/function"
-	"handler/function/buildkit"
+	"handler/function/buildkit/contextfs"
 	"handler/function/payload"
 	"handler/function/tests/stack"
 )
@@ -217,7 +217,7 @@ func (b *benchmark) cached(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
-	fs := buildkit.FS(p.Context)
+	fs := contextfs.New(p.Context)
 	var all [4]series
 	for i := range w.cached + 1 {
 		for j, build := range []func() (time.Duration, error){

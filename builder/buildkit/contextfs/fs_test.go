@@ -1,4 +1,4 @@
-package buildkit
+package contextfs
 
 import (
 	"context"
@@ -21,7 +21,7 @@ import (
 	"handler/function/payload"
 )
 
-// memory is a source whose files' content is their text, in the order given.
+// memory is a Source. A file's content is its text.
 type memory struct {
 	entries []payload.Entry
 	content map[string]string
@@ -129,7 +129,7 @@ func transfer(t *testing.T, f fsutil.FS, dir string) error {
 	g.Go(func() error {
 		return fsutil.Receive(ctx, &pipe{ctx, down, up}, dir, fsutil.ReceiveOpt{
 			Filter: func(_ string, st *types.Stat) bool {
-				// Who is not root can give files to nobody else.
+				// Only root can give files to somebody else.
 				st.Uid, st.Gid = uint32(os.Getuid()), uint32(os.Getgid())
 				return true
 			},
@@ -140,7 +140,7 @@ func transfer(t *testing.T, f fsutil.FS, dir string) error {
 
 func TestTransfer(t *testing.T) {
 	m := sample()
-	files := newContextFS(m)
+	files := New(m)
 	dir := t.TempDir()
 	if err := transfer(t, files, dir); err != nil {
 		t.Fatal(err)
@@ -191,8 +191,8 @@ func TestTransfer(t *testing.T) {
 	}
 }
 
-// What has not changed is not written again: BuildKit would leave a directory
-// with the time of that.
+// A file that has not changed is not written again. BuildKit would give its directory the
+// time of the writing.
 func TestTransferAgain(t *testing.T) {
 	m := &memory{}
 	m.add("dir/", 0o755, "")
@@ -202,7 +202,7 @@ func TestTransferAgain(t *testing.T) {
 	m.entries[2].ModTime = m.entries[1].ModTime
 	dir := t.TempDir()
 	for range 2 {
-		if err := transfer(t, newContextFS(m), dir); err != nil {
+		if err := transfer(t, New(m), dir); err != nil {
 			t.Fatal(err)
 		}
 		if fi, err := os.Stat(filepath.Join(dir, "dir")); err != nil || fi.ModTime().UnixNano() != m.entries[0].ModTime {
@@ -213,7 +213,7 @@ func TestTransferAgain(t *testing.T) {
 
 // Without its target, a hard link is a file of its own.
 func TestTransferFilteredLink(t *testing.T) {
-	filtered, err := fsutil.NewFilterFS(newContextFS(sample()), &fsutil.FilterOpt{ExcludePatterns: []string{"dir", "second"}})
+	filtered, err := fsutil.NewFilterFS(New(sample()), &fsutil.FilterOpt{ExcludePatterns: []string{"dir", "second"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +227,7 @@ func TestTransferFilteredLink(t *testing.T) {
 }
 
 func TestTransferFollowsLinks(t *testing.T) {
-	filtered, err := fsutil.NewFilterFS(newContextFS(sample()), &fsutil.FilterOpt{FollowPaths: []string{"link", "loop", "out", "nothing", "dir-*"}})
+	filtered, err := fsutil.NewFilterFS(New(sample()), &fsutil.FilterOpt{FollowPaths: []string{"link", "loop", "out", "nothing", "dir-*"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,18 +255,18 @@ func (brokenSource) Open(e *payload.Entry) io.Reader {
 // A file that cannot be read must end the transfer: an empty one in its place
 // would be built.
 func TestTransferUnreadable(t *testing.T) {
-	err := transfer(t, newContextFS(brokenSource{sample()}), t.TempDir())
+	err := transfer(t, New(brokenSource{sample()}), t.TempDir())
 	if !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("cut source: %v", err)
 	}
-	closed := newContextFS(sample())
-	closed.close()
-	if err := transfer(t, closed, t.TempDir()); !errors.Is(err, errContextClosed) {
+	closed := New(sample())
+	closed.Close()
+	if err := transfer(t, closed, t.TempDir()); !errors.Is(err, errClosed) {
 		t.Errorf("closed: %v", err)
 	}
 	m := sample()
 	m.entries[slices.IndexFunc(m.entries, func(e payload.Entry) bool { return e.Path == "third" })].Linkname = "zzz"
-	r, err := newContextFS(m).Open("third")
+	r, err := New(m).Open("third")
 	if err != nil {
 		t.Fatalf("Open failed: %v", err)
 	}
@@ -274,7 +274,7 @@ func TestTransferUnreadable(t *testing.T) {
 		t.Error("a link to nothing is read without an error")
 	}
 	for _, p := range []string{"nothing", "dir", "loop", ""} {
-		r, err := newContextFS(m).Open(p)
+		r, err := New(m).Open(p)
 		if err != nil {
 			t.Fatalf("Open(%q) failed: %v", p, err)
 		}
@@ -285,7 +285,7 @@ func TestTransferUnreadable(t *testing.T) {
 }
 
 func TestWalk(t *testing.T) {
-	f := newContextFS(sample())
+	f := New(sample())
 	all := make([]string, 0, len(f.entries))
 	for _, e := range f.entries {
 		all = append(all, e.Path)
@@ -307,7 +307,7 @@ func TestWalk(t *testing.T) {
 		{"dir/a/b", nil, nil},
 		{"dir", map[string]error{"dir/sub": fs.SkipDir}, []string{"dir", "dir/a", "dir/sub", "dir/z"}},
 		{"dir", map[string]error{"dir": fs.SkipDir}, []string{"dir"}},
-		// Of a file, it skips the rest of its directory.
+		// For a file, fs.SkipDir skips the rest of its directory.
 		{"/", map[string]error{"dir/a": fs.SkipDir}, slices.DeleteFunc(slices.Clone(all), func(p string) bool {
 			return strings.HasPrefix(p, "dir/") && p != "dir/a"
 		})},
@@ -349,7 +349,7 @@ func TestWalk(t *testing.T) {
 
 // fsutil changes the Stat it is given.
 func TestWalkGivesCopies(t *testing.T) {
-	f := newContextFS(sample())
+	f := New(sample())
 	for range 2 {
 		f.Walk(t.Context(), "/", func(p string, d fs.DirEntry, _ error) error {
 			fi, _ := d.Info()
@@ -365,7 +365,7 @@ func TestWalkGivesCopies(t *testing.T) {
 
 func TestWalkOrder(t *testing.T) {
 	var v fsutil.Validator
-	err := newContextFS(sample()).Walk(t.Context(), "/", func(p string, d fs.DirEntry, err error) error {
+	err := New(sample()).Walk(t.Context(), "/", func(p string, d fs.DirEntry, err error) error {
 		fi, _ := d.Info()
 		return v.HandleChange(fsutil.ChangeKindAdd, p, fi, err)
 	})
@@ -374,16 +374,16 @@ func TestWalkOrder(t *testing.T) {
 	}
 }
 
-// close waits for the read that is under way.
+// Close waits for the read that is under way.
 func TestCloseWaits(t *testing.T) {
 	started, finish := make(chan struct{}), make(chan struct{})
-	f := newContextFS(&memory{})
+	f := New(&memory{})
 	r := &fileReader{fs: f, r: readerFunc(func([]byte) (int, error) { close(started); <-finish; return 0, io.EOF })}
 	var wg sync.WaitGroup
 	wg.Go(func() { r.Read(nil) })
 	<-started
 	closed := make(chan struct{})
-	wg.Go(func() { f.close(); close(closed) })
+	wg.Go(func() { f.Close(); close(closed) })
 	select {
 	case <-closed:
 		t.Error("closed while a read is under way")
@@ -391,7 +391,7 @@ func TestCloseWaits(t *testing.T) {
 	}
 	close(finish)
 	wg.Wait()
-	if _, err := r.Read(nil); !errors.Is(err, errContextClosed) {
+	if _, err := r.Read(nil); !errors.Is(err, errClosed) {
 		t.Errorf("read after close: %v", err)
 	}
 }
@@ -432,7 +432,7 @@ func TestSyntaxLine(t *testing.T) {
 			for name, content := range tt.files {
 				m.add(name, 0o644, content)
 			}
-			if got := syntaxLine(newContextFS(m), tt.file); got != tt.want {
+			if got := New(m).Syntax(tt.file); got != tt.want {
 				t.Errorf("%q, want %q", got, tt.want)
 			}
 		})

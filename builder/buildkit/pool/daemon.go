@@ -1,4 +1,4 @@
-package buildkit
+package pool
 
 import (
 	"context"
@@ -24,25 +24,25 @@ import (
 )
 
 const (
-	// keepaliveTime and keepaliveTimeout make a daemon that is frozen, or that
-	// a network has lost, known within 20 s. grpc-go allows no shorter time.
+	// A daemon that is frozen, or that the network has lost, is noticed within 20 s.
+	// grpc-go allows no shorter keepaliveTime.
 	keepaliveTime    = 10 * time.Second
 	keepaliveTimeout = 10 * time.Second
 
 	// checkTimeout bounds the RPC that shows a connection to be alive, dialling
-	// included. keptTimeout is for one that has answered before: if it was too
-	// short, a new one is dialled for nothing.
+	// included. keptTimeout bounds it for a connection that has answered before. If it is
+	// too short, a new connection is dialled for nothing.
 	checkTimeout = 5 * time.Second
 	keptTimeout  = 2 * time.Second
 
-	// dialWindow is for how long dialling is tried again: a daemon that is
-	// restarted is back within it.
+	// dialWindow is how long dialling is tried again. A daemon that is restarted is back
+	// within it.
 	dialWindow   = 5 * time.Second
 	dialInterval = 200 * time.Millisecond
 )
 
-// daemon is one buildkitd, with the connection that is kept to it.
-type daemon struct {
+// Daemon is one buildkitd, with the connection that is kept to it.
+type Daemon struct {
 	addr       string
 	serverName string
 	files      [3]string // CA, certificate, key; all empty without TLS
@@ -55,24 +55,45 @@ type daemon struct {
 	platform string // its own, as it said last
 }
 
-// conn is one client's connection. It is closed when it has been dropped and
-// its last build has released it.
+func newDaemon(addr string, cfg *Config) *Daemon {
+	return &Daemon{
+		addr:       addr,
+		serverName: cfg.ServerName,
+		files:      [3]string{cfg.CAFile, cfg.CertFile, cfg.KeyFile},
+		log:        cfg.Log,
+		health:     health{pruning: make(chan struct{}, 1)},
+	}
+}
+
+// Addr is the daemon's address, as Config.Addrs has it.
+func (d *Daemon) Addr() string { return d.addr }
+
+// Native is the daemon's own platform, as it said last. It is empty if the daemon has never
+// answered.
+func (d *Daemon) Native() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.platform
+}
+
+// conn is a connection to a daemon. It is closed once it has been dropped and its last build
+// has released it.
 type conn struct {
 	client *client.Client
 	sum    [sha256.Size]byte // of the TLS files it was made from
 	ends   *connEnds
 
-	refs    int // guarded by daemon.mu, as is dropped
-	dropped bool
+	refs    int  // builds that use it; guarded by Daemon.mu
+	dropped bool // guarded by Daemon.mu
 
-	answered atomic.Bool // before
+	answered atomic.Bool // at least once
 }
 
-var errClosed = errors.New("the solver is closed")
+var errClosed = errors.New("the pool is closed, or the daemon has left it")
 
-// get is the kept connection, or a new one where there is none or its TLS files
-// have changed. It does not wait for the network.
-func (d *daemon) get() (*conn, error) {
+// get returns the kept connection, or a new one if there is none or the TLS files have
+// changed. It does not wait for the network.
+func (d *Daemon) get() (*conn, error) {
 	tlsConfig, sum, tlsErr := d.loadTLS()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -100,8 +121,8 @@ func (d *daemon) get() (*conn, error) {
 	return c, nil
 }
 
-// dial needs no network: gRPC connects on the first RPC.
-func (d *daemon) dial(tlsConfig *tls.Config) (*conn, error) {
+// dial does not wait for the network: gRPC connects on the first RPC.
+func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 	c := &conn{ends: &connEnds{end: make(chan struct{})}}
 	opts := []client.ClientOpt{
 		client.WithGRPCDialOption(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout})),
@@ -110,7 +131,7 @@ func (d *daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 			MinConnectTimeout: checkTimeout,
 		})),
 		client.WithGRPCDialOption(grpc.WithStatsHandler(c.ends)),
-		// A span in a build's context would reach the daemon, and its RUN steps.
+		// Without it, a span in a build's context reaches the daemon and its RUN steps.
 		client.WithTracerProvider(nil),
 	}
 	if tlsConfig != nil {
@@ -127,7 +148,7 @@ func (d *daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 }
 
 // loadTLS makes the configuration and its hash from one reading of the files.
-func (d *daemon) loadTLS() (*tls.Config, [sha256.Size]byte, error) {
+func (d *Daemon) loadTLS() (*tls.Config, [sha256.Size]byte, error) {
 	var sum [sha256.Size]byte
 	if d.files == [3]string{} || strings.HasPrefix(d.addr, "unix://") {
 		return nil, sum, nil
@@ -159,8 +180,8 @@ func (d *daemon) loadTLS() (*tls.Config, [sha256.Size]byte, error) {
 	}, sum, nil
 }
 
-// drop has c closed after its last build. It holds d.mu.
-func (d *daemon) drop(c *conn) {
+// drop has c closed after its last build. The caller must hold d.mu.
+func (d *Daemon) drop(c *conn) {
 	if c == nil || c.dropped {
 		return
 	}
@@ -173,8 +194,8 @@ func (d *daemon) drop(c *conn) {
 	}
 }
 
-// release gives c back; a connection that failed is not kept.
-func (d *daemon) release(c *conn, failed bool) {
+// release gives c back. A connection that failed is not kept.
+func (d *Daemon) release(c *conn, failed bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c.refs--
@@ -186,9 +207,9 @@ func (d *daemon) release(c *conn, failed bool) {
 	}
 }
 
-// acquire is a connection that has just answered, a new one where the kept one
-// does not. It must be released.
-func (d *daemon) acquire(ctx context.Context) (*conn, error) {
+// acquire returns a connection that has just answered: the kept one, or a new one if that does
+// not answer. The caller must release it.
+func (d *Daemon) acquire(ctx context.Context) (*conn, error) {
 	for {
 		c, err := d.get()
 		if err != nil {
@@ -199,7 +220,7 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 			return c, nil
 		}
 		if ctx.Err() != nil {
-			d.release(c, false) // of its state nothing is known
+			d.release(c, false) // it may well be alive
 			return nil, context.Cause(ctx)
 		}
 		d.release(c, true)
@@ -210,7 +231,7 @@ func (d *daemon) acquire(ctx context.Context) (*conn, error) {
 }
 
 // check makes one small RPC.
-func (d *daemon) check(ctx context.Context, c *conn) error {
+func (d *Daemon) check(ctx context.Context, c *conn) error {
 	if c.answered.Load() {
 		ctx, cancel := context.WithTimeout(ctx, keptTimeout)
 		defer cancel()
@@ -226,7 +247,7 @@ func (d *daemon) check(ctx context.Context, c *conn) error {
 	if len(workers) == 0 {
 		return errors.New("buildkitd has no worker")
 	}
-	// Its own comes first, before those it emulates.
+	// The daemon's own platform comes first, before those that it emulates.
 	if p := workers[0].Platforms; len(p) > 0 {
 		d.mu.Lock()
 		d.platform = platforms.Format(platforms.Normalize(p[0]))
@@ -236,7 +257,7 @@ func (d *daemon) check(ctx context.Context, c *conn) error {
 	return nil
 }
 
-func (d *daemon) close() error {
+func (d *Daemon) close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.closed = true
@@ -249,14 +270,14 @@ func (d *daemon) close() error {
 	return c.client.Close()
 }
 
-// connEnds tells that a transport to the daemon has ended. An error alone
-// cannot: what the daemon relays of a registry has the same code.
+// connEnds tells when a transport to the daemon ends. An error alone does not tell: the
+// daemon passes on a registry's errors with the same codes.
 type connEnds struct {
 	mu  sync.Mutex
-	end chan struct{} // closed, and made anew, when a transport ends
+	end chan struct{} // closed, and replaced, when a transport ends
 }
 
-// next is closed when a transport ends from now on.
+// next returns a channel that is closed when the next transport ends.
 func (e *connEnds) next() <-chan struct{} {
 	e.mu.Lock()
 	defer e.mu.Unlock()

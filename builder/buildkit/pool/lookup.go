@@ -1,4 +1,4 @@
-package buildkit
+package pool
 
 import (
 	"context"
@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// lookupAge is for how long the daemons that a name has are taken as known:
-	// about as long as Kubernetes' DNS has an answer cached. A build waits for a
-	// look-up only where the last one is older than lookupWait.
+	// lookupAge is how long the result of a look-up is taken as current, about as long as
+	// Kubernetes' DNS caches an answer. A build waits for a new look-up only if the last
+	// one is older than lookupWait.
 	lookupAge     = 5 * time.Second
 	lookupWait    = time.Minute
 	lookupTimeout = 2 * time.Second
@@ -36,7 +36,7 @@ type resolver interface {
 // target is one entry of Config.Addrs.
 type target struct {
 	addr       string
-	host, port string // empty where there is nothing to look up
+	host, port string // host is empty where there is nothing to look up
 }
 
 func parseTarget(addr string) (target, error) {
@@ -60,18 +60,22 @@ func parseTarget(addr string) (target, error) {
 	return t, nil
 }
 
-// lookup returns the addresses of the daemons behind t.
+// lookup returns the addresses of the daemons behind t. srv says that they come from SRV
+// records.
 //
-// The pods of a StatefulSet have SRV records with names that outlive them, and a
-// cache that stays with the name; those come first. Without them each address of
-// the name is a daemon, and a name with one address is one that may move. had says
-// that there were such records before: then no answer is not that there are none,
-// and every daemon would change its name.
+// SRV records come first: the pods of a StatefulSet have them, with names that outlive the
+// pod, and the pod's cache stays with its name. Without SRV records each address of the name
+// is a daemon. A name with a single address stays a name, because the address may change.
+//
+// had says that there were SRV records before. lookup then fails if the name server does not
+// answer the question for them: the addresses in their place would give every daemon a new
+// name. For example "tcp://pool:1234" was pool-0 and pool-1 by SRV records. When only the
+// question for addresses is answered, the daemons stay pool-0 and pool-1.
 func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string, srv bool, err error) {
 	if t.host == "" {
 		return []string{t.addr}, false, nil
 	}
-	// At once: there are name servers that leave a question about SRV unanswered.
+	// Both questions at once: some name servers never answer the one for SRV records.
 	var ips []string
 	var asked sync.WaitGroup
 	asked.Go(func() { ips, err = r.LookupHost(ctx, t.host) })
@@ -96,7 +100,7 @@ func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string
 	return slices.Compact(list), srv, nil
 }
 
-// temporary is err unless it says that there is no such record.
+// temporary is err, or nil if err says that there is no such record.
 func temporary(err error) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 		return nil

@@ -1,8 +1,7 @@
-package buildkit
+package report
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -33,15 +32,25 @@ func logged(name string, stream int, text string) *client.VertexLog {
 	return &client.VertexLog{Vertex: digest.FromString(name), Stream: stream, Data: []byte(text)}
 }
 
-func progressOf(messages ...*client.SolveStatus) (lines []string, p *progress, pushing int) {
-	p = newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(map[string][]byte{"s": []byte("verysecret")}), func(bool) {}, func() { pushing++ })
+// watch notes what it is told.
+type watch struct {
+	listening bool
+	pushing   int // messages
+}
+
+func (w *watch) Listening(yes bool) { w.listening = yes }
+func (w *watch) Pushing()           { w.pushing++ }
+
+func progressOf(messages ...*client.SolveStatus) (lines []string, p *Progress, pushing int) {
+	w := &watch{}
+	p = NewProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(map[string][]byte{"s": []byte("verysecret")}), w)
 	ch := make(chan *client.SolveStatus, len(messages))
 	for _, m := range messages {
 		ch <- m
 	}
 	close(ch)
-	p.drain(context.Background(), ch)
-	return lines, p, pushing
+	p.Drain(context.Background(), ch)
+	return lines, p, w.pushing
 }
 
 func TestProgressLines(t *testing.T) {
@@ -202,15 +211,15 @@ func TestProgressDraws(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				start := time.Now()
 				var lines []string
-				heard := true
-				p := newProgress(func(l ...string) {
+				w := &watch{listening: true}
+				p := NewProgress(func(l ...string) {
 					for _, line := range l {
 						lines = append(lines, fmt.Sprintf("%d %s", time.Since(start).Milliseconds(), strings.TrimPrefix(line, "l: ")))
 					}
-					if heard {
+					if w.listening {
 						t.Error("a slow client would be the daemon's silence")
 					}
-				}, redact.New(map[string][]byte{"s": []byte("verysecret")}), func(yes bool) { heard = yes }, func() {})
+				}, redact.New(map[string][]byte{"s": []byte("verysecret")}), w)
 				ch := make(chan *client.SolveStatus)
 				go func() {
 					defer close(ch)
@@ -220,7 +229,7 @@ func TestProgressDraws(t *testing.T) {
 					}
 					time.Sleep(tt.end - time.Since(start))
 				}()
-				p.drain(t.Context(), ch)
+				p.Drain(t.Context(), ch)
 				if !slices.Equal(lines, tt.want) {
 					t.Errorf("got %q, want %q", lines, tt.want)
 				}
@@ -281,13 +290,13 @@ func TestProgressCounts(t *testing.T) {
 		{ID: "transferring dockerfile:", Started: at(0), Completed: at(2 * time.Second)},
 		{ID: "exporting layers", Started: at(0), Completed: at(5 * time.Second)},
 	}})
-	if steps, cached := p.counts(); steps != 3 || cached != 1 {
+	if steps, cached := p.Counts(); steps != 3 || cached != 1 {
 		t.Errorf("%d steps, %d cached", steps, cached)
 	}
 	if p.transfer != 3*time.Second {
 		t.Errorf("transfer %v", p.transfer)
 	}
-	if got := p.running(); got != "[3/4] RUN b" {
+	if got := p.Running(); got != "[3/4] RUN b" {
 		t.Errorf("running %q", got)
 	}
 	if got := p.name(digest.FromString("[2/4] COPY a /").String()); got != "[2/4] COPY a /" {
@@ -330,93 +339,8 @@ func TestNoSpaceSeen(t *testing.T) {
 	}
 }
 
-func TestLimits(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		l    *limits
-		push bool
-		want error
-	}{
-		{"build", &limits{build: time.Millisecond, push: time.Hour}, false, errBuildTimeout},
-		{"push", &limits{build: time.Hour, push: time.Millisecond}, true, errPushTimeout},
-		{"push after a long build", &limits{build: 50 * time.Millisecond, push: time.Hour}, true, nil},
-		{"silence", &limits{build: time.Hour, stall: time.Millisecond}, false, errStalled},
-		{"none", &limits{}, true, nil},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			ctx, stop := tt.l.start(t.Context())
-			defer stop()
-			if tt.push {
-				tt.l.pushing()
-				tt.l.pushing()
-			}
-			if tt.l.isPushing() != tt.push {
-				t.Errorf("pushing: %v", tt.l.isPushing())
-			}
-			wait := time.Second
-			if tt.want == nil {
-				wait = 100 * time.Millisecond
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(wait):
-			}
-			if !errors.Is(context.Cause(ctx), tt.want) {
-				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
-			}
-			if d := tt.l.pushed(); (d > 0) != tt.push {
-				t.Errorf("pushed for %v", d)
-			}
-		})
-	}
-}
-
-// TestLimitsAgain: a second attempt has all of its time, and no push of the
-// first's.
-func TestLimitsAgain(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		l    *limits
-		push bool // the second attempt's
-		want error
-	}{
-		{"build", &limits{build: time.Second, push: time.Hour}, false, errBuildTimeout},
-		{"push", &limits{build: time.Hour, push: time.Second}, true, errPushTimeout},
-		{"no push timeout", &limits{build: time.Second}, false, errBuildTimeout},
-		{"silence", &limits{stall: time.Second}, false, errStalled},
-		{"no build timeout", &limits{push: time.Second}, false, nil},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			ctx, stop := tt.l.start(t.Context())
-			defer stop()
-			tt.l.pushing()
-			time.Sleep(600 * time.Millisecond)
-			tt.l.again()
-			if tt.l.isPushing() || tt.l.pushed() != 0 {
-				t.Error("the push is still on")
-			}
-			if tt.push {
-				tt.l.pushing()
-			}
-			select {
-			case <-ctx.Done():
-				t.Errorf("ended by what the first attempt had left: %v", context.Cause(ctx))
-			case <-time.After(600 * time.Millisecond):
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second):
-			}
-			if !errors.Is(context.Cause(ctx), tt.want) {
-				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
-			}
-		})
-	}
-}
-
-// TestDrainEnded: once the build's context has ended, what steps still print is taken and
-// not looked at.
+// TestDrainEnded has steps print on after the build's context has ended. Their output is
+// taken and ignored.
 func TestDrainEnded(t *testing.T) {
 	for _, ended := range []bool{false, true} {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -424,7 +348,7 @@ func TestDrainEnded(t *testing.T) {
 			cancel()
 		}
 		var lines []string
-		p := newProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(nil), func(bool) {}, func() {})
+		p := NewProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(nil), &watch{})
 		ch := make(chan *client.SolveStatus)
 		go func() {
 			defer close(ch)
@@ -432,7 +356,7 @@ func TestDrainEnded(t *testing.T) {
 				ch <- &client.SolveStatus{Logs: []*client.VertexLog{{Vertex: "sha256:a", Stream: 1, Data: []byte("printed\n")}}}
 			}
 		}()
-		p.drain(ctx, ch)
+		p.Drain(ctx, ch)
 		cancel()
 		if want := map[bool]int{false: 10, true: 0}[ended]; len(lines) != want {
 			t.Errorf("ended %v: %d lines, want %d", ended, len(lines), want)

@@ -1,4 +1,4 @@
-package buildkit
+package contextfs
 
 import (
 	"context"
@@ -9,8 +9,6 @@ import (
 	"testing"
 
 	"handler/function/api"
-	"handler/function/buildconfig"
-	"handler/function/solve"
 )
 
 func TestCheckSent(t *testing.T) {
@@ -57,8 +55,8 @@ func TestCheckSent(t *testing.T) {
 		{"of another Dockerfile without one", map[string]string{".dockerignore": all}, "docker/prod", ""},
 		{"a bad pattern is the frontend's to refuse", map[string]string{".dockerignore": "[\n"}, "", ""},
 	} {
-		f := newContextFS(odd(tt.files))
-		err := f.checkSent(t.Context(), tt.dockerfile)
+		f := New(odd(tt.files))
+		err := f.CheckSent(t.Context(), tt.dockerfile)
 		if tt.want == "" {
 			if err != nil {
 				t.Errorf("%s: %v", tt.name, err)
@@ -67,7 +65,7 @@ func TestCheckSent(t *testing.T) {
 			t.Errorf("%s: %v, want %s", tt.name, err, tt.want)
 		}
 
-		// Whatever was found, nothing of it is sent.
+		// Whatever CheckSent found, no odd entry is sent.
 		dir := t.TempDir()
 		if err := transfer(t, f, dir); err != nil {
 			t.Errorf("%s: %v", tt.name, err)
@@ -83,12 +81,12 @@ func TestCheckSent(t *testing.T) {
 			t.Errorf("%s: %q were sent", tt.name, names)
 		}
 	}
-	if err := newContextFS(sample()).checkSent(t.Context(), ""); err != nil {
+	if err := New(sample()).CheckSent(t.Context(), ""); err != nil {
 		t.Error(err)
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := newContextFS(odd(nil)).checkSent(ended, ""); err != nil {
+	if err := New(odd(nil)).CheckSent(ended, ""); err != nil {
 		t.Error(err)
 	}
 }
@@ -101,14 +99,14 @@ func TestIgnoreThroughLinks(t *testing.T) {
 	m.add("dir -> real/../real", 0, "")
 	m.add(".dockerignore -> /dir/list", 0, "")
 	m.add("fifo", 0o644|fs.ModeNamedPipe, "")
-	if err := newContextFS(m).checkSent(t.Context(), ""); err != nil {
+	if err := New(m).CheckSent(t.Context(), ""); err != nil {
 		t.Error(err)
 	}
 	m = &memory{}
 	m.add(".dockerignore -> ../../loop", 0, "")
 	m.add("loop -> .dockerignore", 0, "")
 	m.add("fifo", 0o644|fs.ModeNamedPipe, "")
-	if err := newContextFS(m).checkSent(t.Context(), ""); err == nil {
+	if err := New(m).CheckSent(t.Context(), ""); err == nil {
 		t.Error("a loop of symlinks leaves something out")
 	}
 }
@@ -120,7 +118,7 @@ func TestHardLinkToOdd(t *testing.T) {
 	m.add("b => a\xff", 0o644, "")
 	m.add("c => a\xff", 0o644, "")
 	dir := t.TempDir()
-	if err := transfer(t, newContextFS(m), dir); err != nil {
+	if err := transfer(t, New(m), dir); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"b", "c"} {
@@ -131,12 +129,3 @@ func TestHardLinkToOdd(t *testing.T) {
 }
 
 // TestSolveRefusesOdd: no daemon is asked before.
-func TestSolveRefusesOdd(t *testing.T) {
-	m := &memory{}
-	m.add("fifo", 0o644|fs.ModeNamedPipe, "")
-	s := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}, BuildTimeout: 1e9})
-	_, _, err := s.solve(t.Context(), &solve.Request{Config: new(buildconfig.Config)}, newContextFS(m), func(...string) {})
-	if err == nil || api.AsError(err).Code != api.BadTar {
-		t.Errorf("%v", err)
-	}
-}

@@ -1,4 +1,4 @@
-package buildkit
+package report
 
 import (
 	"context"
@@ -178,48 +178,24 @@ Dockerfile:2
 			msg: `target stage "failed to do request: connection refused" could not be found`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			f := &failure{
-				err:     fromDaemon(tt.err),
-				redact:  redact.New(map[string][]byte{"s": []byte("verysecret")}),
-				pushing: tt.pushing,
-				full:    tt.full,
-				step: func(d string) string {
-					if d == digest.FromString("step").String() {
-						return "[2/2] RUN exit 3"
-					}
-					if d == digest.FromString("long").String() {
-						return "RUN " + strings.Repeat("é", maxStep)
-					}
-					return ""
-				},
-				printed: func(d string) string {
-					if d == digest.FromString("talker").String() {
-						return "cc: one\ncc: two"
-					}
-					return ""
-				},
-				noSpace: func(d string) bool { return d == digest.FromString("filler").String() },
-				auths: []*api.Error{
+			mask := redact.New(map[string][]byte{"s": []byte("verysecret")})
+			f := &Failure{
+				Err:     fromDaemon(tt.err),
+				Mask:    mask,
+				Pushing: tt.pushing,
+				Full:    tt.full,
+				Refused: []*api.Error{
 					{Code: api.RegistryFailed, Msg: "registry r: it is away"},
 					{Code: api.RegistryDenied, Msg: "registry r: it says no"},
 				},
-				anonymous: []string{"127.0.0.1:5000"},
+				Anonymous: []string{"127.0.0.1:5000"},
 			}
 			if !tt.blind {
-				p := newProgress(func(...string) {}, f.redact, func(bool) {}, func() {})
-				export, step := digest.FromString("export"), digest.FromString("other step")
-				p.handle(&client.SolveStatus{Vertexes: []*client.Vertex{{Digest: export, Name: "exporting to image"}, {Digest: step, Name: "[1/1] RUN x"}}})
-				p.handle(&client.SolveStatus{Logs: []*client.VertexLog{
-					{Vertex: export, Data: []byte(tt.lines)},
-					// A step can print what it likes.
-					{Vertex: step, Data: []byte("error: unexpected status from PUT request to http://r: 500 Internal Server Error\nunknown: whatever\nunavailable\n")},
-				}})
-				f.troubled = p.troubled
+				f.Progress = failedProgress(mask, tt.lines)
 			}
-			err := f.classify()
-			e, ok := errors.AsType[*api.Error](err)
-			if !ok || e.Code != tt.code {
-				t.Errorf("error %#v, want code %s", err, tt.code)
+			e, later := f.Classify()
+			if e.Code != tt.code {
+				t.Errorf("error %#v, want code %s", e, tt.code)
 			}
 			if e.Msg != tt.msg {
 				t.Errorf("message\n%s\nwant\n%s", e.Msg, tt.msg)
@@ -227,11 +203,32 @@ Dockerfile:2
 			if e.Err == nil {
 				t.Error("no cause for the log")
 			}
-			if errors.Is(err, errPushLater) != tt.later {
-				t.Errorf("to be tried later: %v", !tt.later)
+			if later != tt.later {
+				t.Errorf("to be tried later: %v", later)
 			}
 		})
 	}
+}
+
+// failedProgress has the vertices that TestClassify names. pushed is what the push printed.
+func failedProgress(mask *redact.Redactor, pushed string) *Progress {
+	p := NewProgress(func(...string) {}, mask, &watch{})
+	export, talker, filler := digest.FromString("export"), digest.FromString("talker"), digest.FromString("filler")
+	step, long, other := digest.FromString("step"), digest.FromString("long"), digest.FromString("other step")
+	p.handle(&client.SolveStatus{Vertexes: []*client.Vertex{
+		{Digest: export, Name: "exporting to image"},
+		{Digest: other, Name: "[1/1] RUN x"},
+		{Digest: step, Name: "[2/2] RUN exit 3"},
+		{Digest: long, Name: "RUN " + strings.Repeat("é", maxStep)},
+	}})
+	p.handle(&client.SolveStatus{Logs: []*client.VertexLog{
+		{Vertex: export, Data: []byte(pushed)},
+		{Vertex: talker, Data: []byte("cc: one\ncc: two\n")},
+		// A step can print whatever it likes.
+		{Vertex: other, Data: []byte("error: unexpected status from PUT request to http://r: 500 Internal Server Error\nunknown: whatever\nunavailable\n")},
+	}})
+	p.vertices[filler] = &vertex{noSpace: true}
+	return p
 }
 
 func TestConnectionLost(t *testing.T) {
@@ -255,34 +252,8 @@ func TestConnectionLost(t *testing.T) {
 		{"a step that says so", fromDaemon(&gatewayapi.ExitError{ExitCode: 1, Err: errors.New("session healthcheck failed fatally: x")}), ended, false},
 		{"resource exhausted", grpcerrors.WrapCode(errors.New("disk"), codes.ResourceExhausted), ended, false},
 	} {
-		if got := connectionLost(tt.err, tt.end); got != tt.want {
+		if got := ConnectionLost(tt.err, tt.end); got != tt.want {
 			t.Errorf("%s: %v", tt.name, got)
-		}
-	}
-}
-
-func TestEnded(t *testing.T) {
-	b := &build{solver: mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}}), progress: newProgress(nil, redact.New(nil), func(bool) {}, func() {})}
-	shutting := &api.Error{Code: api.ShuttingDown, Msg: "bye"}
-	for _, tt := range []struct {
-		cause error
-		code  api.Code
-	}{
-		{errBuildTimeout, api.Deadline},
-		{errPushTimeout, api.RegistryTimeout},
-		{shutting, api.ShuttingDown},
-		{fmt.Errorf("wrapped: %w", shutting), api.ShuttingDown},
-		{context.DeadlineExceeded, api.Deadline},
-		{nil, api.Canceled},
-		{errors.New("client gone"), api.Canceled},
-	} {
-		ctx, cancel := context.WithCancelCause(t.Context())
-		if err := b.ended(ctx); err != nil {
-			t.Errorf("not ended: %v", err)
-		}
-		cancel(tt.cause)
-		if err := b.ended(ctx); api.AsError(err).Code != tt.code {
-			t.Errorf("%v: %v", tt.cause, err)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package buildkit
+package pool
 
 import (
 	"context"
@@ -17,9 +17,9 @@ import (
 	"handler/function/solve"
 )
 
-// trio are three daemons behind one Solver.
+// trio is a pool of three daemons.
 type trio struct {
-	*Solver
+	*Pool
 	t       *testing.T
 	sockets []string
 	servers map[string]*grpc.Server // by address
@@ -37,7 +37,7 @@ func newTrio(t *testing.T, limit int) *trio {
 		tr.serve(addr)
 		addrs = append(addrs, addr)
 	}
-	tr.Solver = mustNew(t, Config{Addrs: addrs, DaemonBuilds: limit})
+	tr.Pool = mustNew(t, Config{Addrs: addrs, Builds: limit})
 	return tr
 }
 
@@ -46,51 +46,51 @@ func (tr *trio) serve(addr string) {
 	_, tr.servers[addr] = listen(tr.t, tr.ctl[addr], "unix", addr[len("unix://"):], nil)
 }
 
-func (tr *trio) order() []*daemon { return tr.pool.order(tr.t.Context(), placeKey{cache: "key"}) }
+func (tr *trio) order() []*Daemon { return tr.Pool.order(tr.t.Context(), Key{Cache: "key"}) }
 
-// placed is the index in the key's order, and why.
-func (tr *trio) placed(prefer, avoid *daemon) (int, *seat) {
+// placed takes a seat. It returns the index of its daemon in the key's order too.
+func (tr *trio) placed(prefer, avoid *Daemon) (int, *Seat) {
 	tr.t.Helper()
-	s, err := tr.pool.place(tr.t.Context(), placeKey{cache: "key"}, prefer, avoid)
+	s, err := tr.Place(tr.t.Context(), Key{Cache: "key"}, prefer, avoid)
 	if err != nil {
 		tr.t.Fatal(err)
 	}
-	return slices.Index(tr.order(), s.daemon), s
+	return slices.Index(tr.order(), s.Daemon), s
 }
 
 func TestPlace(t *testing.T) {
 	tr := newTrio(t, 2)
-	var seats []*seat
+	var seats []*Seat
 	for i, want := range []struct {
 		at     int
 		choice solve.Choice
 	}{
 		{0, solve.First}, {0, solve.First}, {1, solve.Full}, {1, solve.Full}, {2, solve.Full}, {2, solve.Full},
-		// All have as many as they should: the one with the fewest.
+		// All have their limit: the one with the fewest.
 		{0, solve.First}, {1, solve.Full},
 	} {
 		at, s := tr.placed(nil, nil)
-		if at != want.at || s.choice != want.choice {
-			t.Errorf("build %d: at %d, %s; want %+v", i, at, s.choice, want)
+		if at != want.at || s.Choice != want.choice {
+			t.Errorf("build %d: at %d, %s; want %+v", i, at, s.Choice, want)
 		}
 		seats = append(seats, s)
 	}
 	for _, s := range seats {
-		s.give(false)
+		s.Leave()
 	}
 	if at, s := tr.placed(nil, nil); at != 0 {
 		t.Errorf("after all have ended: at %d", at)
 	} else {
-		s.give(false)
+		s.Leave()
 	}
-	for _, d := range tr.pool.daemons {
+	for _, d := range tr.daemons {
 		if d.health.mine != 0 || d.cur.refs != 0 {
 			t.Errorf("%d builds and %d uses left", d.health.mine, d.cur.refs)
 		}
 	}
 }
 
-// TestLoadOfOthers: what other replicas have placed counts, and is asked again.
+// TestLoadOfOthers counts the builds that other replicas have placed, and counts again.
 func TestLoadOfOthers(t *testing.T) {
 	t.Parallel()
 	tr := newTrio(t, 4)
@@ -99,20 +99,20 @@ func TestLoadOfOthers(t *testing.T) {
 	first.active = 4
 	first.mu.Unlock()
 	at, s := tr.placed(nil, nil)
-	s.give(false)
+	s.Leave()
 	if at != 1 {
 		t.Errorf("placed at %d", at)
 	}
 	if at, s = tr.placed(tr.order()[0], nil); at != 0 {
 		t.Errorf("where the build runs already: at %d", at)
 	}
-	s.give(false)
+	s.Leave()
 	first.mu.Lock()
 	first.active = 3
 	first.mu.Unlock()
 	time.Sleep(loadAge + 100*time.Millisecond)
 	at, s = tr.placed(nil, nil)
-	if s.give(false); at != 0 {
+	if s.Leave(); at != 0 {
 		t.Errorf("after they have ended: at %d", at)
 	}
 }
@@ -126,39 +126,38 @@ func TestDaemonOut(t *testing.T) {
 	s.give(true)
 	start := time.Now()
 	at, s := tr.placed(nil, nil)
-	s.give(false)
-	if took := time.Since(start); at != 1 || s.choice != solve.Down || took > time.Second {
-		t.Errorf("at %d, %s, after %v", at, s.choice, took)
+	s.Leave()
+	if took := time.Since(start); at != 1 || s.Choice != solve.Down || took > time.Second {
+		t.Errorf("at %d, %s, after %v", at, s.Choice, took)
 	}
-	if got := tr.Daemons(t.Context()); got != (solve.Daemons{Total: 3, Reachable: 2}) {
+	if got := tr.Count(t.Context()); got != (solve.Daemons{Total: 3, Reachable: 2}) {
 		t.Errorf("%+v", got)
 	}
 	tr.serve(first.addr)
-	for deadline := time.Now().Add(10 * time.Second); !first.fit(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); !first.health.isFit(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it does not come back")
 		}
 	}
 	at, s = tr.placed(nil, nil)
-	if s.give(false); at != 0 {
+	if s.Leave(); at != 0 {
 		t.Errorf("back, and placed at %d", at)
 	}
 
 	at, s = tr.placed(nil, first)
-	if s.give(false); at != 1 {
+	if s.Leave(); at != 1 {
 		t.Errorf("placed at %d again, where it was lost", at)
 	}
 	for _, d := range tr.order()[1:] {
 		tr.servers[d.addr].Stop()
 	}
 	at, s = tr.placed(nil, first)
-	if s.give(false); at != 0 {
+	if s.Leave(); at != 0 {
 		t.Errorf("at %d: the only one left is good enough", at)
 	}
 }
 
-// TestFrozen: the more daemons hang, the wait for one that does not stays the
-// same.
+// TestFrozen waits no longer when more daemons hang.
 func TestFrozen(t *testing.T) {
 	t.Parallel()
 	const longest = keptTimeout + checkTimeout // of acquire
@@ -173,17 +172,17 @@ func TestFrozen(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			tr := newTrio(t, 2)
-			tr.Daemons(t.Context()) // so that there are connections
-			var lost *daemon
+			tr.Count(t.Context()) // so that there are connections
+			var lost *Daemon
 			if order := tr.order(); tt.lost {
 				lost = order[0]
-				tr.pool.lose(lost, errors.New("lost"))
+				tr.lose(lost, errors.New("lost"))
 			}
 			for _, ctl := range tr.ctl {
 				ctl.freeze()
 			}
 			start := time.Now()
-			_, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, lost)
+			_, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, lost)
 			if took := time.Since(start); api.AsError(err).Code != api.NoDaemon || took > tt.limit+2*time.Second {
 				t.Errorf("%v after %v", err, took)
 			}
@@ -192,7 +191,7 @@ func TestFrozen(t *testing.T) {
 	t.Run("one of those asked at once", func(t *testing.T) {
 		t.Parallel()
 		tr := newTrio(t, 2)
-		tr.Daemons(t.Context())
+		tr.Count(t.Context())
 		order := tr.order()
 		tr.servers[order[0].addr].Stop()
 		tr.ctl[order[2].addr].freeze()
@@ -202,58 +201,62 @@ func TestFrozen(t *testing.T) {
 		if took := time.Since(start); at != 1 || took > time.Second {
 			t.Errorf("at %d after %v", at, took)
 		}
-		s.give(false)
-		if !order[2].fit() || order[2].cur != kept || kept.refs != 0 {
+		s.Leave()
+		if !order[2].health.isFit() || order[2].cur != kept || kept.refs != 0 {
 			t.Error("the one that was not waited for has lost something")
 		}
 	})
 }
 
-// TestFind: that a build is not known is only said when all have been asked.
-func TestFind(t *testing.T) {
+// TestSearch finds a record on any daemon, and fails where one could not be asked.
+func TestSearch(t *testing.T) {
 	t.Parallel()
 	tr := newTrio(t, 2)
-	if past, err := tr.Find(t.Context(), "call"); past != nil || err != nil {
-		t.Errorf("before: %+v, %v", past, err)
+	if found, err := tr.Search(t.Context(), "callx"); found != nil || err != nil {
+		t.Errorf("before: %+v, %v", found, err)
 	}
 	order := tr.order()
 	tr.servers[order[0].addr].Stop()
-	// Noticed now, and out the second time.
+	// The first search notices that the daemon is gone. It is out in the second.
 	for range 2 {
-		if past, err := tr.Find(t.Context(), "call"); past != nil || err == nil || api.AsError(err).Code != api.NoDaemon {
-			t.Errorf("one is gone: %+v, %v", past, err)
+		if found, err := tr.Search(t.Context(), "callx"); found != nil || err == nil {
+			t.Errorf("one is gone: %+v, %v", found, err)
 		}
 	}
 	ctl := tr.ctl[order[1].addr]
 	ctl.mu.Lock()
 	ctl.known = "callxbodyx0"
 	ctl.mu.Unlock()
-	if past, err := tr.Find(t.Context(), "call"); past == nil || !past.Running || err != nil {
-		t.Errorf("another knows it: %+v, %v", past, err)
+	found, err := tr.Search(t.Context(), "callx")
+	if len(found) != 1 || found[0].Daemon != order[1] || !found[0].Running() || found[0].Ref != "callxbodyx0" || err == nil {
+		t.Errorf("another knows it: %+v, %v", found, err)
+	}
+	if found, _ := tr.Search(t.Context(), "other"); found != nil {
+		t.Errorf("another prefix: %+v", found)
 	}
 }
 
-// TestRest: the more often a daemon is lost in turn, the longer it is left alone.
+// TestRest leaves a daemon alone for longer, the more often it is lost in turn.
 func TestRest(t *testing.T) {
 	t.Parallel()
 	tr := newTrio(t, 2)
 	d := tr.order()[0]
 	for range 3 {
-		tr.pool.lose(d, errors.New("lost"))
+		tr.lose(d, errors.New("lost"))
 	}
 	start := time.Now()
-	for !d.fit() {
+	for !d.health.isFit() {
 		time.Sleep(20 * time.Millisecond)
 	}
 	if took := time.Since(start); took > 2*probeMin {
 		t.Errorf("the first loss counts, it came back after %v", took)
 	}
-	tr.pool.lose(d, errors.New("lost"))
+	tr.lose(d, errors.New("lost"))
 	time.Sleep(4 * probeMin)
-	if d.fit() {
+	if d.health.isFit() {
 		t.Error("lost four times in turn, and back after four seconds")
 	}
-	d.works()
+	d.health.worked()
 	if d.health.losses != 0 {
 		t.Error("a build that ended well does not count")
 	}
@@ -265,34 +268,34 @@ func TestFull(t *testing.T) {
 	first := tr.order()[0]
 	ctl := tr.ctl[first.addr]
 	ctl.stuck = true
-	tr.pool.fill(first, errors.New("no space"))
+	tr.Fill(first, errors.New("no space"))
 	at, s := tr.placed(nil, nil)
-	s.give(false)
-	if at != 1 || s.choice != solve.Down || tr.Daemons(t.Context()).Full != 1 {
-		t.Errorf("at %d, %s", at, s.choice)
+	s.Leave()
+	if at != 1 || s.Choice != solve.Down || tr.Count(t.Context()).Full != 1 {
+		t.Errorf("at %d, %s", at, s.Choice)
 	}
 	for _, d := range tr.order()[1:] {
 		tr.ctl[d.addr].stuck = true
-		tr.pool.fill(d, errors.New("no space"))
+		tr.Fill(d, errors.New("no space"))
 	}
-	if tr.pool.hasRoom(t.Context()) {
+	if tr.HasRoom(t.Context()) {
 		t.Error("there is said to be room")
 	}
-	if _, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull {
+	if _, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull {
 		t.Errorf("all are full: %v", err)
 	}
 	// What was removed is taken again.
 	ctl.mu.Lock()
 	ctl.stuck, ctl.full = false, true
 	ctl.mu.Unlock()
-	if _, err := tr.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull || !first.isFull() {
+	if _, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull || !first.health.isFull() {
 		t.Errorf("one has no room after a prune: %v", err)
 	}
 	ctl.mu.Lock()
 	ctl.full = false
 	ctl.mu.Unlock()
 	at, s = tr.placed(nil, nil)
-	if s.give(false); at != 0 || !first.fit() {
+	if s.Leave(); at != 0 || !first.health.isFit() {
 		t.Errorf("one could be pruned: at %d", at)
 	}
 }
@@ -362,9 +365,9 @@ func TestLookup(t *testing.T) {
 
 func TestDaemonsComeAndGo(t *testing.T) {
 	r := &records{hosts: map[string][]string{"pool": {"127.0.0.1", "127.0.0.2"}}}
-	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}}).pool
+	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}})
 	p.resolver = r
-	again := func() []*daemon {
+	again := func() []*Daemon {
 		p.mu.Lock()
 		p.looked = time.Time{}
 		p.mu.Unlock()
@@ -392,11 +395,11 @@ func TestDaemonsComeAndGo(t *testing.T) {
 	}
 }
 
-// TestServiceDoesNotAnswer: a pool keeps its names while only the question about SRV
-// goes unanswered, and gives them up when there are none.
+// TestServiceDoesNotAnswer keeps the names of a pool while only the question about SRV
+// records goes unanswered. It gives them up when there are no such records.
 func TestServiceDoesNotAnswer(t *testing.T) {
 	r := &records{srv: map[string][]string{"_buildkit._tcp.pool": {"a", "b"}}, hosts: map[string][]string{"pool": {"127.0.0.1", "127.0.0.2"}}}
-	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}}).pool
+	p := mustNew(t, Config{Addrs: []string{"tcp://pool:1"}})
 	p.resolver = r
 	look := func() (addrs []string) {
 		p.look()

@@ -1,4 +1,4 @@
-package buildkit
+package pool
 
 import (
 	"bytes"
@@ -34,8 +34,8 @@ import (
 	"handler/function/solve"
 )
 
-// control answers the RPCs that a connection is checked with and that a build is
-// placed by, and a solve for that of a daemon whose disk is full.
+// control is a fake daemon. It answers the RPCs by which a connection is checked and a build is
+// placed, and a solve as a daemon with a full disk does.
 type control struct {
 	controlapi.UnimplementedControlServer
 	mu      sync.Mutex
@@ -207,10 +207,10 @@ func listen(t *testing.T, c *control, network, addr string, authority *ca) (stri
 	return l.Addr().String(), s
 }
 
-// tlsDaemon is a daemon whose client files are in dir.
-func tlsDaemon(t *testing.T, addr string, log *bytes.Buffer) (*daemon, func(authority *ca, name string)) {
+// tlsDaemon is a daemon with TLS files, which the function writes.
+func tlsDaemon(t *testing.T, addr string, log *bytes.Buffer) (*Daemon, func(authority *ca, name string)) {
 	dir := t.TempDir()
-	d := &daemon{addr: "tcp://" + addr, serverName: "buildkitd", log: zerolog.New(log)}
+	d := &Daemon{addr: "tcp://" + addr, serverName: "buildkitd", log: zerolog.New(log)}
 	for i, name := range []string{"ca.crt", "tls.crt", "tls.key"} {
 		d.files[i] = filepath.Join(dir, name)
 	}
@@ -226,7 +226,7 @@ func tlsDaemon(t *testing.T, addr string, log *bytes.Buffer) (*daemon, func(auth
 	}
 }
 
-func mustAcquire(t *testing.T, d *daemon) *conn {
+func mustAcquire(t *testing.T, d *Daemon) *conn {
 	t.Helper()
 	c, err := d.acquire(t.Context())
 	if err != nil {
@@ -242,7 +242,7 @@ func TestConnectionKept(t *testing.T) {
 	d, write := tlsDaemon(t, addr, &bytes.Buffer{})
 	write(authority, "one")
 	first := mustAcquire(t, d)
-	if p := d.native(); p != "linux/arm64" {
+	if p := d.Native(); p != "linux/arm64" {
 		t.Errorf("platform %q", p)
 	}
 	second := mustAcquire(t, d)
@@ -302,16 +302,16 @@ func TestCertificatesRefused(t *testing.T) {
 	addr, _ := listen(t, &control{}, "tcp", "127.0.0.1:0", authority)
 	for _, tt := range []struct {
 		name string
-		set  func(d *daemon, write func(*ca, string))
+		set  func(d *Daemon, write func(*ca, string))
 	}{
-		{"absent", func(*daemon, func(*ca, string)) {}},
-		{"another CA", func(_ *daemon, write func(*ca, string)) { write(stranger, "one") }},
-		{"another server name", func(d *daemon, write func(*ca, string)) { write(authority, "one"); d.serverName = "other" }},
-		{"a client of another CA", func(d *daemon, write func(*ca, string)) {
+		{"absent", func(*Daemon, func(*ca, string)) {}},
+		{"another CA", func(_ *Daemon, write func(*ca, string)) { write(stranger, "one") }},
+		{"another server name", func(d *Daemon, write func(*ca, string)) { write(authority, "one"); d.serverName = "other" }},
+		{"a client of another CA", func(d *Daemon, write func(*ca, string)) {
 			write(stranger, "one")
 			os.WriteFile(d.files[0], authority.pem, 0o600)
 		}},
-		{"no certificate in the CA file", func(d *daemon, write func(*ca, string)) {
+		{"no certificate in the CA file", func(d *Daemon, write func(*ca, string)) {
 			write(authority, "one")
 			os.WriteFile(d.files[0], []byte("junk"), 0o600)
 		}},
@@ -335,12 +335,12 @@ func TestDaemonRestarted(t *testing.T) {
 	ctl := &control{}
 	socket := filepath.Join(t.TempDir(), "s")
 	_, s := listen(t, ctl, "unix", socket, nil)
-	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}, CAFile: "absent", CertFile: "absent", KeyFile: "absent"}).pool
-	first, err := p.place(t.Context(), placeKey{cache: "key"}, nil, nil)
+	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}, CAFile: "absent", CertFile: "absent", KeyFile: "absent"})
+	first, err := p.Place(t.Context(), Key{Cache: "key"}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	end := first.ends.next()
+	end := first.end
 	s.Stop()
 	select {
 	case <-end:
@@ -350,11 +350,11 @@ func TestDaemonRestarted(t *testing.T) {
 	first.give(true)
 	time.AfterFunc(500*time.Millisecond, func() { listen(t, ctl, "unix", socket, nil) })
 	start := time.Now()
-	again, err := p.place(t.Context(), placeKey{cache: "key"}, nil, nil)
+	again, err := p.Place(t.Context(), Key{Cache: "key"}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again.give(false)
+	again.Leave()
 	if again.conn == first.conn {
 		t.Error("the lost connection is used again")
 	}
@@ -363,7 +363,7 @@ func TestDaemonRestarted(t *testing.T) {
 	}
 }
 
-func mustNew(t *testing.T, cfg Config) *Solver {
+func mustNew(t *testing.T, cfg Config) *Pool {
 	t.Helper()
 	s, err := New(cfg)
 	if err != nil {
@@ -375,23 +375,23 @@ func mustNew(t *testing.T, cfg Config) *Solver {
 
 func TestDaemonAbsent(t *testing.T) {
 	t.Parallel()
-	s := mustNew(t, Config{Addrs: []string{"unix://" + filepath.Join(t.TempDir(), "absent")}})
-	if got := s.Daemons(t.Context()); got != (solve.Daemons{Total: 1}) {
+	p := mustNew(t, Config{Addrs: []string{"unix://" + filepath.Join(t.TempDir(), "absent")}})
+	if got := p.Count(t.Context()); got != (solve.Daemons{Total: 1}) {
 		t.Errorf("%+v", got)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	time.AfterFunc(300*time.Millisecond, func() { cancel(errClosed) })
-	if _, err := s.pool.place(ctx, placeKey{cache: "key"}, nil, nil); err != errClosed {
+	if _, err := p.Place(ctx, Key{Cache: "key"}, nil, nil); err != errClosed {
 		t.Errorf("canceled: %v", err)
 	}
 	start := time.Now()
-	if _, err := s.pool.place(t.Context(), placeKey{cache: "key"}, nil, nil); api.AsError(err).Code != api.NoDaemon || time.Since(start) > 2*dialWindow {
+	if _, err := p.Place(t.Context(), Key{Cache: "key"}, nil, nil); api.AsError(err).Code != api.NoDaemon || time.Since(start) > 2*dialWindow {
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
-	if err := s.Close(); err != nil {
+	if err := p.Close(); err != nil {
 		t.Error(err)
 	}
-	for _, d := range s.pool.daemons {
+	for _, d := range p.daemons {
 		if _, err := d.acquire(t.Context()); err != errClosed {
 			t.Errorf("closed: %v", err)
 		}
@@ -401,11 +401,11 @@ func TestDaemonAbsent(t *testing.T) {
 func TestDaemons(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	listen(t, &control{}, "unix", socket, nil)
-	s := mustNew(t, Config{Addrs: []string{"unix://" + socket}})
-	if got := s.Daemons(t.Context()); got != (solve.Daemons{Total: 1, Reachable: 1}) {
+	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}})
+	if got := p.Count(t.Context()); got != (solve.Daemons{Total: 1, Reachable: 1}) {
 		t.Errorf("%+v", got)
 	}
-	if s.pool.daemons[0].cur.refs != 0 {
+	if p.daemons[0].cur.refs != 0 {
 		t.Error("the connection is not given back")
 	}
 }

@@ -1,0 +1,191 @@
+package buildkit
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/session"
+
+	"handler/function/api"
+	"handler/function/buildkit/pool"
+	"handler/function/buildkit/report"
+)
+
+// attempt finds a daemon and has it solve the plan. Where the daemon knows the build's name,
+// the attempt takes the result from its history, or follows the build that runs.
+func (r *run) attempt(ctx context.Context, avoid *pool.Daemon) verdict {
+	seat, err := r.pool.Place(ctx, r.plan.key(), r.holder(ctx), avoid)
+	if err != nil {
+		return verdict{err: api.AsError(err)}
+	}
+	r.stats.Daemon, r.stats.Choice = seat.Daemon.Addr(), seat.Choice
+	r.stats.Moved = avoid != nil && avoid != seat.Daemon
+	ref := identity.NewID()
+	if r.plan.named() {
+		known, next, err := recall(ctx, seat, r.plan.name)
+		switch {
+		case err != nil:
+			return lost(ctx, seat, err)
+		case known == nil:
+			ref = next
+		case known.Running():
+			return r.follow(ctx, seat, known.Ref)
+		default:
+			seat.Leave()
+			return verdict{kind: done, outcome: r.plan.outcome(seat.Daemon, known.Digest), daemon: seat.Daemon}
+		}
+	}
+	if r.stats.Attempts++; r.stats.Attempts == 1 {
+		r.warnEmulated(seat.Daemon)
+	}
+	r.newProgress()
+	a := &attempt{run: r, seat: seat, ref: ref, auths: newAuthServer(r.cfg.Credentials.Build(r.plan.repositories()))}
+	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
+		a.git = &gitSource{Git: git, secret: identity.NewID()}
+	}
+	return a.solve(ctx)
+}
+
+// newProgress is for what comes now. The last attempt's transfers stay counted.
+func (r *run) newProgress() {
+	r.stats.Transfer += r.progress.Transfer()
+	r.progress = report.NewProgress(r.log, r.plan.mask, r.limits)
+}
+
+// lost is the verdict of an attempt whose daemon cannot be asked any more.
+func lost(ctx context.Context, seat *pool.Seat, cause error) verdict {
+	if ctx.Err() != nil {
+		seat.Leave()
+		return verdict{err: api.AsError(cause), daemon: seat.Daemon}
+	}
+	seat.Lost(cause)
+	return verdict{kind: elsewhere, daemon: seat.Daemon, err: &api.Error{
+		Code: api.DaemonLost, Msg: "buildkitd was lost while building, and the build had been moved once already", Err: cause,
+	}}
+}
+
+// follow shows the progress of another replica's build until it has ended.
+func (r *run) follow(ctx context.Context, seat *pool.Seat, ref string) verdict {
+	r.warn("this build runs already: following it")
+	r.newProgress()
+	updates := make(chan *client.SolveStatus)
+	var drained sync.WaitGroup
+	drained.Go(func() { r.progress.Drain(ctx, updates) })
+	err := seat.Watch(ctx, ref, updates)
+	drained.Wait()
+	if err != nil {
+		return lost(ctx, seat, err)
+	}
+	seat.Leave()
+	r.limits.again()
+	return verdict{kind: follow, daemon: seat.Daemon}
+}
+
+// attempt is one solve of a plan on one daemon. It owns its seat, its Ref and its
+// credentials.
+//
+// The Ref is new for each attempt. BuildKit takes none twice, and answers a second solve of a
+// Ref out of its history.
+type attempt struct {
+	*run
+	seat  *pool.Seat
+	ref   string
+	auths *authServer
+	git   *gitSource // nil for a context that is sent
+}
+
+func (a *attempt) solve(ctx context.Context) verdict {
+	status := make(chan *client.SolveStatus)
+	var drained sync.WaitGroup
+	drained.Go(func() { a.progress.Drain(ctx, status) })
+	resp, err := a.put(ctx, status)
+	drained.Wait()
+	switch {
+	case err == nil:
+		a.seat.Worked()
+		outcome := a.plan.outcome(a.seat.Daemon, resp.ExporterResponse["containerimage.digest"])
+		if a.git != nil {
+			outcome.Commit = a.git.commit
+		}
+		return verdict{kind: done, outcome: outcome, daemon: a.seat.Daemon}
+	case ctx.Err() != nil, a.seat.Broke(err):
+		return lost(ctx, a.seat, err)
+	}
+	return a.failed(ctx, err)
+}
+
+// put hands the plan to the daemon, in one of three forms.
+func (a *attempt) put(ctx context.Context, status chan *client.SolveStatus) (*client.SolveResponse, error) {
+	c, opt := a.seat.Client(), a.solveOpt()
+	switch {
+	case a.plan.joins != nil:
+		a.limits.Pushing() // joining only asks the registry
+		return join(ctx, c, opt, a.plan, status)
+	case a.git != nil:
+		return a.git.solve(ctx, c, opt, status)
+	}
+	return c.Solve(ctx, nil, opt, status)
+}
+
+func (a *attempt) solveOpt() client.SolveOpt {
+	opt := a.plan.solveOpt(a.ref, a.auths)
+	// In the daemon's history, build arguments stay in the clear for two days, and the
+	// record takes a quarter of a cached build's time. But a named build has to be found
+	// there, and in a pool the replicas count each daemon's builds by its records.
+	opt.Internal = !a.plan.named() && !a.pool.Several()
+	if a.git != nil {
+		opt.LocalMounts = nil
+		opt.Session = []session.Attachable{a.auths, a.plan.secrets(a.git.secret)}
+	}
+	return opt
+}
+
+// failed is the verdict of a solve that ended with err, while its daemon stayed reachable.
+func (a *attempt) failed(ctx context.Context, err error) verdict {
+	f := &report.Failure{
+		Err: err, Progress: a.progress, Mask: a.plan.mask, Pushing: a.limits.isPushing(),
+		Refused: a.auths.failed(), Anonymous: a.auths.build.Anonymous(), Hints: a.auths.build.Hints(),
+	}
+	if a.progress.MayBeFull(err) {
+		f.Full = a.seat.Full(ctx)
+	}
+	a.seat.Worked()
+	v := verdict{daemon: a.seat.Daemon}
+	if strings.Contains(err.Error(), "job ID "+a.ref+" exists") {
+		v.kind = follow // another replica has taken the Ref since recall
+		return v
+	}
+	if a.git != nil && a.git.err != nil && !f.Full {
+		v.err = a.git.failure(a.plan.mask.Line)
+		return v
+	}
+	var again bool
+	v.err, again = f.Classify()
+	if f.Full {
+		a.pool.Fill(a.seat.Daemon, a.plan.masked(v.err))
+	}
+	switch {
+	case again:
+		v.kind = later
+	case v.err.Code == api.DaemonFull && a.pool.HasRoom(ctx):
+		v.kind = elsewhere
+	}
+	return v
+}
+
+// warnEmulated tells which platforms the daemon builds under emulation.
+func (r *run) warnEmulated(d *pool.Daemon) {
+	native := d.Native()
+	if native == "" || r.plan.joins != nil {
+		return
+	}
+	for _, p := range r.plan.platforms {
+		if !runs(native, p) {
+			r.warn(fmt.Sprintf("%s is built under emulation, by a buildkitd of %s", p, native))
+		}
+	}
+}

@@ -1,0 +1,74 @@
+package contextfs
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+
+	"github.com/moby/patternmatcher/ignorefile"
+	"github.com/tonistiigi/fsutil"
+
+	"handler/function/api"
+)
+
+const (
+	ignoreName = ".dockerignore"
+	// maxIgnore is how much of a .dockerignore the frontend reads, in bytes. It fails on
+	// a larger one.
+	maxIgnore = 16 << 20
+)
+
+// CheckSent refuses a context of which BuildKit would be sent an entry that it cannot take,
+// such as a FIFO. An ignore file may leave such entries out. dockerfile is the config's.
+// When ctx has ended CheckSent returns nil: Walk leaves those entries out in any case.
+//
+// The error is an *api.Error, bad_tar, with the entry's name.
+func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
+	if !f.odd {
+		return nil
+	}
+	all := &FS{src: f.src, entries: f.entries}
+	name, file := f.ignoreFile(dockerfile)
+	patterns, err := ignorefile.ReadAll(io.LimitReader(file, maxIgnore))
+	if err != nil {
+		return nil // the frontend fails on the same, and has a better message
+	}
+	sent, err := fsutil.NewFilterFS(all, &fsutil.FilterOpt{ExcludePatterns: patterns})
+	if err != nil {
+		return nil // likewise
+	}
+	var refused error
+	// The walk itself fails for a bad pattern, or because ctx has ended.
+	sent.Walk(ctx, "/", func(p string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		i, ok := f.find(p)
+		if !ok {
+			return nil
+		}
+		if why := f.entries[i].Odd(); why != "" {
+			refused = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("tar entry %.200q: %s, and %s does not leave it out", api.ContextDir+"/"+p, why, name)}
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return refused
+}
+
+// ignoreFile opens the file that names what is not sent, and returns its name: the
+// Dockerfile's own before that of the context, even if it is empty. Where there is none,
+// it is an empty .dockerignore.
+func (f *FS) ignoreFile(dockerfile string) (name string, r io.Reader) {
+	if dockerfile == "" {
+		dockerfile = defaultDockerfile
+	}
+	for _, name := range []string{dockerfile + ignoreName, ignoreName} {
+		if r := f.follow(name); r != nil {
+			return name, r
+		}
+	}
+	return ignoreName, strings.NewReader("")
+}

@@ -1,0 +1,151 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"handler/function/api"
+)
+
+// limits end the attempts at a plan that take too long. The push has a limit of its own,
+// because a slow registry is not the build's fault. limits are a report.Watch.
+type limits struct {
+	build, push, stall time.Duration // zero is no limit
+
+	mu     sync.Mutex
+	cancel context.CancelCauseFunc
+	timer  *time.Timer // of the build, later of the push; nil without a limit
+	silent *time.Timer
+	began  time.Time // when the push began
+}
+
+func (s *Solver) newLimits() *limits {
+	return &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
+}
+
+// Causes of a context that limits end.
+var (
+	errBuildTimeout = errors.New("build_timeout passed")
+	errPushTimeout  = errors.New("push_timeout passed")
+	errStalled      = errors.New("stall_timeout passed")
+)
+
+// start begins the build's time. The caller must call stop.
+func (l *limits) start(ctx context.Context) (limited context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cancel = cancel
+	l.building()
+	if l.stall > 0 {
+		l.silent = time.AfterFunc(l.stall, func() { cancel(errStalled) })
+	}
+	return ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, t := range []*time.Timer{l.timer, l.silent} {
+			if t != nil {
+				t.Stop()
+			}
+		}
+		cancel(nil)
+	}
+}
+
+// building starts the build's timer. The caller must hold l.mu.
+func (l *limits) building() {
+	l.timer, l.began = nil, time.Time{}
+	if l.build > 0 {
+		l.timer = time.AfterFunc(l.build, func() { l.cancel(errBuildTimeout) })
+	}
+}
+
+// again gives the next attempt all of the time.
+func (l *limits) again() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.building()
+	if l.silent != nil {
+		l.silent.Reset(l.stall)
+	}
+}
+
+// Listening starts the stall timer while the daemon's next message is waited for.
+func (l *limits) Listening(yes bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.silent == nil {
+		return
+	}
+	if l.silent.Stop(); yes {
+		l.silent.Reset(l.stall)
+	}
+}
+
+// Pushing replaces the build's timer with that of the push. The first call counts.
+func (l *limits) Pushing() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.began.IsZero() {
+		return
+	}
+	l.began = time.Now()
+	// A build timer that has fired has the last word.
+	if l.timer != nil && !l.timer.Stop() {
+		return
+	}
+	if l.push > 0 {
+		l.timer = time.AfterFunc(l.push, func() { l.cancel(errPushTimeout) })
+	}
+}
+
+func (l *limits) isPushing() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.began.IsZero()
+}
+
+// pushed is how long the push has taken so far. It is 0 before the push.
+func (l *limits) pushed() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.began.IsZero() {
+		return 0
+	}
+	return time.Since(l.began)
+}
+
+// ended is the error of a build whose ctx has ended, by a limit or by the caller of Solve. at
+// is the step that it was at, or empty.
+func (l *limits) ended(ctx context.Context, at string) *api.Error {
+	cause := context.Cause(ctx)
+	if at != "" {
+		at = "; it was at " + at
+	}
+	switch {
+	case errors.Is(cause, errBuildTimeout):
+		return &api.Error{Code: api.Deadline, Msg: fmt.Sprintf("the build did not end within %v (build_timeout)%s", l.build, at)}
+	case errors.Is(cause, errStalled):
+		return &api.Error{Code: api.Stalled, Msg: fmt.Sprintf("buildkitd reported no progress for %v (stall_timeout)%s", l.stall, at)}
+	case errors.Is(cause, errPushTimeout):
+		return &api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the push did not end within %v (push_timeout)", l.push)}
+	}
+	return endedByCaller(cause)
+}
+
+// endedByCaller is the error of a build whose context was ended with cause.
+func endedByCaller(cause error) *api.Error {
+	if e, ok := errors.AsType[*api.Error](cause); ok {
+		return e
+	}
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return &api.Error{Code: api.Deadline, Msg: "the deadline passed", Err: cause}
+	}
+	return &api.Error{Code: api.Canceled, Msg: "the build was canceled", Err: cause}
+}

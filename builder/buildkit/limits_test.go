@@ -1,0 +1,117 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"handler/function/api"
+)
+
+func TestLimits(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		l    *limits
+		push bool
+		want error
+	}{
+		{"build", &limits{build: time.Millisecond, push: time.Hour}, false, errBuildTimeout},
+		{"push", &limits{build: time.Hour, push: time.Millisecond}, true, errPushTimeout},
+		{"push after a long build", &limits{build: 50 * time.Millisecond, push: time.Hour}, true, nil},
+		{"silence", &limits{build: time.Hour, stall: time.Millisecond}, false, errStalled},
+		{"none", &limits{}, true, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, stop := tt.l.start(t.Context())
+			defer stop()
+			if tt.push {
+				tt.l.Pushing()
+				tt.l.Pushing()
+			}
+			if tt.l.isPushing() != tt.push {
+				t.Errorf("pushing: %v", tt.l.isPushing())
+			}
+			wait := time.Second
+			if tt.want == nil {
+				wait = 100 * time.Millisecond
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+			if !errors.Is(context.Cause(ctx), tt.want) {
+				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+			}
+			if d := tt.l.pushed(); (d > 0) != tt.push {
+				t.Errorf("pushed for %v", d)
+			}
+		})
+	}
+}
+
+// TestLimitsAgain gives the second attempt all of the time, and forgets the first one's push.
+func TestLimitsAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		l    *limits
+		push bool // the second attempt's
+		want error
+	}{
+		{"build", &limits{build: time.Second, push: time.Hour}, false, errBuildTimeout},
+		{"push", &limits{build: time.Hour, push: time.Second}, true, errPushTimeout},
+		{"no push timeout", &limits{build: time.Second}, false, errBuildTimeout},
+		{"silence", &limits{stall: time.Second}, false, errStalled},
+		{"no build timeout", &limits{push: time.Second}, false, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, stop := tt.l.start(t.Context())
+			defer stop()
+			tt.l.Pushing()
+			time.Sleep(600 * time.Millisecond)
+			tt.l.again()
+			if tt.l.isPushing() || tt.l.pushed() != 0 {
+				t.Error("the push is still on")
+			}
+			if tt.push {
+				tt.l.Pushing()
+			}
+			select {
+			case <-ctx.Done():
+				t.Errorf("ended by what the first attempt had left: %v", context.Cause(ctx))
+			case <-time.After(600 * time.Millisecond):
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+			if !errors.Is(context.Cause(ctx), tt.want) {
+				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+			}
+		})
+	}
+}
+
+func TestEnded(t *testing.T) {
+	shutting := &api.Error{Code: api.ShuttingDown, Msg: "bye"}
+	for _, tt := range []struct {
+		cause error
+		code  api.Code
+	}{
+		{errBuildTimeout, api.Deadline},
+		{errPushTimeout, api.RegistryTimeout},
+		{shutting, api.ShuttingDown},
+		{fmt.Errorf("wrapped: %w", shutting), api.ShuttingDown},
+		{context.DeadlineExceeded, api.Deadline},
+		{nil, api.Canceled},
+		{errors.New("client gone"), api.Canceled},
+	} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cancel(tt.cause)
+		if err := (&limits{}).ended(ctx, ""); err.Code != tt.code {
+			t.Errorf("%v: %v", tt.cause, err)
+		}
+	}
+}

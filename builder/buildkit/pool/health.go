@@ -1,0 +1,115 @@
+package pool
+
+import (
+	"sync"
+	"time"
+)
+
+const (
+	// loadAge is how long the last count of a daemon's builds is believed.
+	loadAge = time.Second
+
+	// probeMin and probeMax are how long a daemon that was lost is left alone. The time
+	// doubles with each loss in turn: 1 s, 2 s, 4 s, …, 60 s.
+	probeMin = time.Second
+	probeMax = time.Minute
+)
+
+// health says whether a daemon gets builds, and how many it has.
+type health struct {
+	mu     sync.Mutex
+	out    bool // it was lost, or a build stalled there; a probe brings it back
+	losses int  // in turn
+	full   bool // its disk was, and has not been pruned since
+
+	mine   int       // builds that this process has there
+	others int       // builds of others when the daemon was last asked
+	asked  time.Time // when that was
+
+	pruning chan struct{} // holds one value while somebody prunes
+}
+
+// isFit says whether the daemon gets builds that could go elsewhere.
+func (h *health) isFit() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return !h.out && !h.full
+}
+
+func (h *health) isOut() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.out
+}
+
+func (h *health) isFull() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.full
+}
+
+// lost counts a loss. It returns how long to leave the daemon alone.
+func (h *health) lost() time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.losses++
+	return min(probeMin<<min(h.losses-1, 10), probeMax)
+}
+
+// worked forgets the losses: a build has ended there in an orderly way.
+func (h *health) worked() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.losses = 0
+}
+
+// setOut returns the state before.
+func (h *health) setOut(out bool) (before bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	before, h.out = h.out, out
+	return before
+}
+
+// setFull returns the state before.
+func (h *health) setFull(full bool) (before bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	before, h.full = h.full, full
+	return before
+}
+
+// take counts one more build of this process, if there are fewer than limit. Zero is no
+// limit.
+func (h *health) take(limit int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if limit > 0 && h.mine+h.others >= limit {
+		return false
+	}
+	h.mine++
+	return true
+}
+
+// give counts one build less.
+func (h *health) give() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.mine--
+}
+
+// builds is how many builds the daemon has: the last count of others, and this process's
+// own. stale says that the last count is older than loadAge.
+func (h *health) builds() (total, mine int, stale bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.others + h.mine, h.mine, time.Since(h.asked) > loadAge
+}
+
+// counted notes the daemon's own count of its builds. mine of them were this process's when
+// it was asked.
+func (h *health) counted(active, mine int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.others, h.asked = max(active-mine, 0), time.Now()
+}

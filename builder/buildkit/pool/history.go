@@ -1,0 +1,180 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"google.golang.org/grpc/status"
+)
+
+// historyTimeout bounds one look into a history: the daemon reads all of it from its disk.
+// loadTimeout is for the running builds alone, which the daemon has in memory.
+const (
+	historyTimeout = 30 * time.Second
+	loadTimeout    = 2 * time.Second
+)
+
+// Record is a build in a daemon's history.
+type Record struct {
+	Ref    string // that the build was solved with
+	Image  string // the first reference that it was to push, normalised
+	Digest string // of its result; empty without one
+
+	Began, Ended time.Time // Ended is zero while the build runs
+
+	Err error // of a build that failed; its code is grpcerrors.Code's
+}
+
+// Running says that the build has not ended.
+func (r *Record) Running() bool { return r.Ended.IsZero() }
+
+// Succeeded says that the build has ended and has a result.
+func (r *Record) Succeeded() bool { return !r.Running() && r.Err == nil && r.Digest != "" }
+
+func recordOf(r *controlapi.BuildHistoryRecord) *Record {
+	record := &Record{Ref: r.Ref, Began: r.CreatedAt.AsTime()}
+	for _, e := range r.Exporters {
+		record.Image, _, _ = strings.Cut(e.Attrs["name"], ",")
+	}
+	if r.CompletedAt == nil {
+		return record
+	}
+	record.Ended = r.CompletedAt.AsTime()
+	// The history keeps the descriptor of what the exporter made, and not its response.
+	record.Digest = r.GetResult().GetResults()[0].GetDigest()
+	if r.Error != nil {
+		record.Err = grpcerrors.FromGRPC(status.FromProto(r.Error).Err())
+	}
+	return record
+}
+
+// Record is the daemon's record of the build with the given Ref, or nil.
+func (s *Seat) Record(ctx context.Context, ref string) (*Record, error) {
+	var record *Record
+	err := s.conn.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
+		if record == nil {
+			record = recordOf(r)
+		}
+	})
+	return record, err
+}
+
+// Watch sends the progress of a build that another process began to updates, and returns
+// when the daemon has recorded its end. It closes updates.
+func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus) error {
+	// The record of the end ends the stream of statuses, which may be the slower one.
+	watching, stop := context.WithCancel(ctx)
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer stop()
+	sending.Go(func() {
+		defer close(updates)
+		stream, err := s.conn.client.ControlClient().Status(watching, &controlapi.StatusRequest{Ref: ref})
+		for err == nil {
+			var resp *controlapi.StatusResponse
+			if resp, err = stream.Recv(); err == nil {
+				updates <- client.NewSolveStatus(resp)
+			}
+		}
+	})
+	ended := errors.New("the build has ended")
+	err := s.conn.listen(ctx, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
+		if r.CompletedAt == nil {
+			return nil
+		}
+		return ended
+	})
+	if errors.Is(err, ended) {
+		return nil
+	}
+	return err
+}
+
+// Found is a record, and the daemon that has it.
+type Found struct {
+	*Record
+	Daemon *Daemon
+}
+
+// Search returns the records of all daemons whose Ref begins with prefix. Its error says
+// that some daemons could not be asked. The records of the others are returned beside it.
+func (p *Pool) Search(ctx context.Context, prefix string) ([]Found, error) {
+	var mu sync.Mutex
+	var found []Found
+	var failed error
+	missed := p.each(ctx, func(d *Daemon, c *conn) {
+		var mine []Found
+		err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
+			if strings.HasPrefix(r.Ref, prefix) {
+				mine = append(mine, Found{recordOf(r), d})
+			}
+		})
+		mu.Lock()
+		defer mu.Unlock()
+		found = append(found, mine...)
+		failed = errors.Join(failed, err)
+	})
+	if missed > 0 {
+		failed = errors.Join(failed, fmt.Errorf("%d cannot be reached", missed))
+	}
+	return found, failed
+}
+
+// load is how many builds d has. It asks the daemon if the last count is stale.
+func (d *Daemon) load(ctx context.Context, c *conn) (int, error) {
+	if _, mine, stale := d.health.builds(); stale {
+		ctx, cancel := context.WithTimeout(ctx, loadTimeout)
+		defer cancel()
+		active := 0
+		err := c.history(ctx, &controlapi.BuildHistoryRequest{ActiveOnly: true, EarlyExit: true}, func(*controlapi.BuildHistoryRecord) { active++ })
+		if err != nil {
+			return 0, err
+		}
+		d.health.counted(active, mine)
+	}
+	total, _, _ := d.health.builds()
+	return total, nil
+}
+
+// history calls f for each record that matches req, those of running builds included.
+func (c *conn) history(ctx context.Context, req *controlapi.BuildHistoryRequest, f func(*controlapi.BuildHistoryRecord)) error {
+	ctx, cancel := context.WithTimeout(ctx, historyTimeout)
+	defer cancel()
+	return c.listen(ctx, req, func(r *controlapi.BuildHistoryRecord) error {
+		f(r)
+		return nil
+	})
+}
+
+// listen calls f for each record until the stream ends, or f returns an error.
+func (c *conn) listen(ctx context.Context, req *controlapi.BuildHistoryRequest, f func(*controlapi.BuildHistoryRecord) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := c.client.ControlClient().ListenBuildHistory(ctx, req)
+	if err != nil {
+		return fmt.Errorf("reading the build history: %w", err)
+	}
+	for {
+		event, err := stream.Recv()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("reading the build history: %w", err)
+		}
+		if event.Record == nil || event.Type == controlapi.BuildHistoryEventType_DELETED {
+			continue
+		}
+		if err := f(event.Record); err != nil {
+			return err
+		}
+	}
+}

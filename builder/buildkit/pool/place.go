@@ -1,0 +1,294 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/moby/buildkit/client"
+
+	"handler/function/api"
+	"handler/function/buildkit/report"
+	"handler/function/placement"
+	"handler/function/solve"
+)
+
+// Key says where a build belongs.
+type Key struct {
+	Cache  string // the daemons are ordered by it
+	Native string // the daemons' own platform; empty is any
+}
+
+// Seat is a build's place on a daemon. Its holder must give it up once, by Leave, Worked or
+// Lost.
+type Seat struct {
+	Daemon *Daemon
+	Choice solve.Choice
+
+	pool *Pool
+	conn *conn
+	end  <-chan struct{} // closed when a transport to the daemon has ended
+}
+
+func (p *Pool) newSeat(d *Daemon, c *conn, order []*Daemon) *Seat {
+	return &Seat{Daemon: d, Choice: choiceOf(d, order), pool: p, conn: c, end: c.ends.next()}
+}
+
+// Client is the connection's. It must not be used after the seat has been given up.
+func (s *Seat) Client() *client.Client { return s.conn.client }
+
+// Broke says whether a solve failed with err because the connection ended. It may wait for a
+// second.
+func (s *Seat) Broke(err error) bool { return report.ConnectionLost(err, s.end) }
+
+// Full asks the daemon to write a file, and says whether its disk is full.
+func (s *Seat) Full(ctx context.Context) bool { return s.conn.isFull(ctx) }
+
+// Leave gives the seat up.
+func (s *Seat) Leave() { s.give(false) }
+
+// Worked gives the seat up after a build that ended in an orderly way, whatever it came to.
+func (s *Seat) Worked() {
+	s.give(false)
+	s.Daemon.health.worked()
+}
+
+// Lost gives the seat up with its connection. No build goes to the daemon until it answers
+// again.
+func (s *Seat) Lost(cause error) {
+	s.give(true)
+	s.pool.lose(s.Daemon, cause)
+}
+
+func (s *Seat) give(failed bool) {
+	s.Daemon.health.give()
+	s.Daemon.release(s.conn, failed)
+}
+
+var errDaemonFull = &api.Error{Code: api.DaemonFull, Msg: "buildkitd has no space left on its disk"}
+
+func noDaemon(cause error) error {
+	return &api.Error{Code: api.NoDaemon, Msg: "no buildkitd can be reached", Err: cause}
+}
+
+// Place finds a seat for a build. prefer, unless it is nil, is tried before all others,
+// however many builds it has. avoid is tried after all others.
+//
+// Where no daemon answers, all of them are tried again for as long as a restart takes. That
+// is 19 s at most, however many of them hang. With an avoid it is 7 s at most, because the
+// build has waited for keepalive already.
+//
+// # Errors
+//
+// An error is an *api.Error, no_daemon or daemon_full, or ctx's cause.
+func (p *Pool) Place(ctx context.Context, key Key, prefer, avoid *Daemon) (*Seat, error) {
+	order := p.order(ctx, key)
+	if prefer != nil {
+		if s, _ := p.offer(ctx, order, []*Daemon{prefer}, nil, false); s != nil {
+			return s, nil
+		}
+	}
+	since := time.Now()
+	for again := avoid != nil; ; again = true {
+		fit, rest := candidates(order, avoid)
+		s, err := p.offer(ctx, order, fit, rest, again)
+		switch {
+		case s != nil:
+			return s, nil
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case len(order) > 0 && len(fit)+len(rest) == 0:
+			return p.prunedSeat(ctx, order)
+		case again && time.Since(since) > dialWindow-dialInterval:
+			return nil, noDaemon(err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(dialInterval):
+		}
+		order = p.order(ctx, key)
+	}
+}
+
+// order is the daemons of the key's platform, in the order of its cache. Where no daemon has
+// the platform any more, it is all of them.
+func (p *Pool) order(ctx context.Context, key Key) []*Daemon {
+	list := p.list(ctx)
+	if key.Native != "" {
+		other := func(d *Daemon) bool { return d.Native() != key.Native }
+		if some := slices.DeleteFunc(slices.Clone(list), other); len(some) > 0 {
+			list = some
+		}
+	}
+	byAddr := make(map[string]*Daemon)
+	var addrs []string
+	for _, d := range list {
+		byAddr[d.addr] = d
+		addrs = append(addrs, d.addr)
+	}
+	order := make([]*Daemon, 0, len(addrs))
+	for _, addr := range placement.Order(key.Cache, addrs) {
+		order = append(order, byAddr[addr])
+	}
+	return order
+}
+
+// candidates are the daemons of order that are not full. Those in rest are out, or to be
+// avoided: they may be back, and are better than none.
+func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
+	for _, d := range order {
+		switch {
+		case d.health.isFull():
+		case d == avoid, d.health.isOut():
+			rest = append(rest, d)
+		default:
+			fit = append(fit, d)
+		}
+	}
+	return fit, rest
+}
+
+// offer returns a seat on the first of these daemons:
+//
+//  1. the first in fit with fewer builds than the limit,
+//  2. the one in fit that has the fewest,
+//  3. the first in rest that answers.
+//
+// It asks them one after the other. Once a daemon has not answered, or from the beginning if
+// atOnce is set, it asks all that are left at once. Without a seat, err is from the last
+// daemon that did not answer. order is the whole order, for the seat's Choice.
+func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce bool) (s *Seat, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	several := len(order) > 1
+	q := &inquiry{daemons: slices.Concat(fit, rest), count: several, atOnce: atOnce}
+	q.answers = make([]chan answer, len(q.daemons))
+	defer q.end()
+	defer cancel()
+	var least *Daemon // of those that answered and have their limit
+	var fewest int
+	for i, d := range q.daemons {
+		if i >= len(fit) && least != nil {
+			break
+		}
+		a := q.answer(ctx, i)
+		if ctx.Err() != nil {
+			a.release()
+			return nil, context.Cause(ctx)
+		}
+		if a.err != nil {
+			err, q.atOnce = a.err, true
+			if !errors.Is(err, errClosed) {
+				p.lose(d, err)
+			}
+			continue
+		}
+		// A lone daemon takes every build.
+		if d.health.take(p.cfg.Builds) || !several && d.health.take(0) {
+			return p.newSeat(d, a.conn, order), nil
+		}
+		a.release()
+		if least == nil || a.builds < fewest {
+			least, fewest = d, a.builds
+		}
+	}
+	if least == nil {
+		return nil, err
+	}
+	c, err := least.acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	least.health.take(0)
+	return p.newSeat(least, c, order), nil
+}
+
+// inquiry asks daemons for a seat.
+type inquiry struct {
+	daemons []*Daemon
+	answers []chan answer // of daemons that were asked; nil before that and once it is taken
+	count   bool          // the builds of each daemon
+	atOnce  bool          // ask all daemons that are left at once
+}
+
+// answer is from a daemon that was asked for a seat.
+type answer struct {
+	daemon *Daemon
+	conn   *conn // must be released if err is nil
+	builds int   // where they are counted
+	err    error
+}
+
+func (a answer) release() {
+	if a.err == nil {
+		a.daemon.release(a.conn, false)
+	}
+}
+
+// answer waits for the daemon at i. It comes soon after ctx has ended at the latest.
+func (q *inquiry) answer(ctx context.Context, i int) answer {
+	for j := i; j == i || j < len(q.daemons) && q.atOnce; j++ {
+		if q.answers[j] == nil {
+			q.answers[j] = q.daemons[j].ask(ctx, q.count)
+		}
+	}
+	a := <-q.answers[i]
+	q.answers[i] = nil
+	return a
+}
+
+// end releases the answers that nobody has taken. ctx has ended before.
+func (q *inquiry) end() {
+	for _, ch := range q.answers {
+		if ch != nil {
+			(<-ch).release()
+		}
+	}
+}
+
+// ask sends one answer.
+func (d *Daemon) ask(ctx context.Context, count bool) chan answer {
+	ch := make(chan answer, 1)
+	go func() {
+		a := answer{daemon: d}
+		a.conn, a.err = d.acquire(ctx)
+		if a.err == nil && count {
+			if a.builds, a.err = d.load(ctx, a.conn); a.err != nil {
+				d.release(a.conn, ctx.Err() == nil)
+			}
+		}
+		ch <- a
+	}()
+	return ch
+}
+
+// choiceOf says why a build is on d and not on the first of its order.
+func choiceOf(d *Daemon, order []*Daemon) solve.Choice {
+	switch {
+	case len(order) == 0 || d == order[0]:
+		return solve.First
+	case order[0].health.isFit():
+		return solve.Full
+	}
+	return solve.Down
+}
+
+// prunedSeat is a seat on the first daemon whose disk has room after a prune. All disks in
+// order were full.
+func (p *Pool) prunedSeat(ctx context.Context, order []*Daemon) (*Seat, error) {
+	waiting, cancel := context.WithTimeout(ctx, pruneWait)
+	defer cancel()
+	for _, d := range order {
+		if p.prune(waiting, d) != nil {
+			continue
+		}
+		if s, _ := p.offer(ctx, order, []*Daemon{d}, nil, false); s != nil {
+			return s, nil
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return nil, errDaemonFull
+}

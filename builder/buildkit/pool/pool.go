@@ -1,0 +1,266 @@
+// Package pool knows the daemons that builds are placed on: their names, the connections to
+// them, their health, how many builds they have, and what their histories say. It knows
+// nothing of what is built.
+//
+// The builds of a repository go to the daemon that comes first in the repository's order,
+// where their cache is. While that one is full or down they go to the next. Replicas of the
+// function agree on the order and share nothing else: each daemon says itself how many
+// builds it has.
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"handler/function/solve"
+)
+
+// Config says which daemons there are.
+type Config struct {
+	// Addrs are tcp://host:port or unix:///path. A name with several addresses is
+	// several daemons.
+	Addrs      []string
+	ServerName string // in the certificate of each daemon
+
+	// CAFile, CertFile and KeyFile are PEM. They are read again when they change. All
+	// empty, or a unix address: no TLS.
+	CAFile, CertFile, KeyFile string
+
+	// Builds is how many builds a daemon has before others go to the next daemon, if that
+	// has fewer. Zero is no limit.
+	Builds int
+
+	Log zerolog.Logger
+}
+
+// Pool is the daemons that builds are placed on, with one connection to each.
+type Pool struct {
+	cfg      Config
+	targets  []target
+	hadSRV   map[string]bool // by target's address: its daemons were SRV records. Only look uses it
+	resolver resolver
+
+	// ctx ends probes and prunes. All of them have ended when running is done.
+	ctx     context.Context
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	daemons []*Daemon
+	looked  time.Time     // when the names were looked up
+	looking chan struct{} // closed when the look-up that runs has ended; nil without one
+}
+
+// New dials nothing. Its error is about an address.
+func New(cfg Config) (*Pool, error) {
+	p := &Pool{cfg: cfg, hadSRV: make(map[string]bool), resolver: net.DefaultResolver}
+	for _, addr := range cfg.Addrs {
+		t, err := parseTarget(addr)
+		if err != nil {
+			return nil, fmt.Errorf("reading the address %q of buildkitd: %w", addr, err)
+		}
+		p.targets = append(p.targets, t)
+	}
+	if len(p.targets) == 0 {
+		return nil, errors.New("no address of buildkitd")
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	// Until the first look-up the names are the daemons. Dialling a name says best what
+	// is wrong with it.
+	p.replace(slices.Clone(cfg.Addrs))
+	return p, nil
+}
+
+// Close closes each connection after its last build has left.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	daemons := p.daemons
+	p.mu.Unlock()
+	p.cancel()
+	p.running.Wait()
+	var errs []error
+	for _, d := range daemons {
+		errs = append(errs, d.close())
+	}
+	return errors.Join(errs...)
+}
+
+// list is the daemons that are known. Names that were looked up more than lookupAge ago are
+// looked up again meanwhile. If it was more than lookupWait ago, list waits for the look-up.
+// While names cannot be looked up, the known daemons stay.
+func (p *Pool) list(ctx context.Context) []*Daemon {
+	p.mu.Lock()
+	age := time.Since(p.looked)
+	if p.looking == nil && age > lookupAge && !p.closed && p.named() {
+		done := make(chan struct{})
+		p.looking = done
+		p.running.Go(func() {
+			defer close(done)
+			p.look()
+		})
+	}
+	looking := p.looking
+	p.mu.Unlock()
+	if looking != nil && age > lookupWait {
+		select {
+		case <-looking:
+		case <-ctx.Done():
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.daemons)
+}
+
+// named says whether there is a name to look up.
+func (p *Pool) named() bool {
+	return slices.ContainsFunc(p.targets, func(t target) bool { return t.host != "" })
+}
+
+// look looks the names up. Only one look runs at a time.
+func (p *Pool) look() {
+	ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)
+	defer cancel()
+	var addrs []string
+	var failed error
+	for _, t := range p.targets {
+		found, srv, err := t.lookup(ctx, p.resolver, p.hadSRV[t.addr])
+		if err != nil {
+			failed = errors.Join(failed, err)
+		} else {
+			p.hadSRV[t.addr] = srv
+		}
+		addrs = append(addrs, found...)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looking = nil
+	if p.closed {
+		return
+	}
+	if failed != nil {
+		p.cfg.Log.Warn().Err(failed).Msg("keeping the buildkitds that are known")
+	} else {
+		p.replace(addrs)
+	}
+	p.looked = time.Now()
+}
+
+// replace makes the daemons at addrs those of the pool. Daemons that stay keep their
+// connections. The caller must hold p.mu, but for New.
+func (p *Pool) replace(addrs []string) {
+	// Before the first look-up there are only names, and nobody joins or leaves.
+	known := !p.looked.IsZero()
+	slices.Sort(addrs)
+	addrs = slices.Compact(addrs)
+	var next []*Daemon
+	for _, addr := range addrs {
+		i := slices.IndexFunc(p.daemons, func(d *Daemon) bool { return d.addr == addr })
+		if i >= 0 {
+			next = append(next, p.daemons[i])
+			continue
+		}
+		if known {
+			p.cfg.Log.Info().Str("daemon", addr).Msg("a buildkitd joined")
+		}
+		next = append(next, newDaemon(addr, &p.cfg))
+	}
+	for _, d := range p.daemons {
+		if !slices.Contains(next, d) {
+			if known {
+				p.cfg.Log.Info().Str("daemon", d.addr).Msg("a buildkitd left")
+			}
+			d.close()
+		}
+	}
+	p.daemons = next
+}
+
+// each calls f for every daemon that is not out, for all of them at once, with a connection
+// that has just answered. It returns the number of daemons that it left out.
+func (p *Pool) each(ctx context.Context, f func(d *Daemon, c *conn)) int {
+	var missed atomic.Int32
+	var all sync.WaitGroup
+	for _, d := range p.list(ctx) {
+		if d.health.isOut() {
+			missed.Add(1)
+			continue
+		}
+		all.Go(func() {
+			c, err := d.acquire(ctx)
+			if err != nil {
+				missed.Add(1)
+				if ctx.Err() == nil {
+					p.lose(d, err)
+				}
+				return
+			}
+			defer d.release(c, false)
+			f(d, c)
+		})
+	}
+	all.Wait()
+	return int(missed.Load())
+}
+
+// Count counts the daemons. It takes a few seconds when a daemon no longer answers.
+func (p *Pool) Count(ctx context.Context) solve.Daemons {
+	var reachable atomic.Int32
+	p.each(ctx, func(*Daemon, *conn) { reachable.Add(1) })
+	count := solve.Daemons{Reachable: int(reachable.Load())}
+	for _, d := range p.list(ctx) {
+		count.Total++
+		if d.health.isFull() {
+			count.Full++
+		}
+	}
+	return count
+}
+
+// Natives are the daemons' own platforms, each once and sorted. A daemon that has never
+// answered has none. For a lone daemon Natives asks nobody, and returns nil.
+func (p *Pool) Natives(ctx context.Context) []string {
+	list := p.list(ctx)
+	if len(list) < 2 {
+		return nil
+	}
+	natives, all := nativesOf(list)
+	if !all {
+		p.each(ctx, func(*Daemon, *conn) {}) // asks them
+		natives, _ = nativesOf(p.list(ctx))
+	}
+	slices.Sort(natives)
+	return slices.Compact(natives)
+}
+
+// nativesOf says with all whether every daemon has answered before.
+func nativesOf(list []*Daemon) (natives []string, all bool) {
+	for _, d := range list {
+		if native := d.Native(); native != "" {
+			natives = append(natives, native)
+		}
+	}
+	return natives, len(natives) == len(list)
+}
+
+// Several says whether more than one daemon is known.
+func (p *Pool) Several() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.daemons) > 1
+}
+
+// HasRoom says whether there is a daemon whose disk is not known to be full.
+func (p *Pool) HasRoom(ctx context.Context) bool {
+	return slices.ContainsFunc(p.list(ctx), func(d *Daemon) bool { return !d.health.isFull() })
+}

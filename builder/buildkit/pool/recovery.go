@@ -1,0 +1,170 @@
+package pool
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
+
+	"handler/function/buildkit/report"
+)
+
+const (
+	// stallRest is how long a daemon whose build stalled is left alone.
+	stallRest = 5 * time.Minute
+
+	// pruneTimeout bounds one prune. pruneWait is how long a build waits for one where
+	// there is no other daemon.
+	pruneTimeout  = 2 * time.Minute
+	pruneWait     = 10 * time.Second
+	pruneInterval = 10 * time.Second
+
+	// A daemon that cannot write roomBytes is full.
+	roomBytes   = 1 << 20
+	roomTimeout = 10 * time.Second
+)
+
+// start runs f, unless the pool is closed. f has to end with p.ctx.
+func (p *Pool) start(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.running.Go(f)
+	}
+}
+
+// sleep returns false when the pool was closed meanwhile.
+func (p *Pool) sleep(d time.Duration) bool {
+	select {
+	case <-p.ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+// lose takes a daemon out that does not answer, or that broke a build off. It gets no builds
+// until it answers a probe.
+func (p *Pool) lose(d *Daemon, cause error) { p.takeOut(d, d.health.lost(), cause) }
+
+// Stalled takes a daemon out for a few minutes: one of its builds made no progress.
+func (p *Pool) Stalled(d *Daemon, cause error) { p.takeOut(d, stallRest, cause) }
+
+// takeOut takes d out, and probes it after rest until it answers.
+func (p *Pool) takeOut(d *Daemon, rest time.Duration, cause error) {
+	if d.health.setOut(true) {
+		return
+	}
+	p.cfg.Log.Warn().Err(cause).Str("daemon", d.addr).Stringer("rest", rest).Msg("buildkitd taken out")
+	p.start(func() {
+		for p.sleep(rest) {
+			c, err := d.acquire(p.ctx)
+			if err == nil {
+				d.release(c, false)
+				d.health.setOut(false)
+				p.cfg.Log.Info().Str("daemon", d.addr).Msg("buildkitd is back")
+				return
+			}
+			if errors.Is(err, errClosed) {
+				return
+			}
+			rest = min(max(rest, probeMin), 5*probeMin)
+		}
+	})
+}
+
+// Fill takes a daemon out whose disk is full. It gets no builds until a prune has made room.
+func (p *Pool) Fill(d *Daemon, cause error) {
+	if d.health.setFull(true) {
+		return
+	}
+	p.cfg.Log.Warn().Err(cause).Str("daemon", d.addr).Msg("buildkitd's disk is full: pruning")
+	p.start(func() {
+		for {
+			err := p.prune(p.ctx, d)
+			if err == nil || errors.Is(err, errClosed) {
+				return
+			}
+			p.cfg.Log.Warn().Err(err).Str("daemon", d.addr).Msg("pruning buildkitd failed")
+			if !p.sleep(pruneInterval) {
+				return
+			}
+		}
+	})
+}
+
+// prune removes half of d's cache, the part that was used longest ago. BuildKit does not
+// tell how much room is missing. prune fails while the disk stays full.
+func (p *Pool) prune(ctx context.Context, d *Daemon) error {
+	ctx, cancel := context.WithTimeout(ctx, pruneTimeout)
+	defer cancel()
+	select {
+	case d.health.pruning <- struct{}{}:
+		defer func() { <-d.health.pruning }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if !d.health.isFull() {
+		return nil // somebody else has pruned
+	}
+	c, err := d.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer d.release(c, false)
+	used, freed, err := c.pruneHalf(ctx)
+	if err != nil {
+		return err
+	}
+	// Running builds keep what they use, and other programs may fill the disk too.
+	if c.isFull(ctx) {
+		return fmt.Errorf("its disk is full after %d of %d bytes were removed", freed, used)
+	}
+	d.health.setFull(false)
+	p.cfg.Log.Info().Str("daemon", d.addr).Int64("used_bytes", used).Int64("freed_bytes", freed).Msg("buildkitd pruned")
+	return nil
+}
+
+// pruneHalf returns the size of the cache before, and how much of it was removed, in bytes.
+func (c *conn) pruneHalf(ctx context.Context) (used, freed int64, err error) {
+	records, err := c.client.DiskUsage(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
+	for _, r := range records {
+		used += r.Size
+	}
+	removed := make(chan client.UsageInfo)
+	counted := make(chan struct{})
+	go func() {
+		defer close(counted)
+		for r := range removed {
+			freed += r.Size
+		}
+	}()
+	// A limit of zero is none to BuildKit.
+	err = c.client.Prune(ctx, removed, client.WithKeepOpt(0, 0, max(used/2, 1), 0))
+	close(removed)
+	<-counted
+	return used, freed, err
+}
+
+// isFull says whether the daemon's disk is full. Where runc has no room to start a step, the
+// step's output says so, and any step can print the same words. So the daemon has to write a
+// file.
+func (c *conn) isFull(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, roomTimeout)
+	defer cancel()
+	data := make([]byte, roomBytes)
+	rand.Read(data) // no cache has it, and no file system compresses it
+	def, err := llb.Scratch().File(llb.Mkfile("room", 0o600, data), llb.WithCustomName("[internal] write a file")).Marshal(ctx)
+	if err != nil {
+		return false
+	}
+	_, err = c.client.Solve(ctx, def, client.SolveOpt{Internal: true}, nil)
+	return err != nil && report.SaysFull(err)
+}
