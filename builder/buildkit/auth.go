@@ -23,8 +23,8 @@ import (
 
 // authServer answers the daemon's questions about registries, for one build.
 //
-// The daemon keeps the tokens it was given and would use them for any other
-// session that holds the same key, so each build has a key of its own.
+// The daemon keeps the tokens that it is given, and uses them for every session that has the
+// same key. So each build has a key of its own.
 type authServer struct {
 	auth.UnimplementedAuthServer
 	build *registry.Build
@@ -43,8 +43,8 @@ func newAuthServer(build *registry.Build) *authServer {
 // Register makes authServer a session.Attachable.
 func (s *authServer) Register(server *grpc.Server) { auth.RegisterAuthServer(server, s) }
 
-// Credentials is asked where a registry wants Basic authentication, and for
-// whether this build may use what another one has logged in with.
+// Credentials is asked for where a registry wants Basic authentication. The daemon also asks
+// before it lets this build use the connection that another one has logged in with.
 func (s *authServer) Credentials(ctx context.Context, req *auth.CredentialsRequest) (*auth.CredentialsResponse, error) {
 	user, password, err := s.build.Basic(ctx, req.Host)
 	if err != nil {
@@ -67,8 +67,8 @@ func (s *authServer) FetchToken(ctx context.Context, req *auth.FetchTokenRequest
 	}, nil
 }
 
-// GetTokenAuthority must be answered: without a key, the daemon asks for the
-// credentials themselves and fetches tokens with them.
+// GetTokenAuthority must have an answer. Without a key, the daemon asks for the credentials
+// themselves and fetches tokens with them.
 func (s *authServer) GetTokenAuthority(_ context.Context, req *auth.GetTokenAuthorityRequest) (*auth.GetTokenAuthorityResponse, error) {
 	key, err := s.key(req.Host, req.Salt)
 	if err != nil {
@@ -93,8 +93,8 @@ func (s *authServer) key(host string, salt []byte) (ed25519.PrivateKey, error) {
 	return ed25519.NewKeyFromSeed(seed), nil
 }
 
-// fail keeps err, with its cause, and gives the daemon its message, by which
-// it is found again in what the daemon says.
+// fail keeps err with its cause, and gives its message to the daemon. A report.Failure finds
+// the message in the daemon's own error.
 func (s *authServer) fail(err error) error {
 	e, ok := errors.AsType[*api.Error](err)
 	if !ok {
@@ -106,7 +106,7 @@ func (s *authServer) fail(err error) error {
 	return status.Error(codes.PermissionDenied, e.Msg)
 }
 
-// failed are the errors so far, the last one first.
+// failed returns the errors so far, the last one first.
 func (s *authServer) failed() []*api.Error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

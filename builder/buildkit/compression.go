@@ -9,19 +9,18 @@ import (
 // Compression is the form of the layers that daemons make. The zero value is the
 // daemons' own: gzip at level 6.
 //
-// It is one of the whole installation: a cached layer keeps the form that its
-// first build gave it, whoever builds on it. To force another onto each image
-// would compress every layer of it again, its base's too.
+// The whole installation has one. A cached layer keeps the form that its first build gave it,
+// and all images that use it share it. To force another form onto an image, the daemon would
+// have to compress all its layers again, those of its base included.
 type Compression struct {
 	Type  string // gzip or zstd
 	Level int    // 1 to 9 of gzip, 1 to 22 of zstd; 0 is the daemons' own
 }
 
-// ParseCompression reads "gzip", which is "gzip:1", "zstd", and these with a
-// level.
+// ParseCompression reads "gzip", "zstd", "gzip:6" and the like. "gzip" is "gzip:1".
 //
-// A large layer's build is for the most part its compression, by one core. Level 1
-// takes a third of the time of the daemons' 6, for 15 to 25 % more bytes.
+// The build of a large layer is mostly its compression, by one core. Level 1 takes a third of
+// the time of the daemons' level 6, for 15 to 25 % more bytes.
 func ParseCompression(text string) (Compression, error) {
 	kind, level, leveled := strings.Cut(text, ":")
 	c := Compression{Type: kind}
@@ -53,8 +52,8 @@ func (c Compression) attrs() map[string]string {
 	if c.Level != 0 {
 		attrs["compression-level"] = strconv.Itoa(c.Level)
 	}
-	// Docker's media types have none for zstd that podman knows, and are the
-	// default of daemons before v0.31.
+	// Daemons before v0.31 use Docker's media types by default. podman does not know the
+	// one for zstd.
 	if c.Type == "zstd" {
 		attrs["oci-mediatypes"] = "true"
 	}

@@ -12,43 +12,41 @@ import (
 
 // Request is one build, its signature verified and its config checked.
 type Request struct {
-	// ID is for logs: the caller's X-Call-Id, or one made here.
+	// ID is for logs: the caller's X-Call-Id, or an id made here.
 	ID      string
 	Config  *buildconfig.Config
 	Context *payload.Context // empty where Config.Git says where it is
 
-	// GitAuthorization is the header's value for the git context's host, or
-	// empty.
+	// GitAuthorization is the value of the Authorization header for the git context's
+	// host, or empty.
 	GitAuthorization string
 
-	// Secrets are the unsealed build secrets, by the id that
-	// RUN --mount=type=secret names.
+	// Secrets are the unsealed build secrets, by the id in RUN --mount=type=secret.
 	Secrets map[string][]byte
 
-	// Mask keeps the secrets' values out of everything that is said of the
-	// build.
+	// Mask keeps the secrets' values out of log lines and errors.
 	Mask *redact.Redactor
 
-	// SharedKey, Hostname and CacheMountNS keep this build apart from those of
-	// others; package isolation makes them.
+	// SharedKey, Hostname and CacheMountNS keep builds apart. Package isolation makes
+	// them.
 	SharedKey    string
 	Hostname     string
 	CacheMountNS string
 
-	// Name is what the daemon remembers the build by.
+	// Name is how daemons remember the build.
 	Name Name
 }
 
-// Name identifies a queued build over all deliveries of its request, on every
-// replica. Of the zero Name nothing is remembered.
+// Name identifies a queued build over all deliveries of its request, on every replica. A build
+// with the zero Name is not remembered.
 type Name struct {
 	Call string // of the call id
 	Body string // of the request's body
 }
 
-// Log takes the contract's log lines as they come, each free of control
-// characters and of secrets. A call may block while the client is slow; it
-// returns at once when the build's context has ended.
+// Log takes the contract's log lines as they come, free of control characters and of secrets.
+// A call may block while the client is slow. It returns at once when the build's context has
+// ended.
 type Log func(lines ...string)
 
 // Outcome is a build that succeeded.
@@ -65,12 +63,12 @@ type Past struct {
 	Running bool
 	Image   string // the reference, normalised
 	Outcome Outcome
-	Err     error // an *api.Error where the client may know the reason
+	Err     error // an *api.Error; nil if it succeeded or runs
 
 	Began, Ended time.Time
 }
 
-// Choice is why a build was on its daemon.
+// Choice says why a build was on its daemon.
 type Choice string
 
 const (
@@ -79,29 +77,28 @@ const (
 	Down  Choice = "down"  // the first could not be reached, or its disk was full
 )
 
-// Daemons counts those of the pool.
+// Daemons counts the daemons of the pool.
 type Daemons struct {
 	Total     int
-	Reachable int // those that answer
-	Full      int // those whose disk was, and has not been pruned since
+	Reachable int // that answer
+	Full      int // whose disk was full, and has not been pruned since
 }
 
-// Stats is how a build went, for the log and the metrics, also of one that
-// failed. Durations are zero for what did not happen.
+// Stats is how a build went, whether it succeeded or failed, for the log and the metrics.
+// Durations of phases that it did not reach are zero.
 type Stats struct {
-	Steps    int // vertices, those of the frontend not counted
-	Cached   int
+	Steps    int           // of the Dockerfile that were reached
+	Cached   int           // of Steps
 	Attempts int           // solves started: 2 when a daemon was lost on the way
-	Daemon   string        // the address of the last attempt's
-	Choice   Choice        // of that daemon
+	Daemon   string        // the address of the last attempt's daemon
+	Choice   Choice        // of the last attempt's daemon
 	Moved    bool          // to another daemon, on the way
 	Sent     int64         // bytes of context sent to the daemon
 	Transfer time.Duration // of the context to the daemon
 	Push     time.Duration
 }
 
-// Add counts another part of the same build. Where it was built is the last
-// part's.
+// Add counts another part of the same build. Daemon and Choice become the part's.
 func (s *Stats) Add(part Stats) {
 	s.Steps += part.Steps
 	s.Cached += part.Cached
