@@ -17,9 +17,9 @@ const module = "handler/function"
 // request, verified payload, solve, records, reply. A package that is not here
 // may import none of ours.
 var imports = map[string][]string{
-	".":           {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "reply", "server"},
-	"server":      {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
-	"buildkit":    {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
+	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "reply", "server"},
+	"server":   {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
+	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
 
 	"buildkit/contextfs": {"api", "payload"},
 	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},
