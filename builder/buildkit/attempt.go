@@ -43,7 +43,7 @@ func (r *run) attempt(ctx context.Context, avoid *pool.Daemon) verdict {
 		r.warnEmulated(seat.Daemon)
 	}
 	r.newProgress()
-	a := &attempt{run: r, seat: seat, ref: ref, auths: newAuthServer(r.cfg.Credentials.Build(r.plan.repositories()))}
+	a := &attempt{run: r, seat: seat, ref: ref, auths: newAuthServer(r.cfg.Credentials.Grant(r.plan.repositories()))}
 	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
 		a.git = &gitSource{Git: git, secret: identity.NewID()}
 	}
@@ -148,7 +148,7 @@ func (a *attempt) solveOpt() client.SolveOpt {
 func (a *attempt) failed(ctx context.Context, err error) verdict {
 	f := &report.Failure{
 		Err: err, Progress: a.progress, Mask: a.plan.mask, Pushing: a.limits.isPushing(),
-		Refused: a.auths.failed(), Anonymous: a.auths.build.Anonymous(), Hints: a.auths.build.Hints(),
+		Refused: a.auths.failed(), Anonymous: a.auths.grant.Anonymous(), Hints: a.auths.grant.Hints(),
 	}
 	if a.progress.MayBeFull(err) {
 		f.Full = a.seat.Full(ctx)

@@ -27,17 +27,17 @@ import (
 // same key. So each build has a key of its own.
 type authServer struct {
 	auth.UnimplementedAuthServer
-	build *registry.Build
+	grant *registry.Grant
 	seed  []byte
 
 	mu       sync.Mutex
 	failures []*api.Error
 }
 
-func newAuthServer(build *registry.Build) *authServer {
+func newAuthServer(grant *registry.Grant) *authServer {
 	seed := make([]byte, sha256.Size)
 	rand.Read(seed)
-	return &authServer{build: build, seed: seed}
+	return &authServer{grant: grant, seed: seed}
 }
 
 // Register makes authServer a session.Attachable.
@@ -46,7 +46,7 @@ func (s *authServer) Register(server *grpc.Server) { auth.RegisterAuthServer(ser
 // Credentials is asked for where a registry wants Basic authentication. The daemon also asks
 // before it lets this build use the connection that another one has logged in with.
 func (s *authServer) Credentials(ctx context.Context, req *auth.CredentialsRequest) (*auth.CredentialsResponse, error) {
-	user, password, err := s.build.Basic(ctx, req.Host)
+	user, password, err := s.grant.Basic(ctx, req.Host)
 	if err != nil {
 		return nil, s.fail(err)
 	}
@@ -54,7 +54,7 @@ func (s *authServer) Credentials(ctx context.Context, req *auth.CredentialsReque
 }
 
 func (s *authServer) FetchToken(ctx context.Context, req *auth.FetchTokenRequest) (*auth.FetchTokenResponse, error) {
-	tok, err := s.build.Token(ctx, registry.TokenRequest{
+	tok, err := s.grant.Token(ctx, registry.TokenRequest{
 		Host: req.Host, Realm: req.Realm, Service: req.Service, Scopes: req.Scopes,
 	})
 	if err != nil {

@@ -234,8 +234,8 @@ func TestPrepare(t *testing.T) {
 }
 
 func TestTokenAuthority(t *testing.T) {
-	build := registry.New(registry.Config{}).Build(nil)
-	one, two := newAuthServer(build), newAuthServer(build)
+	grant := registry.New(registry.Config{}).Grant(nil)
+	one, two := newAuthServer(grant), newAuthServer(grant)
 	public := func(s *authServer, host, salt string) *[32]byte {
 		t.Helper()
 		resp, err := s.GetTokenAuthority(t.Context(), &auth.GetTokenAuthorityRequest{Host: host, Salt: []byte(salt)})
@@ -269,7 +269,7 @@ func TestTokenAuthority(t *testing.T) {
 }
 
 func TestAuthFailureKept(t *testing.T) {
-	s := newAuthServer(registry.New(registry.Config{}).Build(nil))
+	s := newAuthServer(registry.New(registry.Config{}).Grant(nil))
 	_, err := s.FetchToken(t.Context(), &auth.FetchTokenRequest{Host: "r", Realm: "http://r/token"})
 	if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "token_hosts") {
 		t.Errorf("error %v", err)

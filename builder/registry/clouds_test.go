@@ -84,7 +84,7 @@ func TestCloudAmazon(t *testing.T) {
 			}
 		})
 		for range 2 {
-			name, password, err := c.Build(nil).Basic(t.Context(), ecrHost)
+			name, password, err := c.Grant(nil).Basic(t.Context(), ecrHost)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -156,7 +156,7 @@ func TestCloudAzure(t *testing.T) {
 			CAFiles: map[string]string{s.host(): ca}, TokenHosts: tokenHosts(t, trusted...),
 		})
 	}
-	tok, err := credentials(s.host()).Build(nil).Token(t.Context(), TokenRequest{
+	tok, err := credentials(s.host()).Grant(nil).Token(t.Context(), TokenRequest{
 		Host: s.host(), Realm: s.URL + "/oauth2/token", Service: s.host(), Scopes: []string{"repository:app:pull"},
 	})
 	if err != nil || tok.Value != "registry-token" {
@@ -198,21 +198,21 @@ func TestCloudFails(t *testing.T) {
 	if n := s.requests.Load(); n != 0 {
 		t.Errorf("%d requests for another registry", n)
 	}
-	b := c.Build(nil)
+	g := c.Grant(nil)
 	token := func(repository string) (Token, error) {
-		return b.Token(t.Context(), TokenRequest{Host: "public.ecr.aws", Realm: public.URL, Scopes: []string{"repository:" + repository + ":pull"}})
+		return g.Token(t.Context(), TokenRequest{Host: "public.ecr.aws", Realm: public.URL, Scopes: []string{"repository:" + repository + ":pull"}})
 	}
 	if tok, err := token("node"); err != nil || tok.Value != "anonymous" {
 		t.Errorf("%+v, %v", tok, err)
 	}
 	_, err := token("private")
 	wantCloudError(t, err, api.RegistryDenied, "public.ecr.aws", `"ecr-login"`)
-	_, _, err = c.Build(nil).Basic(t.Context(), ecrHost)
+	_, _, err = c.Grant(nil).Basic(t.Context(), ecrHost)
 	wantCloudError(t, err, api.RegistryDenied, ecrHost, `"ecr-login"`)
 	if _, err := c.Login(t.Context(), ecrHost, "app"); err == nil {
 		t.Error("logged in")
 	}
-	if got := b.Anonymous(); len(got) > 0 {
+	if got := g.Anonymous(); len(got) > 0 {
 		t.Errorf("without credentials: %q", got)
 	}
 	if !strings.Contains(log.String(), "public.ecr.aws") || !strings.Contains(log.String(), "the reason") {
@@ -223,7 +223,7 @@ func TestCloudFails(t *testing.T) {
 	}
 	// A helper named for a registry is asked, whatever the registry's name.
 	c = New(Config{File: configFile(t, `{"credHelpers":{"r.example.com":"ecr-login"}}`)})
-	_, _, err = c.Build(nil).Basic(t.Context(), "r.example.com")
+	_, _, err = c.Grant(nil).Basic(t.Context(), "r.example.com")
 	wantCloudError(t, err, api.RegistryFailed, "r.example.com", `"ecr-login"`)
 }
 
@@ -280,9 +280,9 @@ func TestCloudRenewed(t *testing.T) {
 		fmt.Fprintf(w, `{"access_token":"ya29-%d","expires_in":1,"token_type":"Bearer"}`, asked)
 	})
 	environ(t, "GCE_METADATA_HOST", meta.host())
-	b := New(Config{File: configFile(t, `{"credsStore":"gcr"}`), AllowBasic: true}).Build(nil)
+	g := New(Config{File: configFile(t, `{"credsStore":"gcr"}`), AllowBasic: true}).Grant(nil)
 	password := func() string {
-		_, password, err := b.Basic(t.Context(), "gcr.io")
+		_, password, err := g.Basic(t.Context(), "gcr.io")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -58,7 +58,7 @@ func TestCredentialsByPath(t *testing.T) {
 		c := New(Config{File: auths(t, tt.keys...), AllowBasic: true})
 		host, path, _ := strings.Cut(refs(t, tt.image)[0].Name(), "/")
 		for range 20 { // a map's order differs from time to time
-			name, _, err := c.Build(refs(t, tt.image)).Basic(t.Context(), serverHost(host))
+			name, _, err := c.Grant(refs(t, tt.image)).Basic(t.Context(), serverHost(host))
 			if err != nil || name != tt.want {
 				t.Fatalf("%q for %s: %q, %v", tt.keys, tt.image, name, err)
 			}
@@ -92,8 +92,8 @@ func TestCredentialsWithoutPath(t *testing.T) {
 func TestCredentialsPushed(t *testing.T) {
 	c := New(Config{File: auths(t, "r.example/org-a", "r.example/org-b", "r.example"), AllowBasic: true})
 	for image, want := range map[string]string{"org-a/app": "r.example/org-a", "org-b/app": "r.example/org-b", "org-c/app": "r.example"} {
-		b := c.Build(refs(t, "r.example/"+image, "r.example/org-a/tag", "r.example/org-b/cache"))
-		if name, _, err := b.Basic(t.Context(), "R.example:443"); err != nil || name != want {
+		g := c.Grant(refs(t, "r.example/"+image, "r.example/org-a/tag", "r.example/org-b/cache"))
+		if name, _, err := g.Basic(t.Context(), "R.example:443"); err != nil || name != want {
 			t.Errorf("%s: %q, %v", image, name, err)
 		}
 	}
@@ -119,7 +119,7 @@ func TestHelpersByPath(t *testing.T) {
 		c := New(Config{File: configFile(t, tt.config), AllowBasic: true})
 		host, _, _ := strings.Cut(refs(t, tt.image)[0].Name(), "/")
 		for range 3 {
-			if name, _, err := c.Build(refs(t, tt.image)).Basic(t.Context(), serverHost(host)); err != nil || name != tt.want {
+			if name, _, err := c.Grant(refs(t, tt.image)).Basic(t.Context(), serverHost(host)); err != nil || name != tt.want {
 				t.Errorf("%s for %s: %q, %v", tt.config, tt.image, name, err)
 			}
 		}
@@ -145,7 +145,7 @@ func TestTokenByPath(t *testing.T) {
 		File:       auths(t, "r.example/org-a", "r.example/org-b", "r.example/org-c", "r.example"),
 		TokenHosts: tokenHosts(t, "r.example="+s.host()),
 	})
-	b := c.Build(refs(t, "r.example/org-b/app"))
+	g := c.Grant(refs(t, "r.example/org-b/app"))
 	for _, tt := range []struct{ scopes, want string }{
 		{"repository:org-a/base:pull", "r.example/org-a"},
 		{"repository:org-a/base:pull repository:org-c/base:pull", "r.example/org-c"},
@@ -155,7 +155,7 @@ func TestTokenByPath(t *testing.T) {
 		{"repository:library/base:pull", "r.example"},
 		{"", "r.example"},
 	} {
-		_, err := b.Token(t.Context(), TokenRequest{Host: "R.Example", Realm: s.URL, Scopes: strings.Fields(tt.scopes)})
+		_, err := g.Token(t.Context(), TokenRequest{Host: "R.Example", Realm: s.URL, Scopes: strings.Fields(tt.scopes)})
 		if err != nil || asked != tt.want {
 			t.Errorf("%q: asked as %q, %v", tt.scopes, asked, err)
 		}
@@ -178,9 +178,9 @@ func tokenPaths(t *testing.T, entries ...string) []TokenPath {
 // TestTokenPathsMeet: where a token service has one name for two repositories, it is that
 // of the image, which comes first.
 func TestTokenPathsMeet(t *testing.T) {
-	b := New(Config{TokenPaths: tokenPaths(t, "r.example/local=", "r.example/prod=")}).
-		Build(append(refs(t, "r.example/local/app"), refs(t, "r.example/prod/app")...))
-	if got := b.pushes["r.example/app"]; got != "local/app" {
+	g := New(Config{TokenPaths: tokenPaths(t, "r.example/local=", "r.example/prod=")}).
+		Grant(append(refs(t, "r.example/local/app"), refs(t, "r.example/prod/app")...))
+	if got := g.pushes["r.example/app"]; got != "local/app" {
 		t.Errorf("it is %q", got)
 	}
 }
@@ -206,19 +206,19 @@ func TestTokenPaths(t *testing.T) {
 		{nil, "r.example/app", "whatever", `"r.example/app=whatever"`},
 		{[]string{"r.example/app=whatever"}, "r.example/app", "whatever", ""},
 	} {
-		b := New(Config{TokenPaths: tokenPaths(t, tt.entries...)}).Build(refs(t, tt.image))
+		g := New(Config{TokenPaths: tokenPaths(t, tt.entries...)}).Grant(refs(t, tt.image))
 		repository := strings.TrimPrefix(tt.image, "r.example/")
 		scope := "repository:" + tt.asked + ":pull,push"
-		got, err := b.grant("r.example", []string{"repository:" + repository + ":pull,push", scope})
+		got, err := g.permit("r.example", []string{"repository:" + repository + ":pull,push", scope})
 		if err != nil || strings.Contains(strings.Join(got, " "), scope) != (tt.entry == "") {
 			t.Errorf("%q, %s: granted %q, %v", tt.entries, tt.image, got, err)
 		}
-		hint := b.Hints()["r.example"]
+		hint := g.Hints()["r.example"]
 		if (hint == "") != (tt.entry == "") || hint != "" &&
 			(!strings.Contains(hint, "token_paths needs "+tt.entry) || !strings.Contains(hint, `"`+tt.asked+`"`) || !strings.Contains(hint, `"`+repository+`"`)) {
 			t.Errorf("%q, %s: %q", tt.entries, tt.image, hint)
 		}
-		if _, err := b.grant("r.example", []string{"repository:" + tt.asked + ":push"}); (err == nil) != (tt.entry == "") || err != nil && !strings.Contains(err.Error(), "token_paths") {
+		if _, err := g.permit("r.example", []string{"repository:" + tt.asked + ":push"}); (err == nil) != (tt.entry == "") || err != nil && !strings.Contains(err.Error(), "token_paths") {
 			t.Errorf("%q, %s alone: %v", tt.entries, tt.image, err)
 		}
 	}
@@ -233,8 +233,8 @@ func TestTokenPaths(t *testing.T) {
 // base image whose scope it is be no reason.
 func TestTokenPathHintRefused(t *testing.T) {
 	s := newTokenServer(t, false, status(http.StatusForbidden))
-	b := New(Config{TokenHosts: tokenHosts(t, "r.example="+s.host())}).Build(refs(t, "r.example/local/app"))
-	_, err := b.Token(t.Context(), TokenRequest{Host: "r.example", Realm: s.URL, Scopes: []string{"repository:base/image:pull,push", "repository:app:pull,push"}})
+	g := New(Config{TokenHosts: tokenHosts(t, "r.example="+s.host())}).Grant(refs(t, "r.example/local/app"))
+	_, err := g.Token(t.Context(), TokenRequest{Host: "r.example", Realm: s.URL, Scopes: []string{"repository:base/image:pull,push", "repository:app:pull,push"}})
 	if e := api.AsError(err); err == nil || e.Code != api.RegistryDenied || !strings.Contains(e.Msg, `"app" where the image is "local/app"`) || !strings.Contains(e.Msg, `token_paths needs "r.example/local="`) {
 		t.Errorf("error %v", err)
 	}

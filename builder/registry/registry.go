@@ -340,10 +340,10 @@ func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err 
 	c.cfg.Log.Warn().Err(err).Str("credsStore", helper).Msg("using the credentials in the registry config itself")
 }
 
-// Build are the credentials as one build may use them: it pushes to the given
-// repositories and pulls from any other. It may be used from many goroutines.
-func (c *Credentials) Build(pushes []reference.Named) *Build {
-	b := &Build{
+// Grant makes the grant of a build that pushes to the given repositories and pulls
+// from any other.
+func (c *Credentials) Grant(pushes []reference.Named) *Grant {
+	g := &Grant{
 		creds:  c,
 		pushes: make(map[string]string),
 		first:  make(map[string]string),
@@ -355,19 +355,20 @@ func (c *Credentials) Build(pushes []reference.Named) *Build {
 	}
 	for _, ref := range pushes {
 		host, repository := serverHost(reference.Domain(ref)), reference.Path(ref)
-		if b.first[host] == "" {
-			b.first[host] = repository
+		if g.first[host] == "" {
+			g.first[host] = repository
 		}
-		b.pushes[host+"/"+repository] = repository
-		if name, ok := c.tokenPath(host, repository); ok && b.pushes[host+"/"+name] == "" {
-			b.pushes[host+"/"+name] = repository
+		g.pushes[host+"/"+repository] = repository
+		if name, ok := c.tokenPath(host, repository); ok && g.pushes[host+"/"+name] == "" {
+			g.pushes[host+"/"+name] = repository
 		}
 	}
-	return b
+	return g
 }
 
-// Build answers for one build.
-type Build struct {
+// Grant is what one build may have of the credentials: user names, passwords and
+// tokens, for the registries that it talks to. It may be used from many goroutines.
+type Grant struct {
 	creds  *Credentials
 	pushes map[string]string // repositories, by server host, a slash and how token services name them
 	first  map[string]string // the first of them at each server host
@@ -382,32 +383,32 @@ type Build struct {
 
 // auth is lookup once for each source, so that a build runs a helper once, but
 // again when what it found has to be renewed.
-func (b *Build) auth(ctx context.Context, host, repository string) (found, error) {
+func (g *Grant) auth(ctx context.Context, host, repository string) (found, error) {
 	for {
-		file, err := b.creds.load()
+		file, err := g.creds.load()
 		if err != nil {
 			return found{}, err
 		}
 		src := find(file, host, repository)
-		b.mu.Lock()
-		get, again := b.auths[src], true
+		g.mu.Lock()
+		get, again := g.auths[src], true
 		if get == nil {
-			get, again = sync.OnceValues(func() (found, error) { return b.creds.lookup(ctx, file, src) }), false
-			b.auths[src] = get
+			get, again = sync.OnceValues(func() (found, error) { return g.creds.lookup(ctx, file, src) }), false
+			g.auths[src] = get
 		}
-		b.mu.Unlock()
+		g.mu.Unlock()
 		f, err := get()
-		b.mu.Lock()
+		g.mu.Lock()
 		stale := !f.renew.IsZero() && time.Now().After(f.renew)
 		if err != nil || stale {
 			// The next call asks again: the first caller may have gone away.
-			delete(b.auths, src)
+			delete(g.auths, src)
 		} else if f.auth != (types.AuthConfig{}) || f.failed != nil {
-			b.some[lower(host)] = true
+			g.some[lower(host)] = true
 		} else {
-			b.none[lower(host)] = true
+			g.none[lower(host)] = true
 		}
-		b.mu.Unlock()
+		g.mu.Unlock()
 		if again && stale && err == nil {
 			continue
 		}
@@ -417,9 +418,9 @@ func (b *Build) auth(ctx context.Context, host, repository string) (found, error
 
 // Anonymous are the hosts that were asked for credentials and had none for any
 // repository, in order.
-func (b *Build) Anonymous() []string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	hosts := slices.Sorted(maps.Keys(b.none))
-	return slices.DeleteFunc(hosts, func(host string) bool { return b.some[host] })
+func (g *Grant) Anonymous() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	hosts := slices.Sorted(maps.Keys(g.none))
+	return slices.DeleteFunc(hosts, func(host string) bool { return g.some[host] })
 }

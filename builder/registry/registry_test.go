@@ -46,7 +46,7 @@ func refs(t *testing.T, names ...string) []reference.Named {
 
 func user(t *testing.T, c *Credentials, host string) string {
 	t.Helper()
-	name, _, err := c.Build(nil).Basic(t.Context(), host)
+	name, _, err := c.Grant(nil).Basic(t.Context(), host)
 	if err != nil {
 		t.Fatalf("%s: %v", host, err)
 	}
@@ -114,7 +114,7 @@ func TestConfigReload(t *testing.T) {
 
 func TestConfigBroken(t *testing.T) {
 	c := New(Config{File: configFile(t, `{"auths":{"h":{"auth":"!!!topsecret"}}}`), AllowBasic: true})
-	_, _, err := c.Build(nil).Basic(t.Context(), "h")
+	_, _, err := c.Grant(nil).Basic(t.Context(), "h")
 	if err == nil {
 		t.Fatal("no error")
 	}
@@ -170,7 +170,7 @@ func TestHelpers(t *testing.T) {
 				c.helperTimeout = 500 * time.Millisecond
 			}
 			start := time.Now()
-			name, _, err := c.Build(nil).Basic(t.Context(), tt.host)
+			name, _, err := c.Grant(nil).Basic(t.Context(), tt.host)
 			if name != tt.user {
 				t.Errorf("user %q, want %q", name, tt.user)
 			}
@@ -229,11 +229,11 @@ func TestHelperOncePerBuild(t *testing.T) {
 	t.Setenv("FAKE_COUNT", count)
 	helperDir(t, map[string]string{"fake": `echo . >>"$FAKE_COUNT"; echo '{"Username":"u","Secret":"s"}'`})
 	c := New(Config{File: configFile(t, `{"credHelpers":{"h":"fake"}}`), AllowBasic: true})
-	b := c.Build(nil)
+	g := c.Grant(nil)
 	for range 3 {
-		b.Basic(t.Context(), "h")
+		g.Basic(t.Context(), "h")
 	}
-	c.Build(nil).Basic(t.Context(), "h")
+	c.Grant(nil).Basic(t.Context(), "h")
 	if data, _ := os.ReadFile(count); strings.Count(string(data), ".") != 2 {
 		t.Errorf("the helper ran %d times for two builds", strings.Count(string(data), "."))
 	}
@@ -243,14 +243,14 @@ func TestHelperCanceled(t *testing.T) {
 	helperDir(t, map[string]string{"fake": `if [ -e "$FAKE_HANG" ]; then exec sleep 60; fi; echo '{"Username":"u","Secret":"s"}'`})
 	hang := filepath.Join(t.TempDir(), "hang")
 	t.Setenv("FAKE_HANG", writeFile(t, hang, ""))
-	b := New(Config{File: configFile(t, `{"credHelpers":{"h":"fake"}}`), AllowBasic: true}).Build(nil)
+	g := New(Config{File: configFile(t, `{"credHelpers":{"h":"fake"}}`), AllowBasic: true}).Grant(nil)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, _, err := b.Basic(ctx, "h"); err == nil {
+	if _, _, err := g.Basic(ctx, "h"); err == nil {
 		t.Error("no error from a helper that was stopped")
 	}
 	os.Remove(hang)
-	if name, _, err := b.Basic(t.Context(), "h"); name != "u" {
+	if name, _, err := g.Basic(t.Context(), "h"); name != "u" {
 		t.Errorf("asked again: %q, %v", name, err)
 	}
 }
@@ -258,41 +258,41 @@ func TestHelperCanceled(t *testing.T) {
 func TestBasic(t *testing.T) {
 	file := configFile(t, `{"auths":{"h":`+basicAuth("u", "p")+`,"token":{"auth":"`+
 		base64.StdEncoding.EncodeToString([]byte("u:p"))+`","identitytoken":"idtoken"}}}`)
-	user, password, err := New(Config{File: file, AllowBasic: true}).Build(nil).Basic(t.Context(), "h")
+	user, password, err := New(Config{File: file, AllowBasic: true}).Grant(nil).Basic(t.Context(), "h")
 	if user != "u" || password != "p" || err != nil {
 		t.Errorf("allowed: %q %q %v", user, password, err)
 	}
-	user, password, err = New(Config{File: file}).Build(nil).Basic(t.Context(), "h")
+	user, password, err = New(Config{File: file}).Grant(nil).Basic(t.Context(), "h")
 	if user != "" || password != "" || err == nil || !strings.Contains(err.Error(), "allow_basic") {
 		t.Errorf("not allowed: %q %q %v", user, password, err)
 	}
-	user, password, err = New(Config{File: file}).Build(nil).Basic(t.Context(), "nothing")
+	user, password, err = New(Config{File: file}).Grant(nil).Basic(t.Context(), "nothing")
 	if user != "" || password != "" || err != nil {
 		t.Errorf("not allowed, and not configured: %q %q %v", user, password, err)
 	}
-	user, password, err = New(Config{File: file, AllowBasic: true}).Build(nil).Basic(t.Context(), "token")
+	user, password, err = New(Config{File: file, AllowBasic: true}).Grant(nil).Basic(t.Context(), "token")
 	if user != "" || password != "" || err != nil {
 		t.Errorf("an identity token was handed out: %q %q %v", user, password, err)
 	}
 }
 
 func TestAnonymous(t *testing.T) {
-	b := New(Config{File: configFile(t, `{"auths":{"h":`+basicAuth("u", "p")+`}}`), AllowBasic: true}).Build(nil)
+	g := New(Config{File: configFile(t, `{"auths":{"h":`+basicAuth("u", "p")+`}}`), AllowBasic: true}).Grant(nil)
 	for _, host := range []string{"z", "h", "a"} {
-		b.Basic(t.Context(), host)
+		g.Basic(t.Context(), host)
 	}
-	if got := strings.Join(b.Anonymous(), " "); got != "a z" {
+	if got := strings.Join(g.Anonymous(), " "); got != "a z" {
 		t.Errorf("anonymous: %q", got)
 	}
 
 	// What is there for one repository is not there for another.
-	b = New(Config{File: configFile(t, `{"auths":{"h/team":`+basicAuth("u", "p")+`}}`)}).Build(nil)
+	g = New(Config{File: configFile(t, `{"auths":{"h/team":`+basicAuth("u", "p")+`}}`)}).Grant(nil)
 	for _, repository := range []string{"public/base", "team/app"} {
-		if _, err := b.auth(t.Context(), "h", repository); err != nil {
+		if _, err := g.auth(t.Context(), "h", repository); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if got := b.Anonymous(); len(got) > 0 {
+	if got := g.Anonymous(); len(got) > 0 {
 		t.Errorf("anonymous: %q", got)
 	}
 }

@@ -58,8 +58,8 @@ type Token struct {
 // Basic is the user name and password for host, both empty when there are none
 // that may be handed out. They are those for the first repository that this build
 // pushes to there: the daemon asks by host alone, and keeps them for the build.
-func (b *Build) Basic(ctx context.Context, host string) (username, password string, err error) {
-	f, err := b.auth(ctx, host, b.first[serverHost(host)])
+func (g *Grant) Basic(ctx context.Context, host string) (username, password string, err error) {
+	f, err := g.auth(ctx, host, g.first[serverHost(host)])
 	if err == nil {
 		err = f.failed
 	}
@@ -71,7 +71,7 @@ func (b *Build) Basic(ctx context.Context, host string) (username, password stri
 	if auth.Username == "" || auth.Password == "" || auth.IdentityToken != "" {
 		return "", "", nil
 	}
-	if !b.creds.cfg.AllowBasic {
+	if !g.creds.cfg.AllowBasic {
 		return "", "", &api.Error{
 			Code: api.RegistryDenied,
 			Msg:  fmt.Sprintf("registry %s: it asks for Basic authentication, which allow_basic=false forbids", host),
@@ -85,23 +85,23 @@ func (b *Build) Basic(ctx context.Context, host string) (username, password stri
 //
 // None is handed out twice: the daemon keeps them, and asks again when the
 // registry no longer takes the last one.
-func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
-	scopes, err := b.grant(req.Host, req.Scopes)
+func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
+	scopes, err := g.permit(req.Host, req.Scopes)
 	if err != nil {
 		return Token{}, err
 	}
-	realm, trusted, err := b.creds.checkRealm(req.Host, req.Realm)
+	realm, trusted, err := g.creds.checkRealm(req.Host, req.Realm)
 	if err != nil {
 		return Token{}, err
 	}
-	have, err := b.auth(ctx, req.Host, b.repository(req.Host, scopes))
+	have, err := g.auth(ctx, req.Host, g.repository(req.Host, scopes))
 	if err != nil {
 		return Token{}, unreadable(req.Host, err)
 	}
 	auth := have.auth
 	if auth.RegistryToken != "" {
 		// It is good for as long, and for as much, as whoever made it meant it to be.
-		if !b.creds.cfg.AllowBasic {
+		if !g.creds.cfg.AllowBasic {
 			return Token{}, &api.Error{
 				Code: api.RegistryDenied,
 				Msg:  fmt.Sprintf("registry %s: its credentials are a registry token, which allow_basic=false forbids", req.Host),
@@ -114,7 +114,7 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	ctx, cancel := context.WithTimeout(ctx, tokenTimeout)
 	defer cancel()
 	f := &fetch{host: req.Host, realm: realm, service: req.Service, scopes: scopes, auth: auth}
-	f.client, err = b.creds.client(req.Host, realm, trusted)
+	f.client, err = g.creds.client(req.Host, realm, trusted)
 	if err != nil {
 		return Token{}, err
 	}
@@ -124,7 +124,7 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 		if have.failed != nil {
 			return Token{}, unreadable(req.Host, have.failed)
 		}
-		e.Msg += b.hint(req.Host)
+		e.Msg += g.hint(req.Host)
 	}
 	return tok, err
 }
@@ -132,16 +132,16 @@ func (b *Build) Token(ctx context.Context, req TokenRequest) (Token, error) {
 // repository is the one that a token for these scopes is for, since it can be had
 // with one user's credentials only: the one that is pushed to, or the one that is
 // new, because the daemon asks for what it has along with it.
-func (b *Build) repository(host string, scopes []string) string {
+func (g *Grant) repository(host string, scopes []string) string {
 	host = serverHost(host)
 	set := host + " " + strings.Join(scopes, " ")
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if repository, ok := b.wanted[set]; ok {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if repository, ok := g.wanted[set]; ok {
 		return repository
 	}
 	known := make(map[string]bool)
-	for s, repository := range b.wanted {
+	for s, repository := range g.wanted {
 		if strings.HasPrefix(s, host+" ") {
 			known[repository] = true
 		}
@@ -150,7 +150,7 @@ func (b *Build) repository(host string, scopes []string) string {
 	for _, scope := range scopes {
 		resource, actions, _ := cutLast(scope, ":")
 		_, name, _ := strings.Cut(resource, ":")
-		own, mine := b.pushes[host+"/"+name]
+		own, mine := g.pushes[host+"/"+name]
 		if mine {
 			name = own
 		}
@@ -165,16 +165,16 @@ func (b *Build) repository(host string, scopes []string) string {
 		}
 	}
 	repository := cmp.Or(pushed, fresh, any)
-	b.wanted[set] = repository
+	g.wanted[set] = repository
 	return repository
 }
 
 // hint says that a token service named another path than the image's, if it did.
-func (b *Build) hint(host string) string {
+func (g *Grant) hint(host string) string {
 	host = serverHost(host)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	name, repository := b.other[host], b.first[host]
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	name, repository := g.other[host], g.first[host]
 	if name == "" || repository == "" {
 		return ""
 	}
@@ -194,19 +194,19 @@ func sameEnd(a, b []string) int {
 }
 
 // Hints are what to say of a push that was denied, by the server's host.
-func (b *Build) Hints() map[string]string {
+func (g *Grant) Hints() map[string]string {
 	hints := make(map[string]string)
-	for host := range b.first {
-		if h := b.hint(host); h != "" {
+	for host := range g.first {
+		if h := g.hint(host); h != "" {
 			hints[host] = h
 		}
 	}
 	return hints
 }
 
-// grant leaves of scopes what this build may do at host.
-func (b *Build) grant(host string, scopes []string) ([]string, error) {
-	var granted []string
+// permit leaves of scopes what this build may do at host.
+func (g *Grant) permit(host string, scopes []string) ([]string, error) {
+	var permitted []string
 	for _, list := range scopes {
 		for _, scope := range strings.Fields(list) {
 			resource, actions, ok := cutLast(scope, ":")
@@ -217,39 +217,39 @@ func (b *Build) grant(host string, scopes []string) ([]string, error) {
 			}
 			var may []string
 			for action := range strings.SplitSeq(actions, ",") {
-				_, mine := b.pushes[serverHost(host)+"/"+name]
+				_, mine := g.pushes[serverHost(host)+"/"+name]
 				if action == "pull" || action == "push" && mine {
 					may = append(may, action)
 				} else if action == "push" {
-					b.elsewhere(serverHost(host), name)
+					g.elsewhere(serverHost(host), name)
 				}
 			}
 			if len(may) > 0 {
 				slices.Sort(may)
-				granted = append(granted, resource+":"+strings.Join(slices.Compact(may), ","))
+				permitted = append(permitted, resource+":"+strings.Join(slices.Compact(may), ","))
 			}
 		}
 	}
-	if len(granted) == 0 && len(scopes) > 0 {
+	if len(permitted) == 0 && len(scopes) > 0 {
 		return nil, &api.Error{
 			Code: api.RegistryDenied,
-			Msg:  fmt.Sprintf("registry %s: it asks for more than this build may do there: %q%s", host, strings.Join(scopes, " "), b.hint(host)),
+			Msg:  fmt.Sprintf("registry %s: it asks for more than this build may do there: %q%s", host, strings.Join(scopes, " "), g.hint(host)),
 		}
 	}
-	slices.Sort(granted)
-	return slices.Compact(granted), nil
+	slices.Sort(permitted)
+	return slices.Compact(permitted), nil
 }
 
 // elsewhere notes that host wants a right to push to a repository that this build
 // does not push to. It may be the one of another image, which the daemon pulls: one
 // whose name ends as that of the image does tells more.
-func (b *Build) elsewhere(host, name string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	image := strings.Split(b.first[host], "/")
+func (g *Grant) elsewhere(host, name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	image := strings.Split(g.first[host], "/")
 	alike := func(name string) bool { return sameEnd(image, strings.Split(name, "/")) > 0 }
-	if b.other[host] == "" || alike(name) && !alike(b.other[host]) {
-		b.other[host] = name
+	if g.other[host] == "" || alike(name) && !alike(g.other[host]) {
+		g.other[host] = name
 	}
 }
 

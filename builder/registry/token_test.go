@@ -20,8 +20,8 @@ import (
 	"handler/function/api"
 )
 
-func TestGrant(t *testing.T) {
-	b := New(Config{}).Build(refs(t, "ghcr.io/acme/app:1", "acme/hub", "registry:5000/a/b"))
+func TestPermit(t *testing.T) {
+	g := New(Config{}).Grant(refs(t, "ghcr.io/acme/app:1", "acme/hub", "registry:5000/a/b"))
 	for _, tt := range []struct {
 		name, host string
 		scopes     []string
@@ -48,7 +48,7 @@ func TestGrant(t *testing.T) {
 		{"nonsense", "ghcr.io", []string{"pull", ":", "repository:pull"}, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := b.grant(tt.host, tt.scopes)
+			got, err := g.permit(tt.host, tt.scopes)
 			if strings.Join(got, " ") != tt.want {
 				t.Errorf("granted %q, want %q", got, tt.want)
 			}
@@ -57,7 +57,7 @@ func TestGrant(t *testing.T) {
 			}
 		})
 	}
-	if got, err := b.grant("ghcr.io", nil); len(got) != 0 || err != nil {
+	if got, err := g.permit("ghcr.io", nil); len(got) != 0 || err != nil {
 		t.Errorf("no scopes: %q, %v", got, err)
 	}
 }
@@ -198,7 +198,7 @@ func fetchWith(t *testing.T, s *tokenServer, cfg Config) (Token, error) {
 	t.Helper()
 	cfg.TokenHosts = tokenHosts(t, "registry.example.com="+s.host())
 	c := New(cfg)
-	return c.Build(refs(t, "registry.example.com/app")).Token(t.Context(), TokenRequest{
+	return c.Grant(refs(t, "registry.example.com/app")).Token(t.Context(), TokenRequest{
 		Host: "registry.example.com", Realm: s.URL + "/token?keep=1", Service: "svc",
 		Scopes: []string{"repository:app:pull,push"},
 	})
@@ -371,7 +371,7 @@ func TestTokenPrivateAddress(t *testing.T) {
 	s := newTokenServer(t, true, text(`{"token":"tok"}`))
 	_, port, _ := strings.Cut(s.host(), ":")
 	c := New(Config{})
-	_, err := c.Build(nil).Token(t.Context(), TokenRequest{Host: "registry.example.com", Realm: "https://localhost:" + port + "/token"})
+	_, err := c.Grant(nil).Token(t.Context(), TokenRequest{Host: "registry.example.com", Realm: "https://localhost:" + port + "/token"})
 	if e := api.AsError(err); err == nil || e.Code != api.RegistryDenied || !strings.Contains(e.Msg, "not a public address") {
 		t.Errorf("error %v", err)
 	}
@@ -389,7 +389,7 @@ func TestTokenCA(t *testing.T) {
 	for host, ok := range map[string]bool{
 		"own.example.com": true, "registry-1.docker.io": true, "other.example.com": false, "broken.example.com": false,
 	} {
-		tok, err := c.Build(nil).Token(t.Context(), TokenRequest{Host: host, Realm: s.URL})
+		tok, err := c.Grant(nil).Token(t.Context(), TokenRequest{Host: host, Realm: s.URL})
 		if (err == nil) != ok {
 			t.Errorf("%s: %+v, %v", host, tok, err)
 		}
@@ -401,9 +401,9 @@ func TestTokenNotKept(t *testing.T) {
 	s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"token":"tok%d","expires_in":300}`, n.Add(1))
 	})
-	b := New(Config{TokenHosts: tokenHosts(t, "h="+s.host())}).Build(nil)
+	g := New(Config{TokenHosts: tokenHosts(t, "h="+s.host())}).Grant(nil)
 	for _, want := range []string{"tok1", "tok2"} {
-		tok, err := b.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{"repository:a:pull"}})
+		tok, err := g.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{"repository:a:pull"}})
 		if err != nil || tok.Value != want {
 			t.Errorf("got %q, %v, want %q: the registry may have refused the last one", tok.Value, err, want)
 		}
@@ -437,7 +437,7 @@ func TestTokenCanceled(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	if _, err := c.Build(nil).Token(ctx, TokenRequest{Host: "h", Realm: s.URL}); err == nil {
+	if _, err := c.Grant(nil).Token(ctx, TokenRequest{Host: "h", Realm: s.URL}); err == nil {
 		t.Error("no error")
 	}
 	if d := time.Since(start); d > 2*time.Second {
