@@ -14,28 +14,30 @@ import (
 
 // Config says where credentials come from and where they may go.
 type Config struct {
-	// File is a Docker config.json, read again when it changes. Empty or
-	// absent: every registry is used without credentials.
+	// File is a Docker config.json. It is read again when it changes. Without a
+	// file, every registry is used without credentials.
 	File string
 
 	// TokenHosts are the token services that may have a private address or
-	// speak plain http, each for its own registry. A token service is named by
-	// the registry that a Dockerfile names, so every other must be public.
+	// speak plain http, each for its own registry. All others must be public: a
+	// Dockerfile names the registry, and the registry names its token service.
 	TokenHosts []TokenHost
 
-	// TokenPaths are the registries whose token services name repositories by
-	// other paths than images do.
+	// TokenPaths are the repositories for which a token service has another path
+	// than images have.
 	TokenPaths []TokenPath
 
-	// CAFiles are PEM files of further root CAs, by the registry's host as
-	// image names have it. Each counts for the tokens of that registry alone.
+	// CAFiles are PEM files of root CAs that count beside the system's, by host. With
+	// a registry's host, written as in image names, they count for that registry and
+	// its token service; with a token service's host, for that service.
 	CAFiles map[string]string
 
-	// AllowBasic lets the daemon have user name and password where a registry
-	// asks for Basic authentication.
+	// AllowBasic lets the daemon have what is good for longer than a build: user
+	// name and password where a registry asks for Basic authentication, and a
+	// registry token.
 	AllowBasic bool
 
-	// CreateRepositories lets Prepare make repositories that are missing, in ECR.
+	// CreateRepositories lets Prepare create missing repositories in ECR.
 	CreateRepositories bool
 
 	Log zerolog.Logger
@@ -43,13 +45,13 @@ type Config struct {
 
 // TokenHost is a registry and the host of its token service.
 type TokenHost struct {
-	registry string // as serverHost has it
+	registry string // in serverHost's form
 	service  hosts.Host
 }
 
 // ParseTokenHost takes "registry=host", with or without ports, and "host" where the
-// registry is its own token service. The registry is as image names have it. A
-// service without a port has the port of its scheme.
+// registry is its own token service. The registry is written as in image names. A
+// token service without a port has its scheme's.
 func ParseTokenHost(s string) (TokenHost, error) {
 	registry, service, ok := strings.Cut(s, "=")
 	if !ok {
@@ -65,15 +67,17 @@ func ParseTokenHost(s string) (TokenHost, error) {
 	return TokenHost{serverHost(registry), h}, nil
 }
 
-// TokenPath is what a registry's token service has for a path of its images.
+// TokenPath says that a registry's token service has another beginning for the names of
+// some repositories than images have.
 type TokenPath struct {
-	host         string   // as serverHost has it
-	image, token []string // segments that a repository begins with; none is every one
+	host  string   // in serverHost's form
+	image []string // first segments of the image's path; none for every image
+	token []string // the token service's instead of them; may be none
 }
 
-// ParseTokenPath takes "registry/path=path": of images at registry/path… the token
-// service says path…. Either path may be empty: one is put before all names, or
-// left out of them.
+// ParseTokenPath takes "registry/path=path". With "registry/local=prod", the token
+// service says "prod/app" for the image "registry/local/app". Either path may be empty:
+// with "registry=prod" it says "prod/local/app", and with "registry/local=" it says "app".
 func ParseTokenPath(s string) (TokenPath, error) {
 	image, token, ok := strings.Cut(s, "=")
 	host, below, _ := strings.Cut(image, "/")
@@ -107,8 +111,8 @@ func pathSegments(text string) ([]string, error) {
 	return strings.Split(text, "/"), nil
 }
 
-// tokenPath is how the token service of host names repository, where Config says
-// that it has a name of its own for it.
+// tokenPath returns the name that the token service of host has for repository, if an
+// entry of Config.TokenPaths is for it. The entry with the longest path counts.
 func (c *Credentials) tokenPath(host, repository string) (string, bool) {
 	segments := strings.Split(repository, "/")
 	var longest *TokenPath

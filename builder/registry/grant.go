@@ -18,16 +18,26 @@ import (
 // Grant is what one build may have of the credentials: user names, passwords and
 // tokens, for the registries that it talks to. It may be used from many goroutines.
 type Grant struct {
-	creds  *Credentials
-	pushes map[string]string // repositories, by server host, a slash and how token services name them
-	first  map[string]string // the first of them at each server host
+	creds *Credentials
 
-	mu     sync.Mutex
-	auths  map[source]func() (found, error)
-	none   map[string]bool   // hosts that nothing was found for
-	some   map[string]bool   // hosts that something was found for: one repository's, not another's
-	wanted map[string]string // by the server host and the scopes of a token: the repository it was for
-	other  map[string]string // by server host: what its scope to push named instead of a repository
+	// pushes are the repositories that the build pushes to. A key is "host/name",
+	// where the host is in serverHost's form and the name is the token service's; its
+	// value is the repository's path as the image has it.
+	pushes map[string]string
+	// first is the first repository that the build pushes to at each host.
+	first map[string]string
+
+	mu    sync.Mutex
+	auths map[source]func() (found, error)
+	// none and some are the hosts for which credentials were looked for in vain, and
+	// those for which some were found. A host may be in both: the credentials may be
+	// for one of its repositories alone.
+	none, some map[string]bool
+	// wanted is the repository that a token was for. A key is "host scope scope…".
+	wanted map[string]string
+	// other is, by host, a repository that the build does not push to and that a
+	// challenge wanted the right to push to.
+	other map[string]string
 }
 
 // Grant makes the grant of a build that pushes to the given repositories and pulls
@@ -56,9 +66,10 @@ func (c *Credentials) Grant(pushes []reference.Named) *Grant {
 	return g
 }
 
-// Basic is the user name and password for host, both empty when there are none
-// that may be handed out. They are those for the first repository that this build
-// pushes to there: the daemon asks by host alone, and keeps them for the build.
+// Basic returns the user name and password for host. Both are empty where there are
+// none, or none but an identity token. The daemon names the host alone, and uses them
+// for the whole build: so they are those of the first repository that this build
+// pushes to there.
 func (g *Grant) Basic(ctx context.Context, host string) (username, password string, err error) {
 	f, err := g.auth(ctx, host, g.first[serverHost(host)])
 	if err == nil {
@@ -68,7 +79,7 @@ func (g *Grant) Basic(ctx context.Context, host string) (username, password stri
 		return "", "", unreadable(host, err)
 	}
 	auth := f.auth
-	// An identity token is for the token service alone.
+	// Only the token service may see an identity token.
 	if auth.Username == "" || auth.Password == "" || auth.IdentityToken != "" {
 		return "", "", nil
 	}
@@ -83,9 +94,9 @@ func (g *Grant) Basic(ctx context.Context, host string) (username, password stri
 
 // TokenRequest is a registry's Bearer challenge.
 type TokenRequest struct {
-	Host    string   // of the registry, as it is asked
-	Realm   string   // URL of the token service
-	Service string   // as the challenge names it
+	Host    string   // the registry's, as the daemon asks it
+	Realm   string   // the token service's URL
+	Service string   // the registry's name for itself
 	Scopes  []string // such as "repository:library/alpine:pull"
 }
 
@@ -96,11 +107,11 @@ type Token struct {
 	Expires  time.Time
 }
 
-// Token answers a challenge with a token for the scopes that this build needs:
-// to push where it pushes, and to pull. Every error is an *api.Error.
+// Token answers a challenge with a token for those of its scopes that permit leaves.
+// Every error is an *api.Error.
 //
-// None is handed out twice: the daemon keeps them, and asks again when the
-// registry no longer takes the last one.
+// Each call fetches a new token. The daemon keeps the one that it has, and asks again
+// only when the registry no longer takes it.
 func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	scopes, err := g.permit(req.Host, req.Scopes)
 	if err != nil {
@@ -116,7 +127,8 @@ func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	}
 	auth := have.auth
 	if auth.RegistryToken != "" {
-		// It is good for as long, and for as much, as whoever made it meant it to be.
+		// How long this token lives, and what it permits, was decided by whoever made
+		// it: it may outlive the build and permit more than the build needs.
 		if !g.creds.cfg.AllowBasic {
 			return Token{}, &api.Error{
 				Code: api.RegistryDenied,
@@ -145,19 +157,20 @@ func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	return tok, err
 }
 
-// auth is lookup once for each source, so that a build runs a helper once, but
-// again when what it found has to be renewed.
+// auth returns the credentials for a repository at host. It looks them up once for
+// each source, so that a build runs a helper once, and again when they are to be
+// renewed.
 func (g *Grant) auth(ctx context.Context, host, repository string) (found, error) {
 	for {
 		file, err := g.creds.load()
 		if err != nil {
 			return found{}, err
 		}
-		src := find(file, host, repository)
+		src := sourceOf(file, host, repository)
 		g.mu.Lock()
-		get, again := g.auths[src], true
-		if get == nil {
-			get, again = sync.OnceValues(func() (found, error) { return g.creds.lookup(ctx, file, src) }), false
+		get, shared := g.auths[src]
+		if !shared {
+			get = sync.OnceValues(func() (found, error) { return g.creds.lookup(ctx, file, src) })
 			g.auths[src] = get
 		}
 		g.mu.Unlock()
@@ -165,7 +178,8 @@ func (g *Grant) auth(ctx context.Context, host, repository string) (found, error
 		g.mu.Lock()
 		stale := !f.renew.IsZero() && time.Now().After(f.renew)
 		if err != nil || stale {
-			// The next call asks again: the first caller may have gone away.
+			// The next call looks again. An error may be only that the caller whose
+			// context was used has gone away.
 			delete(g.auths, src)
 		} else if f.auth != (types.AuthConfig{}) || f.failed != nil {
 			g.some[lower(host)] = true
@@ -173,15 +187,15 @@ func (g *Grant) auth(ctx context.Context, host, repository string) (found, error
 			g.none[lower(host)] = true
 		}
 		g.mu.Unlock()
-		if again && stale && err == nil {
+		if shared && stale && err == nil {
 			continue
 		}
 		return f, err
 	}
 }
 
-// Anonymous are the hosts that were asked for credentials and had none for any
-// repository, in order.
+// Anonymous returns, in order, the hosts for which credentials were looked for and
+// none were found, for any repository.
 func (g *Grant) Anonymous() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -22,12 +22,14 @@ const (
 	helperTimeout = 10 * time.Second
 	maxHelperOut  = 1 << 20 // bytes
 
-	// identityUser stands in a helper's answer for an identity token.
+	// identityUser is the user name in a helper's answer whose secret is an identity
+	// token.
 	identityUser = "<token>"
 )
 
-// askHelper asks the helper named suffix for server. That it has nothing is no
-// error. The clouds' helpers are in this program, whatever is on PATH.
+// askHelper asks the helper named suffix for the credentials of server. It is no error if
+// there are none. The helpers of the clouds are part of this program, even if PATH has
+// programs of their names.
 func (c *Credentials) askHelper(ctx context.Context, suffix, server string) (found, error) {
 	if clouds.Has(suffix) {
 		return c.askCloud(ctx, suffix, server)
@@ -36,7 +38,7 @@ func (c *Credentials) askHelper(ctx context.Context, suffix, server string) (fou
 	return found{auth: auth}, err
 }
 
-// askCloud's errors say on their own which helper failed and for whom.
+// askCloud asks a cloud's helper. Its errors name the helper and the host.
 func (c *Credentials) askCloud(ctx context.Context, name, host string) (found, error) {
 	creds, err := c.clouds.Get(ctx, name, host)
 	if err != nil {
@@ -50,7 +52,7 @@ func (c *Credentials) askCloud(ctx context.Context, name, host string) (found, e
 	}, nil
 }
 
-// cloudError makes of a cloud's error what a client may know: what failed, not
+// cloudError makes a cloud's error one for the client, who may know what failed but not
 // why.
 func cloudError(ctx context.Context, err error, host, what string) error {
 	if ctx.Err() != nil {
@@ -69,8 +71,8 @@ func cloudError(ctx context.Context, err error, host, what string) error {
 	return e
 }
 
-// runHelper runs docker-credential-<suffix>. What it prints stays out of
-// errors: it may be a secret.
+// runHelper runs docker-credential-<suffix>. Its errors quote nothing of the program's
+// output, which may be a secret.
 func (c *Credentials) runHelper(ctx context.Context, suffix, server string) (types.AuthConfig, error) {
 	if suffix != strings.TrimSpace(suffix) || strings.ContainsAny(suffix, `/\`) {
 		return types.AuthConfig{}, fmt.Errorf("credential helper %q: not a name", suffix)
@@ -101,7 +103,7 @@ func (c *Credentials) runHelper(ctx context.Context, suffix, server string) (typ
 // helper is a client.Program that ends with its context.
 type helper struct {
 	cmd *exec.Cmd
-	err error
+	err error // of running it; the client's own error would quote the output
 }
 
 func (h *helper) Input(in io.Reader) { h.cmd.Stdin = in }
@@ -120,8 +122,7 @@ func (h *helper) Output() ([]byte, error) {
 
 var errHelperOut = errors.New("it prints too much")
 
-// limitedBuffer fails, and has left below zero, once more is written than it
-// takes.
+// limitedBuffer takes left bytes. A Write beyond them fails and makes left negative.
 type limitedBuffer struct {
 	buf  bytes.Buffer
 	left int

@@ -13,12 +13,12 @@ import (
 )
 
 // configKey is a key of auths or of credHelpers: "host", "host/org", or a URL of
-// either. A host may have "*" for one of its labels, as Kubernetes reads it.
+// either. In each label of a host, "*" stands for any text, as in Kubernetes.
 type configKey struct {
-	text string
-	host string   // as serverHost has it
-	path []string // segments; none is for every repository
-	rank int      // among keys for the same host and path, the lowest counts
+	text string   // as it is written
+	host string   // in serverHost's form
+	path []string // segments; none for every repository
+	rank int      // the lowest counts among keys for one host and path
 }
 
 func parseKey(text string) configKey {
@@ -32,12 +32,12 @@ func parseKey(text string) configKey {
 	if below = strings.Trim(below, "/"); below != "" {
 		k.path = strings.Split(below, "/")
 	}
-	// The API's version, in what docker login once wrote.
+	// docker login once wrote the API's version after the host.
 	if len(k.path) > 0 && (k.path[0] == "v1" || k.path[0] == "v2") && (rest != text || len(k.path) == 1) {
 		k.path = k.path[1:]
 	}
-	// Of Docker Hub's names the one that docker writes counts, of others the
-	// plainest.
+	// Docker writes the first of Docker Hub's names. For other hosts, a host counts
+	// before a URL.
 	if k.host == hubHost {
 		k.rank = slices.Index([]string{hubKey, hubDomain, hubIndex, hubHost}, lower(text))
 		if k.rank < 0 {
@@ -51,9 +51,11 @@ func parseKey(text string) configKey {
 
 // serves says whether k is for a repository at host.
 func (k configKey) serves(host string, repository []string) bool {
-	if len(k.path) > len(repository) || !slices.Equal(k.path, repository[:len(k.path)]) {
-		return false
-	}
+	return len(k.path) <= len(repository) && slices.Equal(k.path, repository[:len(k.path)]) && k.servesPartOf(host)
+}
+
+// servesPartOf says whether k is for host, or for some of its repositories.
+func (k configKey) servesPartOf(host string) bool {
 	if !strings.Contains(k.host, "*") {
 		return k.host == host
 	}
@@ -64,82 +66,91 @@ func (k configKey) serves(host string, repository []string) bool {
 	})
 }
 
-// precise orders keys that serve one repository: a host before a pattern, and then
-// the longer path before the shorter.
-func (k configKey) precise(other configKey) int {
+// comparePrecision orders keys that serve one repository: a host comes before a pattern,
+// and a longer path before a shorter one.
+func (k configKey) comparePrecision(other configKey) int {
 	patterns := func(k configKey) int { return strings.Count(k.host, "*") }
 	return cmp.Or(cmp.Compare(patterns(k), patterns(other)), cmp.Compare(len(other.path), len(k.path)))
 }
 
-// compare leaves no two keys equal.
+// compare is comparePrecision with an order among keys that are equal to it.
 func (k configKey) compare(other configKey) int {
-	return cmp.Or(k.precise(other), cmp.Compare(k.rank, other.rank), cmp.Compare(k.text, other.text))
+	return cmp.Or(k.comparePrecision(other), cmp.Compare(k.rank, other.rank), cmp.Compare(k.text, other.text))
 }
 
-// best is the key of m that serves a repository at host best, among those whose
-// value counts.
-func best[V any](m map[string]V, host, repository string, counts func(V) bool) (key configKey, ok bool) {
-	segments := strings.Split(repository, "/")
+// bestKey returns the first key of m in the order of compare, among those that serve and
+// have a value that counts. It is nil if there is none.
+func bestKey[V any](m map[string]V, counts func(V) bool, serves func(configKey) bool) *configKey {
+	var best *configKey
 	for text, v := range m {
 		k := parseKey(text)
-		if counts(v) && k.serves(host, segments) && (!ok || k.compare(key) < 0) {
-			key, ok = k, true
+		if counts(v) && serves(k) && (best == nil || k.compare(*best) < 0) {
+			best = &k
 		}
 	}
-	return key, ok
+	return best
 }
 
-// anyOf is the first key of m, in order, that is for some repository at host.
-func anyOf[V any](m map[string]V, host string, counts func(V) bool) (key configKey, ok bool) {
-	for text, v := range m {
-		k := parseKey(text)
-		if counts(v) && k.serves(host, k.path) && (!ok || k.compare(key) < 0) {
-			key, ok = k, true
-		}
-	}
-	return key, ok
-}
-
-// source says where the credentials for a repository are. It is the same for all
-// repositories that have the same ones.
+// source says where the credentials for a repository are. Repositories with the same
+// credentials have equal sources.
 type source struct {
 	host   string
-	helper string // asked first; empty is none
-	server string // what the helper is asked for
-	own    bool   // the helper is named for this registry, and the file does not count
-	key    string // in auths; empty is none
+	helper string // asked first; empty for none
+	server string // the name that the helper is asked for
+	own    bool   // the helper is named for this registry, so that auths does not count
+	key    string // of auths; empty for none
 }
 
-// find finds the source for a repository at host. Where that is not known, and
-// empty, a source for the whole host counts, or else the first of those for a part.
-func find(file *configfile.ConfigFile, host, repository string) source {
+// sourceOf returns the source for a repository at host. repository may be empty where it
+// is not known. Then a source for the whole host counts, or else the first of those for a
+// part of it.
+func sourceOf(file *configfile.ConfigFile, host, repository string) source {
 	host = serverHost(host)
-	s := source{host: host, server: helperServer(host)}
-	auth, inFile := best(file.AuthConfigs, host, repository, hasLogin)
-	helper, named := best(file.CredentialHelpers, host, repository, func(name string) bool { return name != "" })
-	guess := !inFile && !named && repository == ""
-	if guess {
-		auth, inFile = anyOf(file.AuthConfigs, host, hasLogin)
-		helper, named = anyOf(file.CredentialHelpers, host, func(name string) bool { return name != "" })
+	segments := strings.Split(repository, "/")
+	auth, helper := keysOf(file, func(k configKey) bool { return k.serves(host, segments) })
+	guessed := auth == nil && helper == nil && repository == ""
+	if guessed {
+		auth, helper = keysOf(file, func(k configKey) bool { return k.servesPartOf(host) })
 	}
-	switch {
-	case named && (!inFile || helper.precise(auth) <= 0):
-		s.helper, s.own = file.CredentialHelpers[helper.text], true
-		if len(helper.path) > 0 && !clouds.Has(s.helper) {
-			s.server = host + "/" + strings.Join(helper.path, "/")
-		}
-		return s
-	case inFile:
+	if helper != nil && (auth == nil || helper.comparePrecision(*auth) <= 0) {
+		return ownHelper(file, host, *helper)
+	}
+	s := source{host: host, server: helperServer(host)}
+	if auth != nil {
 		s.key = auth.text
 	}
-	// A global helper knows hosts alone, and a cloud's its own.
-	if global := file.CredentialsStore; global != "" && (!inFile || len(auth.path) == 0 || guess) && (!clouds.Has(global) || clouds.Owns(global, host)) {
-		s.helper = global
+	// The global helper is asked for a host, not for a path: an entry of auths for this
+	// path is more precise.
+	if (auth == nil || len(auth.path) == 0 || guessed) && globalServes(file.CredentialsStore, host) {
+		s.helper = file.CredentialsStore
 	}
 	return s
 }
 
-// helperServer is the name by which a helper is asked for host.
+// keysOf returns the best key of auths and that of credHelpers, nil where there is none.
+func keysOf(file *configfile.ConfigFile, serves func(configKey) bool) (auth, helper *configKey) {
+	auth = bestKey(file.AuthConfigs, hasLogin, serves)
+	helper = bestKey(file.CredentialHelpers, func(name string) bool { return name != "" }, serves)
+	return auth, helper
+}
+
+// ownHelper is the source of a repository at host whose helper key names.
+func ownHelper(file *configfile.ConfigFile, host string, key configKey) source {
+	s := source{host: host, helper: file.CredentialHelpers[key.text], server: helperServer(host), own: true}
+	// A cloud's helper is asked for a host, whatever the path.
+	if len(key.path) > 0 && !clouds.Has(s.helper) {
+		s.server = host + "/" + strings.Join(key.path, "/")
+	}
+	return s
+}
+
+// globalServes says whether the global helper, if there is one, is asked for host. A
+// cloud's helper serves its own registries alone.
+func globalServes(helper, host string) bool {
+	return helper != "" && (!clouds.Has(helper) || clouds.Owns(helper, host))
+}
+
+// helperServer returns the name that a helper is asked for where host is meant.
 func helperServer(host string) string {
 	if host == hubHost {
 		return hubKey

@@ -20,58 +20,58 @@ import (
 	"handler/function/redact"
 )
 
-// checkRealm says whether the token service of the registry host may be asked at
-// all, and whether Config.TokenHosts has it for that registry.
+// checkRealm checks whether the token service at the URL realm may be asked for tokens of
+// the registry host, and parses it. trusted is whether Config.TokenHosts has that service
+// for that registry. Every error is an *api.Error of code registry_denied.
 func (c *Credentials) checkRealm(host, realm string) (u *url.URL, trusted bool, err error) {
-	refuse := func(why string) error {
+	refused := func(why string) error {
 		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("registry %s: its token service %q is refused: %s", host, cutURL(realm), why)}
 	}
 	u, err = url.Parse(realm)
 	if err != nil || u.Hostname() == "" {
-		return nil, false, refuse("not a URL")
+		return nil, false, refused("not a URL")
 	}
 	if u.User != nil {
-		return nil, false, refuse("a user name in a URL")
+		return nil, false, refused("a user name in a URL")
 	}
 	service, err := hosts.Parse(u.Host)
 	if err != nil {
-		return nil, false, refuse(err.Error())
+		return nil, false, refused(err.Error())
 	}
 	trusted = c.trusted(host, u.Scheme, service)
-	switch {
-	case u.Scheme == "https", u.Scheme == "http" && trusted:
-	default:
-		return nil, false, refuse("not https, and " + notListed(host, u))
+	if u.Scheme != "https" && !(u.Scheme == "http" && trusted) {
+		return nil, false, refused("not https, and " + notListed(host, u))
 	}
 	if ip, err := netip.ParseAddr(service.Name); err == nil && !trusted && !hosts.Public(ip) {
-		return nil, false, refuse("not a public address, and " + notListed(host, u))
+		return nil, false, refused("not a public address, and " + notListed(host, u))
 	}
 	u.Fragment = ""
 	return u, trusted, nil
 }
 
-// trusted says whether the operator has listed service for the registry host. An
-// entry without a port is for the scheme's own.
+// trusted says whether Config.TokenHosts has service for the registry host, with the
+// scheme's default port or without it.
 func (c *Credentials) trusted(host, scheme string, service hosts.Host) bool {
-	registry, own := serverHost(host), hosts.DefaultPort(scheme)
-	return c.tokenHosts[TokenHost{registry, service.WithPort(own)}] || c.tokenHosts[TokenHost{registry, service.Without(own)}]
+	registry, port := serverHost(host), hosts.DefaultPort(scheme)
+	return c.tokenHosts[TokenHost{registry, service.WithPort(port)}] || c.tokenHosts[TokenHost{registry, service.Without(port)}]
 }
 
-// notListed says what token_hosts would have to have.
+// notListed names the entry that token_hosts lacks.
 func notListed(host string, realm *url.URL) string {
 	return fmt.Sprintf("token_hosts does not have %q", lower(host)+"="+lower(realm.Host))
 }
 
-// maxRealm is how much of a realm an error has, in bytes.
+// maxRealm is how many bytes of a realm an error quotes at most.
 const maxRealm = 200
 
-// cutURL is a realm without what may be secret in it.
+// cutURL returns a realm for an error: without what may be secret in it, and not too long.
 func cutURL(s string) string {
 	s = redact.URLs(s)
 	return strings.ToValidUTF8(s[:min(len(s), maxRealm)], "")
 }
 
-// registryClient is for requests to the registry itself, under the same rules.
+// registryClient returns a client for requests to the registry itself. The rules for token
+// services hold for it too.
 func (c *Credentials) registryClient(host string) (*http.Client, error) {
 	u, trusted, err := c.checkRealm(host, "https://"+host)
 	if err != nil {
@@ -80,8 +80,9 @@ func (c *Credentials) registryClient(host string) (*http.Client, error) {
 	return c.client(host, u, trusted)
 }
 
-// client is for one fetch: TLS and address rules differ from registry to
-// registry, so nothing of a transport is shared.
+// client returns a client for one fetch from the token service of the registry host. Each
+// fetch has a transport of its own: which CAs and addresses are good differs from registry
+// to registry.
 func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.Client, error) {
 	roots, err := c.roots(host, realm)
 	if err != nil {
@@ -98,9 +99,9 @@ func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.C
 		Proxy:                  http.ProxyFromEnvironment,
 	}
 	if !trusted {
-		// Behind a proxy the address dialled is the proxy's, and whom it may
-		// reach is the proxy's own rule. Without one it is the token service's,
-		// after every look-up of its name.
+		// The address that is dialled is checked after each look-up of the name.
+		// Behind a proxy it is the proxy's own, and the proxy decides which addresses
+		// may be reached.
 		proxy, err := http.ProxyFromEnvironment(&http.Request{URL: realm})
 		if err != nil {
 			return nil, &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its token service cannot be reached", host), Err: err}
@@ -123,8 +124,8 @@ func (c *Credentials) client(host string, realm *url.URL, trusted bool) (*http.C
 
 var errAddress = errors.New("not a public address")
 
-// roots are the system's CAs and those configured for the registry or for its
-// token service. Nil are the system's alone.
+// roots returns the system's CAs with those configured for the registry host or for its
+// token service, or nil if none are configured: that stands for the system's.
 func (c *Credentials) roots(host string, realm *url.URL) (*x509.CertPool, error) {
 	var pool *x509.CertPool
 	for _, h := range []string{serverHost(host), serverHost(realm.Host)} {

@@ -35,10 +35,10 @@ type Credentials struct {
 	helperTimeout time.Duration
 
 	mu      sync.Mutex
-	raw     []byte // of the file that parsed last
-	bad     []byte // of the file that did not parse, once logged
+	raw     []byte // the content that parsed last
+	bad     []byte // the content that last did not parse, and was logged
 	current *configfile.ConfigFile
-	logged  map[string]bool // helpers whose failure was logged for this file
+	logged  map[string]bool // helpers whose failure was logged since current was read
 }
 
 // New reads nothing yet.
@@ -59,8 +59,8 @@ func New(cfg Config) *Credentials {
 	return c
 }
 
-// load is the config file as it is now. A file that does not parse leaves the
-// last one in use that did: it may be half written.
+// load returns the config file as it is now. If it does not parse, it may be half
+// written: the last one that parsed stays in use.
 func (c *Credentials) load() (*configfile.ConfigFile, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -96,19 +96,20 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 // byteOrderMark is what some editors write before UTF-8.
 const byteOrderMark = "\uFEFF"
 
-// found is what lookup comes to.
+// found is the result of lookup.
 type found struct {
-	auth  types.AuthConfig
-	renew time.Time // when to look again; zero is not before the next build
+	auth  types.AuthConfig // empty if there are no credentials
+	renew time.Time        // when to look again; zero is at the next build
 
-	// failed is why auth is empty where a cloud has nothing for a registry of
-	// its own. It counts once the registry wants more than nothing: a cloud's
-	// registries have public images too.
+	// failed is why auth is empty where a cloud's helper failed for one of the
+	// cloud's own registries. It becomes an error only when the registry wants
+	// credentials: such a registry has public images too.
 	failed error
 }
 
-// lookup gets what src says. Nothing there is no error. A helper named for this
-// registry must work; a global one that does not leaves what the file itself holds.
+// lookup gets the credentials that src points to. It is no error if there are none. A
+// helper that is named for this registry must work. If the global one fails, the
+// credentials in the file itself count.
 func (c *Credentials) lookup(ctx context.Context, file *configfile.ConfigFile, src source) (found, error) {
 	if src.own {
 		return c.askHelper(ctx, src.helper, src.server)
@@ -142,7 +143,7 @@ func (c *Credentials) lookup(ctx context.Context, file *configfile.ConfigFile, s
 	return found{}, nil
 }
 
-// logHelper says once for each content of the file that helper failed.
+// logHelper logs that helper failed, once for each content of the file.
 func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -153,19 +154,19 @@ func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err 
 	c.cfg.Log.Warn().Err(err).Str("credsStore", helper).Msg("using the credentials in the registry config itself")
 }
 
-// Login is what is configured for a registry, all of it empty if nothing is.
+// Login is the user that is configured for a repository; all of it is empty if none is.
 type Login struct {
 	Username, Password           string
 	IdentityToken, RegistryToken string
 }
 
-// Login finds what is configured for a repository that the function itself uses.
+// Login returns what is configured for a repository that the function itself uses.
 func (c *Credentials) Login(ctx context.Context, host, repository string) (Login, error) {
 	file, err := c.load()
 	if err != nil {
 		return Login{}, err
 	}
-	f, err := c.lookup(ctx, file, find(file, host, repository))
+	f, err := c.lookup(ctx, file, sourceOf(file, host, repository))
 	if err == nil {
 		err = f.failed
 	}
@@ -173,9 +174,10 @@ func (c *Credentials) Login(ctx context.Context, host, repository string) (Login
 	return Login{auth.Username, auth.Password, auth.IdentityToken, auth.RegistryToken}, err
 }
 
-// Prepare makes the repositories that are missing, where Config says so: those
-// that a build is to push to, in ECR, by the same credentials as ecr-login's.
-// It is for before the build; its errors are an *api.Error or the context's.
+// Prepare is called before a build with the repositories that it pushes to. It creates
+// those that are missing, if they are in ECR and Config.CreateRepositories is set, with
+// the credentials that the helper ecr-login uses. Its error is an *api.Error, or the
+// context's cause.
 func (c *Credentials) Prepare(ctx context.Context, pushes []reference.Named) error {
 	if !c.cfg.CreateRepositories {
 		return nil
@@ -186,7 +188,7 @@ func (c *Credentials) Prepare(ctx context.Context, pushes []reference.Named) err
 		if err != nil {
 			return unreadable(host, err)
 		}
-		if find(file, host, reference.Path(ref)).helper != "ecr-login" {
+		if sourceOf(file, host, reference.Path(ref)).helper != "ecr-login" {
 			continue
 		}
 		if err := c.clouds.CreateRepository(ctx, host, reference.Path(ref)); err != nil {
@@ -196,6 +198,7 @@ func (c *Credentials) Prepare(ctx context.Context, pushes []reference.Named) err
 	return nil
 }
 
+// unreadable makes err, of looking up the credentials for host, one for the client.
 func unreadable(host string, err error) error {
 	if _, ok := errors.AsType[*api.Error](err); ok {
 		return err
@@ -203,14 +206,14 @@ func unreadable(host string, err error) error {
 	return &api.Error{Code: api.RegistryFailed, Msg: fmt.Sprintf("registry %s: its credentials cannot be read; the builder's log has the cause", host), Err: err}
 }
 
-// RootCAs are those that a registry's certificate is checked against: nil is the
-// system's.
+// RootCAs returns the CAs that the certificate of a registry is checked against. Nil
+// stands for the system's.
 func (c *Credentials) RootCAs(host string) (*x509.CertPool, error) {
 	return c.roots(host, &url.URL{Host: host})
 }
 
-// Docker Hub goes by three names: in image names, on the wire, and in
-// config.json.
+// Docker Hub's names: in image names, on the wire, and in config.json, which has a URL
+// of the third.
 const (
 	hubDomain = "docker.io"
 	hubHost   = "registry-1.docker.io"
@@ -218,8 +221,8 @@ const (
 	hubKey    = "https://index.docker.io/v1/"
 )
 
-// serverHost is the host that is asked for images of domain, in one form: an image
-// name may have capitals in it, or the port of https.
+// serverHost returns the one form of the host that serves the images of domain: in lower
+// case, without the port of https, and with one name for Docker Hub.
 func serverHost(domain string) string {
 	h, err := hosts.Parse(domain)
 	if err != nil {

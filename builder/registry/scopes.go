@@ -9,29 +9,54 @@ import (
 	"handler/function/api"
 )
 
-// permit leaves of scopes what this build may do at host.
+// scope is a right that a challenge asks for, such as "repository:team/app:pull,push".
+type scope struct {
+	resource string // "repository:team/app"
+	kind     string // "repository"
+	name     string // "team/app"
+	actions  string // "pull,push"
+}
+
+func parseScope(text string) (s scope, ok bool) {
+	colon := strings.LastIndex(text, ":")
+	if colon < 0 {
+		return scope{}, false
+	}
+	s.resource, s.actions = text[:colon], text[colon+1:]
+	s.kind, s.name, ok = strings.Cut(s.resource, ":")
+	// "repository(plugin)" is a repository as well.
+	s.kind, _, _ = strings.Cut(s.kind, "(")
+	return s, ok
+}
+
+// permit returns the part of scopes that this build may have at host: to pull from any
+// repository, and to push to its own. For a build that pushes to team/app
+//
+//	repository:team/app:pull,push      stays
+//	repository:other/base:pull,push    becomes repository:other/base:pull
+//	registry:catalog:*                 is left out
+//
+// It is an error if nothing stays of what was asked for.
 func (g *Grant) permit(host string, scopes []string) ([]string, error) {
 	var permitted []string
 	for _, list := range scopes {
-		for _, scope := range strings.Fields(list) {
-			resource, actions, ok := cutLast(scope, ":")
-			kind, name, ok2 := strings.Cut(resource, ":")
-			// "repository(plugin)" is a repository as well.
-			if kind, _, _ = strings.Cut(kind, "("); !ok || !ok2 || kind != "repository" {
+		for _, text := range strings.Fields(list) {
+			s, ok := parseScope(text)
+			if !ok || s.kind != "repository" {
 				continue
 			}
-			var may []string
-			for action := range strings.SplitSeq(actions, ",") {
-				_, mine := g.pushes[serverHost(host)+"/"+name]
-				if action == "pull" || action == "push" && mine {
-					may = append(may, action)
+			_, ours := g.pushes[serverHost(host)+"/"+s.name]
+			var actions []string
+			for action := range strings.SplitSeq(s.actions, ",") {
+				if action == "pull" || action == "push" && ours {
+					actions = append(actions, action)
 				} else if action == "push" {
-					g.elsewhere(serverHost(host), name)
+					g.noteOther(serverHost(host), s.name)
 				}
 			}
-			if len(may) > 0 {
-				slices.Sort(may)
-				permitted = append(permitted, resource+":"+strings.Join(slices.Compact(may), ","))
+			if len(actions) > 0 {
+				slices.Sort(actions)
+				permitted = append(permitted, s.resource+":"+strings.Join(slices.Compact(actions), ","))
 			}
 		}
 	}
@@ -45,10 +70,11 @@ func (g *Grant) permit(host string, scopes []string) ([]string, error) {
 	return slices.Compact(permitted), nil
 }
 
-// elsewhere notes that host wants a right to push to a repository that this build
-// does not push to. It may be the one of another image, which the daemon pulls: one
-// whose name ends as that of the image does tells more.
-func (g *Grant) elsewhere(host, name string) {
+// noteOther notes for hint that a challenge of host wants the right to push to name,
+// which this build does not push to. Usually name is of an image that the daemon pulls
+// from. If it ends as the repository does that this build pushes to, it may be the token
+// service's name for that repository: such a name replaces any other.
+func (g *Grant) noteOther(host, name string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	image := strings.Split(g.first[host], "/")
@@ -58,9 +84,10 @@ func (g *Grant) elsewhere(host, name string) {
 	}
 }
 
-// repository is the one that a token for these scopes is for, since it can be had
-// with one user's credentials only: the one that is pushed to, or the one that is
-// new, because the daemon asks for what it has along with it.
+// repository returns the repository whose credentials a token for these scopes is
+// fetched with: a token is one user's. It is the one that is pushed to, if there is one.
+// Else it is the first that no token was for yet: the daemon asks for the scopes that it
+// already has together with the new one.
 func (g *Grant) repository(host string, scopes []string) string {
 	host = serverHost(host)
 	set := host + " " + strings.Join(scopes, " ")
@@ -75,30 +102,29 @@ func (g *Grant) repository(host string, scopes []string) string {
 			known[repository] = true
 		}
 	}
-	var pushed, fresh, any string
-	for _, scope := range scopes {
-		resource, actions, _ := cutLast(scope, ":")
-		_, name, _ := strings.Cut(resource, ":")
-		own, mine := g.pushes[host+"/"+name]
-		if mine {
-			name = own
+	var pushed, fresh, first string
+	for _, text := range scopes {
+		s, _ := parseScope(text)
+		name, ours := s.name, false
+		if repository, ok := g.pushes[host+"/"+s.name]; ok {
+			name, ours = repository, true
 		}
-		if mine && strings.Contains(actions, "push") && pushed == "" {
+		if ours && strings.Contains(s.actions, "push") && pushed == "" {
 			pushed = name
 		}
 		if !known[name] && fresh == "" {
 			fresh = name
 		}
-		if any == "" {
-			any = name
+		if first == "" {
+			first = name
 		}
 	}
-	repository := cmp.Or(pushed, fresh, any)
+	repository := cmp.Or(pushed, fresh, first)
 	g.wanted[set] = repository
 	return repository
 }
 
-// Hints are what to say of a push that was denied, by the server's host.
+// Hints returns, by host, what the error of a denied push can say about its cause.
 func (g *Grant) Hints() map[string]string {
 	hints := make(map[string]string)
 	for host := range g.first {
@@ -109,7 +135,11 @@ func (g *Grant) Hints() map[string]string {
 	return hints
 }
 
-// hint says that a token service named another path than the image's, if it did.
+// hint says which entry token_paths may lack, if the token service of host named another
+// repository than the image does. It is the end of a message.
+//
+// For the image team/local/app and the token service's name prod/app, both end in app,
+// and the entry is "host/team/local=prod".
 func (g *Grant) hint(host string) string {
 	host = serverHost(host)
 	g.mu.Lock()
@@ -131,11 +161,4 @@ func sameEnd(a, b []string) int {
 		n++
 	}
 	return n
-}
-
-func cutLast(s, sep string) (before, after string, ok bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
 }

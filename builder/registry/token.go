@@ -20,22 +20,22 @@ import (
 )
 
 const (
-	tokenTimeout     = 15 * time.Second // of one fetch, its retries included
+	tokenTimeout     = 15 * time.Second // of one fetch with its retries
 	tokenAttempts    = 3
 	maxRedirects     = 5
-	tokenBackoff     = 500 * time.Millisecond // doubles
+	tokenBackoff     = 500 * time.Millisecond // before the second attempt; doubles for the next
 	maxTokenResponse = 1 << 20                // bytes
 
-	// defaultExpiry is what the token specification says where a response
-	// has no expires_in.
+	// defaultExpiry is the life of a token whose response has no expires_in,
+	// according to the token specification.
 	defaultExpiry = 60 * time.Second
 
 	clientID = "openfaas-builder"
 )
 
-// fetch asks one token service.
+// fetch fetches one token from one token service.
 type fetch struct {
-	host    string
+	host    string // the registry's
 	realm   *url.URL
 	service string
 	scopes  []string
@@ -43,8 +43,8 @@ type fetch struct {
 	client  *http.Client
 }
 
-// run tries GET, which every token service has, before POST, but for an
-// identity token, which only POST can carry.
+// run tries GET, which nearly every token service has, and POST where that is not there.
+// An identity token can only be sent with POST.
 func (f *fetch) run(ctx context.Context) (Token, error) {
 	if f.auth.IdentityToken != "" {
 		return f.retry(ctx, f.post, f.realm)
@@ -57,13 +57,14 @@ func (f *fetch) run(ctx context.Context) (Token, error) {
 	return tok, err
 }
 
-// request makes one to a URL.
-type request func(context.Context, *url.URL) (*http.Request, error)
+// newRequest makes a request to a URL: get or post.
+type newRequest func(context.Context, *url.URL) (*http.Request, error)
 
-func (f *fetch) retry(ctx context.Context, do request, u *url.URL) (Token, error) {
+// retry makes up to tokenAttempts attempts. Its error is an *api.Error.
+func (f *fetch) retry(ctx context.Context, request newRequest, u *url.URL) (Token, error) {
 	wait := tokenBackoff
 	for attempt := 1; ; attempt++ {
-		tok, err := f.once(ctx, do, u)
+		tok, err := f.attempt(ctx, request, u)
 		if err == nil {
 			return tok, nil
 		}
@@ -79,6 +80,7 @@ func (f *fetch) retry(ctx context.Context, do request, u *url.URL) (Token, error
 	}
 }
 
+// transient says whether an attempt that ended with err may succeed when it is repeated.
 func transient(err error) bool {
 	var st *statusError
 	if errors.As(err, &st) {
@@ -88,9 +90,10 @@ func transient(err error) bool {
 	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse) && !errors.As(err, &cert)
 }
 
-func (f *fetch) once(ctx context.Context, do request, u *url.URL) (Token, error) {
+// attempt asks once, and again wherever a redirect leads to that may have the credentials.
+func (f *fetch) attempt(ctx context.Context, request newRequest, u *url.URL) (Token, error) {
 	for range maxRedirects {
-		tok, next, err := f.ask(ctx, do, u)
+		tok, next, err := f.ask(ctx, request, u)
 		if next == nil {
 			return tok, err
 		}
@@ -99,9 +102,10 @@ func (f *fetch) once(ctx context.Context, do request, u *url.URL) (Token, error)
 	return Token{}, fmt.Errorf("%w: more than %d redirects", errResponse, maxRedirects)
 }
 
-// ask has a token, or the URL to ask instead, with the same credentials.
-func (f *fetch) ask(ctx context.Context, do request, u *url.URL) (tok Token, next *url.URL, err error) {
-	req, err := do(ctx, u)
+// ask sends one request. It returns a token, or the URL to ask instead with the same
+// credentials.
+func (f *fetch) ask(ctx context.Context, request newRequest, u *url.URL) (tok Token, next *url.URL, err error) {
+	req, err := request(ctx, u)
 	if err != nil {
 		return Token{}, nil, err
 	}
@@ -129,9 +133,9 @@ func (f *fetch) ask(ctx context.Context, do request, u *url.URL) (tok Token, nex
 	return Token{}, nil, &statusError{code: resp.StatusCode}
 }
 
-// sameService says whether credentials for from may go to a URL that it redirects
-// to: one of the same host and port, or of the same host by https where it was
-// http. The port is another one then, and the certificate says whose it is.
+// sameService says whether credentials for the URL from may go to the URL that it
+// redirects to. That is so if scheme, host and port are the same. It is also so from http
+// to https on the same host, whatever the port: the certificate proves whose it is.
 func sameService(from, to *url.URL) bool {
 	a, err := hosts.Parse(from.Host)
 	b, err2 := hosts.Parse(to.Host)
@@ -157,8 +161,8 @@ func (e *statusError) Error() string {
 	return fmt.Sprintf("status %d", e.code)
 }
 
-// explain makes err one for the client. Neither side's text holds what was
-// sent.
+// explain makes err one for the client. Neither the client's text nor the operator's
+// holds credentials.
 func (f *fetch) explain(err error) error {
 	e := &api.Error{Code: api.RegistryFailed}
 	why := "cannot be reached"
@@ -186,8 +190,7 @@ func (f *fetch) explain(err error) error {
 		why = fmt.Sprintf("did not answer within %v", tokenTimeout)
 	}
 	e.Msg = fmt.Sprintf("registry %s: its token service %s %s", f.host, f.realm.Host, why)
-	// The URL of a GET holds the scopes and the account, which may be logged,
-	// but a realm may have a query of its own.
+	// The error of net/http quotes the URL, and the realm's own query may be secret.
 	var ue *url.Error
 	if errors.As(err, &ue) {
 		err = ue.Err
@@ -196,9 +199,10 @@ func (f *fetch) explain(err error) error {
 	return e
 }
 
+// anonymous says whether the token is asked for without credentials.
 func (f *fetch) anonymous() bool { return f.auth.Username == "" && f.auth.IdentityToken == "" }
 
-// target is the realm with what a GET says in its query.
+// target returns the URL for a GET: the realm with what is asked for in its query.
 func (f *fetch) target() *url.URL {
 	u := *f.realm
 	q := u.Query()
@@ -250,6 +254,7 @@ func (f *fetch) post(ctx context.Context, u *url.URL) (*http.Request, error) {
 	return req, nil
 }
 
+// readAnswer reads the token from a response's body.
 func readAnswer(r io.Reader) (Token, error) {
 	body, err := io.ReadAll(io.LimitReader(r, maxTokenResponse+1))
 	if err != nil {
@@ -272,7 +277,7 @@ func readToken(body []byte, now time.Time) (Token, error) {
 		ExpiresIn   int64     `json:"expires_in"` // seconds
 		IssuedAt    time.Time `json:"issued_at"`
 	}
-	// The decoder's error may quote the answer.
+	// The decoder's error is dropped: it may quote the answer.
 	if err := json.Unmarshal(body, &r); err != nil {
 		return Token{}, errResponse
 	}
@@ -287,7 +292,8 @@ func readToken(body []byte, now time.Time) (Token, error) {
 	if r.ExpiresIn > 0 {
 		life = time.Duration(min(r.ExpiresIn, 24*60*60)) * time.Second
 	}
-	// Its clock may differ from ours: what counts is how long the token lives.
+	// The service's clock may differ from ours. Only how much is left of the token's life
+	// is taken from it, and only where something is left.
 	if !r.IssuedAt.IsZero() && r.IssuedAt.Before(now) {
 		if left := r.IssuedAt.Add(life).Sub(now); left > 0 {
 			life = left
