@@ -16,25 +16,24 @@ import (
 	"handler/function/api"
 )
 
-// Limits of one envelope. MaxValue is BuildKit's own (session/secrets,
-// MaxSecretSize): a larger one would fail later and say less.
+// Limits of one envelope. MaxValue, in bytes, is BuildKit's (session/secrets,
+// MaxSecretSize): BuildKit would refuse a larger value later and with a poorer message.
 const (
 	MaxSecrets = 64
 	MaxValue   = 500 * 1024
 )
 
-// validID holds no path separator and no white space: the id becomes a file
-// name under /run/secrets.
+// validID matches the ids of secrets: an id becomes the name of a file in /run/secrets.
 var validID = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
-// turn is held by who opens an envelope: the largest take 20 MiB, for as many as
-// have arrived.
+// turn is full while an envelope is opened. The largest take 20 MiB, and any number of them
+// may have arrived.
 var turn = make(chan struct{}, 1)
 
-// Open unseals an envelope with the private key that faas-cli secret keygen
-// made, and returns the secrets by id. Envelopes are opened one at a time; one that
-// waits while ctx ends gets ctx's cause. All other errors are *api.Error of code
-// bad_secrets and hold no value.
+// Open unseals an envelope with a private key made by faas-cli secret keygen, and
+// returns the secrets by id. It opens one envelope at a time. If ctx ends before an
+// envelope's turn has come, the error is ctx's cause. All other errors are *api.Error of
+// code bad_secrets and quote no secret's value.
 func Open(ctx context.Context, privateKey, envelope []byte) (map[string][]byte, error) {
 	if err := checkForm(envelope); err != nil {
 		return nil, err
@@ -67,7 +66,7 @@ func bad(cause error, format string, args ...any) error {
 	return &api.Error{Code: api.BadSecrets, Msg: fmt.Sprintf(format, args...), Err: cause}
 }
 
-// PublicKey is the answer of /publickey, as faas-cli reads it.
+// PublicKey is the answer of /publickey in the form that faas-cli reads.
 type PublicKey struct {
 	KeyID     string `json:"key_id"`
 	Algorithm string `json:"algorithm"`
