@@ -4,11 +4,8 @@ package buildconfig
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -17,7 +14,6 @@ import (
 	"github.com/distribution/reference"
 
 	"handler/function/api"
-	"handler/function/hosts"
 )
 
 // Config is a build config that can be solved.
@@ -69,226 +65,6 @@ func Parse(data []byte) (*Config, error) {
 		return nil, err
 	}
 	return c, nil
-}
-
-// byteOrderMark is what editors and shells put before UTF-8.
-const byteOrderMark = "\ufeff"
-
-var errUTF16 = errors.New("it is UTF-16, and UTF-8 is wanted")
-
-// isUTF16 says whether data is, by its byte order mark, or because one half of its first
-// character is zero: JSON begins with ASCII.
-func isUTF16(data []byte) bool {
-	if len(data) < 2 {
-		return false
-	}
-	first, second := data[0], data[1]
-	return first == 0xfe && second == 0xff || first == 0xff && second == 0xfe || (first == 0) != (second == 0)
-}
-
-// fields are the keys of the contract's table, each with what it is read into.
-func (c *Config) fields() map[string]any {
-	return map[string]any{
-		"image":       &c.Image,
-		"buildArgs":   &c.BuildArgs,
-		"platforms":   &c.Platforms,
-		"skipPush":    &c.SkipPush,
-		"tags":        &c.Tags,
-		"target":      &c.Target,
-		"dockerfile":  &c.Dockerfile,
-		"labels":      &c.Labels,
-		"annotations": &c.Annotations,
-		"noCache":     &c.NoCache,
-		"pull":        &c.Pull,
-		"context":     &c.Context,
-		"frontend":    &c.Frontend,
-	}
-}
-
-// object reads the object at path. A key that is not among fields, be it by its case
-// alone, gets a warning.
-func (c *Config) object(path string, data []byte, fields map[string]any) error {
-	members, err := objectMembers(data)
-	if err != nil {
-		if path != "" {
-			return fmt.Errorf("%q: %w", path, err)
-		}
-		return err
-	}
-	for _, m := range members {
-		name := m.key
-		if path != "" {
-			name = path + "." + m.key
-		}
-		into, ok := fields[m.key]
-		if !ok {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s: ignoring unknown key %.255q", api.ConfigFile, name))
-			continue
-		}
-		if err := c.field(name, m.value, into); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (c *Config) field(name string, value json.RawMessage, into any) error {
-	if string(value) == "null" {
-		return nil
-	}
-	switch into := into.(type) {
-	case *string:
-		return scalar(name, value, into, "a string")
-	case *bool:
-		return scalar(name, value, into, "true or false")
-	case *[]string:
-		return list(name, value, into)
-	case *map[string]string:
-		return table(name, value, into)
-	case **api.ContextSource:
-		if value[0] != '{' {
-			return wrongType(name, kind(value[0]), "an object")
-		}
-		*into = &api.ContextSource{}
-		return c.object(name, value, map[string]any{"digest": &(*into).Digest, "git": &(*into).Git})
-	}
-	return fmt.Errorf("%q: nothing reads a %T", name, into)
-}
-
-func scalar(name string, value json.RawMessage, into any, wanted string) error {
-	if json.Unmarshal(value, into) != nil {
-		return wrongType(name, kind(value[0]), wanted)
-	}
-	return nil
-}
-
-func list(name string, value json.RawMessage, into *[]string) error {
-	if value[0] != '[' {
-		return wrongType(name, kind(value[0]), "a list of strings")
-	}
-	var elements []*string
-	if err := json.Unmarshal(value, &elements); err != nil {
-		var kinds []kind
-		json.Unmarshal(value, &kinds)
-		for i, k := range kinds {
-			if k.isNoText() {
-				return wrongType(fmt.Sprintf("%s[%d]", name, i), k, "a string")
-			}
-		}
-		return fmt.Errorf("%q: %w", name, err)
-	}
-	for _, s := range elements {
-		if s != nil {
-			*into = append(*into, *s)
-		}
-	}
-	return nil
-}
-
-func table(name string, value json.RawMessage, into *map[string]string) error {
-	if value[0] != '{' {
-		return wrongType(name, kind(value[0]), "an object of strings")
-	}
-	var elements map[string]*string
-	if json.Unmarshal(value, &elements) != nil {
-		var kinds map[string]kind
-		json.Unmarshal(value, &kinds)
-		for _, key := range slices.Sorted(maps.Keys(kinds)) {
-			if kinds[key].isNoText() {
-				return wrongType(name+"."+key, kinds[key], "a string")
-			}
-		}
-		// Of a key that stands twice the last value counts, also to kinds.
-		return fmt.Errorf("%q: a key stands twice in it", name)
-	}
-	*into = make(map[string]string, len(elements))
-	for key, s := range elements {
-		if s != nil {
-			(*into)[key] = *s
-		}
-	}
-	return nil
-}
-
-// kind is the first byte of a JSON value, which tells its type. encoding/json's error
-// does not say which element of a list or object has a wrong one.
-type kind byte
-
-func (k *kind) UnmarshalJSON(value []byte) error {
-	*k = kind(value[0])
-	return nil
-}
-
-func (k kind) isNoText() bool { return k != '"' && k != 'n' }
-
-func (k kind) String() string {
-	switch k {
-	case '{':
-		return "object"
-	case '[':
-		return "array"
-	case '"':
-		return "string"
-	case 't', 'f':
-		return "bool"
-	}
-	return "number"
-}
-
-func wrongType(name string, k kind, wanted string) error {
-	return fmt.Errorf("%.255q is a JSON %s, not %s", name, k, wanted)
-}
-
-type member struct {
-	key   string
-	value json.RawMessage
-}
-
-// objectMembers are data's, in order. A key that stands twice is an error: two
-// readers could take one each.
-func objectMembers(data []byte) ([]member, error) {
-	dec := json.NewDecoder(bytes.NewReader(data))
-	tok, err := dec.Token()
-	if err != nil {
-		return nil, syntax(err)
-	}
-	if tok != json.Delim('{') {
-		return nil, errors.New("not a JSON object")
-	}
-	var members []member
-	seen := make(map[string]bool)
-	for dec.More() {
-		tok, err := dec.Token()
-		if err != nil {
-			return nil, syntax(err)
-		}
-		m := member{key: tok.(string)}
-		if seen[m.key] {
-			return nil, fmt.Errorf("key %.255q stands twice", m.key)
-		}
-		if len(members) == maxKeys {
-			return nil, fmt.Errorf("over the limit of %d keys", maxKeys)
-		}
-		seen[m.key] = true
-		if err := dec.Decode(&m.value); err != nil {
-			return nil, syntax(err)
-		}
-		members = append(members, m)
-	}
-	if _, err := dec.Token(); err != nil {
-		return nil, syntax(err)
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, errors.New("more follows the JSON object")
-	}
-	return members, nil
-}
-
-func syntax(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errors.New("the JSON ends too early")
-	}
-	return err
 }
 
 func (c *Config) check() error {
@@ -373,36 +149,6 @@ func ValidDigest(d string) bool {
 	return ok && len(digits) == 64 && strings.Trim(digits, "0123456789abcdef") == ""
 }
 
-// maxDomain is what DNS allows a name with a port, rounded up. The reference
-// library bounds the rest of a reference, 255 bytes of path and 128 of tag, but
-// only when it has matched the whole.
-const (
-	maxDomain    = 255
-	maxReference = maxDomain + len("/") + 255 + len(":") + 128
-)
-
-// parseReference normalises s as docker does: "alpine" is
-// docker.io/library/alpine:latest.
-func parseReference(s string) (reference.Named, error) {
-	if len(s) > maxReference {
-		return nil, fmt.Errorf("over %d bytes", maxReference)
-	}
-	named, err := reference.ParseNormalizedNamed(s)
-	if err != nil {
-		return nil, err
-	}
-	if _, ok := named.(reference.Digested); ok {
-		return nil, errors.New("a digest cannot be pushed to")
-	}
-	if len(reference.Domain(named)) > maxDomain {
-		return nil, fmt.Errorf("the registry's name is over %d bytes", maxDomain)
-	}
-	if _, err := hosts.Parse(reference.Domain(named)); err != nil {
-		return nil, err
-	}
-	return reference.TagNameOnly(named), nil
-}
-
 func checkDockerfile(name string) error {
 	if name == "" {
 		return nil
@@ -417,63 +163,6 @@ func checkDockerfile(name string) error {
 		return errors.New("not a path inside the context")
 	}
 	return nil
-}
-
-// Allow refuses every reference outside prefixes: repositories such as
-// "ghcr.io/acme" or "docker.io/library/app", normalised, and compared segment
-// by segment. No prefixes allow any.
-func (c *Config) Allow(prefixes []string) error {
-	if len(prefixes) == 0 {
-		return nil
-	}
-	for _, ref := range c.References {
-		name := onHost(ref.Name(), hosts.Host.String)
-		if !slices.ContainsFunc(prefixes, func(p string) bool { return within(name, onHost(p, hosts.Host.String)) }) {
-			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is not allowed here", ref.String())}
-		}
-	}
-	return nil
-}
-
-// Deny refuses every reference to one of the builder's own repositories, normalised,
-// or to one below it: what is built could write there what other builds read.
-func (c *Config) Deny(own []string) error {
-	for _, ref := range c.References {
-		if slices.ContainsFunc(own, func(o string) bool { return within(place(ref.Name()), place(o)) }) {
-			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is in a repository of the builder's own", ref.String())}
-		}
-	}
-	return nil
-}
-
-// place is a normalised name by the place that it means: with the one form of its
-// host, and without a usual port or Docker Hub's further names.
-func place(name string) string {
-	return onHost(name, func(h hosts.Host) string {
-		switch host := h.Without(hosts.DefaultPort("https"), hosts.DefaultPort("http")).String(); host {
-		case "registry-1.docker.io", "index.docker.io":
-			return "docker.io"
-		default:
-			return host
-		}
-	})
-}
-
-// onHost is name with its host, as far as it is one, written as form has it.
-func onHost(name string, form func(hosts.Host) string) string {
-	host, path, below := strings.Cut(name, "/")
-	h, err := hosts.Parse(host)
-	if err != nil {
-		return name
-	}
-	if !below {
-		return form(h)
-	}
-	return form(h) + "/" + path
-}
-
-func within(name, prefix string) bool {
-	return name == prefix || strings.HasPrefix(name, strings.TrimSuffix(prefix, "/")+"/")
 }
 
 func bad(cause error, format string, args ...any) error {
