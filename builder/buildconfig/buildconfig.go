@@ -18,37 +18,38 @@ import (
 
 // Config is a build config that can be solved.
 type Config struct {
-	// BuildConfig is as it was sent, but for empty platforms, which are
-	// dropped, and the others, which are normalised.
+	// BuildConfig is what was sent. Platforms are in their one form, each of them
+	// once, and without empty ones.
 	api.BuildConfig
 
 	// References are the image and then the tags, normalised: with a domain
-	// and a tag. Empty when there is no image.
+	// and a tag. There are none if there is no image.
 	References []reference.Named
 
-	// Git is the context's, where it is in a repository.
+	// Git is where the context is in a git repository. Nil if it is not in one.
 	Git *Git
 
 	// Warnings name what was ignored.
 	Warnings []string
 }
 
-// Limits of one config, beside that of its bytes: what each of these costs is more
-// than its length, and a message holds no more of the input than it needs.
+// Limits of one config, beside the limit of its bytes. A key, a platform or a tag costs
+// more than its bytes do, and a message that quotes a path must not grow without end.
 const (
-	maxKeys      = 256 // of an object whose unknown keys are named
+	maxKeys      = 256 // of an object; each unknown one makes a warning
 	maxPlatforms = 64
 	maxTags      = 128
 	maxPlatform  = 255  // bytes
 	maxPath      = 4096 // bytes, of a Dockerfile's path and of a repository's URL
 )
 
-// reserved begins the build arguments that change how the daemon builds, one
-// tenant's cache and another's isolation included.
+// reserved is how the names of those build arguments begin that change how the daemon
+// builds: which cache it uses, and what isolates one tenant from another.
 const reserved = "BUILDKIT_"
 
-// Parse reads one JSON object, in UTF-8. A null, of a key or within one, is nothing at
-// all. Every error is an *api.Error of code bad_config whose message names the key.
+// Parse reads one JSON object in UTF-8 and checks it. A key whose value is null counts as
+// absent, and so does a null in a list or an object. Every error is an *api.Error of code
+// bad_config whose message names the key.
 func Parse(data []byte) (*Config, error) {
 	c := &Config{}
 	err := errUTF16
@@ -67,7 +68,21 @@ func Parse(data []byte) (*Config, error) {
 	return c, nil
 }
 
+// check checks what was read, normalises it, and fills References and Git. It returns the
+// first thing that is wrong.
 func (c *Config) check() error {
+	for _, check := range []func() error{
+		c.checkLists, c.readReferences, c.normalisePlatforms, c.checkBuildArgs, c.checkDockerfile, c.checkContext,
+	} {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkLists checks which of the image and its lists are there, and how long they are.
+func (c *Config) checkLists() error {
 	if c.Image == "" && !c.SkipPush {
 		return bad(nil, "%s: %q is missing; it is required unless skipPush is true", api.ConfigFile, "image")
 	}
@@ -80,20 +95,32 @@ func (c *Config) check() error {
 	if c.Image == "" && len(c.Tags) > 0 {
 		return bad(nil, "%s: %q need an image beside them", api.ConfigFile, "tags")
 	}
-	if c.Image != "" {
-		for i, s := range append([]string{c.Image}, c.Tags...) {
-			key := "image"
-			if i > 0 {
-				key = "tags"
-			}
-			named, err := parseReference(s)
-			if err != nil {
-				return bad(err, "%s: %q %.255q: %v", api.ConfigFile, key, s, err)
-			}
-			c.References = append(c.References, named)
-		}
+	return nil
+}
+
+// readReferences parses the image and the tags.
+func (c *Config) readReferences() error {
+	if c.Image == "" {
+		return nil
 	}
-	var list []string
+	for i, s := range append([]string{c.Image}, c.Tags...) {
+		key := "image"
+		if i > 0 {
+			key = "tags"
+		}
+		ref, err := parseReference(s)
+		if err != nil {
+			return bad(err, "%s: %q %.255q: %v", api.ConfigFile, key, s, err)
+		}
+		c.References = append(c.References, ref)
+	}
+	return nil
+}
+
+// normalisePlatforms brings each platform into its one form, and drops empty ones and those
+// that are there twice.
+func (c *Config) normalisePlatforms() error {
+	var normal []string
 	for _, p := range c.Platforms {
 		if strings.TrimSpace(p) == "" {
 			continue
@@ -105,11 +132,15 @@ func (c *Config) check() error {
 		if err != nil {
 			return bad(err, "%s: %q %q: not a platform such as \"linux/amd64\"", api.ConfigFile, "platforms", p)
 		}
-		if name := platforms.Format(platforms.Normalize(spec)); !slices.Contains(list, name) {
-			list = append(list, name)
+		if name := platforms.Format(platforms.Normalize(spec)); !slices.Contains(normal, name) {
+			normal = append(normal, name)
 		}
 	}
-	c.Platforms = list
+	c.Platforms = normal
+	return nil
+}
+
+func (c *Config) checkBuildArgs() error {
 	for name := range c.BuildArgs {
 		if strings.HasPrefix(strings.ToUpper(name), reserved) {
 			return bad(nil, "%s: %q %.255q: names that begin with %s are reserved", api.ConfigFile, "buildArgs", name, reserved)
@@ -118,12 +149,32 @@ func (c *Config) check() error {
 			return bad(nil, "%s: %q %.255q: not a name", api.ConfigFile, "buildArgs", name)
 		}
 	}
-	if err := checkDockerfile(c.Dockerfile); err != nil {
-		return bad(err, "%s: %q %.255q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
-	}
-	return c.checkContext()
+	return nil
 }
 
+func (c *Config) checkDockerfile() error {
+	if c.Dockerfile == "" {
+		return nil
+	}
+	if err := checkPath(c.Dockerfile); err != nil {
+		return bad(err, "%s: %q %.255q: %v", api.ConfigFile, "dockerfile", c.Dockerfile, err)
+	}
+	return nil
+}
+
+// checkPath wants the path of a file inside the context.
+func checkPath(name string) error {
+	if len(name) > maxPath {
+		return fmt.Errorf("over %d bytes", maxPath)
+	}
+	clean := path.Clean(name)
+	if path.IsAbs(name) || strings.ContainsAny(name, "\x00\\") || clean == "." || clean == ".." || strings.HasPrefix(clean, "../") {
+		return errors.New("not a path inside the context")
+	}
+	return nil
+}
+
+// checkContext checks where the context is, and parses a git one.
 func (c *Config) checkContext() error {
 	if c.Context == nil {
 		return nil
@@ -147,22 +198,6 @@ func (c *Config) checkContext() error {
 func ValidDigest(d string) bool {
 	digits, ok := strings.CutPrefix(d, "sha256:")
 	return ok && len(digits) == 64 && strings.Trim(digits, "0123456789abcdef") == ""
-}
-
-func checkDockerfile(name string) error {
-	if name == "" {
-		return nil
-	}
-	if len(name) > maxPath {
-		return fmt.Errorf("over %d bytes", maxPath)
-	}
-	if path.IsAbs(name) || strings.ContainsAny(name, "\x00\\") {
-		return errors.New("not a path inside the context")
-	}
-	if clean := path.Clean(name); clean == "." || clean == ".." || strings.HasPrefix(clean, "../") {
-		return errors.New("not a path inside the context")
-	}
-	return nil
 }
 
 func bad(cause error, format string, args ...any) error {

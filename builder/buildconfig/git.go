@@ -13,34 +13,52 @@ import (
 	"handler/function/hosts"
 )
 
-// Git is a build context in a git repository, its parts checked.
+// Git is a build context in a git repository. All its parts are checked.
 type Git struct {
 	Scheme string // https or http
-	Host   string // lower-case, with a port unless that is the scheme's own
-	Path   string // of the repository, as a URL has it, with its first slash
-	Ref    string // branch, tag or commit; empty is the repository's default
-	Dir    string // within the repository, clean; empty is its root
+	Host   string // in lower case, with a port unless it is the scheme's default
+	Path   string // of the repository, escaped as in a URL, with its first slash
+	Ref    string // branch, tag or commit; empty for the repository's default
+	Dir    string // within the repository, cleaned; empty for its root
 }
 
-// Remote is the repository's URL.
+// Remote returns the repository's URL.
 func (g *Git) Remote() string { return g.Scheme + "://" + g.Host + g.Path }
 
 var (
-	// Names in other scripts have an ASCII form, which is what is looked up.
+	// A host name in another script has to be in its ASCII form, which is looked up.
 	hostForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$`)
 	pathForm = regexp.MustCompile(`^(/[A-Za-z0-9._~%+-]+)+$`)
 	refForm  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._/+@-]*$`)
 	dirForm  = regexp.MustCompile(`^[^\x00-\x1f\x7f\\:#]+$`)
 )
 
-// parseGit takes https://host/org/repo.git#ref:dir apart. Nothing of the text is
-// used but the parts that are checked here.
+// parseGit parses https://host/org/repo.git#ref:dir. Only the parts that are checked here
+// are used of the text.
 func parseGit(text string) (*Git, error) {
 	if len(text) > maxPath {
 		return nil, fmt.Errorf("over %d bytes", maxPath)
 	}
 	remote, fragment, _ := strings.Cut(text, "#")
-	u, err := url.Parse(remote)
+	g, err := parseRemote(remote)
+	if err != nil {
+		return nil, err
+	}
+	ref, dir, _ := strings.Cut(fragment, ":")
+	if ref != "" && (!refForm.MatchString(ref) || strings.Contains(ref, "..")) {
+		return nil, fmt.Errorf("%q is not a branch, tag or commit", ref)
+	}
+	g.Ref = ref
+	g.Dir, err = parseDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+// parseRemote parses a repository's URL.
+func parseRemote(text string) (*Git, error) {
+	u, err := url.Parse(text)
 	if err != nil {
 		return nil, errors.New("not a URL")
 	}
@@ -52,44 +70,48 @@ func parseGit(text string) (*Git, error) {
 	case u.RawQuery != "" || u.ForceQuery || u.Opaque != "":
 		return nil, errors.New("a URL without a query is wanted")
 	}
-	g := &Git{Scheme: u.Scheme, Path: u.EscapedPath()}
-	if g.Host, err = gitHost(u.Scheme, u.Host); err != nil {
+	host, err := gitHost(u.Scheme, u.Host)
+	if err != nil {
 		return nil, err
 	}
-	// A RawPath is there where the path was escaped in an unusual way.
-	if !pathForm.MatchString(g.Path) || u.RawPath != "" || !dirForm.MatchString(u.Path) || path.Clean(u.Path) != u.Path {
+	escaped := u.EscapedPath()
+	// RawPath is set if the path is escaped in an unusual way.
+	if !pathForm.MatchString(escaped) || u.RawPath != "" || !dirForm.MatchString(u.Path) || path.Clean(u.Path) != u.Path {
 		return nil, fmt.Errorf("%q is not the path of a repository", u.Path)
 	}
-	var dir string
-	g.Ref, dir, _ = strings.Cut(fragment, ":")
-	if g.Ref != "" && (!refForm.MatchString(g.Ref) || strings.Contains(g.Ref, "..")) {
-		return nil, fmt.Errorf("%q is not a branch, tag or commit", g.Ref)
-	}
-	if dir = strings.Trim(dir, "/"); dir != "" {
-		if !dirForm.MatchString(dir) || slices.Contains(strings.Split(dir, "/"), "..") {
-			return nil, fmt.Errorf("%q is not a directory of the repository", dir)
-		}
-		if g.Dir = path.Clean(dir); g.Dir == "." {
-			g.Dir = ""
-		}
-	}
-	return g, nil
+	return &Git{Scheme: u.Scheme, Host: host, Path: escaped}, nil
 }
 
-// gitHost normalises a URL's host, so that equal hosts are equal strings.
+// parseDir cleans the path of a directory in a repository. Empty is the root.
+func parseDir(dir string) (string, error) {
+	dir = strings.Trim(dir, "/")
+	if dir == "" {
+		return "", nil
+	}
+	if !dirForm.MatchString(dir) || slices.Contains(strings.Split(dir, "/"), "..") {
+		return "", fmt.Errorf("%q is not a directory of the repository", dir)
+	}
+	if dir = path.Clean(dir); dir == "." {
+		return "", nil
+	}
+	return dir, nil
+}
+
+// gitHost returns the one form of a URL's host: equal hosts are equal strings.
 func gitHost(scheme, host string) (string, error) {
 	h, err := hosts.Parse(host)
 	if err != nil {
 		return "", err
 	}
-	// An IPv6 address, or a last dot, which git would take for another host.
+	// Refused are IPv6 addresses, and whatever hosts.Parse changes beyond the case: git
+	// would take "host." for another host than "host".
 	if !hostForm.MatchString(h.Name) || h.String() != strings.ToLower(host) {
 		return "", fmt.Errorf("%q is not a host", host)
 	}
 	return h.Without(hosts.DefaultPort(scheme)).String(), nil
 }
 
-// ContextHost normalises an entry of what AllowContext takes.
+// ContextHost parses an entry of AllowContext's. host is in the form of Git.Host.
 func ContextHost(entry string) (scheme, host string, err error) {
 	scheme, host = "https", strings.TrimPrefix(entry, "https://")
 	if rest, ok := strings.CutPrefix(entry, "http://"); ok {
@@ -99,8 +121,8 @@ func ContextHost(entry string) (scheme, host string, err error) {
 	return scheme, host, err
 }
 
-// AllowContext refuses a git context whose host is not among entries: "host" or
-// "host:port" for https, and "http://host:port" where plain http is meant.
+// AllowContext returns an error if the context is in git and its host is not among
+// entries: "host" or "host:port" for https, "http://host:port" for plain http.
 func (c *Config) AllowContext(entries []string) error {
 	if c.Git == nil {
 		return nil
@@ -113,9 +135,9 @@ func (c *Config) AllowContext(entries []string) error {
 	return &api.Error{Code: api.ContextForbidden, Msg: fmt.Sprintf("contexts from %s://%s are not allowed here", c.Git.Scheme, c.Git.Host)}
 }
 
-// GitCredentials finds the user and password for a repository in a file as git's
-// credential store writes it: lines of https://user:password@host, with a path
-// where they are for what is below it alone.
+// GitCredentials returns the user and password for the repository from a file of git's
+// credential store. The file has lines of https://user:password@host, or with a path, and
+// then they are only for repositories at or below it. The first line that fits counts.
 func (g *Git) GitCredentials(file []byte) (user, password string, ok bool) {
 	for line := range strings.Lines(string(file)) {
 		u, err := url.Parse(strings.TrimSpace(line))

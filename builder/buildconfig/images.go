@@ -12,9 +12,9 @@ import (
 	"handler/function/hosts"
 )
 
-// maxDomain is what DNS allows a name with a port, rounded up. The reference
-// library bounds the rest of a reference, 255 bytes of path and 128 of tag, but
-// only when it has matched the whole.
+// maxDomain is the length that DNS allows for a name, rounded up. The reference library
+// bounds the rest of a reference, 255 bytes of path and 128 of tag, but only after it has
+// matched the whole text: so the whole is bounded before.
 const (
 	maxDomain    = 255
 	maxReference = maxDomain + len("/") + 255 + len(":") + 128
@@ -42,9 +42,10 @@ func parseReference(s string) (reference.Named, error) {
 	return reference.TagNameOnly(named), nil
 }
 
-// Allow refuses every reference outside prefixes: repositories such as
-// "ghcr.io/acme" or "docker.io/library/app", normalised, and compared segment
-// by segment. No prefixes allow any.
+// Allow returns an error if a reference is outside all prefixes. A prefix is a normalised
+// repository such as "docker.io/library/app", or the beginning of one, such as
+// "ghcr.io/acme": it allows ghcr.io/acme/app but not ghcr.io/acme2. If there are no
+// prefixes, every reference is allowed.
 func (c *Config) Allow(prefixes []string) error {
 	if len(prefixes) == 0 {
 		return nil
@@ -58,20 +59,20 @@ func (c *Config) Allow(prefixes []string) error {
 	return nil
 }
 
-// Deny refuses every reference to one of the builder's own repositories, normalised,
-// or to one below it: what is built could write there what other builds read.
+// Deny returns an error if a reference is to one of the builder's own repositories, or to
+// one below it: a build could write there what other builds read. own has normalised names.
 func (c *Config) Deny(own []string) error {
 	for _, ref := range c.References {
-		if slices.ContainsFunc(own, func(o string) bool { return within(place(ref.Name()), place(o)) }) {
+		if slices.ContainsFunc(own, func(o string) bool { return within(canonical(ref.Name()), canonical(o)) }) {
 			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is in a repository of the builder's own", ref.String())}
 		}
 	}
 	return nil
 }
 
-// place is a normalised name by the place that it means: with the one form of its
-// host, and without a usual port or Docker Hub's further names.
-func place(name string) string {
+// canonical returns one name for all normalised names that may mean one repository. It is
+// without the ports of http and https, and Docker Hub's host is docker.io.
+func canonical(name string) string {
 	return onHost(name, func(h hosts.Host) string {
 		switch host := h.Without(hosts.DefaultPort("https"), hosts.DefaultPort("http")).String(); host {
 		case "registry-1.docker.io", "index.docker.io":
@@ -82,7 +83,8 @@ func place(name string) string {
 	})
 }
 
-// onHost is name with its host, as far as it is one, written as form has it.
+// onHost returns name with its host in the given form. A name whose first segment is no
+// host stays as it is.
 func onHost(name string, form func(hosts.Host) string) string {
 	host, path, below := strings.Cut(name, "/")
 	h, err := hosts.Parse(host)
@@ -95,6 +97,7 @@ func onHost(name string, form func(hosts.Host) string) string {
 	return form(h) + "/" + path
 }
 
+// within says whether name is prefix or is below it.
 func within(name, prefix string) bool {
 	return name == prefix || strings.HasPrefix(name, strings.TrimSuffix(prefix, "/")+"/")
 }

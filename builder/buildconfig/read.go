@@ -12,13 +12,13 @@ import (
 	"handler/function/api"
 )
 
-// byteOrderMark is what editors and shells put before UTF-8.
+// byteOrderMark is what some editors and shells write before UTF-8.
 const byteOrderMark = "\ufeff"
 
 var errUTF16 = errors.New("it is UTF-16, and UTF-8 is wanted")
 
-// isUTF16 says whether data is, by its byte order mark, or because one half of its first
-// character is zero: JSON begins with ASCII.
+// isUTF16 says whether data is UTF-16. It has a byte order mark then, or one half of its
+// first character is zero, since JSON begins with ASCII.
 func isUTF16(data []byte) bool {
 	if len(data) < 2 {
 		return false
@@ -27,7 +27,7 @@ func isUTF16(data []byte) bool {
 	return first == 0xfe && second == 0xff || first == 0xff && second == 0xfe || (first == 0) != (second == 0)
 }
 
-// fields are the keys of the contract's table, each with what it is read into.
+// fields returns the keys that a config may have, each with what its value is read into.
 func (c *Config) fields() map[string]any {
 	return map[string]any{
 		"image":       &c.Image,
@@ -46,8 +46,8 @@ func (c *Config) fields() map[string]any {
 	}
 }
 
-// object reads the object at path. A key that is not among fields, be it by its case
-// alone, gets a warning.
+// object reads the object at path into fields. For a key that is not among them, it adds a
+// warning. Case matters.
 func (c *Config) object(path string, data []byte, fields map[string]any) error {
 	members, err := objectMembers(data)
 	if err != nil {
@@ -73,6 +73,7 @@ func (c *Config) object(path string, data []byte, fields map[string]any) error {
 	return nil
 }
 
+// field reads value, of the key that messages call name, into a pointer from fields.
 func (c *Config) field(name string, value json.RawMessage, into any) error {
 	if string(value) == "null" {
 		return nil
@@ -103,6 +104,7 @@ func scalar(name string, value json.RawMessage, into any, wanted string) error {
 	return nil
 }
 
+// list reads a list of strings without its nulls.
 func list(name string, value json.RawMessage, into *[]string) error {
 	if value[0] != '[' {
 		return wrongType(name, kind(value[0]), "a list of strings")
@@ -126,6 +128,7 @@ func list(name string, value json.RawMessage, into *[]string) error {
 	return nil
 }
 
+// table reads an object of strings without its nulls.
 func table(name string, value json.RawMessage, into *map[string]string) error {
 	if value[0] != '{' {
 		return wrongType(name, kind(value[0]), "an object of strings")
@@ -139,7 +142,8 @@ func table(name string, value json.RawMessage, into *map[string]string) error {
 				return wrongType(name+"."+key, kinds[key], "a string")
 			}
 		}
-		// Of a key that stands twice the last value counts, also to kinds.
+		// Every value in kinds is good, since kinds has the last value of a key that is
+		// there twice. An earlier one is not.
 		return fmt.Errorf("%q: a key stands twice in it", name)
 	}
 	*into = make(map[string]string, len(elements))
@@ -151,8 +155,8 @@ func table(name string, value json.RawMessage, into *map[string]string) error {
 	return nil
 }
 
-// kind is the first byte of a JSON value, which tells its type. encoding/json's error
-// does not say which element of a list or object has a wrong one.
+// kind is the first byte of a JSON value, which tells its type. A list or an object is read
+// into kinds when an element has the wrong type: encoding/json's error does not say which.
 type kind byte
 
 func (k *kind) UnmarshalJSON(value []byte) error {
@@ -160,6 +164,7 @@ func (k *kind) UnmarshalJSON(value []byte) error {
 	return nil
 }
 
+// isNoText says whether k is neither a string nor null.
 func (k kind) isNoText() bool { return k != '"' && k != 'n' }
 
 func (k kind) String() string {
@@ -180,13 +185,14 @@ func wrongType(name string, k kind, wanted string) error {
 	return fmt.Errorf("%.255q is a JSON %s, not %s", name, k, wanted)
 }
 
+// member is one key of a JSON object with its value.
 type member struct {
 	key   string
 	value json.RawMessage
 }
 
-// objectMembers are data's, in order. A key that stands twice is an error: two
-// readers could take one each.
+// objectMembers returns the members of the JSON object data, in order. It is an error if a
+// key is there twice: another reader could take the other value.
 func objectMembers(data []byte) ([]member, error) {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	tok, err := dec.Token()
@@ -225,6 +231,7 @@ func objectMembers(data []byte) ([]member, error) {
 	return members, nil
 }
 
+// syntax is err of the JSON decoder in words for the client.
 func syntax(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errors.New("the JSON ends too early")
