@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"iter"
 	"maps"
 	"net/url"
 	"slices"
@@ -14,26 +15,27 @@ import (
 )
 
 const (
-	// minValue is the shortest value, and the shortest line of one, that is
-	// masked for itself.
+	// minValue is the length from which a value is masked, and a line of a value, in
+	// bytes.
 	minValue = 8
-	// minPattern is the shortest line that is masked where a value of minValue
-	// bytes has only short ones, as a password of 7 bytes and a newline has.
+	// minPattern is the length from which a line is masked if its value has only lines
+	// shorter than minValue. A password of 7 bytes with a newline is such a value.
 	minPattern = 4
-	// maxPattern bounds how much of a line a Stream must see beyond a cut, and
-	// how much of a long value can be shown when only a part of it is printed.
+	// maxPattern is how long a pattern can be. A Stream must see as much of a line
+	// beyond a cut. If only a part of a long value is printed, up to as much of it can
+	// be shown.
 	maxPattern = 256
-	// maxEncoded is how many bytes of values are looked for in hex, URLs and JSON
-	// too, and by each line's own base64. These forms take up to a hundred times
-	// the value's size; the others take ten.
+	// maxEncoded is how many bytes of values are also masked in hex, URLs and JSON, and
+	// by the base64 of each line. These forms take up to a hundred times the value's
+	// size; the others take ten times.
 	maxEncoded = 64 << 10
 )
 
-// patterns returns the texts to mask, each of minPattern to maxPattern bytes,
-// in no order and some of them twice.
+// patterns returns the texts to mask, each of minPattern to maxPattern bytes. They are in
+// no order, and some may be there twice.
 func patterns(values map[string][]byte) []string {
-	// The shortest come first: passwords and tokens, which end up in URLs and
-	// JSON more often than what is long.
+	// The shortest values come first. They are passwords and tokens, which are put into
+	// URLs and JSON more often than long values are.
 	sorted := slices.SortedFunc(maps.Values(values), func(a, b []byte) int {
 		return cmp.Or(cmp.Compare(len(a), len(b)), bytes.Compare(a, b))
 	})
@@ -51,82 +53,132 @@ func patterns(values map[string][]byte) []string {
 
 type patternSet []string
 
+// addValue adds the patterns of one value. The forms that addEncoded adds, and the base64
+// of each line, are among them only with allForms.
 func (ps *patternSet) addValue(v []byte, allForms bool) {
-	sources := [][]byte{v}
-	// A shell's $(cat …) drops trailing newlines.
-	if t := bytes.TrimRight(v, "\r\n"); len(t) < len(v) && len(t) >= minValue {
-		sources = append(sources, t)
+	ps.addLines(v)
+	for _, text := range encodedTexts(v, allForms) {
+		ps.addBase64(text)
+		if allForms {
+			ps.addEncoded(text)
+		}
 	}
+}
+
+// addLines adds each line of v as it is, if it is long enough. If none is, it adds the
+// short ones.
+func (ps *patternSet) addLines(v []byte) {
 	var short [][]byte
 	long := false
-	for line := range bytes.SplitSeq(v, []byte("\n")) {
-		line = bytes.TrimSuffix(line, []byte("\r"))
-		trimmed := bytes.TrimSpace(line)
-		if bytes.IndexByte(line, '\r') >= 0 {
-			sources = ps.addReturned(sources, line, allForms)
+	for line := range linesOf(v) {
+		for state := range statesOf(line) {
+			ps.addText(state)
 		}
-		switch {
-		case len(trimmed) >= minValue:
-			ps.addText(trimmed)
-		case len(line) >= minValue && len(trimmed) > 0:
-			ps.addText(line)
-		default:
-			short = append(short, trimmed)
-			continue
-		}
-		long = true
-		if allForms && len(line) < len(v) {
-			sources = append(sources, line)
-		}
-		if allForms && len(trimmed) < len(line) && len(trimmed) >= minValue {
-			sources = append(sources, trimmed)
+		if text := longText(line); text != nil {
+			ps.addText(text)
+			long = true
+		} else {
+			short = append(short, bytes.TrimSpace(line))
 		}
 	}
 	if !long {
-		for _, line := range short {
-			ps.addText(line)
-		}
-	}
-	for _, s := range sources {
-		ps.addBase64(s)
-		if allForms {
-			ps.addEncoded(s)
+		for _, text := range short {
+			ps.addText(text)
 		}
 	}
 }
 
-// addReturned adds the parts of a line between its carriage returns, which a
-// Stream takes for lines, and returns sources with those to encode.
-func (ps *patternSet) addReturned(sources [][]byte, line []byte, allForms bool) [][]byte {
-	for part := range bytes.SplitSeq(line, []byte("\r")) {
-		part = bytes.TrimSpace(part)
-		ps.addText(part)
-		if allForms && len(part) >= minValue {
-			sources = append(sources, part)
+// encodedTexts returns the texts whose encodings are masked: v and, with allForms, its
+// lines.
+func encodedTexts(v []byte, allForms bool) [][]byte {
+	texts := [][]byte{v}
+	// A shell's $(cat …) drops newlines at the end.
+	if t := bytes.TrimRight(v, "\r\n"); len(t) < len(v) && len(t) >= minValue {
+		texts = append(texts, t)
+	}
+	if !allForms {
+		return texts
+	}
+	for line := range linesOf(v) {
+		for state := range statesOf(line) {
+			if len(state) >= minValue {
+				texts = append(texts, state)
+			}
+		}
+		text := longText(line)
+		if text == nil {
+			continue
+		}
+		if len(line) < len(v) {
+			texts = append(texts, line)
+		}
+		if len(text) < len(line) {
+			texts = append(texts, text)
 		}
 	}
-	return sources
+	return texts
 }
 
-// addText adds a line as it looks when it has been sanitised. Its first and
-// last bytes can be part of a rune or a sequence with what is printed around
-// it: the line is added without them too.
-func (ps *patternSet) addText(line []byte) {
-	whole, _ := sanitize(nil, line, true)
+// linesOf yields the lines of v without their ends.
+func linesOf(v []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for line := range bytes.SplitSeq(v, []byte("\n")) {
+			if !yield(bytes.TrimSuffix(line, []byte("\r"))) {
+				return
+			}
+		}
+	}
+}
+
+// statesOf yields what stands between the carriage returns of a line, without the space
+// around it: a Stream shows it as lines. It yields nothing if there is no carriage return.
+func statesOf(line []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		if bytes.IndexByte(line, '\r') < 0 {
+			return
+		}
+		for state := range bytes.SplitSeq(line, []byte("\r")) {
+			if !yield(bytes.TrimSpace(state)) {
+				return
+			}
+		}
+	}
+}
+
+// longText returns the text by which a line is masked: without the space around it or, if
+// it is too short then, with it. It is nil if the line is too short for both.
+func longText(line []byte) []byte {
+	trimmed := bytes.TrimSpace(line)
+	switch {
+	case len(trimmed) >= minValue:
+		return trimmed
+	case len(line) >= minValue && len(trimmed) > 0:
+		return line
+	}
+	return nil
+}
+
+// addText adds a text as sanitize shows it. Its first and last bytes may become one rune
+// or one escape sequence with what is printed around it: the text is added without such
+// bytes too.
+func (ps *patternSet) addText(text []byte) {
+	whole, _ := sanitize(nil, text, true)
 	ps.addPieces(string(whole), minPattern)
-	inner := line
+	inner := text
 	for len(inner) > 0 && !utf8.RuneStart(inner[0]) {
 		inner = inner[1:]
 	}
-	part, _ := sanitize(nil, inner, false)
-	if len(part) < len(whole) {
-		ps.addPieces(string(part), minPattern)
+	inside, _ := sanitize(nil, inner, false)
+	if len(inside) < len(whole) {
+		ps.addPieces(string(inside), minPattern)
 	}
 }
 
-// addBase64 adds what the base64 of any text that v is a part of has of v
-// alone. It depends on how many bytes before v the text has, modulo 3: by two
-// or three characters' worth of bits, the first and the last are shared.
+// addBase64 adds what is v's in the base64 of every text that has v in it. A character of
+// base64 has 6 bits. So the characters depend on how many bytes are before v, modulo 3, and
+// the first and the last can have bits of what is around v. They are left out. Example: the
+// base64 of "x"+v begins with two characters that have bits of x, and the patterns begin
+// with the third.
 func (ps *patternSet) addBase64(v []byte) {
 	for _, enc := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding} {
 		for before := range 3 {
@@ -138,7 +190,8 @@ func (ps *patternSet) addBase64(v []byte) {
 			if before > 0 {
 				continue
 			}
-			// The end of v's own base64, with and without padding.
+			// What follows is v's own base64: its end, with and without padding, and
+			// its lines where it is wrapped.
 			raw := strings.TrimRight(s, "=")
 			ps.addPiece(s[max(0, len(s)-maxPattern):], minValue)
 			ps.addPiece(raw[max(0, len(raw)-maxPattern):], minValue)
@@ -153,8 +206,8 @@ func (ps *patternSet) addBase64(v []byte) {
 	}
 }
 
-// addEncoded adds the forms that v has inside other texts. Most values have but
-// one in all of them.
+// addEncoded adds the forms that v has in hex, URLs and JSON. For most values, those of
+// URLs and JSON are all the same.
 func (ps *patternSet) addEncoded(v []byte) {
 	h := hex.EncodeToString(v)
 	query := url.QueryEscape(string(v))
@@ -184,11 +237,11 @@ func (ps *patternSet) addEncoded(v []byte) {
 	}
 }
 
-// unreserved undoes what url.QueryEscape does beyond RFC 2396.
+// unreserved turns back what url.QueryEscape escapes and RFC 2396 does not.
 var unreserved = strings.NewReplacer("%21", "!", "%27", "'", "%28", "(", "%29", ")", "%2A", "*")
 
-// addPieces adds s in pieces of at most maxPattern bytes, of which the last
-// overlaps the one before it so as not to be short.
+// addPieces adds s in pieces of at most maxPattern bytes, if it has least bytes or more.
+// The last piece overlaps the one before it, so that it is not short.
 func (ps *patternSet) addPieces(s string, least int) {
 	for len(s) > maxPattern {
 		n := runeStart(s, maxPattern)
