@@ -6,27 +6,27 @@ import (
 	"strings"
 )
 
-// keyLen bytes at the start of each pattern find it in the index.
+// keyLen is how many of a pattern's first bytes are its key in the index.
 const keyLen = minPattern
 
-// index finds any of many patterns in a text. The patterns are sorted, so that
-// all that begin with one key are neighbours, and one binary search among these
-// finds the longest that a text begins with: the time depends little on how
-// many there are, whatever the text.
+// index finds any of many patterns in a text. The patterns are sorted, so that those with
+// one key are neighbours. A binary search among them finds the longest that a text begins
+// with. So the time depends little on the number of patterns, whatever the text.
 type index struct {
 	patterns []string
-	// prefix is, for each pattern, the longest other pattern that it begins
-	// with, or -1.
+	// prefix is, for each pattern, the longest other pattern that it begins with, or -1.
 	prefix []int32
+	// ranges are, by key, the first of the patterns and the one after the last.
 	ranges map[uint32][2]int32
-	// filter has a bit set for each key's hash. It is sized to be mostly zero
-	// and to stay in the cache, as nearly every byte of a text ends here.
+	// filter has a bit for each hash of a key. Nearly every byte of a text gets no
+	// further, so that it is sized to be mostly zero and to stay in the processor's
+	// cache.
 	filter []uint64
 	shift  uint
 }
 
-// newIndex returns nil, which matches nothing, if there are no patterns. All of
-// them must have keyLen bytes or more.
+// newIndex returns an index of patterns, each of keyLen bytes or more. It sorts them. It
+// returns nil, which matches nothing, if there are none.
 func newIndex(patterns []string) *index {
 	if len(patterns) == 0 {
 		return nil
@@ -45,8 +45,9 @@ func newIndex(patterns []string) *index {
 	ix.filter = make([]uint64, 1<<bits/64)
 	ix.shift = 32 - min(bits, 32)
 	for i, p := range patterns {
-		// A pattern's prefixes come before it, and what lies between them
-		// begins with them too.
+		// A pattern that p begins with is sorted before p, and all patterns between the
+		// two begin with it too. So the longest one is the pattern before p, or one that
+		// that pattern begins with.
 		j := int32(i) - 1
 		for j >= 0 && !strings.HasPrefix(p, patterns[j]) {
 			j = ix.prefix[j]
@@ -80,14 +81,14 @@ func (ix *index) mask(text []byte) []byte {
 	return out
 }
 
-// appendMasked appends text[:n] to dst with a mask for each run of bytes that
-// are part of a match, the first hidden bytes among them. A match may reach
-// beyond n: it returns by how much.
+// appendMasked appends text[:n] to dst, with one mask for each run of bytes that matches
+// cover. The first hidden bytes of text count as covered. If the last match reaches beyond
+// n, the second result says by how many bytes.
 func (ix *index) appendMasked(dst, text []byte, n, hidden int) ([]byte, int) {
 	if ix == nil {
 		return append(dst, text[:n]...), 0
 	}
-	end := hidden // of the last run
+	end := hidden // of the last run of matches
 	if hidden > 0 {
 		dst = append(dst, mask...)
 	}
@@ -113,15 +114,15 @@ func (ix *index) appendMasked(dst, text []byte, n, hidden int) ([]byte, int) {
 	return dst, end - n
 }
 
-// match returns the length of the longest pattern that text, which begins with
-// key, begins with, or 0.
+// match returns the length of the longest pattern that text begins with, or 0. key is the
+// key of text.
 func (ix *index) match(key uint32, text []byte) int {
 	r, ok := ix.ranges[key]
 	if !ok {
 		return 0
 	}
-	// The last pattern that is not greater than text begins with every pattern
-	// that text begins with.
+	// Every pattern that text begins with is also the beginning of the last pattern that
+	// is not greater than text.
 	i, end := r[0], r[1]
 	for i < end {
 		mid := i + (end-i)/2
@@ -145,8 +146,8 @@ func (ix *index) match(key uint32, text []byte) int {
 	return len(ix.patterns[i])
 }
 
-// begun returns the length of the longest end of text that a pattern begins with,
-// of keyLen bytes and more, and that is not all of one.
+// begun returns the length of the longest end of text with which a longer pattern begins, or
+// 0. Ends shorter than keyLen bytes do not count.
 func (ix *index) begun(text []byte) int {
 	if ix == nil {
 		return 0

@@ -6,35 +6,37 @@ import (
 )
 
 var (
-	// inText is the beginning of a URL and what follows without a space, which may
-	// be further URLs. Its slashes may be escaped as in JSON, or as in a query.
+	// inText matches a URL and what follows it without a space, which may have other
+	// URLs in it. The "://" may be escaped as in JSON or as in a query.
 	inText = regexp.MustCompile(`([A-Za-z][A-Za-z0-9+.-]*)(:\\?/\\?/|(?i:%(?:25)*3a%(?:25)*2f%(?:25)*2f))([^\s"<>]*)`)
 
-	// user is what stands before a URL's host: also where a slash in a password
-	// makes it seem a path.
+	// user matches the user name and password before a URL's host. A password may have a
+	// slash in it, so that the host seems to be before the slash.
 	user = regexp.MustCompile(`^(?:[^/\\?#]*@|[^/\\?#@:\[]*:[0-9]*[^/\\?#@0-9][^?#@]*@)`)
 
-	// extra is a URL's query, or a fragment with a value: that of a git repository
-	// is a branch.
+	// extra matches a URL's query, or a fragment with a value. Other fragments stay: that
+	// of a git repository is a branch.
 	extra = regexp.MustCompile(`\?.*|#[^?]*=.*`)
 
-	// pathQuery is a query after a path whose host is left out, as in a redirect.
+	// pathQuery matches a path and a query without a host before them, as in a redirect.
 	pathQuery = regexp.MustCompile(`(/[^\s"?<>]*)\?([^\s"?&=<>]+=[^\s"<>]*)`)
 
-	// signing are the parameters of AWS, Google, Azure and CloudFront that are as
-	// good as a password, where they stand outside of what is taken for a URL.
+	// signing matches those parameters of AWS, Google, Azure and CloudFront that are as
+	// good as a password. They may be outside of what the other patterns match.
 	signing = regexp.MustCompile(`(?i)\b((?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig)(?:=|%3d))[^\s"&<>]+`)
 
-	// escaped are the bytes that part a URL, in one that is escaped itself.
-	escaped = regexp.MustCompile(`(?i)%(?:25)*(2f|3a|3f|40|23)`)
-	parting = map[string]string{"2f": "/", "3a": ":", "3f": "?", "40": "@", "23": "#"}
+	// escaped matches the delimiters of a URL that is itself escaped in a query, once
+	// or more often; delimiters has them by their hex digits.
+	escaped    = regexp.MustCompile(`(?i)%(?:25)*(2f|3a|3f|40|23)`)
+	delimiters = map[string]string{"2f": "/", "3a": ":", "3f": "?", "40": "@", "23": "#"}
 )
 
-// closing is what may follow a URL in a sentence, or in a text that quotes it.
+// closing are the characters that may follow a URL in a sentence, or in a text that quotes
+// it.
 const closing = `\:'),.;]}`
 
-// URLs leaves out of text what may be secret in its URLs: their queries, since a
-// registry's storage is asked with signed ones, and their users.
+// URLs returns text without what may be secret in its URLs: user names, passwords, and
+// queries, since a signed query gives access to a registry's storage.
 func URLs(text string) string {
 	if !strings.ContainsAny(text, "?#@=%") {
 		return text
@@ -46,10 +48,12 @@ func URLs(text string) string {
 	return signing.ReplaceAllString(text, "${1}"+mask)
 }
 
-// maxNested is how deep URLs are looked for in URLs, as a proxy's has the one that it was
-// asked for. What is deeper is left out: each level is another reading of the rest.
+// maxNested is how deep URLs are looked for in URLs: a proxy's may have the URL that it was
+// asked for. Deeper ones are masked. Each level reads the rest of the text once more.
 const maxNested = 4
 
+// cutURLs cuts users and queries out of the URLs in text, and of those in these, nested
+// levels deep.
 func cutURLs(text string, nested int) string {
 	if nested == 0 && inText.MatchString(text) {
 		return mask
@@ -58,7 +62,7 @@ func cutURLs(text string, nested int) string {
 		m := inText.FindStringSubmatch(s)
 		rest := m[3]
 		if strings.HasPrefix(m[2], "%") {
-			rest = escaped.ReplaceAllStringFunc(rest, func(e string) string { return parting[strings.ToLower(e[len(e)-2:])] })
+			rest = escaped.ReplaceAllStringFunc(rest, func(e string) string { return delimiters[strings.ToLower(e[len(e)-2:])] })
 		}
 		rest = user.ReplaceAllLiteralString(rest, "")
 		if at := extra.FindStringIndex(rest); at != nil {
@@ -68,5 +72,5 @@ func cutURLs(text string, nested int) string {
 	})
 }
 
-// ending is the end of s that belongs to the text around a URL.
+// ending returns the end of s that belongs to the text around a URL.
 func ending(s string) string { return s[len(strings.TrimRight(s, closing)):] }
