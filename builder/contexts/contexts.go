@@ -1,7 +1,7 @@
-// Package contexts keeps build contexts that are sent ahead of their builds, by
-// digest, in a repository of an OCI registry: every installation has one, and
-// every replica reaches it. A context is the one layer of a small image, whose
-// tag keeps the registry from collecting it.
+// Package contexts keeps the build contexts that are sent ahead of their builds, by
+// digest. It keeps them in a repository of an OCI registry: every installation has a
+// registry, and every replica reaches it. A context is the only layer of an image. The
+// image's tag keeps the registry from collecting the layer as garbage.
 package contexts
 
 import (
@@ -34,40 +34,43 @@ import (
 
 // Config says where contexts are kept. All fields are needed.
 type Config struct {
-	// Repository is such as registry.example.com/builder/contexts. Plain http is
-	// spoken to loopback, and to a registry that is named with http:// before it.
+	// Repository has the form registry.example.com/builder/contexts. The registry is
+	// asked over plain http if it is on loopback, or if http:// is written before its
+	// name.
 	Repository string
 	MaxAge     time.Duration // after which a context is deleted
 
-	// Login is asked before each use of the registry.
+	// Login returns the credentials for the repository. It is called before each use
+	// of the registry.
 	Login func(ctx context.Context, host, repository string) (authn.AuthConfig, error)
-	// RootCAs check the registry's certificate; nil is the system's.
+	// RootCAs returns the CAs that the registry's certificate is checked against. Nil
+	// stands for the system's. Its errors are *api.Error.
 	RootCAs func(host string) (*x509.CertPool, error)
 
 	Log zerolog.Logger
 }
 
-// Store is the repository.
+// Store keeps contexts in one repository.
 type Store struct {
-	cfg   Config
-	repo  name.Repository
-	plain bool
-	stall time.Duration // stallTimeout, but in tests
+	cfg       Config
+	repo      name.Repository
+	plainHTTP bool
+	stall     time.Duration // stallTimeout, except in tests
 }
 
-// New checks cfg and asks nobody.
+// New checks cfg. It sends no request.
 func New(cfg Config) (*Store, error) {
 	s := &Store{cfg: cfg, stall: stallTimeout}
-	text, plain := strings.CutPrefix(cfg.Repository, "http://")
+	text, plainHTTP := strings.CutPrefix(cfg.Repository, "http://")
 	var opts []name.Option
-	if plain {
+	if plainHTTP {
 		opts = append(opts, name.Insecure)
 	}
 	repo, err := name.NewRepository(text, append(opts, name.StrictValidation)...)
 	if err != nil {
 		return nil, fmt.Errorf("parsing context_repository: %w", err)
 	}
-	s.repo, s.plain = repo, plain || isLoopback(repo.RegistryStr())
+	s.repo, s.plainHTTP = repo, plainHTTP || isLoopback(repo.RegistryStr())
 	return s, nil
 }
 
@@ -84,19 +87,20 @@ const (
 	created   = "org.opencontainers.image.created"
 
 	requestTimeout  = time.Minute
-	transferTimeout = 30 * time.Minute // of a context to the registry, or of a sweep
-	stallTimeout    = time.Minute      // of a context on its way to a build, without a byte
+	transferTimeout = 30 * time.Minute // of sending a context to the registry, and of a sweep
+	stallTimeout    = time.Minute      // of reading a context: the longest time without a byte
 )
 
-// ownTag is what tag makes. Others in the repository, such as signatures, are not
-// this Store's to delete.
+// ownTag matches the tags that tag makes. A sweep leaves the others in the repository,
+// such as those of signatures.
 var ownTag = regexp.MustCompile("^sha256-[0-9a-f]{64}$")
 
 func (s *Store) tag(digest string) name.Tag {
 	return s.repo.Tag("sha256-" + strings.TrimPrefix(digest, "sha256:"))
 }
 
-// options are for the requests of one call. close ends their connections.
+// options returns the options for the requests of one call. close closes their idle
+// connections. Every error is an *api.Error.
 func (s *Store) options(ctx context.Context) (opts []remote.Option, close func(), err error) {
 	host := s.repo.RegistryStr()
 	auth, err := s.cfg.Login(ctx, host, s.repo.RepositoryStr())
@@ -113,26 +117,26 @@ func (s *Store) options(ctx context.Context) (opts []remote.Option, close func()
 	return []remote.Option{
 		remote.WithContext(ctx),
 		remote.WithAuth(authn.FromConfig(auth)),
-		remote.WithTransport(&transportOf{t, s.plain}),
+		remote.WithTransport(&httpGuard{t, s.plainHTTP}),
 	}, t.CloseIdleConnections, nil
 }
 
-// transportOf refuses plain http where it was not asked for: the library tries it
-// with every registry on a private address.
-type transportOf struct {
+// httpGuard refuses plain http unless it is allowed: the library tries it with every
+// registry on a private address.
+type httpGuard struct {
 	http.RoundTripper
-	plain bool
+	allowed bool
 }
 
-func (t *transportOf) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme != "https" && !t.plain {
+func (t *httpGuard) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "https" && !t.allowed {
 		return nil, fmt.Errorf("the registry is asked over plain http, and context_repository does not begin with http://")
 	}
 	return t.RoundTripper.RoundTrip(req)
 }
 
-// Has says that a context is there and will be for half of MaxAge yet, so that a
-// build may wait in a queue for that long. Every error is an *api.Error.
+// Has says whether a context is there and stays for at least half of MaxAge, so that its
+// build may wait in a queue for as long. Every error is an *api.Error.
 func (s *Store) Has(ctx context.Context, digest string) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -151,7 +155,7 @@ func (s *Store) Has(ctx context.Context, digest string) (bool, error) {
 	return age < s.cfg.MaxAge/2, nil
 }
 
-// manifest returns a tag's manifest and its age.
+// manifest returns the digest of a tag's manifest, and the age of its context.
 func (s *Store) manifest(tag name.Tag, opts []remote.Option) (v1.Hash, time.Duration, error) {
 	desc, err := remote.Get(tag, opts...)
 	if err != nil {
@@ -172,8 +176,9 @@ func (s *Store) manifest(tag name.Tag, opts []remote.Option) (v1.Hash, time.Dura
 	return desc.Digest, time.Since(at), nil
 }
 
-// Put stores a context whose bytes open reads, or makes one that is there young
-// again. What open reads must have the digest. Every error is an *api.Error.
+// Put stores a context. If it is there already, its age begins anew. open returns a reader
+// of its bytes, whose digest must be digest. It may be called more than once. Every error is
+// an *api.Error.
 func (s *Store) Put(ctx context.Context, digest string, size int64, open func() io.Reader) error {
 	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
 	defer cancel()
@@ -196,14 +201,14 @@ func (s *Store) Put(ctx context.Context, digest string, size int64, open func() 
 		return registryError(err)
 	}
 	if now, err := annotated.Digest(); err == nil && old != (v1.Hash{}) && old != now {
-		// Its blobs are the new one's too. Whether this may be deleted is the
-		// registry's choice.
+		// The old manifest has no tag now, and its layer is the new one's too. A
+		// registry that does not delete it only keeps some bytes more.
 		remote.Delete(s.repo.Digest(old.String()), opts...)
 	}
 	return nil
 }
 
-// layer is a context as go-containerregistry uploads it.
+// layer is a context in the form in which go-containerregistry uploads it.
 type layer struct {
 	hash v1.Hash
 	size int64
@@ -217,10 +222,12 @@ func (l *layer) Uncompressed() (io.ReadCloser, error) { return io.NopCloser(l.op
 func (l *layer) Size() (int64, error)                 { return l.size, nil }
 func (l *layer) MediaType() (types.MediaType, error)  { return mediaType, nil }
 
-// Open streams a context within ctx, and no longer than its registry sends
-// something every minute. The caller checks what it reads, and closes it. Every
-// error of Open is an *api.Error. So are those of Read that ctx's cause or silence
-// made; others are the transport's.
+// Open returns a reader of a context. Reading ends when ctx does, and when the registry has
+// sent nothing for a minute. The caller must compare what it reads with the digest, and
+// close the reader.
+//
+// Every error of Open is an *api.Error. So is an error of Read because of the minute, or
+// because of ctx if its cause is one. Other errors of Read are the transport's.
 func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	opts, done, err := s.options(ctx)
@@ -228,7 +235,7 @@ func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) 
 		cancel(nil)
 		return nil, err
 	}
-	r := &stream{ctx: ctx, stall: s.stall}
+	r := &transfer{ctx: ctx, stall: s.stall}
 	r.silence = time.AfterFunc(s.stall, func() {
 		cancel(&api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry of contexts has sent nothing for %v", s.stall)})
 	})
@@ -248,8 +255,8 @@ func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) 
 	return r, nil
 }
 
-// stream is a context on its way.
-type stream struct {
+// transfer is a context that is read from the registry.
+type transfer struct {
 	body    io.ReadCloser
 	ctx     context.Context
 	stall   time.Duration
@@ -257,32 +264,34 @@ type stream struct {
 	end     func()
 }
 
-func (s *stream) Read(p []byte) (int, error) {
-	s.silence.Reset(s.stall)
-	n, err := s.body.Read(p)
-	// What follows is the reader's time.
-	s.silence.Stop()
-	return n, s.because(err)
+func (t *transfer) Read(p []byte) (int, error) {
+	t.silence.Reset(t.stall)
+	n, err := t.body.Read(p)
+	// The time until the next Read is the reader's, not the registry's.
+	t.silence.Stop()
+	return n, t.because(err)
 }
 
-// because is err, or why this Store ended the transfer.
-func (s *stream) because(err error) error {
-	if why, ok := errors.AsType[*api.Error](context.Cause(s.ctx)); ok && err != nil && err != io.EOF {
+// because returns err or, if the transfer's context was ended by an *api.Error, that with
+// err as its cause.
+func (t *transfer) because(err error) error {
+	if why, ok := errors.AsType[*api.Error](context.Cause(t.ctx)); ok && err != nil && err != io.EOF {
 		return &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
 	}
 	return err
 }
 
-func (s *stream) Close() error {
-	err := s.body.Close()
-	s.end()
+func (t *transfer) Close() error {
+	err := t.body.Close()
+	t.end()
 	return err
 }
 
-// errNoDeletion is of a registry that keeps everything.
+// errNoDeletion means that the registry does not let the builder delete.
 var errNoDeletion = errors.New("the registry deletes nothing")
 
-// Run deletes what is too old, now and then, until ctx ends.
+// Run deletes contexts older than MaxAge, until ctx ends: every hour or so, and once a day
+// if the registry does not let it.
 func (s *Store) Run(ctx context.Context) {
 	for {
 		wait := min(time.Hour, s.cfg.MaxAge/2)
@@ -296,7 +305,7 @@ func (s *Store) Run(ctx context.Context) {
 		} else if err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn().Err(err).Msg("deleting old contexts")
 		}
-		// Replicas that start together shall not all ask at once.
+		// Replicas that start together must not all ask at once.
 		wait += rand.N(wait/4 + 1)
 		select {
 		case <-ctx.Done():
@@ -306,7 +315,8 @@ func (s *Store) Run(ctx context.Context) {
 	}
 }
 
-// sweep deletes what is too old. Its error tells what could not be.
+// sweep deletes contexts older than MaxAge. If some cannot be read or deleted, it goes on
+// with the others, and its error has their number and the first failure.
 func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
 	defer cancel()
@@ -322,7 +332,6 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("listing contexts: %w", err)
 	}
-	// One that the registry fails at does not keep the others.
 	var failed int
 	var first error
 	for _, t := range tags {
@@ -361,6 +370,7 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	return deleted, nil
 }
 
+// statusOf returns the status of the registry's answer, or 0 if err is about something else.
 func statusOf(err error) int {
 	if e, ok := errors.AsType[*transport.Error](err); ok {
 		return e.StatusCode
@@ -370,6 +380,7 @@ func statusOf(err error) int {
 
 func isMissing(err error) bool { return statusOf(err) == http.StatusNotFound }
 
+// registryError makes err of a request one for the client.
 func registryError(err error) error {
 	if e, ok := errors.AsType[*api.Error](err); ok {
 		return e
@@ -378,8 +389,8 @@ func registryError(err error) error {
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		return &api.Error{Code: api.RegistryDenied, Msg: "the registry of contexts refuses the builder", Err: err}
 	case status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:
-	// 400 is what a TLS server says to plain HTTP, which is tried where its CA is not
-	// known.
+	// A TLS server answers plain http with 400, and the library tries plain http if it
+	// does not know the server's CA. Hence 400 is no refusal.
 	case status > 400 && status < 500:
 		return &api.Error{Code: api.RegistryDenied, Msg: fmt.Sprintf("the registry of contexts refuses this with status %d", status), Err: err}
 	}
