@@ -18,11 +18,10 @@ import (
 	"github.com/awslabs/amazon-ecr-credential-helper/ecr-login/api"
 )
 
-// The helper's own client takes no context, swallows errors and keeps tokens in
-// a file: of it, only what a registry's name means is used, and the SDK for the
-// rest.
+// The client of Amazon's helper takes no context, swallows errors and keeps tokens in a
+// file. Only its parser of registry names is used here; the SDK does the rest.
 
-// publicRegion is the only one that has the API of public.ecr.aws.
+// publicRegion is the only region that has the API of public.ecr.aws.
 const publicRegion = "us-east-1"
 
 func isAmazon(host string) bool {
@@ -30,8 +29,8 @@ func isAmazon(host string) bool {
 	return err == nil
 }
 
-// amazonKey is the region's: a token is good for all registries there that the
-// role may use, of other accounts as well.
+// amazonKey returns one key for each region: a token is good for all registries of its
+// region that the role may use, also those of other accounts.
 func amazonKey(host string) string {
 	reg, err := api.ExtractRegistry(strings.ToLower(host))
 	if err != nil {
@@ -48,8 +47,8 @@ func amazonRegistry(host string) (*api.Registry, error) {
 	return reg, nil
 }
 
-// amazonConfig is read anew each time: the files that it names may have
-// changed.
+// amazonConfig reads the configuration anew each time: the files that the environment names
+// may have changed.
 func amazonConfig(ctx context.Context, reg *api.Registry) (aws.Config, error) {
 	region := reg.Region
 	if reg.Service == api.ServiceECRPublic {
@@ -91,9 +90,8 @@ func (c *Clouds) amazon(ctx context.Context, host string) (Credentials, error) {
 			token, creds.expires = data.AuthorizationToken, aws.ToTime(data.ExpiresAt)
 		}
 	}
-	// The decoder's error would quote the token.
-	plain, err := base64.StdEncoding.DecodeString(aws.ToString(token))
-	user, password, ok := strings.Cut(string(plain), ":")
+	decoded, err := base64.StdEncoding.DecodeString(aws.ToString(token))
+	user, password, ok := strings.Cut(string(decoded), ":")
 	if err != nil || !ok || user == "" || password == "" {
 		return Credentials{}, errors.New("the answer holds no authorization token")
 	}
@@ -101,9 +99,9 @@ func (c *Clouds) amazon(ctx context.Context, host string) (Credentials, error) {
 	return creds, nil
 }
 
-// CreateRepository makes a repository in ECR where it is missing. Of the public
-// registry it makes none. That a repository could not be looked for is no
-// error: the push will tell.
+// CreateRepository creates a repository in ECR if it is missing, but none in the public
+// registry. If it cannot find out whether the repository is missing, that is no error: the
+// push will tell.
 func (c *Clouds) CreateRepository(ctx context.Context, host, repository string) error {
 	reg, err := amazonRegistry(host)
 	if err != nil || reg.Service != api.ServiceECR {
@@ -136,7 +134,8 @@ func (c *Clouds) CreateRepository(ctx context.Context, host, repository string) 
 	return nil
 }
 
-// createRepository says whether the repository is there now.
+// createRepository looks for the repository, creates it if it is missing, and says whether
+// it is there now.
 func (c *Clouds) createRepository(ctx context.Context, reg *api.Registry, repository string) (there bool, err error) {
 	log := c.cfg.Log.With().Str("registry", reg.ID).Str("region", reg.Region).Str("repository", repository).Logger()
 	cfg, err := amazonConfig(ctx, reg)
@@ -145,15 +144,15 @@ func (c *Clouds) createRepository(ctx context.Context, reg *api.Registry, reposi
 		return false, nil
 	}
 	client := ecr.NewFromConfig(cfg)
-	// Creating one that is there takes a right to create it, and a role may lack
-	// that where it has others' repositories to push to.
+	// The repository is looked for first: a role that may push to it may lack the right to
+	// create it.
 	_, err = client.DescribeRepositories(ctx, &ecr.DescribeRepositoriesInput{
 		RegistryId: &reg.ID, RepositoryNames: []string{repository},
 	})
 	if err == nil {
 		return true, nil
 	}
-	// Without the right to look, creating it tells.
+	// A role may lack the right to look, too. Then creating it tells whether it is there.
 	if missing := new(types.RepositoryNotFoundException); !errors.As(err, &missing) && !errors.Is(amazonError(err), ErrRefused) {
 		log.Warn().Str("error", amazonError(c.late(ctx, err)).Error()).Msg("cannot look for the repository")
 		return false, nil
@@ -169,11 +168,11 @@ func (c *Clouds) createRepository(ctx context.Context, reg *api.Registry, reposi
 	return true, nil
 }
 
-// amazonError leaves of an SDK's error what is not a URL.
+// amazonError returns an SDK's error without its URL and request ids.
 func amazonError(err error) error {
 	if ae := smithy.APIError(nil); errors.As(err, &ae) {
 		what := ae.ErrorCode() + ": " + ae.ErrorMessage()
-		// Being told to wait has status 400 as well.
+		// A throttled request has status 400 too, and is not refused.
 		if _, throttled := retry.DefaultThrottleErrorCodes[ae.ErrorCode()]; throttled {
 			return errors.New(clean(what))
 		}

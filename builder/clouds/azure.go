@@ -20,19 +20,19 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 )
 
-// docker-credential-acr-env stands on an SDK that is no longer kept, takes no
-// context, and sends its token to any host that has ".azurecr.io" in its name.
-// Its name, its environment and its order of preference are kept.
+// docker-credential-acr-env uses an SDK that is no longer maintained, takes no context, and
+// sends its token to any host that has ".azurecr.io" in its name. This helper has its name,
+// reads the same environment, and prefers the same identities.
 
-// maxAnswer bounds what a registry answers to the exchange, in bytes.
+// maxAnswer bounds a registry's answer to the exchange, in bytes.
 const maxAnswer = 1 << 20
 
 func isAzure(host string) bool { return under(host, "azurecr.io", "azurecr.cn", "azurecr.us") }
 
 func azureKey(host string) string { return "acr-env " + strings.ToLower(host) }
 
-// azureScope is of the token that a registry exchanges. The national clouds'
-// registries take those for the resource manager.
+// azureScope returns the scope of the token that a registry exchanges. The registries of the
+// national clouds take tokens for the resource manager.
 func azureScope(host string) string {
 	switch host = hostname(host); {
 	case under(host, "azurecr.cn"):
@@ -43,8 +43,8 @@ func azureScope(host string) string {
 	return "https://containerregistry.azure.net/.default"
 }
 
-// azureIdentity is who the environment says the function is: a service
-// principal, a workload identity, or the machine's managed identity.
+// azureIdentity returns the identity that the environment describes: a service principal, a
+// workload identity, or else the machine's managed identity.
 func (c *Clouds) azureIdentity() (azcore.TokenCredential, error) {
 	var opts azcore.ClientOptions
 	if c.transport != nil {
@@ -68,8 +68,8 @@ func (c *Clouds) azureIdentity() (azcore.TokenCredential, error) {
 	return azidentity.NewManagedIdentityCredential(managed)
 }
 
-// privateAuthority says whether an authority is none of Microsoft's: those know
-// each other, and a private one is unknown to them.
+// privateAuthority says whether an authority is not one of Microsoft's. Microsoft's do not
+// know it, so that the SDK must not ask them about it.
 func privateAuthority(authority string) bool {
 	u, err := url.Parse(authority)
 	if err != nil || u.Host == "" {
@@ -99,7 +99,8 @@ func (c *Clouds) azure(ctx context.Context, host string) (Credentials, error) {
 	return Credentials{RefreshToken: refresh, expires: jwtExpiry(refresh)}, nil
 }
 
-// azureExchange has a registry make its own refresh token of one of Entra's.
+// azureExchange exchanges a token of Entra's for a refresh token of the registry's, at the
+// registry.
 func (c *Clouds) azureExchange(ctx context.Context, host, token string) (string, error) {
 	client, err := c.cfg.Client(host)
 	if err != nil {
@@ -136,8 +137,8 @@ func (c *Clouds) azureExchange(ctx context.Context, host, token string) (string,
 	return answer.RefreshToken, nil
 }
 
-// jwtExpiry is when a token says that it expires, which nobody but its issuer
-// has to believe: zero where it does not say.
+// jwtExpiry returns when a token expires according to its own text, or zero if the text does
+// not say. The signature is not checked: the token came from its issuer.
 func jwtExpiry(token string) time.Time {
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
@@ -153,13 +154,13 @@ func jwtExpiry(token string) time.Time {
 	return time.Unix(claims.Expires, 0)
 }
 
-// entraCode is what Microsoft's documentation is searched by.
+// entraCode matches the code of an error by which Microsoft's documentation can be searched.
 var entraCode = regexp.MustCompile(`AADSTS\d+`)
 
 func azureError(err error) error {
 	var failed *azidentity.AuthenticationFailedError
 	if errors.As(err, &failed) && failed.RawResponse != nil {
-		// The error's text has the whole answer in it.
+		// The error's text has the whole answer in it, and may be long.
 		return answered(failed.RawResponse.StatusCode, entraCode.FindString(err.Error()))
 	}
 	return errors.New(text(err))

@@ -1,6 +1,6 @@
 // Package clouds gets credentials for the registries of Amazon, Google and
-// Azure from the clouds themselves, as their Docker credential helpers do. It
-// knows what their SDKs find in the environment, not Docker's config.json.
+// Azure from the clouds themselves, as the clouds' Docker credential helpers do. It
+// knows what the clouds' SDKs find in the environment, not Docker's config.json.
 package clouds
 
 import (
@@ -17,43 +17,44 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// timeout is of one fetch, of all its requests and their retries.
+// timeout bounds one fetch with all its requests and their retries.
 const timeout = 10 * time.Second
 
-// repositoryKnown is how long a repository that was there is not looked for.
+// repositoryKnown is how long a repository counts as there without a new look.
 const repositoryKnown = 10 * time.Minute
 
-// maxText bounds what a cloud's error adds to ours, in bytes.
+// maxText is how many bytes of a cloud's error ours quotes at most.
 const maxText = 500
 
-// ErrRefused is in errors where a cloud took the request and said no: the same
-// one would fail again.
+// ErrRefused is wrapped by the error of a request that a cloud understood and refused. The
+// same request would be refused again.
 var ErrRefused = errors.New("refused")
 
-// Config says what the package needs of others.
+// Config is what the package needs from outside.
 type Config struct {
-	// Client reaches a registry itself, which Azure's exchange is part of.
+	// Client returns a client for requests to the registry itself: Azure exchanges
+	// tokens there.
 	Client func(host string) (*http.Client, error)
 
 	Log zerolog.Logger
 }
 
-// Clouds are the helpers by their names. Nothing is asked, no metadata address
-// either, before credentials are wanted of a cloud.
+// Clouds are the clouds' helpers. They ask nothing of a cloud, nor of a metadata address,
+// before its credentials are wanted.
 type Clouds struct {
 	cfg     Config
 	timeout time.Duration
 	now     func() time.Time
 
-	// transport reaches Azure's authority; nil is the SDK's own.
+	// transport reaches Azure's authority. Nil stands for the SDK's own.
 	transport *http.Client
 
 	mu    sync.Mutex
-	kept  map[string]kept      // by helper, and host or region
-	known map[string]time.Time // repositories, and when they were last seen
+	kept  map[string]kept      // by helper.key
+	known map[string]time.Time // by "host/repository": when it was last seen
 }
 
-// New asks nothing yet.
+// New sends no request.
 func New(cfg Config) *Clouds {
 	return &Clouds{
 		cfg:     cfg,
@@ -64,15 +65,15 @@ func New(cfg Config) *Clouds {
 	}
 }
 
-// Credentials are for one registry. A refresh token stands alone.
+// Credentials are for one registry: a user name and password, or a refresh token.
 type Credentials struct {
 	Username, Password string
 	RefreshToken       string
 
-	// Renew is when to ask for others; zero is not before the next build.
+	// Renew is when to ask for new ones. Zero is at the next build.
 	Renew time.Time
 
-	expires time.Time // zero where the cloud does not say
+	expires time.Time // zero if the cloud does not say
 }
 
 // helper is one cloud.
@@ -80,7 +81,7 @@ type helper struct {
 	get func(*Clouds, context.Context, string) (Credentials, error)
 	// owns says whether host is one of the cloud's registries.
 	owns func(host string) bool
-	// key is the same for hosts that share their credentials.
+	// key returns the same text for hosts that share credentials.
 	key func(host string) string
 }
 
@@ -91,13 +92,13 @@ var helpers = map[string]helper{
 	"acr-env":   {(*Clouds).azure, isAzure, azureKey},
 }
 
-// Has says whether the Docker credential helper of this name is one of ours.
+// Has says whether this package has the Docker credential helper of this name.
 func Has(name string) bool {
 	_, ok := helpers[name]
 	return ok
 }
 
-// Owns says whether host is a registry of the cloud that helper name is for.
+// Owns says whether host is a registry of the cloud whose helper has this name.
 func Owns(name, host string) bool {
 	h, ok := helpers[name]
 	return ok && h.owns(hostname(host))
@@ -119,20 +120,20 @@ func under(host string, domains ...string) bool {
 	return false
 }
 
-// kept are credentials that serve further builds. They are renewed in the
-// second half of their life, and go on serving there while the cloud fails.
+// kept are credentials that are kept for further builds. They are renewed once half of
+// their life is over. If the cloud fails then, they go on serving.
 type kept struct {
 	creds Credentials
 	renew time.Time
 }
 
-// staleRenew is how soon a renewal that failed is tried again.
+// staleRenew is the time until a renewal that failed is tried again.
 const staleRenew = time.Minute
 
-// minLife is what credentials must have left to be handed out again.
+// minLife is how long credentials must have to live if they are to serve again.
 const minLife = time.Minute
 
-// Get asks helper name, one that Has knows, for the credentials of host.
+// Get returns the credentials for host from the helper of this name. Has must know it.
 func (c *Clouds) Get(ctx context.Context, name, host string) (Credentials, error) {
 	h, ok := helpers[name]
 	if !ok {
@@ -169,6 +170,7 @@ func (c *Clouds) Get(ctx context.Context, name, host string) (Credentials, error
 	return creds, nil
 }
 
+// keep keeps k for key, and forgets what has expired.
 func (c *Clouds) keep(key string, k kept) {
 	now := c.now()
 	c.mu.Lock()
@@ -177,6 +179,7 @@ func (c *Clouds) keep(key string, k kept) {
 	c.kept[key] = k
 }
 
+// fetch asks the cloud, within the timeout.
 func (c *Clouds) fetch(ctx context.Context, h helper, host string) (Credentials, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -184,8 +187,8 @@ func (c *Clouds) fetch(ctx context.Context, h helper, host string) (Credentials,
 	return creds, c.late(ctx, err)
 }
 
-// late says that the time was up, where it was: an SDK's own words for it
-// differ, and some hold a URL.
+// late replaces err if ctx's time was up: the SDKs have different words for it, and some
+// quote a URL.
 func (c *Clouds) late(ctx context.Context, err error) error {
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("no answer within %v: %w", c.timeout, context.DeadlineExceeded)
@@ -193,7 +196,7 @@ func (c *Clouds) late(ctx context.Context, err error) error {
 	return err
 }
 
-// text is what err says, on one line and without the query of a URL.
+// text returns err on one line. Of the URL in an error of net/http, only the host stays.
 func text(err error) string {
 	var ue *url.Error
 	if errors.As(err, &ue) {
@@ -205,12 +208,13 @@ func text(err error) string {
 	return clean(err.Error())
 }
 
+// clean returns s on one line, cut to maxText bytes.
 func clean(s string) string {
 	s = strings.Join(strings.Fields(s), " ")
 	return strings.ToValidUTF8(s[:min(len(s), maxText)], "")
 }
 
-// answered is the error of an answer with this status.
+// answered returns the error for an answer with this status. what is the cloud's own text.
 func answered(status int, what string) error {
 	err := fmt.Errorf("status %d", status)
 	if status >= 400 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout {

@@ -14,12 +14,12 @@ import (
 	"golang.org/x/oauth2/google"
 )
 
-// What go-containerregistry has for Google is these same packages, but it hides
-// when a token expires, remembers a first failure for ever, and asks the
-// metadata server without a deadline.
+// go-containerregistry uses the same packages for Google, but it hides when a token
+// expires, remembers a first failure for ever, and asks the metadata server without a
+// deadline.
 
 const (
-	// googleUser is the name that Google's registries take an access token with.
+	// googleUser is the user name whose password is an access token.
 	googleUser  = "oauth2accesstoken"
 	googleScope = "https://www.googleapis.com/auth/cloud-platform"
 	googleFile  = "GOOGLE_APPLICATION_CREDENTIALS"
@@ -46,8 +46,7 @@ func (c *Clouds) google(ctx context.Context, _ string) (Credentials, error) {
 	return Credentials{Username: googleUser, Password: token.AccessToken, expires: token.Expiry}, nil
 }
 
-// googleFromFile reads the file anew each time: it is a secret, and may have
-// changed.
+// googleFromFile reads the file anew each time: it is a mounted secret that may have changed.
 func googleFromFile(ctx context.Context) (*oauth2.Token, error) {
 	ctx = context.WithValue(ctx, oauth2.HTTPClient, &http.Client{Transport: bound{ctx}})
 	found, err := google.FindDefaultCredentials(ctx, googleScope)
@@ -57,8 +56,7 @@ func googleFromFile(ctx context.Context) (*oauth2.Token, error) {
 	return found.TokenSource.Token()
 }
 
-// bound ends requests with its context: a service account's are made without
-// one.
+// bound sends requests with its context. Those of a service account are made without one.
 type bound struct{ ctx context.Context }
 
 func (b bound) RoundTrip(req *http.Request) (*http.Response, error) {

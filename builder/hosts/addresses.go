@@ -5,8 +5,8 @@ import (
 	"slices"
 )
 
-// inIPv4 are the ranges that are not the internet's: those of IANA's registry of
-// special addresses, and what a cloud has at a public one.
+// inIPv4 are the ranges of IPv4 that are not public: those of IANA's registry of special
+// addresses, and one public address at which a cloud has its metadata.
 var inIPv4 = prefixes(
 	"0.0.0.0/8",
 	"10.0.0.0/8",
@@ -25,9 +25,10 @@ var inIPv4 = prefixes(
 	"240.0.0.0/4",
 )
 
-// inIPv6 are those of IPv6 that do not carry an IPv4 address.
+// inIPv6 are the ranges of IPv6 that are not public, but for those whose addresses have an
+// IPv4 address in them.
 var inIPv6 = prefixes(
-	"::/96",           // unspecified, loopback, and IPv4 addresses in a form long gone
+	"::/96",           // unspecified, loopback, and a deprecated form of IPv4 addresses
 	"::ffff:0:0:0/96", // translated IPv4 addresses
 	"64:ff9b:1::/48",  // local NAT64
 	"100::/64",        // discarded
@@ -41,7 +42,8 @@ var inIPv6 = prefixes(
 	"ff00::/8",  // multicast
 )
 
-// carrying are the ranges whose addresses have an IPv4 address after the prefix.
+// carrying are the ranges of IPv6 whose addresses have an IPv4 address after the prefix. They
+// are public if the IPv4 address is.
 var carrying = prefixes(
 	"64:ff9b::/96", // NAT64
 	"2002::/16",    // 6to4
@@ -67,11 +69,11 @@ var notPublic = func() []netip.Prefix {
 	return list
 }()
 
-// NotPublic are all ranges in which no address is public. IPv4 addresses that are
-// mapped to IPv6 are in none: on the wire they are IPv4.
+// NotPublic returns all ranges in which no address is public. Those of IPv4 are there as IPv4,
+// and not as IPv4 addresses that are mapped to IPv6: on the wire these are IPv4.
 func NotPublic() []netip.Prefix { return slices.Clone(notPublic) }
 
-// Public reports whether ip is an address that anybody on the internet could have.
+// Public reports whether ip is public: whether anybody on the internet could have it.
 func Public(ip netip.Addr) bool {
 	ip = ip.Unmap().WithZone("")
 	return ip.IsValid() && !slices.ContainsFunc(notPublic, func(p netip.Prefix) bool { return p.Contains(ip) })

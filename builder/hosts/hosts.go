@@ -1,5 +1,5 @@
-// Package hosts knows how the host of a registry or a repository is written, and
-// which addresses are the internet's. It asks no resolver.
+// Package hosts knows how the host of a registry or a repository is written, and which
+// addresses are public. It asks no resolver.
 package hosts
 
 import (
@@ -12,16 +12,17 @@ import (
 	"strings"
 )
 
-// Host is a host with or without a port. Hosts are equal if their values are.
+// Host is a host with or without a port, in one form: two of them are the same host if they
+// are equal with ==.
 type Host struct {
-	Name string // in lower case, without a last dot; an IP address in its one form
-	Port int    // 1 to 65535; 0 where none is written
+	Name string // in lower case, without a last dot; an IP address in its shortest form
+	Port int    // 1 to 65535, or 0 if none is written
 }
 
 var (
 	nameForm = regexp.MustCompile(`^[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*$`)
-	// numberForm is of last labels that make the C library read a name as an IPv4
-	// address, be it written as four bytes or not.
+	// numberForm matches a last label that makes the C library read the name as an IPv4
+	// address. "2130706433" and "0x7f.1" are 127.0.0.1 to it.
 	numberForm = regexp.MustCompile(`^([0-9]+|0x[0-9a-f]*)$`)
 )
 
@@ -43,7 +44,7 @@ func Parse(s string) (Host, error) {
 	return h, nil
 }
 
-// normal is the one form of a name or an address.
+// normal returns the one form of a name or an address.
 func normal(name string) (string, bool) {
 	if inner, ok := strings.CutPrefix(name, "["); ok {
 		inner, ok = strings.CutSuffix(inner, "]")
@@ -63,7 +64,7 @@ func normal(name string) (string, bool) {
 
 var errPort = errors.New("a port is a number from 1 to 65535, without zeros before it")
 
-// ParsePort takes the one form that a port has.
+// ParsePort takes a decimal number from 1 to 65535, without zeros before it.
 func ParsePort(s string) (int, error) {
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 || n > 65535 || strconv.Itoa(n) != s {
@@ -72,7 +73,7 @@ func ParsePort(s string) (int, error) {
 	return n, nil
 }
 
-// String has the form that Parse takes.
+// String returns the host in a form that Parse takes.
 func (h Host) String() string {
 	switch {
 	case h.Port != 0:
@@ -83,7 +84,7 @@ func (h Host) String() string {
 	return h.Name
 }
 
-// WithPort is h with port where it has none.
+// WithPort returns h, with port if it has none.
 func (h Host) WithPort(port int) Host {
 	if h.Port == 0 {
 		h.Port = port
@@ -91,7 +92,7 @@ func (h Host) WithPort(port int) Host {
 	return h
 }
 
-// Without is h without its port if that is one of ports.
+// Without returns h without its port, if the port is one of ports.
 func (h Host) Without(ports ...int) Host {
 	for _, p := range ports {
 		if h.Port == p {
@@ -101,7 +102,7 @@ func (h Host) Without(ports ...int) Host {
 	return h
 }
 
-// DefaultPort is the scheme's own, and 0 for any but http and https.
+// DefaultPort returns the default port of http or https, and 0 for any other scheme.
 func DefaultPort(scheme string) int {
 	switch scheme {
 	case "https":
