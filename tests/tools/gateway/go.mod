@@ -28,3 +28,13 @@ require (
 	golang.org/x/sys v0.35.0 // indirect
 	google.golang.org/protobuf v1.36.8 // indirect
 )
+
+// For go mod tidy alone, which reads the tests of what is imported: those of stan.go
+// start a NATS Streaming server, and that needs the package compat of go-metrics,
+// which later versions lack.
+require (
+	github.com/fatih/color v1.13.0 // indirect
+	github.com/hashicorp/go-metrics v0.5.4 // indirect
+	github.com/mattn/go-colorable v0.1.12 // indirect
+	github.com/mattn/go-isatty v0.0.14 // indirect
+)
