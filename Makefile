@@ -1,6 +1,6 @@
-# What is here runs on a Debian or Ubuntu with Go, git, gcc and make. The stack
-# needs root, because buildkitd and runc do: use sudo -E make. `.ci/run` installs
-# whatever else is missing.
+# For a Debian or Ubuntu with Go, git, gcc and make. Each target first installs the
+# packages that it needs and that are missing, which takes root; SETUP=no only prints
+# them. Targets that start daemons need root in any case, for buildkitd and runc.
 
 SHELL := /bin/bash -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -16,10 +16,12 @@ OPENFAAS ?= true
 DIR ?= buildkit/certs
 FUZZTIME ?= 20s
 
+bin := $(CURDIR)/.cache/bin
+
 # Where make was called from, so that FUNCTION and the like can be relative.
 abs = $(if $(1),$(abspath $(1)))
 # Not go run, which would not pass SIGTERM on.
-stack = go -C tests build -o ../.cache/bin/stack ./cmd/stack && exec .cache/bin/stack
+stack = go -C tests build -o $(bin)/stack ./cmd/stack && exec $(bin)/stack
 flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(call abs,$(REGISTRY_CONFIG)))
 
 .PHONY: help
@@ -27,15 +29,15 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
-run: root ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
+run: setup ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
 	@$(stack) run $(flags) $(if $(FUNCTION),-function=$(call abs,$(FUNCTION))) $(if $(IMAGE),-image=$(IMAGE))
 
 .PHONY: up
-up: root ## leave the builder running with its daemons behind OpenFaaS until Ctrl-C; OPENFAAS=false leaves OpenFaaS out
+up: setup ## leave the builder running with its daemons behind OpenFaaS until Ctrl-C; OPENFAAS=false leaves OpenFaaS out
 	@$(stack) up $(flags) -openfaas=$(OPENFAAS)
 
 .PHONY: publish
-publish: root ## build the builder's own image with itself and push it: IMAGE=ref [REGISTRY_CONFIG=config.json]
+publish: setup ## build the builder's own image with itself and push it: IMAGE=ref [REGISTRY_CONFIG=config.json]
 	@$(stack) publish $(flags) -image=$(IMAGE)
 
 .PHONY: envelope
@@ -43,12 +45,12 @@ envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [I
 	@tests/envelope.sh $(or $(call abs,$(FUNCTION)),tests/testdata/hello) $(call abs,$(PAYLOAD_SECRET)) $(IMAGE)
 
 .PHONY: test
-test: test-unit test-e2e ## every test but the fuzz targets
+test: setup test-unit test-e2e ## every test but the fuzz targets
 
 # Without cgo, as in the image build, and with the race detector, whose memory is
 # not the function's.
 .PHONY: test-unit
-test-unit: ## the function's and the template's own tests: no root, no network, no daemon
+test-unit: setup ## the function's and the template's own tests: no root, no network, no daemon
 	CGO_ENABLED=0 go -C builder test -timeout 5m ./...
 	go -C builder test -race -skip '^Test(Index)?Memory$$' -timeout 10m ./...
 	go -C template/golang-middleware test -race -timeout 5m ./... ./function/...
@@ -56,18 +58,18 @@ test-unit: ## the function's and the template's own tests: no root, no network, 
 # One package at a time: each has a stack of its own, and some measure time. The
 # test cache does not see what lies outside their module.
 .PHONY: test-e2e
-test-e2e: root ## end-to-end tests against real daemons
+test-e2e: setup ## end-to-end tests against real daemons
 	go -C tests test -race -c -o /dev/null ./...
 	go -C tests test -race -count=1 -p 1 -timeout 25m ./...
 
 # Half an hour on a fresh machine, half of it compiling Kubernetes: no part of make test.
 .PHONY: test-k8s
-test-k8s: root ## the manifests and the function on a real Kubernetes of one node, made here
+test-k8s: setup ## the manifests and the function on a real Kubernetes of one node, made here
 	go -C tests test -tags k8s -count=1 -timeout 90m -v ./k8s
 
 # Without a bound go test spends the time on making inputs smaller.
 .PHONY: test-fuzz
-test-fuzz: ## every fuzz target for FUZZTIME each
+test-fuzz: setup ## every fuzz target for FUZZTIME each
 	@found=0; for pkg in $$(go -C builder list ./...); do \
 		for target in $$(go -C builder test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 			found=1; echo "$$pkg $$target"; \
@@ -77,11 +79,11 @@ test-fuzz: ## every fuzz target for FUZZTIME each
 	[ $$found = 1 ] || { echo 'no fuzz target found'; exit 1; }
 
 .PHONY: bench
-bench: root ## time the function against buildctl and the BuildKit client
+bench: setup ## time the function against buildctl and the BuildKit client
 	go -C tests run ./cmd/bench
 
 .PHONY: bench-pool
-bench-pool: root ## time rebuilds on three daemons with the function's placement against random placement
+bench-pool: setup ## time rebuilds on three daemons with the function's placement against random placement
 	go -C tests run ./cmd/bench-pool
 
 .PHONY: certs
@@ -93,7 +95,7 @@ secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_S
 	@PAYLOAD_SECRET=$(call abs,$(PAYLOAD_SECRET)) REGISTRY_CONFIG=$(call abs,$(REGISTRY_CONFIG)) BUILD_SECRETS_KEY=$(call abs,$(BUILD_SECRETS_KEY)) buildkit/secrets.sh $(VIA)
 
 .PHONY: lint
-lint: vuln ## gofmt, go vet and govulncheck
+lint: setup vuln ## gofmt, go vet and govulncheck
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	go -C builder vet ./...
 	go -C tests vet -tags k8s ./...
@@ -101,19 +103,17 @@ lint: vuln ## gofmt, go vet and govulncheck
 
 # govulncheck asks vuln.go.dev for what is known of each module.
 .PHONY: vuln
-vuln: ## govulncheck alone
+vuln: setup ## govulncheck alone
 	@if curl -sSf -m 20 -o /dev/null https://vuln.go.dev/index/db.json; then \
-		bin=$$(mktemp); trap 'rm -f $$bin' EXIT; \
-		go -C tests/tools/govulncheck build -o $$bin golang.org/x/vuln/cmd/govulncheck; \
-		for module in builder tests; do echo "govulncheck of $$module"; (cd $$module && $$bin ./...); done; \
+		go -C tests/tools/govulncheck build -o $(bin)/govulncheck golang.org/x/vuln/cmd/govulncheck; \
+		for module in builder tests; do echo "govulncheck of $$module"; (cd $$module && $(bin)/govulncheck ./...); done; \
 	else echo 'NOT CHECKED for vulnerabilities: vuln.go.dev cannot be reached'; fi
 
 .PHONY: clean
 clean: ## remove what was built; the next run takes minutes again
 	rm -rf .cache
 
-.PHONY: root
-root:
-	@[ "$$(id -u)" = 0 ] || { echo 'this needs root, for buildkitd and runc: sudo -E make $(MAKECMDGOALS)'; exit 1; }
-	@for c in gcc pkg-config openssl busybox; do command -v $$c >/dev/null || { echo "$$c is missing: apt-get install gcc libc6-dev pkg-config libseccomp-dev openssl busybox-static, or .ci/run"; exit 1; }; done
-	@pkg-config --exists libseccomp || { echo 'libseccomp is missing: apt-get install libseccomp-dev, or .ci/run'; exit 1; }
+# Once for all that make was asked for, and before any of it.
+.PHONY: setup
+setup:
+	@tests/setup/setup.sh $(MAKECMDGOALS)
