@@ -94,12 +94,19 @@ certs: ## the CA and both certificates for buildkitd and the function: DIR=build
 secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=
 	@PAYLOAD_SECRET=$(call abs,$(PAYLOAD_SECRET)) REGISTRY_CONFIG=$(call abs,$(REGISTRY_CONFIG)) BUILD_SECRETS_KEY=$(call abs,$(BUILD_SECRETS_KEY)) buildkit/secrets.sh $(VIA)
 
+# go vet and staticcheck read the tests on Kubernetes too, which need a tag.
 .PHONY: lint
-lint: setup vuln ## gofmt, go vet and govulncheck
+lint: setup vuln ## gofmt, shellcheck, go vet, staticcheck, go mod tidy and govulncheck
 	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
+	shellcheck .ci/run $$(git ls-files '*.sh')
 	go -C builder vet ./...
 	go -C tests vet -tags k8s ./...
 	go -C template/golang-middleware vet ./... ./function/...
+	go -C tests/tools/staticcheck build -o $(bin)/staticcheck honnef.co/go/tools/cmd/staticcheck
+	cd builder && $(bin)/staticcheck ./...
+	cd tests && $(bin)/staticcheck -tags k8s ./...
+	cd template/golang-middleware && $(bin)/staticcheck ./... ./function/...
+	@for mod in $$(git ls-files '*go.mod'); do echo "go mod tidy -diff of $$mod"; GOWORK=off go -C $$(dirname $$mod) mod tidy -diff; done
 
 # govulncheck asks vuln.go.dev for what is known of each module.
 .PHONY: vuln
