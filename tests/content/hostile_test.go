@@ -356,6 +356,7 @@ func TestCutShort(t *testing.T) {
 // after what a build needs. Whatever it holds, it is a build or a refusal.
 func TestGoCorpus(t *testing.T) {
 	ctx, _, f := start(t, stack.FunctionConfig{})
+	//lint:ignore SA1019 these tests run on the machine that compiles them
 	paths, err := filepath.Glob(filepath.Join(runtime.GOROOT(), "src", "archive", "tar", "testdata", "*.tar*"))
 	if err != nil || len(paths) < 30 {
 		t.Fatalf("Go's testdata: %d files, %v", len(paths), err)
