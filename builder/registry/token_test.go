@@ -507,7 +507,9 @@ func TestTokenRedirects(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, tok, err)
 		}
 	}
-	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, canary.URL, 307) }))
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, canary.URL, http.StatusTemporaryRedirect)
+	}))
 	defer s.Close()
 	from, _ := url.Parse(s.URL)
 	for to, want := range map[string]bool{
