@@ -21,7 +21,6 @@ import (
 type trio struct {
 	*Pool
 	t       *testing.T
-	sockets []string
 	servers map[string]*grpc.Server // by address
 	ctl     map[string]*control
 }
