@@ -16,15 +16,15 @@ import (
 	"handler/function/reply"
 )
 
-// Contexts keeps build contexts that are sent ahead of their builds. Every error
-// is an *api.Error, but for those of what Open reads, which need not be.
+// Contexts keeps build contexts that are sent ahead of their builds. Every error of its
+// methods is an *api.Error. The errors of the stream that Open returns need not be.
 type Contexts interface {
 	Has(ctx context.Context, digest string) (bool, error)
 	Put(ctx context.Context, digest string, size int64, open func() io.Reader) error
 	Open(ctx context.Context, digest string) (io.ReadCloser, error)
 }
 
-// contextDigest is the path's, of a request that may ask for it.
+// contextDigest returns the digest in the path of a request.
 func (s *Server) contextDigest(r *http.Request) (string, error) {
 	if s.Contexts == nil {
 		return "", &api.Error{Code: api.NotFound, Msg: "no contexts are taken here: context_repository is not set"}
@@ -36,8 +36,8 @@ func (s *Server) contextDigest(r *http.Request) (string, error) {
 	return digest, nil
 }
 
-// headContext says with 200 or 404 whether a context is there.
-func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
+// serveHasContext says with 200 or 404 whether a context is there.
+func (s *Server) serveHasContext(w http.ResponseWriter, r *http.Request) {
 	id, _ := nameCall(w, r)
 	by, err := s.signedBy(r, id)
 	var digest string
@@ -52,26 +52,25 @@ func (s *Server) headContext(w http.ResponseWriter, r *http.Request) {
 		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
 	}
 	if err != nil {
-		refuse(w, r, api.AsError(err), reply.Options{ID: id, Sign: by.sign})
+		writeRefusal(w, r, api.AsError(err), reply.Options{ID: id, Sign: by.sign})
 		return
 	}
 	w.WriteHeader(http.StatusOK)
 }
 
-// putContext takes a context in: 201, or 200 if it was there. It is read and
-// checked as a build's is, and reaches the registry only after its signature has
-// passed.
-func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
+// servePutContext stores a context: 201, or 200 if it was there already. The context is
+// checked as in a build. It reaches the registry only after its signature has passed.
+func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuse(w, r, c, errShuttingDown, nil)
+		s.refuseUnsigned(w, r, errShuttingDown, c.answer())
 		return
 	}
 	defer end()
-	body, err := s.receive(w, r, payload.Options{SHA256: true, ContextOnly: true, Raw: true})
+	body, err := s.receive(w, r, toStore)
 	if err != nil {
-		s.refuse(w, r, c, err, nil)
+		s.refuseUnsigned(w, r, err, c.answer())
 		return
 	}
 	defer body.Close()
@@ -84,7 +83,7 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 		there, err = s.storeContext(ctx, digest, body)
 	}
 	if err != nil {
-		s.refuse(w, r, c, because(ctx, err), body)
+		s.refuseSigned(w, r, c, body, because(ctx, err))
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
@@ -104,7 +103,7 @@ func (s *Server) putContext(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// maxChecks is how many contexts that are sent ahead are decompressed and indexed at once.
+// maxChecks is how many contexts for the registry are decompressed and indexed at once.
 const maxChecks = 2
 
 func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {
@@ -120,7 +119,7 @@ func (s *Server) storeContext(ctx context.Context, digest string, body *upload) 
 	return false, s.Contexts.Put(ctx, digest, body.Size(), func() io.Reader { return body.Raw() })
 }
 
-// checkContext reads a context as the build that names it will.
+// checkContext reads a context in the same way as a build reads it later.
 func (s *Server) checkContext(ctx context.Context, body *upload) error {
 	full := &api.Error{Code: api.QueueTimeout, Msg: "other contexts are being checked, and queue_wait has passed"}
 	if err := s.take(ctx, s.checks, s.QueueWait, full); err != nil {
@@ -129,7 +128,7 @@ func (s *Server) checkContext(ctx context.Context, body *upload) error {
 	defer s.checks.release()
 	body.Charge(nil, s.disk)
 	_, err := body.Payload()
-	// The index is not needed while the registry takes the context in.
+	// The registry needs only the body, so the index can go if others need its memory.
 	body.Charge(s.waiting, s.disk)
 	return err
 }
@@ -142,13 +141,13 @@ func checkDigest(spool *payload.Spool, want string) error {
 	return nil
 }
 
-// fetchContext reads a context that was sent ahead, checks it, and indexes it as
-// one that came with its build. The caller closes the Spool.
-func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload.Payload, error) {
+// fetchContext reads a context out of the registry. It is checked and indexed like a
+// context in a build's body. The caller must close the Spool.
+func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.Payload, error) {
 	if s.Contexts == nil {
 		return nil, nil, &api.Error{Code: api.BadContext, Msg: "no contexts are kept here: context_repository is not set"}
 	}
-	ctx, cancel := context.WithTimeoutCause(b.ctx, s.BuildTimeout, &api.Error{
+	ctx, cancel := context.WithTimeoutCause(j.ctx, s.BuildTimeout, &api.Error{
 		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", s.BuildTimeout),
 	})
 	defer cancel()
@@ -157,22 +156,13 @@ func (s *Server) fetchContext(b *build, digest string) (*payload.Spool, *payload
 		return nil, nil, err
 	}
 	defer stream.Close()
-	spool, err := payload.Receive(stream, io.Discard, payload.Options{
-		Limits:      s.Limits,
-		Dir:         s.TempDir,
-		InMemory:    s.SpoolMemory,
-		HeadDisk:    s.disk.Open(),
-		Disk:        s.disk.Open(),
-		ContentKey:  s.isolationKey(b.body.keys).ContentKey(),
-		SHA256:      true,
-		ContextOnly: true,
-	})
+	spool, err := payload.Receive(stream, io.Discard, s.payloadOptions(toRead, j.body.keys, nil))
 	if err != nil {
 		if e, ok := errors.AsType[*api.Error](err); ok {
 			return nil, nil, e
 		}
 		if strings.Contains(err.Error(), "error verifying") {
-			// The registry's client compares too, and has no type for it.
+			// The registry's client compares the digest too. Its error has no type.
 			return nil, nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("what the registry holds is not %s", digest), Err: err}
 		}
 		return nil, nil, &api.Error{Code: api.RegistryFailed, Msg: "the context cannot be read from the registry", Err: err}

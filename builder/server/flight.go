@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"crypto/sha256"
-	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -12,49 +11,84 @@ import (
 	"handler/function/reply"
 )
 
-// flight is one build and all the calls that wait for it. A queue delivers what
-// outlasts its patience again, and what it delivers is not built twice.
+// flight is one build, and all the calls that wait for it. A queue delivers a request
+// again if the answer takes too long; the second delivery joins the flight of the first,
+// so that the image is not built twice.
 type flight struct {
 	id     flightID
-	call   *call // that began it
+	call   *call // the first one
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed once verdict is there
+	done   chan struct{} // closed once verdict is set
 
-	mu       sync.Mutex
-	image    string
-	waiting  []*seat
-	spoken   reply.Excerpt // for those that come later; of a named flight only
-	deserted bool          // by the last seat: it is being cancelled
+	mu         sync.Mutex
+	image      string
+	passengers []*passenger
+	spoken     reply.Excerpt // the log for later calls; kept only for a named flight
+	deserted   bool          // the last passenger has left, and the build is being cancelled
 
 	// Set before done is closed, and not changed after it.
 	verdict api.Record
 	ended   time.Time
 }
 
-// flightID names a flight by what a second delivery has in common with the
-// first. The call id alone is the caller's to choose. The zero flightID is that
-// of a flight that nobody joins.
+// flightID is what a second delivery has in common with the first. The call id alone is
+// not enough: any caller can choose one. Nobody joins a flight with the zero flightID.
 type flightID struct {
-	key  string // that signed; empty without HMAC
+	key  string // the signing key; empty without HMAC
 	call string // X-Call-Id
 	body [sha256.Size]byte
 }
 
-// seat is one call's place on a flight.
-type seat struct {
+// passenger is one call that waits for a flight.
+type passenger struct {
 	out  *reply.Writer
 	late bool          // it came after the end
 	lost chan struct{} // closed when out takes no more
-	last bool          // set before lost is closed: nobody else was left
+	last bool          // nobody else was left; set before lost is closed
 }
 
+func newFlight(c *call, body *upload) *flight {
+	f := &flight{call: c, done: make(chan struct{})}
+	// Not the request's context: the build is for every call that joins the flight.
+	f.ctx, f.cancel = context.WithCancelCause(context.Background())
+	if c.joins() {
+		// There is no sum if the body could not be stored. Then no other body can be
+		// compared with it.
+		if sum, ok := body.SHA256(); ok {
+			f.id = flightID{key: string(body.signer.key), call: c.id, body: sum}
+		}
+	}
+	return f
+}
+
+// named says whether a later call can join the flight.
 func (f *flight) named() bool { return f.id != flightID{} }
 
-// board adds a call, and tells it what it has missed. It fails once the last
-// has left.
-func (f *flight) board(out *reply.Writer) (*seat, bool) {
-	s := &seat{out: out, lost: make(chan struct{})}
+// fly builds, and gives the flight its verdict. It returns soon after the verdict.
+func (s *Server) fly(f *flight, body *upload) {
+	defer s.active.Done()
+	defer f.cancel(nil)
+	j := &job{flight: f, body: body, log: f.call.log.With().Int64("bytes", body.Size()).Logger()}
+	// Nothing needs the sum before the verdict, and summing a large body takes a while.
+	j.aside.Go(func() { body.request() })
+
+	res := s.build(j)
+	rec := res.record(f.image)
+	rec.Request = body.request()
+	took := time.Since(f.call.start)
+	s.metrics.Built(rec.Status, rec.Code, took, res.stats)
+	f.end(rec)
+	s.flights.end(f)
+	j.aside.Wait()
+	body.Close()
+	j.logEnd(rec, res, took)
+}
+
+// board adds a call, and gives it the log so far. It fails once the last passenger has
+// left.
+func (f *flight) board(out *reply.Writer) (*passenger, bool) {
+	p := &passenger{out: out, lost: make(chan struct{})}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.deserted {
@@ -63,28 +97,28 @@ func (f *flight) board(out *reply.Writer) (*seat, bool) {
 	out.SetImage(f.image)
 	select {
 	case <-f.done:
-		s.late = true
-		return s, true
+		p.late = true
+		return p, true
 	default:
 	}
-	f.waiting = append(f.waiting, s)
-	// A new Writer has room, so that this does not block.
+	f.passengers = append(f.passengers, p)
+	// This does not block: a new Writer has room.
 	if lines := f.spoken.Lines(); len(lines) > 0 {
 		out.Log(f.ctx, lines...)
 	}
-	return s, true
+	return p, true
 }
 
-// leave takes a seat off the flight, and cancels the build with the last.
-func (f *flight) leave(s *seat, cause error) (last bool) {
+// leave removes a passenger. If no other is left, leave cancels the build.
+func (f *flight) leave(p *passenger, cause error) (last bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	i := slices.Index(f.waiting, s)
+	i := slices.Index(f.passengers, p)
 	if i < 0 {
 		return false
 	}
-	f.waiting = slices.Delete(f.waiting, i, i+1)
-	if len(f.waiting) > 0 {
+	f.passengers = slices.Delete(f.passengers, i, i+1)
+	if len(f.passengers) > 0 {
 		return false
 	}
 	f.deserted = true
@@ -92,30 +126,30 @@ func (f *flight) leave(s *seat, cause error) (last bool) {
 	return true
 }
 
-// wait returns what the flight came to, or why this call did not see its end.
-// The last to leave waits for the build to have ended: nothing of it outlives
-// its calls.
-func (f *flight) wait(ctx context.Context, s *seat) api.Record {
+// wait returns the flight's verdict, or the reason why this call does not see it. The last
+// passenger to leave waits until the build has ended, so that a build never outlives its
+// calls.
+func (f *flight) wait(ctx context.Context, p *passenger) api.Record {
 	last := false
 	select {
 	case <-f.done:
-		if s.late {
+		if p.late {
 			return f.past()
 		}
 		return f.verdict
 	case <-ctx.Done():
-		last = f.leave(s, context.Cause(ctx))
-	case <-s.lost:
-		last = s.last
+		last = f.leave(p, context.Cause(ctx))
+	case <-p.lost:
+		last = p.last
 	}
 	if !last {
-		return failure(api.AsError(canceled(context.Cause(ctx))), "")
+		return failedRecord(api.AsError(canceled(context.Cause(ctx))), "")
 	}
 	<-f.done
 	return f.verdict
 }
 
-// say passes lines on to every call. One goroutine calls it.
+// say passes log lines on to every passenger. Only the goroutine that builds calls it.
 func (f *flight) say(lines ...string) {
 	f.mu.Lock()
 	if f.named() {
@@ -123,12 +157,12 @@ func (f *flight) say(lines ...string) {
 			f.spoken.Add(line)
 		}
 	}
-	seats := slices.Clone(f.waiting)
+	passengers := slices.Clone(f.passengers)
 	f.mu.Unlock()
-	for _, s := range seats {
-		if err := s.out.Log(f.ctx, lines...); err != nil && f.ctx.Err() == nil {
-			s.last = f.leave(s, err)
-			close(s.lost)
+	for _, p := range passengers {
+		if err := p.out.Log(f.ctx, lines...); err != nil && f.ctx.Err() == nil {
+			p.last = f.leave(p, err)
+			close(p.lost)
 		}
 	}
 }
@@ -137,22 +171,34 @@ func (f *flight) setImage(image string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.image = image
-	for _, s := range f.waiting {
-		s.out.SetImage(image)
+	for _, p := range f.passengers {
+		p.out.SetImage(image)
 	}
 }
 
-// end gives the verdict. Its log is what was said, for calls that come later;
-// those that wait have seen it.
+// end gives the flight its verdict, which has no log: the passengers have seen the log,
+// and past adds it for later calls.
 func (f *flight) end(verdict api.Record) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.verdict, f.ended = verdict, time.Now()
-	f.waiting = nil
+	f.passengers = nil
 	close(f.done)
 }
 
-// past is what to tell of a flight that has ended.
+// now is the verdict for a call that only asks, or a record of a build that still runs.
+func (f *flight) now() api.Record {
+	select {
+	case <-f.done:
+		return f.past()
+	default:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return api.Record{Status: api.InProgress, Image: f.image, ImageName: f.image, Duration: time.Since(f.call.start).Seconds()}
+}
+
+// past is the verdict for a call that came after the end.
 func (f *flight) past() api.Record {
 	rec := f.verdict
 	rec.Log = f.spoken.Lines()
@@ -160,112 +206,11 @@ func (f *flight) past() api.Record {
 	return rec
 }
 
-// size is what is kept of a flight that has ended, in bytes.
+// size is what an ended flight takes of keepBytes.
 func (f *flight) size() int {
 	n := f.spoken.Size() + len(f.verdict.Error)
 	for _, w := range f.verdict.Warnings {
 		n += len(w)
 	}
 	return n
-}
-
-// final says that a further attempt would come to the same.
-func final(rec api.Record) bool {
-	if rec.Status == api.Success {
-		return true
-	}
-	switch status := rec.Code.HTTPStatus(); {
-	case rec.Code == api.Canceled, status == http.StatusTooManyRequests, status >= 500:
-		return false
-	}
-	return true
-}
-
-// What is kept of flights that have ended, for a queue that delivers again and
-// for GET /builds. The Pro queue gives up after hours.
-const (
-	keepFlights = 1000
-	keepBytes   = 16 << 20 // of their logs and errors
-	keepFor     = 24 * time.Hour
-)
-
-// flights are those that run, and those that have ended, for a while.
-type flights struct {
-	mu    sync.Mutex
-	all   map[flightID]*flight
-	ended []*flight // in the order they did
-	bytes int       // sum of the sizes of ended
-}
-
-// begin returns the flight that a call is to wait for, and whether the caller
-// has to run it. The flight that it returns otherwise may have ended.
-func (fs *flights) begin(f *flight, out *reply.Writer) (_ *flight, s *seat, run bool) {
-	if f.named() {
-		fs.mu.Lock()
-		defer fs.mu.Unlock()
-		fs.expire()
-		if before := fs.all[f.id]; before != nil {
-			ended := false
-			select {
-			case <-before.done:
-				ended = true
-			default:
-			}
-			if !ended || final(before.verdict) {
-				if s, ok := before.board(out); ok {
-					return before, s, false
-				}
-			}
-			fs.forget(before)
-		}
-		fs.all[f.id] = f
-	}
-	s, _ = f.board(out)
-	return f, s, true
-}
-
-// end keeps what a flight came to.
-func (fs *flights) end(f *flight) {
-	if !f.named() {
-		return
-	}
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	if fs.all[f.id] != f {
-		return // deserted, and begun anew
-	}
-	fs.ended = append(fs.ended, f)
-	fs.bytes += f.size()
-	fs.expire()
-}
-
-// expire forgets what is kept for too long, or is too much. It is called with
-// fs.mu held.
-func (fs *flights) expire() {
-	for len(fs.ended) > 0 && (len(fs.ended) > keepFlights || fs.bytes > keepBytes || time.Since(fs.ended[0].ended) > keepFor) {
-		fs.forget(fs.ended[0])
-	}
-}
-
-// forget is called with fs.mu held.
-func (fs *flights) forget(f *flight) {
-	delete(fs.all, f.id)
-	if i := slices.Index(fs.ended, f); i >= 0 {
-		fs.ended = slices.Delete(fs.ended, i, i+1)
-		fs.bytes -= f.size()
-	}
-}
-
-// find returns the flight of a call that began last, or nil.
-func (fs *flights) find(key []byte, call string) *flight {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	fs.expire()
-	var found *flight
-	for id, f := range fs.all {
-		if id.call == call && id.key == string(key) && (found == nil || f.call.start.After(found.call.start)) {
-			found = f
-		}
-	}
-	return found
 }

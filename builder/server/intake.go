@@ -18,55 +18,51 @@ import (
 	"handler/function/payload"
 )
 
-// Bodies take this much at most, all together, until their signatures have passed. With
-// waitingMemory it has to stay below GOMEMLIMIT in stack.yml.
+// The limits of all bodies whose signatures have not passed yet.
 const (
-	headMemory   = 32 << 20 // bytes of memory, for heads
-	uploadMemory = 64 << 20 // bytes of memory, for those that have a slot
+	// Together with waitingMemory these two have to stay below GOMEMLIMIT in stack.yml.
+	headMemory   = 32 << 20 // bytes of memory for all heads
+	uploadMemory = 64 << 20 // bytes of memory for all bodies with a slot
 
-	// headSize is how much of a body is read before it needs an upload slot. What a
-	// queue delivers is smaller.
+	// headSize is how many bytes of a body are read before it needs an upload slot. A
+	// body from a queue is smaller.
 	headSize = 1 << 20
 
-	// maxArrivals bounds the bodies that are being received, those included that
-	// send nothing.
+	// maxArrivals bounds the bodies that are being received. A body that sends nothing
+	// counts too.
 	maxArrivals = 1024
 
-	// slowRate is in bytes per second. An upload that is as fast is not ended for
-	// another that waits for its slot.
+	// slowRate is in bytes per second. An upload below it can be ended, if another body
+	// waits for its slot or its room.
 	slowRate = 256 << 10
-	// An upload is not judged by its rate in its first judgedAfter. A burst raises its
-	// rate for burstCounts at most.
+	// The rate of an upload counts only after judgedAfter. A burst raises the rate for
+	// burstCounts at most.
 	judgedAfter = time.Second
 	burstCounts = 3 * time.Second
-	// judgeEvery is how often uploads are judged while a body waits for a slot, and
-	// roomEvery while one waits for room on the disk.
+	// judgeEvery is the time between two judgements while a body waits for a slot, and
+	// roomEvery while a body waits for room on the disk.
 	judgeEvery = 50 * time.Millisecond
 	roomEvery  = 10 * time.Millisecond
-	// silentFor is how long a body has to have sent nothing before it can be ended
-	// for the room that it takes.
+	// A body that has sent nothing for silentFor can be ended for its room.
 	silentFor = 500 * time.Millisecond
 
-	// uploadWait is how long a body waits for a slot, and roomWait how long for room.
-	uploadWait = 30 * time.Second
-	roomWait   = 10 * time.Second
+	uploadWait = 30 * time.Second // for a slot
+	roomWait   = 10 * time.Second // for room on the disk
 )
 
-// intake is where bodies are received, until their signatures are compared. Nobody
-// knows yet who sends them. So each has what it has sent, and a share of what is there
-// for all.
+// intake receives bodies until their signatures can be compared. Before that nobody knows
+// who sends a body, so no sender can be given a share: all bodies draw on the same budgets.
 //
-// A body begins as a head: up to headSize bytes, in memory while there is some, and
-// otherwise on the disk. One that is larger takes one of the slots, and goes on in a
-// stream. Heads and streams have budgets of their own: whoever fills one of them leaves
-// the other.
+// A body begins as a head of up to headSize bytes, in memory or, if memory is spent, on the
+// disk. A larger body then takes a slot, and goes on as a stream. Heads and streams have
+// budgets of their own: a sender that fills one budget leaves the other free.
 type intake struct {
-	draining context.Context // its end ends the waiting
+	draining context.Context // its end ends every wait
 
-	rate  int64         // bytes per second that a body must come at
+	rate  int64         // bytes per second that a body needs
 	grace time.Duration // before the rate counts
-	slots int           // how many there are
-	line  int           // how many wait for a slot at most
+	slots int           // taken or free
+	line  int           // bodies that may wait for a slot
 
 	heads, uploads         *budget.Budget // of memory
 	headsDisk, uploadsDisk *budget.Budget // parts of the disk
@@ -75,28 +71,28 @@ type intake struct {
 	mu       sync.Mutex
 	free     int // slots
 	arrivals map[*arrival]struct{}
-	waiting  []chan struct{}    // for a slot, in the order that they came
-	judged   map[bool]time.Time // for their room: when those with a slot (true) were last, and those without
+	waiting  []chan struct{}    // for a slot, the first to come first
+	judged   map[bool]time.Time // the last judgement of bodies with a slot (true) and without one (false)
 }
 
-// newIntake makes one with the given number of slots. Of disk, unsigned bodies have
-// spool at most, a quarter of it for heads.
+// newIntake makes an intake with the given number of slots. Unsigned bodies have at most
+// spool bytes of disk; a quarter of that is for heads.
 func newIntake(draining context.Context, slots int, rate int64, grace time.Duration, disk *budget.Budget, spool int64) *intake {
 	return &intake{
 		draining: draining,
 		rate:     rate, grace: grace, slots: slots, free: slots,
-		// Whoever waits has a whole head. Half of the room is for others.
+		// Each body in line keeps a whole head. They may fill half of the room for heads.
 		line:  max(int((headMemory+spool/4)/headSize/2), 1),
 		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
 		headsDisk: disk.Part(spool / 4), uploadsDisk: disk.Part(spool - spool/4),
-		// With fewer pieces, a single upload would wait for the disk.
+		// With a smaller gate, a single upload would wait for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
 		judged:   make(map[bool]time.Time),
 	}
 }
 
-// errEvicted ends an upload that another waits for.
+// errEvicted ends a body whose slot or room another body waits for.
 var errEvicted = &api.Error{Code: api.Busy, Msg: "others waited for the room that this body took, which came slowly or not at all; send it again"}
 
 // arrival is one body that is being received.
@@ -107,31 +103,31 @@ type arrival struct {
 	ctx  context.Context // its end ends the reading
 	end  context.CancelCauseFunc
 
-	headDisk, uploadDisk *budget.Account // what it takes there, before it has a slot and after
-	waited               time.Duration   // for room there
+	headDisk, uploadDisk *budget.Account // room on the disk, before it has a slot and after
+	waited               time.Duration   // for room on the disk, so far
 
-	slot  bool // guarded by in.mu, as are wants and over
+	// Guarded by in.mu.
+	slot  bool // it has a slot
 	wants bool // it waits for room
-	over  bool // it is read, or has left: it cannot be ended any more
+	over  bool // it has been read, or has left; it cannot be ended any more
 
-	stopped chan struct{} // closed once the end of ctx has set its deadline
-	keep    func() bool   // keeps the end of ctx from setting one
-	set     time.Time     // the read deadline that was
+	stopped chan struct{} // closed once the end of ctx has set a read deadline
+	keep    func() bool   // keeps the end of ctx from setting a read deadline
+	set     time.Time     // the read deadline that Read has set
 
 	mu    sync.Mutex
-	start time.Time // moves on while the body is not read
+	start time.Time // moved on by the time between two Reads
 	asked time.Time // the beginning of the last Read
-	left  time.Time // its end; zero before that
+	left  time.Time // the end of the last Read; zero during a Read
 	n     int64     // bytes read
 
-	// The rate of the last burstCounts, or since it was last asked for.
-	recent float64
-	markN  int64         // n then
-	markAt time.Duration // after start
+	recent float64       // the rate in the last period of burstCounts or more
+	markN  int64         // n at the end of that period
+	markAt time.Duration // from start to the end of that period
 }
 
-// arrive takes in a body of which nothing has been read. ctx ends the reading. The
-// caller must call leave.
+// arrive begins to receive a body. Nothing of it may have been read. The end of ctx ends the
+// reading. The caller must call leave.
 func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseController) (*arrival, error) {
 	now := time.Now()
 	a := &arrival{in: in, body: body, rc: rc, headDisk: in.headsDisk.Open(), uploadDisk: in.uploadsDisk.Open(), start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
@@ -141,7 +137,7 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 		in.endFor(func(*arrival) int64 { return 1 }, 0)
 	}
 	if len(in.arrivals) >= 2*maxArrivals {
-		// Those who were ended have not left yet.
+		// So many bodies have been ended, and have not left yet.
 		return nil, &api.Error{Code: api.NoSpace, Msg: "too many requests are being received"}
 	}
 	a.ctx, a.end = context.WithCancelCause(ctx)
@@ -153,9 +149,9 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 	return a, nil
 }
 
-// finish says that a's body has been read: a cannot be ended from then on. It returns
-// false if a was ended before. The read deadline lies in the past then, and a sets no
-// other.
+// finish must be called once the body has been read. From then on a cannot be ended. finish
+// returns false if a has been ended already. Then the read deadline lies in the past, and a
+// does not set another.
 func (a *arrival) finish() bool {
 	a.in.mu.Lock()
 	was := a.over
@@ -171,7 +167,7 @@ func (a *arrival) finish() bool {
 	return true
 }
 
-// leave gives back the slot. Nothing of a changes a read deadline afterwards.
+// leave gives back the slot. After it, nothing of a sets a read deadline.
 func (a *arrival) leave() {
 	a.finish()
 	a.end(nil)
@@ -186,8 +182,8 @@ func (a *arrival) leave() {
 	}
 }
 
-// takeSlot takes a slot. Where there is none it waits in line, and has the slowest of
-// those that have one ended.
+// takeSlot takes a slot. If none is free, a waits in line. The first in line has the slowest
+// body with a slot ended, if that body is slow enough.
 func (a *arrival) takeSlot() error {
 	in := a.in
 	in.mu.Lock()
@@ -237,9 +233,9 @@ func (in *intake) busy() error {
 	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
 }
 
-// makeRoom ends another body that takes room on the disk, of the same budget as a's, and
-// waits a moment. A body that still finds no room calls it again. After roomWait it
-// returns payload.ErrNoRoom.
+// makeRoom ends another body that takes room on the disk from the same budget as a, and
+// waits a moment. If a still finds no room, it calls makeRoom again. Once a has waited for
+// roomWait in all, makeRoom returns payload.ErrNoRoom.
 func (a *arrival) makeRoom() error {
 	start := time.Now()
 	defer func() { a.waited += time.Since(start) }()
@@ -266,8 +262,9 @@ func (a *arrival) makeRoom() error {
 	}
 }
 
-// judge ends a body for the room that it takes on the disk: one with a slot, or one
-// without. However many wait, it does so every roomEvery. The caller must hold in.mu.
+// judge ends a body for its room on the disk. It looks at the bodies with a slot, or at those
+// without one. It ends one body every roomEvery at most, however many bodies wait. The
+// caller must hold in.mu.
 func (in *intake) judge(slot bool) {
 	if time.Since(in.judged[slot]) < roomEvery {
 		return
@@ -284,10 +281,15 @@ func (in *intake) judge(slot bool) {
 	}, silentFor)
 }
 
-// endFor considers those that take something of what is wanted. It ends the one that has
-// been silent the longest, if that is more than atLeast. If none is silent, it ends the
-// slowest below slowRate. If none is slow either, and several all wait for room, it ends
-// the one that takes most: they would wait for one another. The caller must hold in.mu.
+// endFor ends one body at most. It looks at the bodies for which takes is above 0, and ends
+// the first of these that there is:
+//
+//  1. the body that has been silent the longest, if for more than atLeast;
+//  2. the slowest body below slowRate;
+//  3. the body that takes the most, if several bodies take something and all of them wait
+//     for room: they would wait for one another.
+//
+// It ends none while an ended body has not left yet. The caller must hold in.mu.
 func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 	var silent, largest *arrival
 	longest, most := atLeast, int64(0)
@@ -298,7 +300,7 @@ func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 			continue
 		}
 		if a.ctx.Err() != nil {
-			return // it is about to leave
+			return // a is about to leave, and gives its room back
 		}
 		if a.over {
 			continue
@@ -323,7 +325,7 @@ func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 	}
 }
 
-// wake has the first in line try again. It is called with in.mu held.
+// wake makes the first in line try again. The caller must hold in.mu.
 func (in *intake) wake() {
 	if len(in.waiting) == 0 {
 		return
@@ -334,9 +336,9 @@ func (in *intake) wake() {
 	}
 }
 
-// endSlowest ends the slowest upload of those that among takes, if it is slower than
-// slowRate and none of them is about to leave. It returns whether one leaves. It is
-// called with in.mu held.
+// endSlowest looks at the bodies for which among is true, and ends the slowest if it is below
+// slowRate. It ends none while an ended body has not left yet. It returns whether any of
+// them is about to leave. The caller must hold in.mu.
 func (in *intake) endSlowest(among func(*arrival) bool) bool {
 	var slowest *arrival
 	least := float64(slowRate)
@@ -360,8 +362,8 @@ func (in *intake) endSlowest(among func(*arrival) bool) bool {
 	return slowest != nil
 }
 
-// speed is the rate that the body has come at, or comes at now if that is less, in bytes
-// per second of its client's time; infinite while it is too early to tell.
+// speed is the rate of the body in bytes per second: over all of its time, or recently,
+// whichever is less. It is infinite while it is too early to tell. Only time in Read counts.
 func (a *arrival) speed() float64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -376,7 +378,7 @@ func (a *arrival) speed() float64 {
 	return min(a.recent, rate(a.n, took))
 }
 
-// silence is for how long the body has been read without a byte.
+// silence is how long the current Read has waited for a byte.
 func (a *arrival) silence() time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -393,8 +395,8 @@ func rate(bytes int64, took time.Duration) float64 {
 	return float64(bytes) / took.Seconds()
 }
 
-// Read reads the body with a deadline that moves on as bytes come. What passes between
-// two reads is not the client's time.
+// Read reads the body. Its deadline moves on as bytes come. The time between two Reads is not
+// the client's fault, so it does not count.
 func (a *arrival) Read(b []byte) (int, error) {
 	a.mu.Lock()
 	now := time.Now()
@@ -411,7 +413,7 @@ func (a *arrival) Read(b []byte) (int, error) {
 }
 
 func (a *arrival) read(b []byte, now, deadline time.Time) (int, error) {
-	// A fast client moves the deadline by far more than it uses up.
+	// To set a deadline takes time, so it is set only when it has moved by enough.
 	if now.After(deadline) {
 		return 0, os.ErrDeadlineExceeded
 	} else if deadline.Sub(a.set) > a.in.grace/8 {
@@ -420,15 +422,16 @@ func (a *arrival) read(b []byte, now, deadline time.Time) (int, error) {
 		}
 		a.set = deadline
 	}
-	// Asked after the deadline was set, which may have moved it out of the past.
+	// This must come after the deadline is set: the deadline that ended the body may just
+	// have been replaced.
 	if a.ctx.Err() != nil {
 		return 0, a.cause()
 	}
 	n, err := a.body.Read(b)
 	switch {
 	case err == io.EOF && !a.finish():
-		// net/http watches the connection from now on, and would take the deadline for
-		// the client's leaving.
+		// From now on net/http watches the connection, and would take the deadline in
+		// the past for the client's leaving.
 		err = a.cause()
 	case err != nil && err != io.EOF && a.ctx.Err() != nil:
 		err = a.cause()

@@ -12,24 +12,23 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
-	"handler/function/isolation"
 	"handler/function/payload"
 	"handler/function/reply"
 	"handler/function/signature"
 )
 
-// keyring is the payload secret as it is now, and says in the log what it is
-// whenever that changes.
+// keyring reads the payload secret. Each time the secret changes, a line in the log says
+// how many keys it holds.
 type keyring struct {
 	read func() ([]byte, error)
 	log  zerolog.Logger
 
 	mu   sync.Mutex
-	of   *[sha256.Size]byte // the file that keys are of; nil before the first
+	sum  *[sha256.Size]byte // of the file that holds keys; nil before it is first read
 	keys signature.Keys
 }
 
-// now reads the file. Of a file without a key there are no keys, and no error.
+// now reads the file. A file without a key is no error.
 func (k *keyring) now() (signature.Keys, error) {
 	file, err := k.read()
 	if err != nil {
@@ -38,11 +37,11 @@ func (k *keyring) now() (signature.Keys, error) {
 	sum := sha256.Sum256(file)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.of != nil && *k.of == sum {
+	if k.sum != nil && *k.sum == sum {
 		return k.keys, nil
 	}
 	keys, list := signature.ParseKeys(file)
-	k.of, k.keys = &sum, keys
+	k.sum, k.keys = &sum, keys
 	lines := bytes.Count(bytes.TrimSpace(file), []byte("\n")) + 1
 	switch {
 	case len(keys) == 0:
@@ -55,14 +54,14 @@ func (k *keyring) now() (signature.Keys, error) {
 	return keys, nil
 }
 
-// noKey is what the log and /ready say of a payload secret that lets nobody in.
+// noKey is said by the log and by /ready.
 const noKey = "the payload secret holds no key: one has 16 bytes or more"
 
-// signer is the key that signed a request, and whether it signed a timestamp: the
-// answer is signed in the same way. The zero signer signs nothing.
+// signer is who signed a request. The answer is signed in the same way. The zero signer
+// signs nothing.
 type signer struct {
 	key     []byte
-	stamped bool
+	stamped bool // with a timestamp
 }
 
 // sign is a reply.Options.Sign.
@@ -78,23 +77,24 @@ func (g signer) sign(h http.Header, body []byte) {
 	h.Set(api.SignatureHeader, signature.Sign(g.key, t, body))
 }
 
-// timestamp is the one that a request is signed with. It is judged when the headers
-// have come: an upload may take longer than a timestamp is good for.
+// timestamp returns the timestamp of a request, or "". It must be called before the body is
+// read: an upload may take longer than a timestamp is valid.
 func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 	t, err := signature.ParseTimestamp(r.Header.Values(api.TimestampHeader), time.Now())
 	if err == nil && t == "" && s.RequireTimestamp {
 		err = errors.New("requests need a timestamp here (require_timestamp)")
 	}
 	if err != nil {
-		// It says nothing of any key, and a clock that is wrong is hard to find.
+		// The client is told, because a wrong clock is hard to find, and because this
+		// error tells nothing about a key.
 		return "", &api.Error{Code: api.Unauthorized, Msg: api.TimestampHeader + ": " + err.Error()}
 	}
 	return t, nil
 }
 
-// signedBy checks the signature of a request that has no body: it signs its
-// method, a space and its path, with the query if there is one. Without HMAC
-// there is no signer. id is for the log, where it is none that signed.
+// signedBy checks the signature of a request without a body. Such a request signs its
+// method, a space, and its path with the query: "GET /builds/42". Without HMAC there is no
+// signer. signedBy counts and logs a refusal, with id; the caller answers it.
 func (s *Server) signedBy(r *http.Request, id string) (signer, error) {
 	if s.DisableHMAC {
 		return signer{}, nil
@@ -130,20 +130,20 @@ func (s *Server) verify(r *http.Request) (signer, error) {
 	return signer{key, t != ""}, nil
 }
 
-// bodiless is what requests that have no body sign.
+// bodiless is the beginning of a signed text of a request without a body.
 var bodiless = regexp.MustCompile(`^[A-Z]+ /`)
 
-// ambiguous says that the bytes that a body's signature is over may have been signed
-// as something else: as a request without a body, as an answer of ours, or, with a
-// timestamp, as another body. Whoever has seen the other one's signature
-// could send the body. message is its beginning, 1 KiB or all.
+// ambiguous says whether a signed body may also be something else that is signed: a request
+// without a body, an answer of the builder, or another body with a timestamp before it.
+// Whoever has seen the signature of the other thing could send it as a body. message is the
+// beginning of the signed bytes, 1 KiB or all.
 func ambiguous(message []byte) bool {
 	rest, stamped := signature.CutTimestamp(message)
 	return bodiless.Match(rest) || reply.IsAnswer(rest) || stamped && payload.IsBody(rest)
 }
 
-// unauthorized has one message for every cause: which it was helps only who
-// tries keys.
+// unauthorized has one message for every cause: the cause would help somebody who tries
+// keys.
 func unauthorized(cause error) error {
 	return &api.Error{
 		Code: api.Unauthorized,
@@ -152,20 +152,11 @@ func unauthorized(cause error) error {
 	}
 }
 
-// errHeaderIgnored is of a text envelope without a signature beside a signature header. It
-// is the same whatever the header holds, which nobody looks at: it says nothing of a key.
+// errHeaderIgnored is for a text envelope that has no signature inside, beside a signature
+// in a header. It tells nothing about a key: nothing compares the header with one.
 var errHeaderIgnored = &api.Error{
 	Code: api.Unauthorized,
 	Msg: `the request is not signed with the payload secret: a body that begins with { is taken for a text envelope, ` +
 		`which carries its signature inside, as "signature", and has none; a header ` + api.SignatureHeader + ` beside it is ignored`,
 	Err: errors.New("no signature"),
-}
-
-// isolationKey is derived from the first key, and so outlives the rotation of
-// those after it.
-func (s *Server) isolationKey(keys signature.Keys) isolation.Key {
-	if len(keys) == 0 {
-		return isolation.Derive(s.FallbackSecret)
-	}
-	return isolation.Derive(keys[0])
 }

@@ -1,16 +1,20 @@
-// Package server answers the builder's routes. It takes a request apart,
-// admits it, hands it to a Solver, and turns what comes back into the answer
-// the client asked for. It does not know BuildKit.
+// Package server answers the builder's routes. It receives a request, checks it, gives it
+// to a Solver, and writes the result in the form that the client asked for. It does not
+// know BuildKit.
+//
+// A request for a build goes through these files: server.go finds its route, call.go says
+// who calls, upload.go receives the body, keys.go finds out who signed it, flights.go
+// finds the build that it may join, build.go does the steps of the build, check.go compares
+// it with what is allowed, isolate.go keeps it apart from others, and flight.go passes the
+// verdict to every call that waits. refuse.go answers where there is no build.
 package server
 
 import (
 	"context"
-	"crypto/rand"
 	"net/http"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"github.com/rs/zerolog"
 
@@ -23,65 +27,68 @@ import (
 	"handler/function/solve"
 )
 
-// Solver builds. Its errors are *api.Error where the client may know the
-// reason. Stats are set beside an error too.
+// Solver builds. An error that the client may see is an *api.Error. Stats are set beside
+// an error too.
 type Solver interface {
 	Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
-	// Find returns what is remembered of the last build whose solve.Name has this
-	// Call, or nil.
+	// Find returns what the daemons remember of the last build whose solve.Name has
+	// this Call. It returns nil if they remember none.
 	Find(ctx context.Context, call string) (*solve.Past, error)
-	// Daemons counts the daemons, within ctx.
+	// Daemons counts the daemons. It returns when ctx ends at the latest.
 	Daemons(ctx context.Context) solve.Daemons
 }
 
-// Config is what a Server works with. Every field without "may be" is needed.
+// Config of a Server. A field is needed unless its comment says what its zero value means.
 type Config struct {
 	Solver Solver
 
-	// PayloadSecret is the secret's content now. It is asked for with each
-	// request, so that a rotated key needs no restart.
+	// PayloadSecret reads the payload secret. It is called for each request, so that a
+	// key can be rotated without a restart.
 	PayloadSecret func() ([]byte, error)
 
-	// BuildSecretsKey is the private key that build secrets are sealed to,
-	// empty when none is configured.
+	// BuildSecretsKey reads the private key for sealed build secrets. An empty key
+	// means that no key is configured, and refuses sealed secrets.
 	BuildSecretsKey func() ([]byte, error)
 
-	// DisableHMAC builds what anybody sends.
+	// DisableHMAC lets anybody build. False wants a signature.
 	DisableHMAC bool
 
-	// RequireTimestamp refuses requests that have no X-Build-Timestamp.
+	// RequireTimestamp refuses requests without X-Build-Timestamp. False takes them.
 	RequireTimestamp bool
 
-	// FallbackSecret stands in for the payload secret where isolation derives
-	// its key, when DisableHMAC is set and there is no secret.
+	// FallbackSecret takes the place of the payload secret in isolation. It is used
+	// only if DisableHMAC is set and there is no payload secret.
 	FallbackSecret []byte
 
-	// Contexts may be nil: then none are taken.
+	// Contexts keeps contexts that are sent ahead. Nil refuses them.
 	Contexts Contexts
 
-	// ContextHosts may have git contexts; empty allows none. GitCredentials are
-	// those for them, in the form of git's credential store, empty when there are
-	// none.
-	ContextHosts   []string
+	// ContextHosts are the hosts that git contexts may come from. Empty refuses git
+	// contexts.
+	ContextHosts []string
+
+	// GitCredentials reads the logins for ContextHosts, in the form of git's credential
+	// store. Empty means that there are none.
 	GitCredentials func() ([]byte, error)
 
-	// AllowedImages are repository prefixes, normalised; empty allows any.
+	// AllowedImages are prefixes of the repositories that clients may push to,
+	// normalised. Empty allows every repository.
 	AllowedImages []string
 
-	// OwnRepositories are those that only the builder itself may write to,
-	// normalised.
+	// OwnRepositories are the repositories that only the builder may push to,
+	// normalised. Empty means that it has none.
 	OwnRepositories []string
 
 	Limits      payload.Limits
-	SpoolMemory int64  // bytes of a body kept in memory
-	TempDir     string // where the rest of it goes
-	SpoolBytes  int64  // of all bodies there together; half of it before their signatures have passed
+	SpoolMemory int64  // bytes of one body in memory
+	TempDir     string // for the bytes of a body over SpoolMemory; empty is the system's
+	SpoolBytes  int64  // bytes of all bodies in TempDir; unsigned bodies have half of it
 
-	MaxBuilds       int
-	MaxUploads      int
-	QueueWait       time.Duration // that a streaming or queued caller waits for a build slot
-	BuildTimeout    time.Duration // that a context sent ahead may take from the registry; the Solver has its own
-	ShutdownTimeout time.Duration // that builds get after Shutdown
+	MaxBuilds       int           // at once
+	MaxUploads      int           // at once; a small body does not count
+	QueueWait       time.Duration // of a streaming or queued caller, for a build slot
+	BuildTimeout    time.Duration // for reading a context from the registry; the Solver has a timeout of its own
+	ShutdownTimeout time.Duration // for builds to end after Shutdown
 	UploadMinRate   int64         // bytes per second, averaged, after UploadGrace
 	UploadGrace     time.Duration
 
@@ -89,12 +96,10 @@ type Config struct {
 	Log     zerolog.Logger
 }
 
-// waitingMemory is what builds that wait for a slot keep in memory, all together, in
-// bytes. What finds no room is read again from the disk when the slot is there.
+// waitingMemory bounds the memory of all builds that wait for a slot together, in bytes.
+// A build that finds no room keeps its body on the disk, and makes its index again once it
+// has a slot.
 const waitingMemory = 32 << 20
-
-// tenant is the only one there is.
-const tenant = "default"
 
 // Server is the builder's http.Handler.
 type Server struct {
@@ -103,20 +108,19 @@ type Server struct {
 	routes            map[string]map[string]http.Handler
 	keys              keyring
 	intake            *intake
-	disk              *budget.Budget // of all bodies
+	disk              *budget.Budget // for all bodies
 	waiting           *budget.Budget // of memory, for builds that wait for a slot
 	builds            slots
-	checks            slots // of contexts that are sent ahead
+	checks            slots // for contexts on their way to the registry
 	flights           flights
 	daemons           daemonCount
-	refusals, defects refusals // logged
+	refusals, defects refusals
 
-	// draining ends when Shutdown is called; stopped, when the time that builds
-	// get after that is over.
+	// draining ends when Shutdown is called. stopped ends ShutdownTimeout later.
 	draining, stopped context.Context
 	drain, stop       context.CancelFunc
 
-	mu     sync.Mutex // guards active.Add against Shutdown's Wait
+	mu     sync.Mutex // keeps active.Add out of Shutdown's Wait
 	active sync.WaitGroup
 }
 
@@ -124,10 +128,9 @@ type Server struct {
 //
 // # Errors
 //
-// A failed request is answered with an api.Record, or with plain text where the
-// request's Content-Type was text/plain. api.Code.HTTPStatus decides its status.
-// Once an answer streams its status is 200, and the last record says how the
-// build ended.
+// The answer to a failed request is an api.Record, or plain text if the Content-Type of
+// the request was text/plain. api.Code.HTTPStatus decides the status. A stream has the
+// status 200 whatever happens later: its last record says how the build ended.
 func New(cfg Config) *Server {
 	s := &Server{
 		Config:  cfg,
@@ -144,25 +147,28 @@ func New(cfg Config) *Server {
 	s.daemons.count = cfg.Solver.Daemons
 	s.metrics = metrics.New(s.daemons.get)
 
-	build := http.HandlerFunc(s.serveBuild)
-	s.routes = map[string]map[string]http.Handler{
-		"/":      {http.MethodPost: build, http.MethodGet: page.Or(plain(description{s}))},
-		"/build": {http.MethodPost: build},
-		"/contexts/": {
-			http.MethodHead: http.HandlerFunc(s.headContext),
-			http.MethodPut:  http.HandlerFunc(s.putContext),
+	type methods = map[string]http.Handler
+	s.routes = map[string]methods{
+		"/": {
+			http.MethodPost: http.HandlerFunc(s.serveBuild),
+			http.MethodGet:  page.Or(adapt(description{s})),
 		},
-		"/builds/":   {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
-		"/publickey": {http.MethodGet: plain(publicKey{s})},
-		"/healthz":   {http.MethodGet: plain(health{})},
-		"/ready":     {http.MethodGet: plain(readiness{s})},
+		"/build":   {http.MethodPost: http.HandlerFunc(s.serveBuild)},
+		"/builds/": {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
+		"/contexts/": {
+			http.MethodHead: http.HandlerFunc(s.serveHasContext),
+			http.MethodPut:  http.HandlerFunc(s.servePutContext),
+		},
+		"/publickey": {http.MethodGet: adapt(publicKey{s})},
+		"/healthz":   {http.MethodGet: adapt(health{})},
+		"/ready":     {http.MethodGet: adapt(readiness{s})},
 		"/metrics":   {http.MethodGet: s.metrics.Handler()},
 	}
 	return s
 }
 
-// route finds the handlers of a path, by method. A route that ends in a slash is
-// that of every segment below it, and the segment is rest.
+// route finds the handlers of a path, by method. A route that ends in a slash serves
+// every single segment below it, and rest is that segment.
 func (s *Server) route(path string) (methods map[string]http.Handler, rest string) {
 	if i := strings.LastIndexByte(path, '/') + 1; i > 1 {
 		if i == len(path) {
@@ -173,8 +179,7 @@ func (s *Server) route(path string) (methods map[string]http.Handler, rest strin
 	return s.routes[path], rest
 }
 
-// ServeHTTP matches paths as they are: there is nothing here to clean or
-// redirect.
+// ServeHTTP matches a path as it is, without cleaning it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r.Header = kept(r.Header)
 	id, _ := nameCall(w, r)
@@ -184,7 +189,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		s.refuseUnsigned(w, r, id, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"})
+		s.refuseUnsigned(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -196,90 +201,44 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		s.refuseUnsigned(w, r, id, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method})
+		s.refuseUnsigned(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
 		return
 	}
 	h.ServeHTTP(w, r)
 }
 
-// readHeaders are those that anything here looks at, and Accept-Encoding, at which the
-// metrics do.
+// readHeaders are the headers that this package reads, and Accept-Encoding, which the
+// metrics' handler reads.
 var readHeaders = []string{
 	api.SignatureHeader, api.TimestampHeader, api.CallIDHeader, api.CallbackHeader,
 	"Accept", "Accept-Encoding", "Content-Type", "User-Agent",
 }
 
-// kept is h without all that nobody reads. A request lives as long as its body takes to
-// come, and 16 KiB of short headers are 475 KiB in memory.
+// kept is h without the headers that nobody reads. Headers stay in memory until the body
+// has come, and 16 KiB of short headers take 475 KiB there.
 func kept(h http.Header) http.Header {
 	few := make(http.Header, len(readHeaders))
 	for _, name := range readHeaders {
 		for _, value := range h.Values(name) {
-			// Its own, not a part of all headers in one string.
+			// A substring would keep all headers in memory.
 			few.Add(name, strings.Clone(value))
 		}
 	}
 	return few
 }
 
-// segment names a request's path value: the last segment of its path, where
-// the route leaves it open.
+// segment names a path value of a request: the last segment of its path, if the route ends
+// in a slash.
 const segment = "segment"
 
-// maxCallID is longer than any id that a gateway makes.
-const maxCallID = 128
-
-// validCallID says that an answer can have id in it. Text answers have it on a line.
-func validCallID(id string) bool {
-	return id != "" && len(id) <= maxCallID && !strings.ContainsFunc(id, unicode.IsControl)
-}
-
-// nameCall returns the id of a request's build: the X-Call-Id that came with it, or one
-// made here. The answer has it in its own X-Call-Id.
-func nameCall(w http.ResponseWriter, r *http.Request) (id string, came bool) {
-	id = r.Header.Get(api.CallIDHeader)
-	if came = validCallID(id); !came {
-		id = w.Header().Get(api.CallIDHeader)
-	}
-	if id == "" {
-		id = rand.Text()
-	}
-	w.Header().Set(api.CallIDHeader, id)
-	return id, came
-}
-
-// Refuse answers every request where there is no Server to do it.
-func Refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
-	id, _ := nameCall(w, r)
-	refuse(w, r, err, reply.Options{ID: id})
-}
-
-// refuse answers a request that did not become a build.
-func refuse(w http.ResponseWriter, r *http.Request, err *api.Error, opts reply.Options) {
-	opts.Text = isText(r)
-	if r.Body != http.NoBody {
-		opts.NotBefore = time.Now().Add(settle)
-	}
-	reply.New(w, reply.JSON, opts).Finish(failure(err, ""))
-}
-
-// refuseUnsigned refuses and counts a request of which no signature is asked.
-func (s *Server) refuseUnsigned(w http.ResponseWriter, r *http.Request, id string, err *api.Error) {
-	s.countUnsigned(err, id)
-	refuse(w, r, err, reply.Options{ID: id})
-}
-
-// settle is how long after the end of a body its answer may begin. A proxy made
-// of Go's ReverseProxy, as of-watchdog and the gateway are, closes the body of a
-// request when the answer begins; should it not yet have seen the end then, it
+// settle is the least time between the end of a body and the beginning of its answer.
+// of-watchdog and the gateway are made of Go's ReverseProxy, which closes the body of a
+// request when the answer begins. If it has not yet seen the end of the body by then, it
 // drops the connection, and with it the build (https://go.dev/issue/40747).
 const settle = 20 * time.Millisecond
 
-func failure(err *api.Error, image string) api.Record {
-	return api.Record{Status: api.Failed, Image: image, ImageName: image, Error: err.Msg, Code: err.Code}
-}
-
-// begin counts a build in, unless the server is shutting down.
+// begin counts a call, so that Shutdown waits for it. It fails after Shutdown. The caller
+// must call end.
 func (s *Server) begin() (end func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,8 +249,8 @@ func (s *Server) begin() (end func(), ok bool) {
 	return s.active.Done, true
 }
 
-// Shutdown refuses new builds, gives those that run ShutdownTimeout to end, then
-// cancels them and waits until each has given its verdict.
+// Shutdown refuses new builds, and waits until every running build has its verdict. Builds
+// that have not ended within ShutdownTimeout are cancelled.
 func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.drain()

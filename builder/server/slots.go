@@ -8,14 +8,14 @@ import (
 	"handler/function/api"
 )
 
-// slots bounds how many do a thing at once. Those who wait are served in the
-// order they came.
+// slots bounds how many goroutines do the same thing at once. Goroutines get a slot in the
+// order in which they began to wait.
 type slots chan struct{}
 
 var errFull = errors.New("no slot became free in time")
 
-// acquire takes a slot, waiting at most wait for it. It returns errFull, or
-// ctx's cause.
+// acquire takes a slot. Its error is errFull if none becomes free within wait, or ctx's
+// cause.
 func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 	select {
 	case s <- struct{}{}:
@@ -39,11 +39,12 @@ func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 
 func (s slots) release() { <-s }
 
-// take takes one of the slots within wait, or returns full.
+// take takes a slot. Its error is full if none becomes free within wait. It ends when the
+// server shuts down.
 func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full *api.Error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	// Waiting longer than the process lives is of no use.
+	// A process that shuts down begins no build.
 	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
 	switch err := from.acquire(ctx, wait); {
 	case err == nil:

@@ -17,10 +17,10 @@ import (
 type upload struct {
 	*payload.Spool
 	keys   signature.Keys
-	signer signer // without HMAC, the zero one
+	signer signer // zero without HMAC
 }
 
-// request is a Record.Request.
+// request is a Record.Request. It waits for the sum of the body.
 func (u *upload) request() string {
 	sum, ok := u.SHA256()
 	if !ok {
@@ -29,41 +29,62 @@ func (u *upload) request() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// drainWait is for how long net/http may read the rest of a body that is
-// refused. A client that is still sending would see a reset otherwise; one that
-// sends nothing must not keep its answer from being written.
+// purpose is why a payload is received.
+type purpose int
+
+const (
+	toBuild purpose = iota
+	toJoin          // to build, or to join the build of an earlier delivery
+	toStore         // a context that is sent ahead, for the registry
+	toRead          // a context out of the registry, for a build
+)
+
+// payloadOptions says how to receive a payload. All Options of the server are made here.
+// a is the arrival of a request's body; it is nil for a context from the registry, which
+// is no stranger's.
+func (s *Server) payloadOptions(why purpose, keys signature.Keys, a *arrival) payload.Options {
+	opts := payload.Options{
+		Limits:     s.Limits,
+		Dir:        s.TempDir,
+		InMemory:   s.SpoolMemory,
+		ContentKey: s.isolationKey(keys).ContentKey(),
+		// Two bodies are compared by their sums, and a context is named by its sum.
+		SHA256:      why != toBuild,
+		ContextOnly: why == toStore || why == toRead,
+		Raw:         why == toStore,
+	}
+	if a == nil {
+		opts.HeadDisk, opts.Disk = s.disk.Open(), s.disk.Open()
+		return opts
+	}
+	opts.Gate = s.intake.gate
+	opts.HeadSize, opts.Larger, opts.NoRoom = headSize, a.takeSlot, a.makeRoom
+	opts.HeadMemory, opts.HeadDisk = s.intake.heads.Open(), a.headDisk
+	opts.Memory, opts.Disk = s.intake.uploads.Open(), a.uploadDisk
+	return opts
+}
+
+// drainWait is how long net/http may read the rest of a refused body. Without it a client
+// that is still sending would see a reset in place of the answer. It is short, so that a
+// client that has stopped sending gets its answer soon.
 const drainWait = 500 * time.Millisecond
 
-// receive reads the body and checks its signature. opts says what the body is;
-// its limits and places are set here. On success the caller closes the upload.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Options) (_ *upload, err error) {
+// receive reads the body and checks its signature. On success the caller must close the
+// upload.
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_ *upload, err error) {
 	rc := http.NewResponseController(w)
 	defer func() {
 		if err != nil {
 			rc.SetReadDeadline(time.Now().Add(drainWait))
 			return
 		}
-		// The server watches the connection for the client's leaving from now
-		// on; a deadline left behind would look like that.
+		// From now on net/http watches the connection, to see whether the client
+		// leaves. It would take a deadline for the client's leaving.
 		rc.SetReadDeadline(time.Time{})
 	}()
-	var (
-		keys   signature.Keys
-		stamp  signature.Timestamp
-		mac    signature.MAC
-		macErr error
-	)
-	if keys, err = s.keys.now(); err != nil && !s.DisableHMAC {
+	signed, err := s.readClaim(r, why)
+	if err != nil {
 		return nil, err
-	}
-	if !s.DisableHMAC {
-		if stamp, err = s.timestamp(r); err != nil {
-			return nil, err
-		}
-		mac, macErr = signature.Parse(r.Header.Values(api.SignatureHeader))
-		if macErr != nil && opts.ContextOnly {
-			return nil, unauthorized(macErr)
-		}
 	}
 	a, err := s.intake.arrive(s.stopped, r.Body, rc)
 	if err != nil {
@@ -73,56 +94,76 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, opts payload.Op
 
 	start := time.Now()
 	body := bufio.NewReaderSize(a, 16)
-	if macErr != nil {
-		// Only the text envelope carries its signature itself, and its first byte tells.
+	if signed.macErr != nil {
+		// A text envelope carries its signature inside. The first byte tells whether the
+		// body is one.
 		if first, err := body.Peek(1); err != nil || first[0] != '{' {
-			return nil, unauthorized(macErr)
+			return nil, unauthorized(signed.macErr)
 		}
 	}
-	verifier := keys.Verifier(stamp)
-	opts.Limits, opts.Dir, opts.InMemory, opts.Gate = s.Limits, s.TempDir, s.SpoolMemory, s.intake.gate
-	opts.HeadSize, opts.Larger, opts.NoRoom = headSize, a.takeSlot, a.makeRoom
-	opts.HeadMemory, opts.HeadDisk = s.intake.heads.Open(), a.headDisk
-	opts.Memory, opts.Disk = s.intake.uploads.Open(), a.uploadDisk
-	opts.ContentKey = s.isolationKey(keys).ContentKey()
-	spool, err := payload.Receive(body, verifier, opts)
+	verifier := signed.keys.Verifier(signed.stamp)
+	spool, err := payload.Receive(body, verifier, s.payloadOptions(why, signed.keys, a))
 	if err != nil {
 		return nil, bodyError(err)
 	}
 	s.metrics.Received(spool.Size(), time.Since(start))
+	by, err := s.verifyBody(r, signed, spool, verifier)
+	if err != nil {
+		spool.Close()
+		return nil, err
+	}
+	spool.Charge(s.waiting, s.disk)
+	return &upload{Spool: spool, keys: signed.keys, signer: by}, nil
+}
+
+// claim is what a request says about its signature before its body is read.
+type claim struct {
+	keys   signature.Keys // that may have made it
+	stamp  signature.Timestamp
+	mac    signature.MAC
+	macErr error // of the header; a text envelope can still have a signature inside
+}
+
+func (s *Server) readClaim(r *http.Request, why purpose) (c claim, err error) {
+	c.keys, err = s.keys.now()
 	if s.DisableHMAC {
-		spool.Charge(s.waiting, s.disk)
-		return &upload{Spool: spool, keys: keys}, nil
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	if c.stamp, err = s.timestamp(r); err != nil {
+		return c, err
+	}
+	c.mac, c.macErr = signature.Parse(r.Header.Values(api.SignatureHeader))
+	if c.macErr != nil && why == toStore {
+		return c, unauthorized(c.macErr) // a context is sent in no text envelope
+	}
+	return c, nil
+}
+
+// verifyBody finds the signer of a body that has been received. Without HMAC there is none.
+func (s *Server) verifyBody(r *http.Request, c claim, spool *payload.Spool, verifier *signature.Verifier) (signer, error) {
+	if s.DisableHMAC {
+		return signer{}, nil
 	}
 	if value, ok := spool.Signature(); ok {
 		if value == "" && len(r.Header.Values(api.SignatureHeader)) > 0 {
-			spool.Close()
-			return nil, errHeaderIgnored
+			return signer{}, errHeaderIgnored
 		}
-		mac, macErr = signature.Parse([]string{value})
+		c.mac, c.macErr = signature.Parse([]string{value})
 	}
-	if macErr != nil {
-		spool.Close()
-		return nil, unauthorized(macErr)
+	if c.macErr != nil {
+		return signer{}, unauthorized(c.macErr)
 	}
-	key, ok := verifier.Verify(mac)
+	key, ok := verifier.Verify(c.mac)
 	if !ok {
-		spool.Close()
-		return nil, unauthorized(errors.New("no key made the signature"))
+		return signer{}, unauthorized(errors.New("no key made the signature"))
 	}
 	if ambiguous(verifier.Head()) {
-		spool.Close()
-		return nil, unauthorized(errors.New("the body reads like something else that is signed"))
+		return signer{}, unauthorized(errors.New("the body reads like something else that is signed"))
 	}
-	spool.Charge(s.waiting, s.disk)
-	return &upload{Spool: spool, keys: keys, signer: signer{key, stamp != ""}}, nil
-}
-
-func canceled(cause error) error {
-	if e, ok := errors.AsType[*api.Error](cause); ok {
-		return e
-	}
-	return &api.Error{Code: api.Canceled, Msg: "the client went away", Err: cause}
+	return signer{key, c.stamp != ""}, nil
 }
 
 func bodyError(err error) error {

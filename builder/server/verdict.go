@@ -10,12 +10,15 @@ import (
 	"handler/function/solve"
 )
 
-// findTimeout bounds how long a verdict is looked for on the daemon.
+// findTimeout bounds the search for a verdict on the daemons.
 const findTimeout = 30 * time.Second
 
-// serveVerdict tells what came of a queued build: from memory, or, where another
-// replica built it or this one has been restarted, from the daemon's history.
-// The status is 200 for a verdict of either kind, and 202 for none yet.
+var errNoBuild = &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
+
+// serveVerdict tells how a queued build ended. It looks in memory, and then in the history
+// of the daemons: another replica may have built it, or this one may have been restarted.
+// The status is 200 for a verdict, a success or a failure, and 202 for a build that has
+// none yet.
 func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	opts := reply.Options{ID: r.PathValue(segment), Start: time.Now()}
 	if !validCallID(opts.ID) {
@@ -24,7 +27,7 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	rec, by, err := s.verdict(r)
 	opts.Sign = by.sign
 	if err != nil {
-		refuse(w, r, api.AsError(err), opts)
+		writeRefusal(w, r, api.AsError(err), opts)
 		return
 	}
 	status := http.StatusOK
@@ -36,7 +39,7 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// verdict returns who signed the request beside an error too.
+// verdict returns the signer of the request beside an error too.
 func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error) {
 	by, err = s.signedBy(r, r.PathValue(segment))
 	if err != nil {
@@ -65,20 +68,22 @@ func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error)
 	return recordOf(past), by, nil
 }
 
-var errNoBuild = &api.Error{Code: api.NotFound, Msg: "no build of this call id is known: it has not been delivered yet, was not queued, or has been forgotten"}
-
-// now is the flight's verdict, or how long it has been under way.
-func (f *flight) now() api.Record {
-	select {
-	case <-f.done:
-		return f.past()
-	default:
+// record is the verdict. Its text is masked.
+func (res *result) record(image string) api.Record {
+	rec := api.Record{Image: image, ImageName: image, Status: api.Success}
+	if res.err != nil {
+		rec = failedRecord(api.AsError(res.err), image)
+		rec.Error = res.mask.Text(rec.Error)
+	} else {
+		rec.Digest, rec.Commit, rec.Tags, rec.Platforms = res.outcome.Digest, res.outcome.Commit, res.outcome.Tags, res.outcome.Platforms
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return api.Record{Status: api.InProgress, Image: f.image, ImageName: f.image, Duration: time.Since(f.call.start).Seconds()}
+	for _, warning := range res.outcome.Warnings {
+		rec.Warnings = append(rec.Warnings, res.mask.Line(warning))
+	}
+	return rec
 }
 
+// recordOf tells of a build that a daemon remembers.
 func recordOf(p *solve.Past) api.Record {
 	rec := api.Record{Status: api.Success, Image: p.Image, ImageName: p.Image}
 	switch {
@@ -87,7 +92,7 @@ func recordOf(p *solve.Past) api.Record {
 		rec.Duration = time.Since(p.Began).Seconds()
 		return rec
 	case p.Err != nil:
-		rec = failure(api.AsError(p.Err), p.Image)
+		rec = failedRecord(api.AsError(p.Err), p.Image)
 	}
 	rec.Digest = p.Outcome.Digest
 	rec.Duration = p.Ended.Sub(p.Began).Seconds()

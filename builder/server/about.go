@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
@@ -17,15 +16,16 @@ import (
 	"handler/function/solve"
 )
 
-// plain serves an OpenFaaS FunctionHandler: a small answer that needs no body.
-func plain(h handler.FunctionHandler) http.Handler {
+// adapt makes an http.Handler of an OpenFaaS FunctionHandler. All of this file's handlers
+// answer small questions about the builder, without a body and a signature.
+func adapt(h handler.FunctionHandler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		req := handler.Request{Header: r.Header, QueryString: r.URL.RawQuery, Method: r.Method, Host: r.Host}
 		req.WithContext(r.Context())
 		res, err := h.Handle(req)
 		if err != nil {
 			id, _ := nameCall(w, r)
-			refuse(w, r, api.AsError(err), reply.Options{ID: id})
+			writeRefusal(w, r, api.AsError(err), reply.Options{ID: id})
 			return
 		}
 		for key, values := range res.Header {
@@ -43,9 +43,9 @@ func (health) Handle(handler.Request) (handler.Response, error) {
 	return text(http.StatusOK, "ok"), nil
 }
 
-// readiness answers 503 before a request could pass and while shutting down.
-// Neither being busy nor a lost daemon counts: callers would hang at the
-// gateway instead of being told.
+// readiness answers 503 while there is no key that a request could be signed with, and
+// during a shutdown. It answers 200 when the builder is busy or a daemon is lost: at 503
+// callers would hang at the gateway, and never see an answer that tells them so.
 type readiness struct{ s *Server }
 
 func (h readiness) Handle(handler.Request) (handler.Response, error) {
@@ -68,7 +68,7 @@ func (h readiness) Handle(handler.Request) (handler.Response, error) {
 	return text(http.StatusOK, "ready"), nil
 }
 
-// publicKey is what clients seal build secrets to.
+// publicKey answers with the key that clients seal build secrets to.
 type publicKey struct{ s *Server }
 
 func (h publicKey) Handle(handler.Request) (handler.Response, error) {
@@ -86,7 +86,8 @@ func (h publicKey) Handle(handler.Request) (handler.Response, error) {
 	return asJSON(public)
 }
 
-// description says what this is, to whoever asks: no addresses, no secrets.
+// description says what the builder is. Anybody can ask, so it has no address and no
+// secret.
 type description struct{ s *Server }
 
 func (h description) Handle(handler.Request) (handler.Response, error) {
@@ -126,15 +127,8 @@ func asJSON(v any) (handler.Response, error) {
 	}, nil
 }
 
-// isText says that the client reads errors better as text: the OpenFaaS UI shows
-// a JSON one as "[object Object]", and faas-cli invoke prints to a terminal.
-func isText(r *http.Request) bool {
-	t, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	return strings.EqualFold(strings.TrimSpace(t), api.TextType)
-}
-
-// daemonCount keeps the last count for a while: GET / and /metrics are open to
-// everybody, and must not make a daemon's work.
+// daemonCount keeps a count of the daemons for a while: GET / and /metrics are open to
+// everybody, and must not make work for the daemons.
 type daemonCount struct {
 	count func(context.Context) solve.Daemons
 
