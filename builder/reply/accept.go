@@ -13,19 +13,19 @@ type Form int
 
 const (
 	JSON   Form = iota // one indented object when the build has ended
-	NDJSON             // one object a line
+	NDJSON             // one object on each line
 	SSE                // the same objects as server-sent events
 )
 
-// Accept chooses the form from all Accept headers of a request. NDJSON comes
-// before SSE, whatever their order: a caller of the CE gateway has to name both
-// to get NDJSON passed on as it comes.
+// Accept chooses the form from all Accept headers of a request. A request that names both
+// NDJSON and SSE gets NDJSON: the CE gateway passes NDJSON on without a delay only if the
+// caller names SSE too.
 func Accept(h http.Header) Form {
 	form := JSON
 	for _, list := range h.Values("Accept") {
 		for item := range strings.SplitSeq(list, ",") {
 			name, params, _ := strings.Cut(item, ";")
-			if refused(params) {
+			if unacceptable(params) {
 				continue
 			}
 			switch strings.ToLower(strings.TrimSpace(name)) {
@@ -39,9 +39,9 @@ func Accept(h http.Header) Form {
 	return form
 }
 
-// refused reports whether the parameters of an Accept item have a weight of
-// zero, which says that it is not acceptable (RFC 9110, section 12.4.2).
-func refused(params string) bool {
+// unacceptable says whether the parameters of an Accept item have a weight of zero, which
+// means "not acceptable" (RFC 9110, section 12.4.2).
+func unacceptable(params string) bool {
 	for p := range strings.SplitSeq(params, ";") {
 		name, value, _ := strings.Cut(p, "=")
 		if strings.EqualFold(strings.TrimSpace(name), "q") {

@@ -10,22 +10,23 @@ import (
 	"handler/function/api"
 )
 
-// Sizes of what is encoded, in bytes of JSON.
+// Bounds of a record and its parts, in bytes of JSON.
 const (
-	// maxRecord bounds a line of a stream, its newline included. Clients that
-	// read with a bufio.Scanner, as go-sdk does, stop in silence at 64 KiB.
+	// maxRecord bounds a line of a stream, with its newline. A client that reads with a
+	// bufio.Scanner, as go-sdk does, stops without an error at 64 KiB.
 	maxRecord = 60 << 10
 
-	// maxLines bounds the log of one record of a stream, and so each line.
+	// maxLines bounds the log of one record of a stream. So it bounds each line too.
 	maxLines = maxRecord - 3*maxWord - maxKeys
 
 	maxError = 24 << 10
-	maxWord  = 1 << 10 // id, image (twice), code, digest, request
-	maxList  = 8 << 10 // tags, platforms, warnings: each of them
-	maxKeys  = 1 << 10 // the keys of a record, its status and duration
+	maxWord  = 1 << 10 // each of id, image (twice), code, digest, request
+	maxList  = 8 << 10 // each of tags, platforms, warnings
+	maxKeys  = 1 << 10 // all keys of a record, with its status and duration
 )
 
-// The last record of a stream, which has no log, must fit too.
+// The last record of a stream has no log. This does not compile if its parts together can be
+// larger than maxRecord.
 const _ uint = maxRecord - maxError - 6*maxWord - 3*maxList - maxKeys
 
 // encode appends v to b as one line of JSON.
@@ -34,13 +35,13 @@ func encode(b *bytes.Buffer, v any, indent string) {
 	e.SetEscapeHTML(false)
 	e.SetIndent("", indent)
 	if err := e.Encode(v); err != nil {
-		// Strings and a finite number always can be.
+		// Strings and finite numbers can always be encoded.
 		panic(err)
 	}
 }
 
-// size returns how many bytes s has as a JSON string without its quotes, or
-// some more if it has control characters.
+// size returns how many bytes s takes as a JSON string without its quotes. For control
+// characters it counts more than some of them take.
 func size(s string) int {
 	n := 0
 	for i := 0; i < len(s); {
@@ -69,8 +70,8 @@ func runeSize(s string) (size, length int) {
 	return length, length
 }
 
-// split cuts s in two at the end of a rune, the first part as long as it can be
-// with a size of at most limit.
+// split cuts s in two at the end of a rune. The first part is the longest with a size of at
+// most limit.
 func split(s string, limit int) (head, tail string) {
 	n := 0
 	for i := 0; i < len(s); {
@@ -83,7 +84,7 @@ func split(s string, limit int) (head, tail string) {
 	return s, ""
 }
 
-// lastPart returns the end of s with a size of at most limit.
+// lastPart returns the longest end of s with a size of at most limit.
 func lastPart(s string, limit int) string {
 	n := 0
 	i := len(s)
@@ -98,8 +99,8 @@ func lastPart(s string, limit int) string {
 	return s[i:]
 }
 
-// shorten cuts s to a size of at most limit, with a mark in the middle: an error
-// begins with what failed and may end with why.
+// shorten cuts s to a size of at most limit. It cuts the middle, and leaves a mark there: an
+// error begins with the step that failed, and often ends with the reason.
 func shorten(s string, limit int) string {
 	// A byte takes six at most.
 	if len(s) <= limit/6 || size(s) <= limit {
@@ -112,7 +113,8 @@ func shorten(s string, limit int) string {
 	return fmt.Sprintf("%s … (%d bytes cut) … %s", head, len(s)-len(head)-len(tail), tail)
 }
 
-// shortenList cuts list to a size of at most limit, with a mark at its end.
+// shortenList cuts list to a size of at most limit. The last entry then says how many were
+// cut.
 func shortenList(list []string, limit int) []string {
 	const markSize = 64
 	var out []string
@@ -129,8 +131,7 @@ func shortenList(list []string, limit int) []string {
 	return out
 }
 
-// bounded returns rec with whatever could make its line too long cut, but its
-// log.
+// bounded returns rec with every part but the log within its bound.
 func bounded(rec api.Record) api.Record {
 	rec.ID = shorten(rec.ID, maxWord)
 	rec.Image = shorten(rec.Image, maxWord)
@@ -144,7 +145,7 @@ func bounded(rec api.Record) api.Record {
 	return rec
 }
 
-// milliseconds rounds a duration in seconds to them.
+// milliseconds rounds a number of seconds to milliseconds.
 func milliseconds(seconds float64) float64 {
 	return math.Round(seconds*1000) / 1000
 }

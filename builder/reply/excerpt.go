@@ -2,23 +2,23 @@ package reply
 
 import "fmt"
 
-// maxLog bounds the log of an answer that does not stream, in bytes of JSON.
+// maxLog bounds the log of a whole answer, in bytes of JSON.
 const maxLog = 1 << 20
 
-// Excerpt keeps the head and the tail of a log, 1 MiB of JSON together. The zero
+// Excerpt keeps the first and the last lines of a log, 1 MiB of JSON together. The zero
 // Excerpt is empty.
 type Excerpt struct {
 	head, tail         []string
 	headSize, tailSize int
-	full               bool // the head is
-	omitted            int  // lines between them
+	full               bool // whether head takes no more lines
+	omitted            int  // lines left out between head and tail
 }
 
-// lineSize is what a line takes in the log: itself, its quotes, a comma, its
-// indentation and a newline.
+// lineSize is what a line takes in the log of a whole answer, with its quotes, comma,
+// indentation and newline.
 func lineSize(s string) int { return size(s) + 8 }
 
-// Add takes one line. One that is too long for a record is kept in parts.
+// Add adds one line. A line that is too long for a record is kept in parts.
 func (e *Excerpt) Add(line string) {
 	for more := true; more; more = line != "" {
 		var part string
@@ -27,7 +27,7 @@ func (e *Excerpt) Add(line string) {
 	}
 }
 
-// Size is of what is kept, in bytes of JSON.
+// Size is how much is kept, in bytes of JSON.
 func (e *Excerpt) Size() int { return e.headSize + e.tailSize }
 
 func (e *Excerpt) add(line string) {
@@ -44,7 +44,7 @@ func (e *Excerpt) add(line string) {
 	drop := 0
 	for e.tailSize > half {
 		e.tailSize -= lineSize(e.tail[drop])
-		// The array may outlive the slice's start for long.
+		// The array may keep the line in memory for long.
 		e.tail[drop] = ""
 		drop++
 	}
@@ -52,7 +52,8 @@ func (e *Excerpt) add(line string) {
 	e.omitted += drop
 }
 
-// Lines is what was kept, with the number of lines that were not in their place.
+// Lines returns the lines that are kept. Between head and tail, a line says how many were
+// left out.
 func (e *Excerpt) Lines() []string {
 	out := append([]string{}, e.head...)
 	if e.omitted > 0 {

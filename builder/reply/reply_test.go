@@ -562,11 +562,12 @@ func TestSlowReader(t *testing.T) {
 								t.Error("Log still succeeds")
 								return
 							}
-							w.mu.Lock()
-							if w.queued > maxQueued+cost(line) {
-								t.Errorf("%d bytes are waiting", w.queued)
+							s := w.body.(*stream)
+							s.mu.Lock()
+							if s.queued > maxQueued+cost(line) {
+								t.Errorf("%d bytes are waiting", s.queued)
 							}
-							w.mu.Unlock()
+							s.mu.Unlock()
 						}
 					})
 				}
@@ -645,7 +646,7 @@ func TestLogContext(t *testing.T) {
 		if !errors.Is(err, why) || time.Since(begin) > 4*time.Second {
 			t.Errorf("Log: %v after %v", err, time.Since(begin))
 		}
-		w.rc.SetWriteDeadline(time.Now()) // do not wait for the rest
+		w.conn.rc.SetWriteDeadline(time.Now()) // do not wait for the rest
 		w.Finish(api.Record{Status: api.Failed, Code: api.Deadline})
 	})
 }
