@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
+	"hash"
 	"math"
 	"math/bits"
 	"runtime"
@@ -16,51 +17,82 @@ import (
 
 const second = 1_000_000_000 // in ns
 
-// BuildKit's times are int64 nanoseconds. These seconds have room for all of
-// theirs.
+// BuildKit has times as int64 nanoseconds since 1970. Every nanosecond of the seconds from
+// minSecond to maxSecond fits into that.
 const (
 	minSecond = math.MinInt64/second + 1
 	maxSecond = math.MaxInt64/second - 1
 )
 
-// contentSum is a keyed hash of a regular file's content. It has more bits than
-// a time can carry.
+// contentSum is a keyed hash of a regular file's content. It has more bits than a time can
+// carry.
 type contentSum [highwayhash.Size128]byte
 
-// SetTimes carries the content of regular files in their times, since
-// BuildKit takes a file whose path, size, time and mode are those of the last
-// build's for the same file. A second call does nothing.
+// SetTimes makes the times of regular files depend on their contents. BuildKit compares no
+// contents: a file that has the path, size, time and mode of the last build's file counts as
+// unchanged, and is not sent. A second call of SetTimes does nothing.
 //
-// The files of one time are a group and get one new time: of the same second,
-// and in a slot of it that keeps the order of the second's groups. Where in the
-// slot is a keyed hash of the group's paths and contents. So what changes
-// changes the time of its group, while make, which compares times, sees what
-// it saw before.
+// Programs such as make compare times. For them SetTimes keeps the order of all times, keeps
+// equal times equal, and keeps the second of each time. It works in three steps:
 //
-// key is that of the builds that share a synced directory on the daemon, and of no
-// others. A RUN step can read the times of its files: under a key that others shared,
-// whoever has found two contents of one time in a repository could use them in theirs.
+//  1. Files of the same time form a group.
+//  2. The groups of one second divide the second into slots, one for each group.
+//  3. A keyed hash of the paths and contents of a group chooses one nanosecond of the group's
+//     slot. This is the new time of all files in the group.
+//
+// Example. Four files have times in the first second of 1970:
+//
+//	file  time in ns   slot in ns                   new time in ns
+//	a      4 = 0100              0 … 249,999,999    189,007,645
+//	b      4 = 0100              0 … 249,999,999    189,007,645
+//	c      5 = 0101    250,000,000 … 499,999,999    431,258,557
+//	d     12 = 1100    500,000,000 … 999,999,999    838,916,568
+//
+// If the content of b changes, the hash of the group of a and b chooses another time, and
+// BuildKit is sent a and b. c and d keep their times. appendGroups says how the second is
+// divided.
+//
+// key must be the key of the builds that share a synced directory on the daemon, and of no
+// other builds. A RUN step can read the times of its files. With a key for everybody, somebody
+// who has found two contents with the same time in one repository could use these two in
+// another.
 func (c *Context) SetTimes(key [32]byte) {
 	if c.sums == nil {
 		return
 	}
-	setGroupTimes(&key, c.entries, c.sums)
+	groups := groupsOf(c.entries)
+	times := newTimes(&key, groups, c.entries, c.sums)
+	for i := range c.entries {
+		if e := &c.entries[i]; e.inode != noInode {
+			e.ModTime = times[e.inode]
+		}
+	}
 	c.sums = nil
 }
 
-// setGroupTimes has entries in their final order and sums by inode.
-func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
+// group is the files of one time, and the slot for their new time.
+type group struct {
+	files    []timedFile // in the order of their paths
+	from, to int64       // the slot, in ns since 1970, without to
+}
+
+// timedFile is a regular file that is not a hard link to an earlier one.
+type timedFile struct {
+	time  int64 // as it was sent, in ns since 1970
+	entry int32 // its index
+}
+
+// groupsOf finds the groups of entries, which must be sorted by path.
+func groupsOf(entries []Entry) []group {
 	var files []timedFile
 	for i := range entries {
 		if e := &entries[i]; e.inode != noInode && e.Linkname == "" {
 			files = append(files, timedFile{e.ModTime, int32(i)})
 		}
 	}
-	// A group's files are in the order of their paths.
 	slices.SortFunc(files, func(a, b timedFile) int {
 		return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.entry, b.entry))
 	})
-
 	var groups []group
 	for len(files) > 0 {
 		sec := floorSecond(files[0].time)
@@ -68,16 +100,74 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 		for n < len(files) && floorSecond(files[n].time) == sec {
 			n++
 		}
-		// Of a power of two, so that one file more or less seldom changes it.
-		least := int64(max(second>>(bits.Len(uint(n-1))+4), 1))
-		setSlots(files[:n], 0, second, least, func(files []timedFile, from, to int64) {
-			groups = append(groups, group{files, sec*second + from, to - from})
-		})
+		groups = appendGroups(groups, files[:n], sec*second, (sec+1)*second, leastWidth(n))
 		files = files[n:]
 	}
+	return groups
+}
 
-	times := make([]int64, len(sums)) // by inode
-	// Where each file has a time of its own, the hashes take longer than all else.
+// leastWidth is what every file of a second has for its slot at least, in ns, if the second
+// has n files. All of them together need a sixteenth of the second at most. n is rounded up to
+// a power of two, so that one file more or less seldom changes the width:
+//
+//	3 or 4 files      1,000,000,000 / (16 * 4)  = 15,625,000 ns
+//	9 to 16 files     1,000,000,000 / (16 * 16) =  3,906,250 ns
+//	257 to 512 files  1,000,000,000 / (16 * 512) =   122,070 ns
+func leastWidth(n int) int64 {
+	return max(int64(second)>>(bits.Len(uint(n-1))+4), 1)
+}
+
+// appendGroups appends the groups of files to groups, with slots between from and to. The files
+// must be sorted by time and be of one second.
+//
+// It parts the files by the highest bit in which their times differ. The files where this bit
+// is 0 get the first half of the slots, and the files where it is 1 get the second half. Each
+// half is parted again in the same way, until all files of a part have the same time. In the
+// example of SetTimes:
+//
+//	4 = 0100 and 12 = 1100 differ in the bit of value 8:
+//	    a, b and c have a 0 there, and get          0 … 499,999,999
+//	    d has a 1 there, and gets         500,000,000 … 999,999,999
+//	4 = 0100 and 5 = 0101 differ in the bit of value 1:
+//	    a and b have a 0 there, and get             0 … 249,999,999
+//	    c has a 1 there, and gets         250,000,000 … 499,999,999
+//
+// Halves keep most slots where they are when a file leaves the second, as it does when it is
+// edited. Without c, the files a and b get 0 … 499,999,999 and a new time, but d keeps its slot
+// and its time. If slots were of equal widths, thirds would become halves: every slot of the
+// second would move, and BuildKit would be sent every file of it.
+//
+// To halve a part again and again can leave too little for a hash. So each part gets least ns
+// or more for each of its files. Ten files have the times 1, 2, 4, 8 … 512, so least is
+// 3,906,250:
+//
+//	1, 2, 4, 8 and 16 share     0 …  31,249,999
+//	    16 gets        15,625,000 …  31,249,999, a half
+//	    1, 2, 4, 8 share        0 …  15,624,999, the other half: 4 * 3,906,250
+//	    8 gets         11,718,750 …  15,624,999: a half would leave 1, 2 and 4 too little
+//	    4 gets          7,812,500 …  11,718,749
+//	    2 gets          3,906,250 …   7,812,499
+//	    1 gets                  0 …   3,906,249
+func appendGroups(groups []group, files []timedFile, from, to, least int64) []group {
+	first, last := files[0].time, files[len(files)-1].time
+	if first == last {
+		return append(groups, group{files, from, to})
+	}
+	bit := bits.Len64(uint64(first^last)) - 1
+	zeros, _ := slices.BinarySearchFunc(files, 1, func(f timedFile, _ int) int { return int(f.time>>bit&1) - 1 })
+	ones := len(files) - zeros
+	middle := from + (to-from)/2
+	middle = max(middle, from+least*int64(zeros))
+	middle = min(middle, to-least*int64(ones))
+	groups = appendGroups(groups, files[:zeros], from, middle, least)
+	return appendGroups(groups, files[zeros:], middle, to, least)
+}
+
+// newTimes returns the new times, by inode.
+func newTimes(key *[32]byte, groups []group, entries []Entry, sums []contentSum) []int64 {
+	times := make([]int64, len(sums))
+	// If every file has a time of its own, the hashes take longer than everything else, so
+	// they are computed on all processors.
 	var work sync.WaitGroup
 	share := (len(groups) + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0)
 	for part := range slices.Chunk(groups, max(share, 1)) {
@@ -85,16 +175,8 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 			mac := hmac.New(sha256.New, key[:])
 			var buf []byte
 			for _, g := range part {
-				mac.Reset()
-				for _, f := range g.files {
-					e := &entries[f.entry]
-					buf = binary.BigEndian.AppendUint64(buf[:0], uint64(len(e.Path)))
-					buf = append(buf, e.Path...)
-					buf = append(buf, sums[e.inode][:]...)
-					mac.Write(buf)
-				}
-				buf = mac.Sum(buf[:0])
-				ns := g.from + int64(binary.BigEndian.Uint64(buf)%uint64(g.width))
+				buf = g.hash(mac, buf[:0], entries, sums)
+				ns := g.from + int64(binary.BigEndian.Uint64(buf)%uint64(g.to-g.from))
 				for _, f := range g.files {
 					times[entries[f.entry].inode] = ns
 				}
@@ -102,50 +184,24 @@ func setGroupTimes(key *[32]byte, entries []Entry, sums []contentSum) {
 		})
 	}
 	work.Wait()
-	for i := range entries {
-		if e := &entries[i]; e.inode != noInode {
-			e.ModTime = times[e.inode]
-		}
+	return times
+}
+
+// hash appends the hash of the group's paths and contents to buf. The length before each path
+// keeps path and content apart.
+func (g *group) hash(mac hash.Hash, buf []byte, entries []Entry, sums []contentSum) []byte {
+	mac.Reset()
+	for _, f := range g.files {
+		e := &entries[f.entry]
+		buf = binary.BigEndian.AppendUint64(buf[:0], uint64(len(e.Path)))
+		buf = append(buf, e.Path...)
+		buf = append(buf, sums[e.inode][:]...)
+		mac.Write(buf)
 	}
+	return mac.Sum(buf[:0])
 }
 
-// group is the files of one time, in the order of their paths, and the slot for their
-// new time: width ns that begin at from.
-type group struct {
-	files       []timedFile
-	from, width int64
-}
-
-// timedFile is a regular file that is no hard link, and its time as it was sent.
-type timedFile struct {
-	time  int64
-	entry int32
-}
-
-// setSlots calls set with each group of files, which are sorted and of one
-// second, and with its slot between from and to.
-//
-// Times are parted by the highest bit in which they differ, and each part gets
-// half of what there is, and least ns for each of its files, which is less but
-// where times crowd. Slots of one width would all move when a file is edited and
-// so leaves the second of those it was checked out with, and all would be sent
-// again. Of these, the few move that shared its bits.
-func setSlots(files []timedFile, from, to, least int64, set func(group []timedFile, from, to int64)) {
-	first, last := files[0].time, files[len(files)-1].time
-	if first == last {
-		set(files, from, to)
-		return
-	}
-	bit := bits.Len64(uint64(first^last)) - 1
-	n, _ := slices.BinarySearchFunc(files, 1, func(f timedFile, _ int) int { return int(f.time>>bit&1) - 1 })
-	middle := from + (to-from)/2
-	middle = max(middle, from+least*int64(n))
-	middle = min(middle, to-least*int64(len(files)-n))
-	setSlots(files[:n], from, middle, least, set)
-	setSlots(files[n:], middle, to, least, set)
-}
-
-// floorSecond is the second that ns lies in, also before 1970.
+// floorSecond is the second that contains ns. It rounds down also before 1970.
 func floorSecond(ns int64) int64 {
 	s := ns / second
 	if ns%second < 0 {
