@@ -7,9 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// Context is a build context that lies in a spooled tar. Once SetTimes has been
-// called it does not change, and may be read from many goroutines at once, until its
-// Spool is closed.
+// Context is a build context in a stored tar. After SetTimes it does not change, and may be
+// read from many goroutines at once, until its Spool is closed.
 type Context struct {
 	entries []Entry
 	inodes  []inode
@@ -18,17 +17,17 @@ type Context struct {
 	sums    []contentSum // by inode; nil once SetTimes has been called
 }
 
-// Entry is a file, directory or symlink of a context, or an odd one.
+// Entry is a file, a directory or a symlink of a context, or something that [Entry.Odd] names.
 type Entry struct {
 	Path string      // slash-separated, relative to the context, clean
 	Mode fs.FileMode // with setuid, setgid and sticky
 
-	// inode is an index into Context.inodes, the same for all of a regular
-	// file's hard links; noInode for what has no content.
+	// inode is an index into Context.inodes, or noInode for an entry without content. All
+	// hard links of a regular file have the same.
 	inode int32
 
 	Size    int64 // as lstat gives it, also for a hard link; 0 for a directory
-	ModTime int64 // ns since 1970; of a regular file, a group time once SetTimes has been called
+	ModTime int64 // ns since 1970; SetTimes changes that of a regular file
 
 	// Linkname is a symlink's target as it was sent, or, for a regular file,
 	// the path of the entry before this one that it is a hard link to.
@@ -37,8 +36,8 @@ type Entry struct {
 
 const noInode = -1
 
-// Odd says why BuildKit cannot be given the entry; "" where it can. Who serves a
-// Context judges those that would be sent.
+// Odd says why BuildKit cannot be given the entry, or returns "". It matters only for an entry
+// that would be sent.
 func (e *Entry) Odd() string {
 	switch {
 	case e.Mode&fs.ModeDevice != 0:
@@ -53,16 +52,16 @@ func (e *Entry) Odd() string {
 	return ""
 }
 
-// inode is where a regular file's content lies in the tar, if it is not sparse.
+// inode is the place of a regular file's content in the tar. A sparse file uses its size only.
 type inode struct {
 	offset, size int64
 }
 
-// Entries are in the order of [ComparePath], each after its parent directory;
-// parents that the tar leaves out are there. The caller must not change them.
+// Entries returns all entries in the order of [ComparePath]. Each comes after its parent
+// directory, also if the tar has no entry for the parent. The caller must not change them.
 func (c *Context) Entries() []Entry { return c.entries }
 
-// Find looks an entry up by its Path; nil when there is none.
+// Find returns the entry with a Path, or nil.
 func (c *Context) Find(path string) *Entry {
 	i, ok := sort.Find(len(c.entries), func(i int) int {
 		return ComparePath(path, c.entries[i].Path)
@@ -73,8 +72,7 @@ func (c *Context) Find(path string) *Entry {
 	return &c.entries[i]
 }
 
-// Open reads a regular file's content, a hard link's too. Of anything else it
-// reads nothing.
+// Open reads the content of a regular file or a hard link. Every other entry is empty.
 func (c *Context) Open(e *Entry) io.Reader {
 	if e.inode == noInode {
 		return io.NewSectionReader(c.data, 0, 0)
@@ -86,9 +84,9 @@ func (c *Context) Open(e *Entry) io.Reader {
 	return io.NewSectionReader(c.data, n.offset, n.size)
 }
 
-// ComparePath is the order in which fsutil walks a tree: '/' sorts before every
-// other byte, so that a directory is followed by what is in it. It returns a
-// number below, at or above 0.
+// ComparePath compares paths in the order in which fsutil walks a tree: '/' sorts before every
+// other byte, so that everything in a directory follows the directory. It returns a negative
+// number if a is first, a positive one if b is, and 0 if they are equal.
 func ComparePath(a, b string) int {
 	n := min(len(a), len(b))
 	for i := range n {

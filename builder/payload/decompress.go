@@ -11,11 +11,11 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxWindow bounds the memory of a zstd decoder. It is what RFC 8878 recommends
-// to support, and what zstd's levels up to 19 use.
+// maxWindow bounds the memory of a zstd decoder. RFC 8878 recommends to support as much, and
+// zstd's levels up to 19 use no more.
 const maxWindow = 8 << 20
 
-// decompressor reads what f holds, and words its errors for the client.
+// decompressor reads the tar in a body. Its errors are worded for the client.
 type decompressor struct {
 	name  string
 	r     io.Reader
@@ -27,15 +27,15 @@ func newDecompressor(f form, in *bufio.Reader) (*decompressor, error) {
 	case formGzip:
 		r, err := gzip.NewReader(in)
 		if err != nil {
-			return nil, refuse(err, "reading gzip: %s", decompressError(err))
+			return nil, badTar(err, "reading gzip: %s", decompressError(err))
 		}
 		r.Multistream(false)
 		return &decompressor{name: "gzip", r: &members{in: in, member: r}, close: func() {}}, nil
 	case formZstd:
-		// One at a time means no goroutines.
+		// A concurrency of one means that the decoder starts no goroutines.
 		r, err := zstd.NewReader(&frames{in: in}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
-			return nil, refuse(err, "reading zstd: %s", decompressError(err))
+			return nil, badTar(err, "reading zstd: %s", decompressError(err))
 		}
 		return &decompressor{name: "zstd", r: r, close: r.Close}, nil
 	default:
@@ -51,7 +51,7 @@ func (d *decompressor) Read(p []byte) (int, error) {
 	case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return n, tooLarge("the zstd window is over the limit of %d bytes", maxWindow)
 	}
-	return n, refuse(err, "reading %s: %s", d.name, decompressError(err))
+	return n, badTar(err, "reading %s: %s", d.name, decompressError(err))
 }
 
 func (d *decompressor) Close() { d.close() }
@@ -68,12 +68,12 @@ func decompressError(err error) string {
 	return "it is corrupt"
 }
 
-// errFollowed is of a compressed stream with something else than zeros after it.
+// errFollowed is for a compressed stream with something other than zeros after it.
 var errFollowed = errors.New("something else follows")
 
-// skipPadding reads the zeros that lie between the end of a compressed stream and that
-// of in: BSD's tar fills its last record with them. It returns io.EOF at that end,
-// and nil where another stream begins.
+// skipPadding skips zeros after a compressed stream: BSD's tar fills its last record with
+// them. It returns io.EOF if in ends after them, and nil if another stream begins without
+// any.
 func skipPadding(in *bufio.Reader) error {
 	if b, err := in.Peek(1); err != nil || b[0] != 0 {
 		return err
@@ -118,23 +118,22 @@ func (m *members) Read(p []byte) (int, error) {
 	}
 }
 
-// frames passes on the frames of a zstd stream (RFC 8878, 3.1) without the padding
-// behind the last. It knows where each ends, and leaves to the decoder what is wrong
-// with one.
+// frames passes on the frames of a zstd stream (RFC 8878, 3.1), without the padding after the
+// last one. It only finds out where each frame ends. The decoder finds what is wrong inside.
 type frames struct {
-	in      *bufio.Reader
-	left    int64 // bytes to pass on
-	blocks  bool  // a block comes next, not a frame
-	summed  bool  // the frame ends with a checksum
-	flushed bool  // what is left of a stream that ends too early is passed on
+	in       *bufio.Reader
+	left     int64 // bytes of the current part that are not passed on yet
+	inFrame  bool  // the next part is a block of a frame
+	checksum bool  // the frame ends with a checksum
+	cut      bool  // the stream ends in the middle of a part's head
 }
 
 func (f *frames) Read(p []byte) (int, error) {
 	for f.left == 0 {
-		if f.flushed {
+		if f.cut {
 			return 0, io.EOF
 		}
-		if err := f.next(); err != nil {
+		if err := f.nextPart(); err != nil {
 			return 0, err
 		}
 	}
@@ -143,54 +142,71 @@ func (f *frames) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// next finds out how many bytes the next part has.
-func (f *frames) next() error {
-	if !f.blocks {
-		if err := skipPadding(f.in); err != nil {
-			return err
-		}
+// The bytes at the beginning of each part that tell its length.
+const (
+	blockHead     = 3
+	frameHead     = 5
+	skippableHead = 8
+)
+
+// nextPart sets left to the length of the next part: a frame's header, one of its blocks, or
+// a skippable frame.
+func (f *frames) nextPart() error {
+	if f.inFrame {
+		return f.readHead(blockHead, f.block)
 	}
-	// A part's first bytes say how long it is.
-	const blockHead, frameHead, skippableHead = 3, 5, 8
-	head := frameHead
-	if f.blocks {
-		head = blockHead
-	} else if b, _ := f.in.Peek(magicLen); len(b) == magicLen && b[0]&0xf0 == 0x50 {
-		head = skippableHead
-	}
-	b, err := f.in.Peek(head)
-	if err == io.EOF {
-		f.left, f.flushed = int64(len(b)), true
-		return nil
-	}
-	if err != nil {
+	if err := skipPadding(f.in); err != nil {
 		return err
 	}
-	switch head {
-	case blockHead:
-		n := int64(b[0]) | int64(b[1])<<8 | int64(b[2])<<16
-		f.left = blockHead + n>>3
-		if n>>1&3 == 1 { // one byte, repeated
-			f.left = blockHead + 1
-		}
-		if n&1 != 0 {
-			f.blocks = false
-			if f.summed {
-				f.left += 4
-			}
-		}
-	case frameHead:
-		descriptor := b[4]
-		single := descriptor>>5&1 != 0
-		f.left = frameHead + []int64{0, 1, 2, 4}[descriptor&3] + []int64{0, 2, 4, 8}[descriptor>>6]
-		if !single {
-			f.left++ // the window
-		} else if descriptor>>6 == 0 {
-			f.left++ // the size of the content
-		}
-		f.blocks, f.summed = true, descriptor>>2&1 != 0
-	case skippableHead:
-		f.left = skippableHead + int64(binary.LittleEndian.Uint32(b[4:]))
+	if b, _ := f.in.Peek(magicLen); len(b) == magicLen && b[0]&0xf0 == 0x50 {
+		return f.readHead(skippableHead, func(head []byte) {
+			f.left = skippableHead + int64(binary.LittleEndian.Uint32(head[4:]))
+		})
+	}
+	return f.readHead(frameHead, f.frame)
+}
+
+// readHead calls part with the first size bytes of a part. If the stream ends before, the
+// bytes that are there are passed on, for the decoder to complain about.
+func (f *frames) readHead(size int, part func(head []byte)) error {
+	head, err := f.in.Peek(size)
+	switch err {
+	case nil:
+		part(head)
+	case io.EOF:
+		f.left, f.cut = int64(len(head)), true
+	default:
+		return err
 	}
 	return nil
+}
+
+// block reads the header of a block (RFC 8878, 3.1.1.2).
+func (f *frames) block(head []byte) {
+	header := int64(head[0]) | int64(head[1])<<8 | int64(head[2])<<16
+	last, kind, size := header&1 != 0, header>>1&3, header>>3
+	const repeated = 1 // one byte, size times
+	if kind == repeated {
+		size = 1
+	}
+	f.left = blockHead + size
+	if last {
+		f.inFrame = false
+		if f.checksum {
+			f.left += 4
+		}
+	}
+}
+
+// frame reads the header of a frame (RFC 8878, 3.1.1.1).
+func (f *frames) frame(head []byte) {
+	descriptor := head[4]
+	contentSize, single, dictionary := descriptor>>6, descriptor>>5&1 != 0, descriptor&3
+	f.left = frameHead + []int64{0, 1, 2, 4}[dictionary] + []int64{0, 2, 4, 8}[contentSize]
+	if !single {
+		f.left++ // the window
+	} else if contentSize == 0 {
+		f.left++ // the size of the content
+	}
+	f.inFrame, f.checksum = true, descriptor>>2&1 != 0
 }

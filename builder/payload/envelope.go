@@ -24,14 +24,14 @@ const (
 //
 //	{"signature":"sha256=…","tar":"<base64>"}
 //
-// Its keys come in any order. Others are ignored.
+// The keys come in any order. Other keys are ignored.
 type envelope struct {
 	signature string
 }
 
-// read writes the decoded tar to w as it comes. size is the text's, or more:
-// what it needs beside the text is less, and some 100 KB at most. encoding/json
-// would hold the whole string. Each of its errors is an *api.Error.
+// read writes the decoded tar to w while it comes. encoding/json would hold the whole string
+// in memory; read needs less than size, and about 100 KB at most. size is the size of text,
+// or more. Each error is an *api.Error.
 func (v *envelope) read(text io.Reader, size int64, w io.Writer) error {
 	block := int(min(size, base64Block))
 	err := v.readObject(&jsonReader{bufio.NewReaderSize(text, block)}, w, block)
@@ -89,10 +89,10 @@ func (v *envelope) readObject(r *jsonReader, w io.Writer, block int) error {
 	return nil
 }
 
-// jsonReader reads JSON from a stream without holding it.
+// jsonReader reads JSON from a stream without holding all of it in memory.
 type jsonReader struct{ *bufio.Reader }
 
-// token is the first byte that is not white space. It is read.
+// token reads the next byte that is not white space.
 func (r *jsonReader) token() (byte, error) {
 	for {
 		b, err := r.ReadByte()
@@ -107,7 +107,7 @@ func (r *jsonReader) token() (byte, error) {
 	}
 }
 
-// peek is the next token, not read.
+// peek returns the next token without reading it.
 func (r *jsonReader) peek() (byte, error) {
 	b, err := r.token()
 	if err == nil {
@@ -127,7 +127,8 @@ func (r *jsonReader) expect(want byte) error {
 	return nil
 }
 
-// object calls member after each key and its colon, to read the value.
+// object reads an object. It calls member after each key and its colon; member reads the
+// value.
 func (r *jsonReader) object(member func(key string) error) error {
 	if err := r.expect('{'); err != nil {
 		return err
@@ -242,9 +243,9 @@ func (r *jsonReader) shortString() (string, error) {
 	return string(s), err
 }
 
-// string calls emit with the pieces of a string, unescaped. Line breaks that
-// are not escaped, which JSON forbids, pass if lines is set: who wraps base64
-// by hand leaves them there.
+// string reads a string, and calls emit with its pieces, unescaped. JSON forbids line breaks
+// in a string that are not escaped. With lines set they pass: somebody who wraps base64 by
+// hand leaves them there.
 func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
 	if b, err := r.token(); err != nil {
 		return err
@@ -256,15 +257,7 @@ func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
 			return err
 		}
 		rest, _ := r.Peek(r.Buffered())
-		n := 0
-		for n < len(rest) {
-			b := rest[n]
-			if b == '"' || b == '\\' || b < ' ' && !(lines && (b == '\n' || b == '\r')) {
-				break
-			}
-			n++
-		}
-		if n > 0 {
+		if n := ordinary(rest, lines); n > 0 {
 			if err := emit(rest[:n]); err != nil {
 				return err
 			}
@@ -286,6 +279,16 @@ func (r *jsonReader) string(lines bool, emit func([]byte) error) error {
 			return fmt.Errorf("%q in a string", b)
 		}
 	}
+}
+
+// ordinary returns how many bytes at the beginning of p stand for themselves in a string.
+func ordinary(p []byte, lines bool) int {
+	for i, b := range p {
+		if b == '"' || b == '\\' || b < ' ' && !(lines && (b == '\n' || b == '\r')) {
+			return i
+		}
+	}
+	return len(p)
 }
 
 // escape reads what follows a backslash.
@@ -312,8 +315,8 @@ func (r *jsonReader) escape() ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		// No key of ours has a character that needs two of these, so the
-		// halves of a pair need not be put together.
+		// Only a character above U+FFFF needs two escapes, a surrogate pair. No key or
+		// value that counts has one, so pairs are not put together.
 		if utf16.IsSurrogate(c) {
 			c = utf8.RuneError
 		}
@@ -342,20 +345,19 @@ func (r *jsonReader) hex4() (rune, error) {
 	return c, nil
 }
 
-// base64Writer decodes standard base64, with or without padding, with line
-// breaks anywhere.
+// base64Writer decodes standard base64, with or without padding. Line breaks can be anywhere.
 type base64Writer struct {
 	w    io.Writer
 	in   []byte // not decoded yet
 	out  []byte
-	n    int // characters but padding
+	n    int // characters, without padding
 	pads int
 }
 
-// base64Block is how many characters are decoded at once, at most.
+// base64Block bounds the characters that are decoded at once.
 const base64Block = 32 << 10
 
-// newBase64Writer decodes about block characters at once: whole quanta.
+// newBase64Writer decodes about block characters at once, in whole groups of four.
 func newBase64Writer(w io.Writer, block int) *base64Writer {
 	block = max(block&^3, 4)
 	return &base64Writer{w: w, in: make([]byte, 0, block), out: make([]byte, base64.RawStdEncoding.DecodedLen(block))}
@@ -363,7 +365,7 @@ func newBase64Writer(w io.Writer, block int) *base64Writer {
 
 func (d *base64Writer) write(p []byte) error {
 	for len(p) > 0 {
-		// The usual input is one long run without anything special.
+		// Usually p has no padding and no line break, and is decoded in one piece.
 		n := min(len(p), cap(d.in)-len(d.in))
 		if i := bytes.IndexAny(p[:n], "=\r\n"); i >= 0 {
 			n = i

@@ -9,39 +9,38 @@ import (
 )
 
 const (
-	// chunkSize is large: each chunk that is passed on takes time from the hash. With
+	// chunkSize is large, because passing a chunk on takes time from the hash. With
 	// chunks of 256 KiB, 1 GiB takes 1.1 times as long.
 	chunkSize = 1 << 20
-	// maxChunks bounds how far the reader of a stream may be ahead of its slowest tap,
-	// and so the memory of an upload. At the end of the body the stream waits for that
+	// maxChunks bounds how far the reader of a body may be ahead of the slowest tap, and
+	// with it the memory of an upload. At the end of the body everybody waits for that
 	// tap: the index needs 0.1 s for 8 MiB of headers.
 	maxChunks = 10
-	// A stream has its first minChunks even if the memory is spent: without two it
-	// could not go on. They are small.
+	// A stream has its first minChunks even if the memory is spent, because it needs two
+	// to go on. These chunks are small.
 	minChunks = 2
 	smallSize = 256 << 10
 )
 
-// chunk is a piece of a stream, shared by the taps until the last has let go.
+// chunk is a piece of a stream. The taps share it until the last of them releases it.
 type chunk struct {
 	buf  []byte
 	refs atomic.Int32
 }
 
-// fanout passes one stream on to several taps, each read by its own goroutine,
-// without copying it for each.
+// fanout passes one stream on to several taps without copying it. Each tap has a goroutine.
 type fanout struct {
 	memory *budget.Account
 	gate   Gate
 	taps   []*tap
 	free   chan *chunk
 	made   int   // chunks
-	taken  int64 // of memory
+	taken  int64 // bytes of memory
 	closed bool
 }
 
-// chunks and blocks are used again: memory that is new to the process costs more
-// than all that is done with a small body. The collector empties them.
+// chunks are used again, as blocks are: memory that is new to the process costs more than
+// everything else that is done with a small body. The garbage collector empties the pools.
 var (
 	chunks      = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, chunkSize)} }}
 	smallChunks = sync.Pool{New: func() any { return &chunk{buf: make([]byte, 0, smallSize)} }}
@@ -51,9 +50,9 @@ func newFanout(memory *budget.Account, gate Gate) *fanout {
 	return &fanout{memory: memory, gate: gate, free: make(chan *chunk, maxChunks)}
 }
 
-// Gate bounds how many chunks all its streams work on at once. Without it, the goroutines
-// of many fast bodies would take the processors: a build, which gives up its own a hundred
-// times, would wait seconds to have it back. A nil Gate bounds nothing.
+// Gate bounds how many chunks all its streams together work on at once. Without it, the
+// goroutines of many fast bodies would take the processors: a build gives its processor up a
+// hundred times, and would wait seconds to have it back. A nil Gate bounds nothing.
 type Gate chan struct{}
 
 // NewGate returns a Gate for n chunks.
@@ -71,17 +70,17 @@ func (g Gate) leave() {
 	}
 }
 
-// tap adds a reader of the whole stream. All must be there before the first
-// send, and each must be read or drained to its end: what one leaves holds up
-// all.
+// tap adds a reader of the whole stream. All taps must be added before the first send. Each
+// must be read or drained to its end: a tap that stops holds up all others.
 func (f *fanout) tap() *tap {
-	// With room for every chunk there is, a send never blocks.
+	// There is room for every chunk, so a send never blocks.
 	t := &tap{in: make(chan *chunk, maxChunks), free: f.free, gate: f.gate}
 	f.taps = append(f.taps, t)
 	return t
 }
 
-// next is an empty chunk to fill. It waits for one when there can be no more of them.
+// next returns an empty chunk to fill. If no further chunk can be made, it waits for one to be
+// released.
 func (f *fanout) next() *chunk {
 	select {
 	case c := <-f.free:
@@ -98,7 +97,7 @@ func (f *fanout) next() *chunk {
 	return f.grow(<-f.free)
 }
 
-// grow is a large chunk for a small one, if there is memory for it.
+// grow replaces a small chunk by a large one, if there is memory for it.
 func (f *fanout) grow(c *chunk) *chunk {
 	const more = chunkSize - smallSize
 	if cap(c.buf) == chunkSize || !f.memory.Take(more) {
@@ -115,7 +114,7 @@ func (f *fanout) add(from *sync.Pool, size int64) *chunk {
 	return from.Get().(*chunk)
 }
 
-// send hands c to every tap, when its turn has come.
+// send gives c to every tap, once the gate is open.
 func (f *fanout) send(c *chunk) {
 	f.gate.enter()
 	c.refs.Store(int32(len(f.taps)))
@@ -124,8 +123,7 @@ func (f *fanout) send(c *chunk) {
 	}
 }
 
-// close ends the stream: the taps read io.EOF after what was sent.
-// A second call does nothing.
+// close ends the stream: the taps read io.EOF after the last chunk. A second call does nothing.
 func (f *fanout) close() {
 	if f.closed {
 		return
@@ -136,7 +134,7 @@ func (f *fanout) close() {
 	}
 }
 
-// recycle lets go of the chunks, after all taps have ended.
+// recycle frees the chunks. All taps must have ended.
 func (f *fanout) recycle() {
 	f.memory.Give(f.taken)
 	f.made, f.taken = 0, 0
@@ -154,7 +152,7 @@ func (f *fanout) recycle() {
 	}
 }
 
-// tap reads a stream that a fanout passes on.
+// tap is one reader of a fanout.
 type tap struct {
 	in   chan *chunk
 	free chan<- *chunk
@@ -212,7 +210,7 @@ func (t *tap) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// drain lets the rest of the stream pass by.
+// drain reads the rest of the stream and drops it.
 func (t *tap) drain() {
 	for t.fill() == nil {
 		t.rest = nil

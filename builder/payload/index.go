@@ -18,44 +18,35 @@ import (
 const (
 	blockLen = 512 // of a tar
 
-	// freeHeaders is how many bytes of headers an entry has for nothing: its
-	// own block, a long name and link target, and times. What is over it is
-	// counted, since a flood of extended headers costs time and memory that
-	// the limit on entries does not see.
+	// freeHeaders is how many bytes of headers of an entry are not counted: its own
+	// block, a long name and link target, and times. More bytes are counted, because a
+	// flood of extended headers costs time and memory, and the limit on entries does not
+	// bound it.
 	freeHeaders = 4096
 
-	// earlyHeaders is how many bytes of headers one entry may have before the signature
-	// has passed. In memory, an extended header can be ten times what it is in the tar.
+	// earlyHeaders bounds the bytes of headers of one entry before the signature has
+	// passed. In memory, an extended header can take ten times its bytes in the tar.
 	earlyHeaders = 64 << 10
 
 	maxNamed = 3 // entries in one warning
 )
 
-// errHeaders is what the stream of a tar returns when its headers are over the
-// limit.
+// errHeaders is returned by a tarStream when headers are over the limit.
 var errHeaders = errors.New("extended headers over the limit")
 
-// errMemory is of an index for which there is no memory now.
-var errMemory = errors.New("indexing payload: no memory is left for it")
-
-// errLater is of an index that costs more than what was sent, and so waits for the
-// signature.
-var errLater = errors.New("indexing payload: a sparse file or a long extended header is for later")
-
-// What an index takes of memory, in bytes. TestIndexMemory compares it with what the
-// runtime says.
+// The memory of an index, in bytes. TestIndexMemory compares these numbers with the
+// runtime's.
 const (
-	entryMemory    = 80       // of an entry beside its names
+	entryMemory    = 80       // of an entry without its names
 	inodeMemory    = 32       // of a file's content
-	fragmentMemory = 32       // of a piece of a sparse file's
-	pathMemory     = 64       // of an entry, until all are there
-	leastTaken     = 64 << 10 // is taken at once
+	fragmentMemory = 32       // of a piece of a sparse file's content
+	pathMemory     = 64       // of an entry, until all entries are there
+	leastTaken     = 64 << 10 // taken of the account at once
 )
 
-// index reads a tar to its end and returns what it holds. data is where the
-// same bytes can be read later, and early says that no signature has passed yet. The
-// index is taken of memory. Each of its errors that is the client's is an *api.Error;
-// errMemory and errLater are for the caller alone.
+// index reads a tar to its end and returns what it holds. The same bytes can be read from data
+// later. early means that no signature has passed yet. The index is paid for by memory. An
+// error that is the client's is an *api.Error. errMemory and errLater are for the caller alone.
 func index(r io.Reader, data io.ReaderAt, early bool, opts *Options, memory *budget.Account) (_ *Payload, err error) {
 	hash, err := highwayhash.NewDigest128(opts.ContentKey[:])
 	if err != nil {
@@ -99,7 +90,7 @@ func index(r io.Reader, data io.ReaderAt, early bool, opts *Options, memory *bud
 		return nil, ErrNoContext
 	}
 	if x.config == nil && !opts.ContextOnly {
-		return nil, refuse(nil, "reading tar: it holds no %s", api.ConfigFile)
+		return nil, badTar(nil, "reading tar: it holds no %s", api.ConfigFile)
 	}
 	c, err := x.finish()
 	if err != nil {
@@ -117,7 +108,7 @@ func index(r io.Reader, data io.ReaderAt, early bool, opts *Options, memory *bud
 type indexer struct {
 	early       bool
 	memory      *budget.Account
-	taken, owed int64 // of memory: what has been, and what is still to be
+	taken, owed int64 // bytes that have been taken of memory, and bytes still to be taken
 
 	limits *Limits
 	start  *beginning
@@ -125,33 +116,34 @@ type indexer struct {
 	tr     *tar.Reader
 	hash   *highwayhash.Digest
 	buf    []byte
-	last   string // name of the last entry, for errors of the next
+	last   string // name of the last entry, for errors
 
 	config, secrets []byte
-	context         bool // there is one
+	context         bool // the tar has one
 
 	entries paged[Entry]
 	nodes   paged[node] // by entry
-	top     int32       // first of the entries at the top, or noEntry
+	top     int32       // the first entry at the top of the context, or noEntry
 	inodes  paged[inode]
 	sums    paged[contentSum]    // by inode
 	sparse  map[int32][]fragment // by inode
 	paths   map[string]int32     // index in entries by Path
 
 	count   int   // entries so far
-	implied int   // directories that have no entry so far
+	implied int   // directories that have had no entry of their own so far
 	names   int64 // bytes of names that may still come
 	headers int64 // bytes of extended headers that may still come
 
+	// For the warnings.
 	ignored      int
-	first        []string // names of the first that were ignored
+	first        []string // names of the first ignored entries
 	attributed   int      // entries with extended attributes
 	capable      int      // entries with capabilities
-	capabilities []string // paths of the first of them
+	capabilities []string // paths of the first entries with capabilities
 }
 
-// next is the next entry, global headers left out. It returns io.EOF after the
-// two blocks of zeros that end a tar.
+// next returns the next entry. It skips global headers. It returns io.EOF after the two blocks
+// of zeros that end a tar.
 func (x *indexer) next() (*tar.Header, error) {
 	for {
 		pad := -x.in.n & (blockLen - 1)
@@ -174,7 +166,7 @@ func (x *indexer) next() (*tar.Header, error) {
 		case err != nil:
 			return nil, x.headerError(err)
 		}
-		used += -used & (blockLen - 1) // the padding of a global header is not read yet
+		used += -used & (blockLen - 1) // a global header's padding has not been read yet
 		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			if x.headers -= used; x.headers < 0 {
 				return nil, x.headerError(errHeaders)
@@ -188,12 +180,12 @@ func (x *indexer) next() (*tar.Header, error) {
 
 func (x *indexer) cutShort(err error) error {
 	if x.in.n == 0 {
-		return refuse(err, "reading tar: there is none, this is empty; %s", tarWanted)
+		return badTar(err, "reading tar: there is none, this is empty; %s", tarWanted)
 	}
 	if err := x.noTar(err); err != nil {
 		return err
 	}
-	return refuse(err, "reading tar: it is cut short after %s: the two blocks of zeros that end a tar are missing", x.after())
+	return badTar(err, "reading tar: it is cut short after %s: the two blocks of zeros that end a tar are missing", x.after())
 }
 
 func (x *indexer) headerError(err error) error {
@@ -209,9 +201,9 @@ func (x *indexer) headerError(err error) error {
 		if err := x.noTar(err); err != nil {
 			return err
 		}
-		return refuse(err, "reading tar: this is neither a tar nor one compressed with gzip or zstd")
+		return badTar(err, "reading tar: this is neither a tar nor one compressed with gzip or zstd")
 	}
-	return refuse(err, "reading tar: bad header after %s", x.after())
+	return badTar(err, "reading tar: bad header after %s", x.after())
 }
 
 func (x *indexer) after() string {
@@ -227,7 +219,7 @@ func (x *indexer) give(n int64) {
 	x.taken -= n
 }
 
-// add takes in one entry, with its data.
+// add adds one entry. It reads the entry's data.
 func (x *indexer) add(hdr *tar.Header) error {
 	x.last = shorten(hdr.Name)
 	if x.count++; x.count > x.limits.Entries {
@@ -256,7 +248,7 @@ func (x *indexer) add(hdr *tar.Header) error {
 		return err
 	case api.ContextDir, ".":
 		if hdr.Typeflag != tar.TypeDir {
-			return x.refuse("it is not a directory")
+			return x.badEntry("it is not a directory")
 		}
 		x.context = x.context || name == api.ContextDir
 		return nil
@@ -270,26 +262,26 @@ func (x *indexer) add(hdr *tar.Header) error {
 	return x.read(hdr, io.Discard)
 }
 
-// clean checks what holds for every entry's name and link target. The name that it
-// returns may be part of something far larger.
+// clean checks an entry's name and link target, and returns the name in its shortest form. The
+// name may be a substring of a far larger string.
 func (x *indexer) clean(hdr *tar.Header) (string, error) {
 	for _, s := range []string{hdr.Name, hdr.Linkname} {
 		if len(s) > x.limits.Path {
 			return "", tooLarge("tar entry %s: a path over the limit of %d bytes (max_path_bytes)", quote(x.last), x.limits.Path)
 		}
 		if strings.IndexByte(s, 0) >= 0 {
-			return "", x.refuse("a NUL in a path")
+			return "", x.badEntry("a NUL in a path")
 		}
 	}
 	switch name := hdr.Name; {
 	case name == "":
-		return "", x.refuse("it has no name")
+		return "", x.badEntry("it has no name")
 	case name[0] == '/':
-		return "", x.refuse("an absolute path")
+		return "", x.badEntry("an absolute path")
 	}
 	for part := range strings.SplitSeq(hdr.Name, "/") {
 		if part == ".." {
-			return "", x.refuse(`".." in its path`)
+			return "", x.badEntry(`".." in its path`)
 		}
 	}
 	name := path.Clean(hdr.Name)
@@ -304,12 +296,12 @@ func (x *indexer) countNames(n int) error {
 	return nil
 }
 
-// refuse names the entry that was read last.
-func (x *indexer) refuse(why string) error {
-	return refuse(nil, "tar entry %s: %s", quote(x.last), why)
+// badEntry is an error of the entry that was read last.
+func (x *indexer) badEntry(why string) error {
+	return badTar(nil, "tar entry %s: %s", quote(x.last), why)
 }
 
-// take takes n bytes of memory, some of them later.
+// take counts n bytes of memory. It takes them of the account once leastTaken are owed.
 func (x *indexer) take(n int64) error {
 	if x.owed += n; x.owed < leastTaken {
 		return nil
@@ -321,14 +313,14 @@ func (x *indexer) take(n int64) error {
 	return nil
 }
 
-// readFile reads the data of a regular file of at most limit bytes, which
-// setting sets. before is what the tar held under this name already.
+// readFile reads the data of a regular file. setting is the name of limit. before is the data
+// of an earlier entry with the same name, or nil.
 func (x *indexer) readFile(hdr *tar.Header, before []byte, limit int64, setting string) ([]byte, error) {
 	if before != nil {
-		return nil, x.refuse("it is there twice")
+		return nil, x.badEntry("it is there twice")
 	}
 	if !isFile(hdr) {
-		return nil, x.refuse("it is not a regular file")
+		return nil, x.badEntry("it is not a regular file")
 	}
 	if err := x.checkSparse(hdr); err != nil {
 		return nil, err
@@ -354,7 +346,7 @@ func (x *indexer) read(hdr *tar.Header, w io.Writer) error {
 		return err
 	}
 	start := x.in.n
-	// What is hidden is WriteTo and ReadFrom, which would not use the buffer.
+	// The structs hide WriteTo and ReadFrom, which would not use buf.
 	n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{x.tr}, buf)
 	x.in.holes += n - (x.in.n - start)
 	if err == nil || err == errMemory {
@@ -364,12 +356,12 @@ func (x *indexer) read(hdr *tar.Header, w io.Writer) error {
 		return e
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return refuse(err, "reading tar: it is cut short in entry %s", quote(x.last))
+		return badTar(err, "reading tar: it is cut short in entry %s", quote(x.last))
 	}
-	return refuse(err, "reading tar: bad data of entry %s", quote(x.last))
+	return badTar(err, "reading tar: bad data of entry %s", quote(x.last))
 }
 
-// buffer is for data that passes.
+// buffer is for data that is copied.
 func (x *indexer) buffer() ([]byte, error) {
 	if x.buf == nil {
 		if err := x.take(readSize); err != nil {
@@ -380,7 +372,7 @@ func (x *indexer) buffer() ([]byte, error) {
 	return x.buf, nil
 }
 
-// zeros reads what follows a tar, which may be padding and nothing else.
+// zeros reads the padding after a tar. Everything but zeros is an error.
 func (x *indexer) zeros() error {
 	buf, err := x.buffer()
 	if err != nil {
@@ -389,7 +381,7 @@ func (x *indexer) zeros() error {
 	for {
 		n, err := x.in.Read(buf)
 		if len(bytes.TrimLeft(buf[:n], "\x00")) > 0 {
-			return refuse(nil, "reading tar: something else than zeros follows its end")
+			return badTar(nil, "reading tar: something else than zeros follows its end")
 		}
 		if err == io.EOF {
 			return nil
@@ -422,7 +414,7 @@ func entryCount(n int) string {
 	return fmt.Sprintf("%d entries", n)
 }
 
-// some quotes names, of which there are more.
+// some quotes names. more says that there are others.
 func some(names []string, more bool) string {
 	quoted := make([]string, len(names))
 	for i, n := range names {
@@ -434,7 +426,7 @@ func some(names []string, more bool) string {
 	return strings.Join(quoted, ", ")
 }
 
-// shorten keeps a name from making an error as long as itself.
+// shorten cuts a name, so that an error does not become as long as the name.
 func shorten(name string) string {
 	const most = 200
 	if len(name) <= most {

@@ -9,11 +9,11 @@ import (
 	"strings"
 )
 
-// sniffLen is how many bytes of a stream tell what it looks like: those that
-// http.DetectContentType considers.
+// sniffLen is how many bytes of a stream tell what it looks like. http.DetectContentType looks
+// at as many.
 const sniffLen = 512
 
-// tarWanted ends the error of what is no tar.
+// tarWanted ends an error about a stream that is no tar.
 const tarWanted = "a tar is wanted, plain or compressed with gzip or zstd"
 
 // beginning keeps the first sniffLen bytes of a stream.
@@ -30,18 +30,19 @@ func (b *beginning) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// noTar is the error of a stream that begins as something else does, and nil for any other.
+// noTar returns an error that names what the stream is instead of a tar. It returns nil if the
+// beginning of the stream does not tell.
 func (x *indexer) noTar(cause error) error {
 	if x.count > 0 {
 		return nil
 	}
 	if what := looksLike(x.start.head); what != "" {
-		return refuse(cause, "reading tar: this looks like %s; %s", what, tarWanted)
+		return badTar(cause, "reading tar: this looks like %s; %s", what, tarWanted)
 	}
 	return nil
 }
 
-// types are those of http.DetectContentType that people send.
+// types are the results of http.DetectContentType for what people send by mistake.
 var types = map[string]string{
 	"text/html":                    "HTML",
 	"text/xml":                     "XML",
@@ -51,7 +52,7 @@ var types = map[string]string{
 	"application/x-gzip":           "something that was compressed twice",
 }
 
-// magics begin what http.DetectContentType does not know.
+// magics are the first bytes of formats that http.DetectContentType does not know.
 var magics = []struct{ prefix, what string }{
 	{"BZh", "bzip2"},
 	{"\xfd7zXZ\x00", "xz"},
@@ -68,8 +69,8 @@ var magics = []struct{ prefix, what string }{
 	{"PK\x05\x06", "a zip archive without entries"},
 	{"07070", "a cpio archive"},
 	{"\x28\xb5\x2f\xfd", "something that was compressed twice"},
-	// Of a client that reads a file as text: U+FFFD is in place of other bytes, or each
-	// byte is a character.
+	// From a client that reads a file as text: some bytes have become U+FFFD, or every
+	// byte has become a character.
 	{"\x1f\ufffd", "gzip that was sent as text"},
 	{"\x1f\u008b", "gzip that was sent as text"},
 	{"\x28\ufffd/\ufffd", "zstd that was sent as text"},
@@ -79,18 +80,18 @@ var magics = []struct{ prefix, what string }{
 var (
 	multipart = regexp.MustCompile(`(?is)^--\S+\r\n.*Content-Disposition: *form-data`)
 
-	// A parser directive, or the first instruction after comments and empty lines. FROM
-	// is no rare word, so that its line has to have the form of the instruction.
+	// A parser directive, or the first instruction after comments and empty lines. FROM is
+	// a common word, so its whole line must have the form of the instruction.
 	dockerfile = regexp.MustCompile(`(?i)^(# *(syntax|escape|check) *=|(\s*(#.*)?\n)*[ \t]*(ARG[ \t]+\w+(=|\s|$)|FROM[ \t]+(--platform=\S+[ \t]+)?\S+([ \t]+AS([ \t]+\S+)?)?[ \t]*\r?(\n|\\|$)))`)
 
-	// The mode, owner and group of a header, without the NULs after them, and its magic.
+	// A header's mode, owner and group without the NULs after them, and its magic.
 	lostNULs = regexp.MustCompile(`[0-7 ]{18}.*ustar`)
 
 	jsonText = regexp.MustCompile(`^\s*(\{\s*["}]|\[\s*[]\[{"0-9])`)
 )
 
-// looksLike says what a stream is whose first bytes are head, sniffLen at most, and which
-// is no tar. It is empty where head tells nothing. Of head it quotes 32 characters at most.
+// looksLike says what a stream that is no tar looks like, from its first bytes. It returns "" if
+// they do not tell. It quotes at most 32 characters of head.
 func looksLike(head []byte) string {
 	switch {
 	case isUTF16(head):
@@ -121,14 +122,14 @@ func looksLike(head []byte) string {
 	return "a file of type " + mime
 }
 
-// isText says that b has no byte that text does not have.
+// isText says whether every byte of b can be in a text.
 func isText(b []byte) bool {
-	// A full stop begins no other type.
+	// The full stop keeps the first bytes of b from being taken for another type.
 	return len(b) > 0 && strings.HasPrefix(http.DetectContentType(append([]byte("."), b...)), "text/plain")
 }
 
-// isUTF16 says that b begins with a byte order mark of UTF-16, or that one half of each
-// of its first characters is zero, as in ASCII.
+// isUTF16 says whether b begins with a byte order mark of UTF-16, or with ASCII characters in
+// UTF-16, which have a zero in each pair of bytes.
 func isUTF16(b []byte) bool {
 	if bytes.HasPrefix(b, []byte("\xfe\xff")) || bytes.HasPrefix(b, []byte("\xff\xfe")) {
 		return true

@@ -9,19 +9,20 @@ import (
 	"strings"
 )
 
-// fragment is data of a sparse file. Between fragments are holes, which read as zeros.
+// fragment is a piece of a sparse file's data. Between fragments are holes, which read as
+// zeros.
 type fragment struct {
 	at   int64 // in the file
 	from int64 // in the tar
 	size int64
 }
 
-// isFile says that hdr is of a regular file. A contiguous one is nothing else today.
+// isFile says whether hdr is a regular file's. A contiguous file is a regular file today.
 func isFile(hdr *tar.Header) bool {
 	return hdr.Typeflag == tar.TypeReg || hdr.Typeflag == tar.TypeCont || hdr.Typeflag == tar.TypeGNUSparse
 }
 
-// hasData says that hdr's size is that of data that archive/tar gives.
+// hasData says whether archive/tar gives data for hdr. If not, hdr.Size means nothing.
 func hasData(hdr *tar.Header) bool {
 	switch hdr.Typeflag {
 	case tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo:
@@ -30,8 +31,8 @@ func hasData(hdr *tar.Header) bool {
 	return true
 }
 
-// sparseFile says that hdr is of a sparse file, and whether archive/tar knows how to
-// read it. What it does not know it reads as if the map were content.
+// sparseFile says whether hdr is a sparse file's, and whether archive/tar knows its format. In
+// an unknown format archive/tar would take the map of the holes for content.
 func sparseFile(hdr *tar.Header) (sparse, known bool) {
 	if hdr.Typeflag == tar.TypeGNUSparse {
 		return true, true
@@ -54,18 +55,19 @@ func sparseFile(hdr *tar.Header) (sparse, known bool) {
 	return true, false
 }
 
-// checkSparse keeps a sparse file for later: what it costs is the size that it says.
+// checkSparse leaves a sparse file for later: its cost depends on the size that its header
+// claims, and not on the bytes that were sent.
 func (x *indexer) checkSparse(hdr *tar.Header) error {
 	switch sparse, known := sparseFile(hdr); {
 	case sparse && x.early:
 		return errLater
 	case sparse && !known:
-		return x.refuse("a sparse file of an unknown format")
+		return x.badEntry("a sparse file of an unknown format")
 	}
 	return nil
 }
 
-// readSparse hashes a sparse file and keeps where its data lies.
+// readSparse hashes a sparse file, and keeps the places of its data in the tar.
 func (x *indexer) readSparse(hdr *tar.Header, inode int32) error {
 	buf, err := x.buffer()
 	if err != nil {
@@ -73,8 +75,8 @@ func (x *indexer) readSparse(hdr *tar.Header, inode int32) error {
 	}
 	s := &sparseData{hash: x.hash, take: x.take}
 	x.in.data = func(p []byte) {
-		// archive/tar has the data of a file put where it belongs in the buffer of
-		// its caller, and fills in the holes: the capacity says where that is.
+		// archive/tar reads data right into the place in buf where it belongs, and
+		// fills in the holes. The capacity of p tells the place.
 		s.add(fragment{s.size + int64(cap(buf)-cap(p)), x.in.n, int64(len(p))})
 	}
 	err = x.read(hdr, s)
@@ -89,7 +91,7 @@ func (x *indexer) readSparse(hdr *tar.Header, inode int32) error {
 	return nil
 }
 
-// sparseData is what has been read of a sparse file.
+// sparseData is a sparse file while it is read.
 type sparseData struct {
 	hash      hash.Hash
 	take      func(int64) error
@@ -119,7 +121,7 @@ func (s *sparseData) Write(p []byte) (int, error) {
 	return s.hash.Write(p)
 }
 
-// sparseReader reads a sparse file of size bytes whose data lies in tar.
+// sparseReader reads a sparse file out of a tar.
 type sparseReader struct {
 	tar       io.ReaderAt
 	fragments []fragment

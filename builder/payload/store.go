@@ -14,24 +14,24 @@ import (
 
 const blockSize = 64 << 10
 
-// store keeps a body or a tar: in memory up to a bound, beyond it in a file without
-// a name. It is written first, by one goroutine, and then read by many.
+// store keeps a body or a tar: in memory if it is small, otherwise in a file without a name.
+// First one goroutine writes it, and then many may read it.
 type store struct {
 	dir    string
 	most   int64           // bytes in memory
-	memory *budget.Account // which others take of too
-	disk   *budget.Account // of the file's bytes, and of nothing else
+	memory *budget.Account // others draw on it too
+	disk   *budget.Account // for the bytes of the file, and nothing else
 
 	mu     sync.RWMutex
-	direct bool         // nothing is gathered before it is written to the file
-	noRoom func() error // is called where disk is spent, and returns nil to try again; may be nil
+	direct bool         // write to the file at once, without gathering small pieces
+	noRoom func() error // called when disk is spent; nil to try again; may be nil
 
-	blocks [][]byte // each but the last of blockSize
-	taken  int64    // of memory, for the blocks
+	blocks [][]byte // each but the last has blockSize bytes
+	taken  int64    // bytes of memory, for the blocks
 	size   int64
 	file   *os.File
-	buf    []byte // what is not yet in file
-	err    error  // the first; sticky
+	buf    []byte // bytes that are not in file yet
+	err    error  // the first error, for all later calls
 	closed bool
 }
 
@@ -62,7 +62,8 @@ func (s *store) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// writeMemory returns false, and has written nothing, where there is no memory for p.
+// writeMemory writes p to memory. If there is no memory for p, it writes nothing and returns
+// false.
 func (s *store) writeMemory(p []byte) bool {
 	if n := room(s.size+int64(len(p))) - s.taken; n > 0 {
 		if !s.memory.Take(n) {
@@ -87,8 +88,8 @@ func (s *store) writeMemory(p []byte) bool {
 	return true
 }
 
-// room is what the blocks for n bytes take. A body that has just begun takes little: many
-// never go on.
+// room is the memory of the blocks for n bytes. The first block begins small, because many
+// bodies begin and never go on.
 func room(n int64) int64 {
 	for _, small := range []int64{4 << 10, 16 << 10} {
 		if n <= small {
@@ -106,14 +107,16 @@ func newBlock(n int) []byte {
 	return blocks.Get().(*[blockSize]byte)[:0]
 }
 
-// endHead says that no more waits for room are to come.
+// endHead says that the body was no larger than a head. From then on the store does not wait
+// for room.
 func (s *store) endHead() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.noRoom = nil
 }
 
-// move has what is stored counted against other accounts, and ends the head.
+// move says that the body is larger than a head. It moves the bytes that are stored to other
+// accounts.
 func (s *store) move(memory, disk *budget.Account) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -142,14 +145,14 @@ func (s *store) move(memory, disk *budget.Account) error {
 	return nil
 }
 
-// moveToFile is called with s.mu held.
+// moveToFile moves the blocks to a new file. The caller must hold s.mu.
 func (s *store) moveToFile() error {
 	f, err := os.CreateTemp(s.dir, "payload-")
 	if err != nil {
 		return storeError(err)
 	}
 	s.file = f
-	// Without a name, the file is gone with the process, however that ends.
+	// A file without a name disappears when the process ends, in whatever way.
 	if err := os.Remove(f.Name()); err != nil {
 		return storeError(err)
 	}
@@ -162,7 +165,7 @@ func (s *store) moveToFile() error {
 	return nil
 }
 
-// spill moves what is in memory to the file.
+// spill moves everything to the file.
 func (s *store) spill() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -174,7 +177,7 @@ func (s *store) spill() error {
 	return s.err
 }
 
-// inMemory says that all of it is there.
+// inMemory says whether everything is in memory.
 func (s *store) inMemory() bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -193,8 +196,8 @@ func (s *store) freeBlocks() {
 	s.blocks, s.taken = nil, 0
 }
 
-// writeFile gathers what is small: a decompressed tar comes in pieces as small
-// as a header.
+// writeFile gathers small pieces before it writes them: a decompressed tar comes in pieces as
+// small as a header.
 func (s *store) writeFile(p []byte) error {
 	if s.direct {
 		return s.toFile(p)
@@ -222,9 +225,6 @@ func (s *store) flush() error {
 	return err
 }
 
-// ErrNoRoom is of a body that finds its budget of the disk spent.
-var ErrNoRoom = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
-
 func (s *store) toFile(p []byte) error {
 	if err := s.takeRoom(s.disk, int64(len(p))); err != nil {
 		return err
@@ -233,7 +233,7 @@ func (s *store) toFile(p []byte) error {
 	return storeError(err)
 }
 
-// takeRoom takes n bytes of disk, when noRoom has made some.
+// takeRoom takes n bytes of disk. It calls noRoom until there is room.
 func (s *store) takeRoom(disk *budget.Account, n int64) error {
 	for !disk.Take(n) {
 		if s.noRoom == nil {
@@ -246,7 +246,8 @@ func (s *store) takeRoom(disk *budget.Account, n int64) error {
 	return nil
 }
 
-// finish makes all that was written readable.
+// finish must be called after the last Write and before the first ReadAt. It writes the pieces
+// that were gathered.
 func (s *store) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,7 +267,7 @@ func (s *store) ReadAt(p []byte, off int64) (int, error) {
 		return 0, os.ErrClosed
 	}
 	if s.err != nil {
-		return 0, s.err // nothing is left
+		return 0, s.err // drop has freed everything
 	}
 	if s.file != nil {
 		return s.file.ReadAt(p, off)
@@ -283,7 +284,7 @@ func (s *store) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// Close frees all. What was stored cannot be read any more.
+// Close frees everything. Nothing can be read after it.
 func (s *store) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

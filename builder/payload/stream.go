@@ -5,28 +5,27 @@ import (
 	"io"
 )
 
-// tarStream counts the bytes of a tar, and bounds them.
+// tarStream reads a tar. It counts and bounds the bytes.
 type tarStream struct {
 	r     io.Reader
 	n     int64
 	holes int64 // bytes of sparse files that are not in the stream
-	limit int64 // of both
+	limit int64 // of n and holes together
 
-	// data is called with where in its buffer the tar's reader has some bytes put.
+	// data is called after each read, with the part of the tar reader's buffer that was
+	// filled.
 	data func(p []byte)
 
-	// While headers are read: where they must have ended, and how many zero
-	// bytes were the last.
-	inHeaders bool
-	end       int64
-	zeros     int64
+	inHeaders bool  // headers are being read
+	end       int64 // where the headers must end
+	zeros     int64 // how many of the last bytes of the headers were zero
 }
 
 func (s *tarStream) beginHeaders(end int64) {
 	s.inHeaders, s.end, s.zeros = true, end, 0
 }
 
-// left is how many bytes may still come.
+// left is how many more bytes are allowed.
 func (s *tarStream) left() int64 { return s.limit - s.n - s.holes }
 
 func (s *tarStream) tooLarge() error {

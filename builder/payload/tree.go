@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"handler/function/api"
 )
@@ -18,23 +19,23 @@ const (
 
 	symlinkMode = fs.ModeSymlink | 0o777 // as lstat gives it
 
-	maxLinks = 40 // that Linux follows in one path
+	maxLinks = 40 // symlinks that Linux follows in one path
 
-	freeLookups = 4096 // bytes of names that are looked up for an entry
+	freeLookups = 4096 // bytes of names that are looked up for an entry and not counted
 
 	noEntry = -1
 )
 
-// node is where an entry is in the tree, until all are there.
+// node places an entry in the tree, until all entries are there.
 type node struct {
-	child, next int32 // first of what is in a directory, next in the same; or noEntry
+	child, next int32 // the first entry in a directory, and the next in the same; or noEntry
 
-	implied    bool // a directory that has had no entry so far
-	attributed bool // with extended attributes
-	capable    bool // with capabilities
+	implied    bool // a directory that has had no entry of its own so far
+	attributed bool // it has extended attributes
+	capable    bool // it has capabilities
 }
 
-// addContext takes in an entry at rel in the context.
+// addContext adds the entry at the path rel of the context.
 func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	rel, err := x.through(rel)
 	if err != nil {
@@ -42,60 +43,17 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	}
 	for part := range strings.SplitSeq(rel, "/") {
 		if len(part) > maxName {
-			return x.refuse(fmt.Sprintf("a name over %d bytes in its path", maxName))
+			return x.badEntry(fmt.Sprintf("a name over %d bytes in its path", maxName))
 		}
 	}
-	e := Entry{
-		Path:    rel,
-		Mode:    modeOf(hdr.Mode),
-		ModTime: hdr.ModTime.UnixNano(),
-		inode:   noInode,
-	}
-	// Of what BuildKit has no time for, the nearest that it has.
-	if sec := hdr.ModTime.Unix(); sec < minSecond {
-		e.ModTime = minSecond * second
-	} else if sec > maxSecond {
-		e.ModTime = maxSecond * second
-	}
-	switch hdr.Typeflag {
-	case tar.TypeDir:
-		e.Mode |= fs.ModeDir
-	case tar.TypeSymlink:
-		if hdr.Linkname == "" {
-			return x.refuse("a symlink without a target")
+	var e Entry
+	if hdr.Typeflag == tar.TypeLink {
+		var known bool
+		if e, known, err = x.linked(rel, hdr.Linkname); known {
+			return nil
 		}
-		e.Mode = symlinkMode
-		e.Linkname = strings.Clone(hdr.Linkname)
-		e.Size = int64(len(e.Linkname))
-		err = x.take(e.Size)
-	case tar.TypeLink:
-		target, ok := strings.CutPrefix(path.Clean(hdr.Linkname), api.ContextDir+"/")
-		if ok {
-			if target, err = x.through(target); err != nil {
-				return err
-			}
-		}
-		i, there := x.paths[target]
-		if !ok || !there || x.entries.at(i).Mode.IsDir() {
-			return x.refuse(fmt.Sprintf("a hard link to %s, which is no earlier file or symlink of the context", quote(hdr.Linkname)))
-		}
-		if target == rel {
-			return nil // GNU tar packs a file with links so that it is told to pack twice
-		}
-		e = *x.entries.at(i)
-		e.Path = rel
-		err = x.countNames(len(e.Linkname))
-	case tar.TypeChar:
-		e.Mode |= fs.ModeDevice | fs.ModeCharDevice
-	case tar.TypeBlock:
-		e.Mode |= fs.ModeDevice
-	case tar.TypeFifo:
-		e.Mode |= fs.ModeNamedPipe
-	default:
-		if !isFile(hdr) {
-			return x.refuse(fmt.Sprintf("a tar entry of the unknown type %q", hdr.Typeflag))
-		}
-		e.inode, err = x.addFile(hdr)
+	} else {
+		e, err = x.entry(rel, hdr)
 	}
 	if err != nil {
 		return err
@@ -109,8 +67,78 @@ func (x *indexer) addContext(rel string, hdr *tar.Header) error {
 	return nil
 }
 
-// through follows the symlinks above the last name of rel, as extracting does where the
-// context is the root of the file system.
+// entry makes the Entry of everything but a hard link. It reads the data of a regular file.
+func (x *indexer) entry(rel string, hdr *tar.Header) (Entry, error) {
+	e := Entry{
+		Path:    rel,
+		Mode:    modeOf(hdr.Mode),
+		ModTime: nanoseconds(hdr.ModTime),
+		inode:   noInode,
+	}
+	switch hdr.Typeflag {
+	case tar.TypeDir:
+		e.Mode |= fs.ModeDir
+	case tar.TypeSymlink:
+		if hdr.Linkname == "" {
+			return e, x.badEntry("a symlink without a target")
+		}
+		e.Mode = symlinkMode
+		e.Linkname = strings.Clone(hdr.Linkname)
+		e.Size = int64(len(e.Linkname))
+		return e, x.take(e.Size)
+	case tar.TypeChar:
+		e.Mode |= fs.ModeDevice | fs.ModeCharDevice
+	case tar.TypeBlock:
+		e.Mode |= fs.ModeDevice
+	case tar.TypeFifo:
+		e.Mode |= fs.ModeNamedPipe
+	default:
+		if !isFile(hdr) {
+			return e, x.badEntry(fmt.Sprintf("a tar entry of the unknown type %q", hdr.Typeflag))
+		}
+		var err error
+		e.inode, err = x.addFile(hdr)
+		return e, err
+	}
+	return e, nil
+}
+
+// linked makes the Entry of a hard link at rel: a copy of the entry that it links to. known
+// says that it links to itself, and that nothing is to be done: GNU tar writes such an entry
+// if it is told to pack a file with links twice.
+func (x *indexer) linked(rel, linkname string) (e Entry, known bool, err error) {
+	target, ok := strings.CutPrefix(path.Clean(linkname), api.ContextDir+"/")
+	if ok {
+		if target, err = x.through(target); err != nil {
+			return e, false, err
+		}
+	}
+	i, there := x.paths[target]
+	if !ok || !there || x.entries.at(i).Mode.IsDir() {
+		return e, false, x.badEntry(fmt.Sprintf("a hard link to %s, which is no earlier file or symlink of the context", quote(linkname)))
+	}
+	if target == rel {
+		return e, true, nil
+	}
+	e = *x.entries.at(i)
+	e.Path = rel
+	return e, false, x.countNames(len(e.Linkname))
+}
+
+// nanoseconds is t as BuildKit has times. A time outside of BuildKit's range becomes the
+// nearest second inside.
+func nanoseconds(t time.Time) int64 {
+	switch sec := t.Unix(); {
+	case sec < minSecond:
+		return minSecond * second
+	case sec > maxSecond:
+		return maxSecond * second
+	}
+	return t.UnixNano()
+}
+
+// through resolves the symlinks above the last name of rel, as unpacking the tar would. The
+// context is the root: no symlink leads out of it.
 func (x *indexer) through(rel string) (string, error) {
 	slash := strings.LastIndexByte(rel, '/')
 	if slash < 0 {
@@ -119,8 +147,9 @@ func (x *indexer) through(rel string) (string, error) {
 	if i, ok := x.paths[rel[:slash]]; ok && x.entries.at(i).Mode.IsDir() {
 		return rel, nil
 	}
-	var link string // the last one
-	var links, to int
+	var link string // the last symlink that was followed
+	var links int   // how many were followed
+	var to int      // length of the last symlink's target, which must be there
 	for from, looked := 0, 0; ; {
 		next := strings.IndexByte(rel[from:], '/')
 		if next < 0 {
@@ -128,8 +157,8 @@ func (x *indexer) through(rel string) (string, error) {
 		}
 		end := from + next
 		from = end + 1
-		// A path may have thousands of parts, each of which takes a look: that is counted
-		// like names, but for what paths usually have.
+		// A path may have thousands of parts, and each part is looked up. These lookups
+		// are counted like names. A path of an ordinary length is free.
 		if looked += end; looked > freeLookups {
 			if err := x.countNames(end/16 + 1); err != nil {
 				return "", err
@@ -138,29 +167,40 @@ func (x *indexer) through(rel string) (string, error) {
 		i, ok := x.paths[rel[:end]]
 		switch {
 		case !ok && end <= to || links > maxLinks:
-			return "", x.refuse(fmt.Sprintf("%s is not a directory", quote(api.ContextDir+"/"+link)))
+			return "", x.badEntry(fmt.Sprintf("%s is not a directory", quote(api.ContextDir+"/"+link)))
 		case !ok:
 			return rel, nil
 		case x.entries.at(i).Mode&fs.ModeSymlink == 0:
 			continue
 		}
 		e := x.entries.at(i)
-		target := e.Linkname
-		if !path.IsAbs(target) {
-			target = path.Join(path.Dir(e.Path), target)
-		}
-		// What is inside stays inside.
-		target = strings.TrimPrefix(path.Join("/", target), "/")
+		target := targetOf(e)
 		links, link, to = links+1, e.Path, len(target)
-		rel = strings.TrimPrefix(path.Join("/", target, rel[end:]), "/")
-		if len(rel) > x.limits.Path {
-			return "", tooLarge("tar entry %s: a path over the limit of %d bytes (max_path_bytes) through the symlink %s", quote(x.last), x.limits.Path, quote(link))
-		}
-		if err := x.countNames(len(target)); err != nil {
+		var err error
+		if rel, err = x.follow(link, target, rel[end:]); err != nil {
 			return "", err
 		}
 		from = 0
 	}
+}
+
+// targetOf is the path that a symlink leads to, without a slash before it. A target outside
+// of the context becomes one inside.
+func targetOf(e *Entry) string {
+	target := e.Linkname
+	if !path.IsAbs(target) {
+		target = path.Join(path.Dir(e.Path), target)
+	}
+	return strings.TrimPrefix(path.Join("/", target), "/")
+}
+
+// follow is the path rest, which begins with a slash, below the target of link.
+func (x *indexer) follow(link, target, rest string) (string, error) {
+	rel := strings.TrimPrefix(path.Join("/", target, rest), "/")
+	if len(rel) > x.limits.Path {
+		return "", tooLarge("tar entry %s: a path over the limit of %d bytes (max_path_bytes) through the symlink %s", quote(x.last), x.limits.Path, quote(link))
+	}
+	return rel, x.countNames(len(target))
 }
 
 // addFile reads a regular file's data, and returns its inode.
@@ -186,7 +226,7 @@ func (x *indexer) addFile(hdr *tar.Header) (int32, error) {
 	return i, nil
 }
 
-// modeOf is a tar header's mode without the type that some writers put there.
+// modeOf is the mode of a tar header. Some writers put the type there too, which is dropped.
 func modeOf(m int64) fs.FileMode {
 	mode := fs.FileMode(m & 0o777)
 	for _, bit := range []struct {
@@ -204,7 +244,7 @@ func modeOf(m int64) fs.FileMode {
 	return mode
 }
 
-// attributes looks for those that BuildKit is not sent.
+// attributes looks for extended attributes. BuildKit is sent none of them.
 func attributes(hdr *tar.Header) (any, capabilities bool) {
 	for key := range hdr.PAXRecords {
 		for _, prefix := range []string{"SCHILY.xattr.", "LIBARCHIVE.xattr."} {
@@ -217,8 +257,9 @@ func attributes(hdr *tar.Header) (any, capabilities bool) {
 	return any, capabilities
 }
 
-// put puts e into the tree as extracting it would. What was at its path is replaced,
-// with all that was in it, but for a directory by another.
+// put adds e to the tree, as unpacking the tar would. An earlier entry at the same path is
+// replaced, with everything below it. Only a directory that replaces a directory keeps
+// everything below it.
 func (x *indexer) put(e Entry) (int32, error) {
 	i, ok := x.paths[e.Path]
 	if !ok {
@@ -240,8 +281,8 @@ func (x *indexer) put(e Entry) (int32, error) {
 	return i, nil
 }
 
-// insert adds an entry at a path where there is none, and the directories above it
-// that are left out.
+// insert adds an entry at a path without one. Before it, insert adds the directories above
+// it that the tar leaves out.
 func (x *indexer) insert(e Entry) (int32, error) {
 	if err := x.take(entryMemory + pathMemory + int64(len(e.Path))); err != nil {
 		return noEntry, err
@@ -262,7 +303,7 @@ func (x *indexer) insert(e Entry) (int32, error) {
 			x.nodes.at(i).implied = true
 		}
 		if !x.entries.at(i).Mode.IsDir() {
-			return noEntry, x.refuse(fmt.Sprintf("%s is not a directory", quote(api.ContextDir+"/"+parent)))
+			return noEntry, x.badEntry(fmt.Sprintf("%s is not a directory", quote(api.ContextDir+"/"+parent)))
 		}
 		siblings = &x.nodes.at(i).child
 	}
@@ -273,7 +314,8 @@ func (x *indexer) insert(e Entry) (int32, error) {
 	return x.entries.add(e), nil
 }
 
-// drop takes entry i, those next to it and all that is in them out of the tree.
+// drop removes from the tree: entry i, the entries after it in the same directory, and
+// everything below them.
 func (x *indexer) drop(i int32) {
 	for todo := []int32{i}; len(todo) > 0; {
 		i, todo = todo[len(todo)-1], todo[:len(todo)-1]
@@ -287,7 +329,8 @@ func (x *indexer) drop(i int32) {
 	}
 }
 
-// finish puts the entries in order, and sets the links of files.
+// finish sorts the entries, and makes every entry of a file but the first a hard link to the
+// first.
 func (x *indexer) finish() (*Context, error) {
 	if !x.memory.Take(x.owed) {
 		return nil, errMemory
@@ -329,8 +372,8 @@ func (x *indexer) finish() (*Context, error) {
 	return &Context{entries: entries, inodes: inodes, sums: sums, sparse: x.sparse}, nil
 }
 
-// sortEntries puts entries in the order of ComparePath, each half on a processor of its
-// own.
+// sortEntries sorts entries in the order of ComparePath. It sorts each half on a processor of
+// its own.
 func sortEntries(entries []Entry) []Entry {
 	compare := func(a, b Entry) int { return ComparePath(a.Path, b.Path) }
 	a, b := entries[:len(entries)/2], entries[len(entries)/2:]
@@ -352,8 +395,8 @@ func sortEntries(entries []Entry) []Entry {
 	return append(append(merged, a...), b...)
 }
 
-// paged is a slice that grows without leaving its old selves behind: those of
-// many entries would be most of an upload's memory.
+// paged is a slice that grows without being copied. The copies that append leaves behind
+// would be most of an upload's memory.
 type paged[T any] struct {
 	pages [][]T
 	len   int32
@@ -374,7 +417,7 @@ func (p *paged[T]) add(v T) int32 {
 	return p.len - 1
 }
 
-// take empties p into one slice, page by page.
+// take moves everything in p into one slice. It frees each page once it is copied.
 func (p *paged[T]) take() []T {
 	s := make([]T, 0, p.len)
 	for i, page := range p.pages {
