@@ -17,73 +17,105 @@ import (
 
 	"handler/function/buildconfig"
 	"handler/function/buildkit"
+	"handler/function/contexts"
 	"handler/function/hosts"
 	"handler/function/payload"
 	"handler/function/registry"
+	"handler/function/server"
 )
 
-// Config is the function's configuration: its environment, and the names of
-// its secrets' files. Each field says the variable it comes from; the
-// README's table has the defaults.
+// Config is the function's configuration. Buildkit, Registry, Contexts and Server configure the
+// packages of these names; newServer adds their secrets, their logs, and the packages that they
+// need. The comment of each field names its variables, and LoadConfig has the defaults.
 type Config struct {
-	BuildkitAddrs      []string // buildkit_addr: tcp://host:port or unix:///path, one or several
-	BuildkitServerName string   // buildkit_server_name: in each daemon's certificate
+	// default_platform, allow_syntax, cache_repository, image_compression,
+	// buildkit_addr, buildkit_server_name,
+	// build_timeout, push_timeout, stall_timeout, daemon_builds
+	Buildkit buildkit.Config
 
-	SecretsDir      string // secrets_dir
-	PayloadSecret   string // payload_secret_file, a name in SecretsDir like those below
-	BuildkitCA      string // buildkit_ca_file
-	BuildkitCert    string // buildkit_cert_file
-	BuildkitKey     string // buildkit_key_file
-	RegistryConfig  string // registry_config_file
-	BuildSecretsKey string // build_secrets_key_file
-	GitCredentials  string // git_credentials_file
+	// allow_basic, create_repositories, token_hosts, token_paths
+	Registry registry.Config
 
-	MaxBuilds       int           // max_builds
-	DaemonBuilds    int           // daemon_builds
-	MaxUploads      int           // max_uploads
-	QueueWait       time.Duration // queue_wait
-	BuildTimeout    time.Duration // build_timeout
-	PushTimeout     time.Duration // push_timeout
-	StallTimeout    time.Duration // stall_timeout
-	ShutdownTimeout time.Duration // shutdown_timeout
-	UploadMinRate   int64         // upload_min_rate: bytes per second
-	UploadGrace     time.Duration // upload_grace
+	// context_repository (empty refuses contexts that are sent ahead), context_max_age
+	Contexts contexts.Config
 
-	DefaultPlatform    string               // default_platform: empty is the daemon's own
-	AllowedImages      []string             // allowed_images: repository prefixes; empty allows any
-	DisableHMAC        bool                 // disable_hmac
-	RequireTimestamp   bool                 // require_timestamp
-	AllowSyntax        bool                 // allow_syntax
-	AllowBasic         bool                 // allow_basic
-	CreateRepositories bool                 // create_repositories
-	TokenHosts         []registry.TokenHost // token_hosts
-	TokenPaths         []registry.TokenPath // token_paths
-	RegistryCA         map[string]string    // registry_ca: host=name in SecretsDir
+	// disable_hmac, require_timestamp, allowed_images, context_hosts,
+	// max_builds, max_uploads, queue_wait, build_timeout, shutdown_timeout,
+	// upload_min_rate, upload_grace,
+	// max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes,
+	// max_config_bytes, max_secrets_bytes,
+	// spool_memory_bytes, max_spool_bytes, temp_dir
+	Server server.Config
 
-	ImageCompression  buildkit.Compression // image_compression
-	CacheRepository   reference.Named      // cache_repository: nil keeps no cache in a registry
-	ContextRepository string               // context_repository: empty takes no contexts by digest
-	ContextMaxAge     time.Duration        // context_max_age
-	ContextHosts      []string             // context_hosts: of git contexts; empty refuses all
-
-	Limits      payload.Limits // max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes
-	SpoolMemory int64          // spool_memory_bytes
-	SpoolBytes  int64          // max_spool_bytes
-	TempDir     string         // temp_dir: empty is the system's
+	SecretsDir      string            // secrets_dir
+	PayloadSecret   string            // payload_secret_file: a name in SecretsDir, as all below
+	BuildkitCA      string            // buildkit_ca_file
+	BuildkitCert    string            // buildkit_cert_file
+	BuildkitKey     string            // buildkit_key_file
+	RegistryConfig  string            // registry_config_file
+	RegistryCA      map[string]string // registry_ca: by host
+	BuildSecretsKey string            // build_secrets_key_file
+	GitCredentials  string            // git_credentials_file
 
 	LogLevel zerolog.Level // log_level
 
-	// FallbackSecret keys isolation where there is no payload secret.
+	// FallbackSecret is random. It keys isolation if there is no payload secret.
 	FallbackSecret []byte
 }
 
-// LoadConfig reads the environment through getenv. Its error names every
-// variable that is wrong.
+// LoadConfig reads the environment through getenv. Its error names every variable with a wrong
+// value.
 func LoadConfig(getenv func(string) string) (*Config, error) {
 	e := &environment{getenv: getenv}
+	buildTimeout := e.duration("build_timeout", 15*time.Minute)
 	c := &Config{
-		BuildkitAddrs:      e.list("buildkit_addr", "tcp://buildkitd.openfaas:1234"),
-		BuildkitServerName: e.text("buildkit_server_name", "buildkitd"),
+		Buildkit: buildkit.Config{
+			Addrs:           e.list("buildkit_addr", "tcp://buildkitd.openfaas:1234"),
+			ServerName:      e.text("buildkit_server_name", "buildkitd"),
+			BuildTimeout:    buildTimeout,
+			PushTimeout:     e.duration("push_timeout", 5*time.Minute),
+			StallTimeout:    e.duration("stall_timeout", 10*time.Minute),
+			DaemonBuilds:    int(e.number("daemon_builds", 4)),
+			DefaultPlatform: e.text("default_platform", ""),
+			CacheRepository: e.repository("cache_repository"),
+			Compression:     e.compression("image_compression", "gzip"),
+			AllowSyntax:     e.boolean("allow_syntax", false),
+		},
+		Registry: registry.Config{
+			TokenHosts:         parsed(e, "token_hosts", registry.ParseTokenHost),
+			TokenPaths:         parsed(e, "token_paths", registry.ParseTokenPath),
+			AllowBasic:         e.boolean("allow_basic", true),
+			CreateRepositories: e.boolean("create_repositories", false),
+		},
+		Contexts: contexts.Config{
+			Repository: e.contextRepository("context_repository"),
+			MaxAge:     e.duration("context_max_age", 48*time.Hour),
+		},
+		Server: server.Config{
+			DisableHMAC:      e.boolean("disable_hmac", false),
+			RequireTimestamp: e.boolean("require_timestamp", false),
+			AllowedImages:    e.repositories("allowed_images"),
+			ContextHosts:     e.contextHosts("context_hosts"),
+			MaxBuilds:        int(e.number("max_builds", 4)),
+			MaxUploads:       int(e.number("max_uploads", 16)),
+			QueueWait:        e.duration("queue_wait", 10*time.Minute),
+			BuildTimeout:     buildTimeout,
+			ShutdownTimeout:  e.duration("shutdown_timeout", 20*time.Second),
+			UploadMinRate:    e.size("upload_min_rate", 64*units.KiB),
+			UploadGrace:      e.duration("upload_grace", 10*time.Second),
+			Limits: payload.Limits{
+				Body:     e.size("max_body_bytes", 512*units.MiB),
+				Unpacked: e.size("max_unpacked_bytes", 2*units.GiB),
+				Entries:  int(e.number("max_entries", 200_000)),
+				Path:     int(e.size("max_path_bytes", 4096)),
+				Names:    e.size("max_names_bytes", 32*units.MiB),
+				Config:   e.size("max_config_bytes", units.MiB),
+				Secrets:  e.size("max_secrets_bytes", 2*units.MiB),
+			},
+			SpoolMemory: e.size("spool_memory_bytes", 4*units.MiB),
+			SpoolBytes:  e.size("max_spool_bytes", 8*units.GiB),
+			TempDir:     e.text("temp_dir", os.TempDir()),
+		},
 
 		SecretsDir:      e.text("secrets_dir", "/var/openfaas/secrets"),
 		PayloadSecret:   e.text("payload_secret_file", "payload-secret"),
@@ -91,49 +123,9 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		BuildkitCert:    e.text("buildkit_cert_file", "buildkit-cert"),
 		BuildkitKey:     e.text("buildkit_key_file", "buildkit-key"),
 		RegistryConfig:  e.text("registry_config_file", "registry-config"),
+		RegistryCA:      e.pairs("registry_ca"),
 		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
 		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
-
-		MaxBuilds:       int(e.number("max_builds", 4)),
-		DaemonBuilds:    int(e.number("daemon_builds", 4)),
-		MaxUploads:      int(e.number("max_uploads", 16)),
-		QueueWait:       e.duration("queue_wait", 10*time.Minute),
-		BuildTimeout:    e.duration("build_timeout", 15*time.Minute),
-		PushTimeout:     e.duration("push_timeout", 5*time.Minute),
-		StallTimeout:    e.duration("stall_timeout", 10*time.Minute),
-		ShutdownTimeout: e.duration("shutdown_timeout", 20*time.Second),
-		UploadMinRate:   e.size("upload_min_rate", 64*units.KiB),
-		UploadGrace:     e.duration("upload_grace", 10*time.Second),
-
-		DefaultPlatform:    e.text("default_platform", ""),
-		AllowedImages:      e.repositories("allowed_images"),
-		DisableHMAC:        e.boolean("disable_hmac", false),
-		RequireTimestamp:   e.boolean("require_timestamp", false),
-		AllowSyntax:        e.boolean("allow_syntax", false),
-		AllowBasic:         e.boolean("allow_basic", true),
-		CreateRepositories: e.boolean("create_repositories", false),
-		TokenHosts:         parsed(e, "token_hosts", registry.ParseTokenHost),
-		TokenPaths:         parsed(e, "token_paths", registry.ParseTokenPath),
-		RegistryCA:         e.pairs("registry_ca"),
-
-		ImageCompression:  e.compression("image_compression", "gzip"),
-		CacheRepository:   e.repository("cache_repository"),
-		ContextRepository: e.contextRepository("context_repository"),
-		ContextMaxAge:     e.duration("context_max_age", 48*time.Hour),
-		ContextHosts:      e.contextHosts("context_hosts"),
-
-		Limits: payload.Limits{
-			Body:     e.size("max_body_bytes", 512*units.MiB),
-			Unpacked: e.size("max_unpacked_bytes", 2*units.GiB),
-			Entries:  int(e.number("max_entries", 200_000)),
-			Path:     int(e.size("max_path_bytes", 4096)),
-			Names:    e.size("max_names_bytes", 32*units.MiB),
-			Config:   e.size("max_config_bytes", units.MiB),
-			Secrets:  e.size("max_secrets_bytes", 2*units.MiB),
-		},
-		SpoolMemory: e.size("spool_memory_bytes", 4*units.MiB),
-		SpoolBytes:  e.size("max_spool_bytes", 8*units.GiB),
-		TempDir:     e.text("temp_dir", os.TempDir()),
 
 		LogLevel:       e.level("log_level", zerolog.InfoLevel),
 		FallbackSecret: []byte(rand.Text()),
@@ -144,7 +136,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 	return c, nil
 }
 
-// environment reads variables and gathers what is wrong with them.
+// environment reads variables, and gathers the errors of all of them.
 type environment struct {
 	getenv func(string) string
 	errs   []error
@@ -177,7 +169,7 @@ func (e *environment) number(name string, fallback int64) int64 {
 	return n
 }
 
-// size takes bytes, plainly or with a unit of 1024s: "512MiB".
+// size reads a number of bytes, or a number with a unit, such as "512MiB".
 func (e *environment) size(name string, fallback int64) int64 {
 	v := e.text(name, "")
 	if v == "" {
@@ -190,7 +182,7 @@ func (e *environment) size(name string, fallback int64) int64 {
 	return n
 }
 
-// duration takes Go's form, or whole seconds as of-watchdog does.
+// duration reads Go's form, or a whole number of seconds, as of-watchdog does.
 func (e *environment) duration(name string, fallback time.Duration) time.Duration {
 	v := e.text(name, "")
 	if v == "" {
@@ -235,7 +227,7 @@ func (e *environment) list(name string, fallback ...string) []string {
 	return list
 }
 
-// pairs takes "host=value,host=value".
+// pairs reads "host=value,host=value".
 func (e *environment) pairs(name string) map[string]string {
 	m := make(map[string]string)
 	for _, v := range e.list(name) {
@@ -257,7 +249,7 @@ func (e *environment) pairs(name string) map[string]string {
 	return m
 }
 
-// parsed is a list of what parse takes.
+// parsed reads a list, and parses each entry.
 func parsed[T any](e *environment, name string, parse func(string) (T, error)) []T {
 	var list []T
 	for _, v := range e.list(name) {
@@ -281,8 +273,8 @@ func (e *environment) contextHosts(name string) []string {
 	return list
 }
 
-// repositories takes prefixes of repositories, normalised as an image's name
-// is: "acme" is docker.io/acme... and "ghcr.io" alone is every one there.
+// repositories reads a list of prefixes of repositories, and normalises them as names of images:
+// "acme" is docker.io/acme and everything below it, and "ghcr.io" is every repository there.
 func (e *environment) repositories(name string) []string {
 	var list []string
 	for _, v := range e.list(name) {
@@ -304,8 +296,8 @@ func (e *environment) repositories(name string) []string {
 		}
 		prefix := named.Name()
 		if !strings.Contains(trimmed, "/") {
-			// A name alone is docker.io/library/name to the reference library,
-			// but as a prefix people mean the account.
+			// The reference library reads a single name as docker.io/library/name.
+			// As a prefix it means the account of that name.
 			prefix = "docker.io/" + trimmed
 		}
 		list = append(list, prefix)
@@ -313,7 +305,7 @@ func (e *environment) repositories(name string) []string {
 	return list
 }
 
-// repository takes one, without a tag; nil where the variable is not set.
+// repository reads a repository without a tag. It returns nil if the variable is not set.
 func (e *environment) repository(name string) reference.Named {
 	v := e.text(name, "")
 	if v == "" {
@@ -330,8 +322,8 @@ func (e *environment) repository(name string) reference.Named {
 	return named
 }
 
-// contextRepository takes one that may have "http://" before it. What else is wrong
-// with it the store says that is made of it.
+// contextRepository reads a repository that may begin with "http://". It checks only the host:
+// contexts.New checks everything else.
 func (e *environment) contextRepository(name string) string {
 	v := e.text(name, "")
 	if host, _, ok := strings.Cut(strings.TrimPrefix(v, "http://"), "/"); ok {
@@ -363,14 +355,15 @@ func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {
 	return level
 }
 
-// ownRepositories are those that the builder keeps things of its own in,
-// normalised. One that the reference library does not take no image can name.
+// ownRepositories are the repositories where the builder keeps its cache and its contexts,
+// normalised. A name that the reference library does not read is left out: no image can have
+// it.
 func (c *Config) ownRepositories() []string {
 	var own []string
-	if c.CacheRepository != nil {
-		own = append(own, c.CacheRepository.Name())
+	if c.Buildkit.CacheRepository != nil {
+		own = append(own, c.Buildkit.CacheRepository.Name())
 	}
-	if named, err := reference.ParseNormalizedNamed(strings.TrimPrefix(c.ContextRepository, "http://")); err == nil {
+	if named, err := reference.ParseNormalizedNamed(strings.TrimPrefix(c.Contexts.Repository, "http://")); err == nil {
 		own = append(own, named.Name())
 	}
 	return own
@@ -379,12 +372,10 @@ func (c *Config) ownRepositories() []string {
 // Secret is the path of a secret's file.
 func (c *Config) Secret(name string) string { return filepath.Join(c.SecretsDir, name) }
 
-// maxSecret bounds a secret's file: a Docker config of many registries is the
-// largest.
+// maxSecret bounds a secret's file. The largest is a Docker config with many registries.
 const maxSecret = 1 << 20
 
-// ReadSecret reads a secret as it is now. With optional, one that does not
-// exist is empty.
+// ReadSecret reads a secret. An optional secret that does not exist is empty.
 func (c *Config) ReadSecret(name string, optional bool) ([]byte, error) {
 	f, err := os.Open(c.Secret(name))
 	if optional && errors.Is(err, os.ErrNotExist) {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/rs/zerolog"
@@ -24,7 +25,7 @@ import (
 	"handler/function/server"
 )
 
-// Version is what GET / and the log say this is.
+// Version is in the answer of GET / and in the log.
 const Version = "0.1.0"
 
 // Handle serves every route of the builder.
@@ -32,7 +33,7 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 	s, err := service()
 	if err != nil {
 		if r.URL.Path == "/healthz" {
-			// It serves, and starting it again would mend nothing.
+			// To restart the process would not mend its configuration.
 			w.Write([]byte("ok\n"))
 			return
 		}
@@ -42,10 +43,10 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 	s.ServeHTTP(w, r)
 }
 
-// service is made on the first request, which readiness probes send, and not
-// in init: the template runs "go test" where there is no configuration. What it
-// came to holds until a restart, as the environment does; secrets are read again
-// when they change.
+// service makes the Server on the first request, which is a readiness probe, and not in init:
+// the template runs "go test" without a configuration. Its result, good or bad, holds until
+// the process is restarted, because the environment does not change before. Secrets are read
+// again when they change.
 var service = sync.OnceValues(func() (*server.Server, error) {
 	// Milliseconds: seconds are too coarse to follow one build.
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00"
@@ -65,9 +66,10 @@ var service = sync.OnceValues(func() (*server.Server, error) {
 		log.Error().Err(err).Msg("not serving")
 		return nil, err
 	}
+	logStart(cfg, log)
 	go func() {
-		// of-watchdog passes SIGTERM on at once; the template then serves for
-		// healthcheck_interval more and waits for the requests that run.
+		// of-watchdog passes SIGTERM on at once. The template then serves for another
+		// healthcheck_interval, and waits for running requests.
 		term := make(chan os.Signal, 1)
 		signal.Notify(term, syscall.SIGTERM)
 		<-term
@@ -77,113 +79,52 @@ var service = sync.OnceValues(func() (*server.Server, error) {
 	return s, nil
 })
 
+// newServer makes the packages out of their parts of cfg, and connects them.
 func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
-	registryCA := make(map[string]string)
+	r := cfg.Registry
+	r.File, r.Log = cfg.Secret(cfg.RegistryConfig), log
+	r.CAFiles = make(map[string]string)
 	for host, name := range cfg.RegistryCA {
-		registryCA[host] = cfg.Secret(name)
+		r.CAFiles[host] = cfg.Secret(name)
 	}
-	credentials := registry.New(registry.Config{
-		File:               cfg.Secret(cfg.RegistryConfig),
-		TokenHosts:         cfg.TokenHosts,
-		TokenPaths:         cfg.TokenPaths,
-		CAFiles:            registryCA,
-		AllowBasic:         cfg.AllowBasic,
-		CreateRepositories: cfg.CreateRepositories,
-		Log:                log,
-	})
-	solver, err := buildkit.New(buildkit.Config{
-		Addrs:           cfg.BuildkitAddrs,
-		ServerName:      cfg.BuildkitServerName,
-		CAFile:          cfg.Secret(cfg.BuildkitCA),
-		CertFile:        cfg.Secret(cfg.BuildkitCert),
-		KeyFile:         cfg.Secret(cfg.BuildkitKey),
-		BuildTimeout:    cfg.BuildTimeout,
-		PushTimeout:     cfg.PushTimeout,
-		StallTimeout:    cfg.StallTimeout,
-		DaemonBuilds:    cfg.DaemonBuilds,
-		DefaultPlatform: cfg.DefaultPlatform,
-		CacheRepository: cfg.CacheRepository,
-		Compression:     cfg.ImageCompression,
-		AllowSyntax:     cfg.AllowSyntax,
-		Credentials:     credentials,
-		Log:             log,
-	})
+	credentials := registry.New(r)
+
+	b := cfg.Buildkit
+	b.CAFile, b.CertFile, b.KeyFile = cfg.Secret(cfg.BuildkitCA), cfg.Secret(cfg.BuildkitCert), cfg.Secret(cfg.BuildkitKey)
+	b.Credentials, b.Log = credentials, log
+	solver, err := buildkit.New(b)
 	if err != nil {
 		return nil, err
 	}
-	store, err := newContexts(cfg, credentials, log)
-	if err != nil {
+
+	s := cfg.Server
+	s.Solver, s.Version, s.Log = solver, Version, log
+	if s.Contexts, err = newContexts(cfg, credentials, log); err != nil {
 		return nil, err
 	}
-	s := server.New(server.Config{
-		Solver:        solver,
-		Contexts:      store,
-		PayloadSecret: func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) },
-		BuildSecretsKey: func() ([]byte, error) {
-			key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
-			return bytes.TrimSpace(key), err
-		},
-		ContextHosts:     cfg.ContextHosts,
-		GitCredentials:   func() ([]byte, error) { return cfg.ReadSecret(cfg.GitCredentials, true) },
-		DisableHMAC:      cfg.DisableHMAC,
-		RequireTimestamp: cfg.RequireTimestamp,
-		FallbackSecret:   cfg.FallbackSecret,
-		AllowedImages:    cfg.AllowedImages,
-		OwnRepositories:  cfg.ownRepositories(),
-		Limits:           cfg.Limits,
-		SpoolMemory:      cfg.SpoolMemory,
-		TempDir:          cfg.TempDir,
-		SpoolBytes:       cfg.SpoolBytes,
-		MaxBuilds:        cfg.MaxBuilds,
-		MaxUploads:       cfg.MaxUploads,
-		QueueWait:        cfg.QueueWait,
-		BuildTimeout:     cfg.BuildTimeout,
-		ShutdownTimeout:  cfg.ShutdownTimeout,
-		UploadMinRate:    cfg.UploadMinRate,
-		UploadGrace:      cfg.UploadGrace,
-		Version:          Version,
-		Log:              log,
-	})
-	log.Info().Str("version", Version).Strs("buildkit_addr", cfg.BuildkitAddrs).Int("max_builds", cfg.MaxBuilds).Msg("serving")
-	if cfg.DisableHMAC {
-		// At every start, whatever log_level is.
-		log.Log().Str("level", "warn").Msg("disable_hmac is set: anybody who can reach this function can build and push")
+	s.PayloadSecret = func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) }
+	s.BuildSecretsKey = func() ([]byte, error) {
+		key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
+		return bytes.TrimSpace(key), err
 	}
-	for _, name := range shorterTimeouts(cfg, os.Getenv) {
-		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.BuildTimeout).
-			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
-	}
-	return s, nil
+	s.GitCredentials = func() ([]byte, error) { return cfg.ReadSecret(cfg.GitCredentials, true) }
+	s.FallbackSecret = cfg.FallbackSecret
+	s.OwnRepositories = cfg.ownRepositories()
+	return server.New(s), nil
 }
 
-// maxLogged bounds an error in the log: of-watchdog stops reading a function's
-// output at a line of 64 KiB, and JSON can take six bytes for one.
-const maxLogged = 8 << 10
-
-// logged is err without what its URLs have that is secret.
-func logged(err error) string {
-	text := redact.URLs(err.Error())
-	if len(text) > maxLogged {
-		return strings.ToValidUTF8(text[:maxLogged], "") + " (cut)"
-	}
-	return text
-}
-
-// newContexts is nil without a repository for them.
+// newContexts returns nil if no repository is configured for contexts.
 func newContexts(cfg *Config, credentials *registry.Credentials, log zerolog.Logger) (server.Contexts, error) {
-	if cfg.ContextRepository == "" {
+	c := cfg.Contexts
+	if c.Repository == "" {
 		return nil, nil
 	}
-	store, err := contexts.New(contexts.Config{
-		Repository: cfg.ContextRepository,
-		MaxAge:     cfg.ContextMaxAge,
-		Login: func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
-			l, err := credentials.Login(ctx, host, repository)
-			return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
-		},
-		RootCAs: credentials.RootCAs,
-		Log:     log,
-	})
+	c.Login = func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
+		l, err := credentials.Login(ctx, host, repository)
+		return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
+	}
+	c.RootCAs, c.Log = credentials.RootCAs, log
+	store, err := contexts.New(c)
 	if err != nil {
 		return nil, err
 	}
@@ -192,15 +133,41 @@ func newContexts(cfg *Config, credentials *registry.Credentials, log zerolog.Log
 	return store, nil
 }
 
-// shorterTimeouts are the variables of of-watchdog and the template whose
-// timeouts end a build before its own does. Their defaults, 30 s, do too.
-func shorterTimeouts(cfg *Config, getenv func(string) string) []string {
+// logStart logs what the builder is, and warns of what is dangerous in its configuration.
+func logStart(cfg *Config, log zerolog.Logger) {
+	log.Info().Str("version", Version).Strs("buildkit_addr", cfg.Buildkit.Addrs).Int("max_builds", cfg.Server.MaxBuilds).Msg("serving")
+	if cfg.Server.DisableHMAC {
+		// At every start, whatever log_level is.
+		log.Log().Str("level", "warn").Msg("disable_hmac is set: anybody who can reach this function can build and push")
+	}
+	for _, name := range shorterTimeouts(cfg.Server.BuildTimeout, os.Getenv) {
+		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.Server.BuildTimeout).
+			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
+	}
+}
+
+// shorterTimeouts returns the variables of of-watchdog and the template whose timeouts would
+// end a build before buildTimeout does. Their defaults of 30 s would.
+func shorterTimeouts(buildTimeout time.Duration, getenv func(string) string) []string {
 	var short []string
 	for _, name := range []string{"write_timeout", "exec_timeout"} {
-		// Zero is no timeout to exec_timeout; write_timeout cannot be zero.
-		if d, err := parseDuration(getenv(name)); err != nil || d > 0 && d <= cfg.BuildTimeout {
+		// An exec_timeout of zero is no timeout; write_timeout cannot be zero.
+		if d, err := parseDuration(getenv(name)); err != nil || d > 0 && d <= buildTimeout {
 			short = append(short, name)
 		}
 	}
 	return short
+}
+
+// maxLogged bounds an error in the log, in bytes. of-watchdog stops reading the function's output
+// at a line of 64 KiB, and one byte can take six in JSON.
+const maxLogged = 8 << 10
+
+// logged is the text of err without the secrets in its URLs.
+func logged(err error) string {
+	text := redact.URLs(err.Error())
+	if len(text) > maxLogged {
+		return strings.ToValidUTF8(text[:maxLogged], "") + " (cut)"
+	}
+	return text
 }

@@ -324,7 +324,7 @@ func check(t *testing.T, name string, v *variant) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cert.VerifyHostname(defaults(t).BuildkitServerName); err != nil {
+		if err := cert.VerifyHostname(defaults(t).Buildkit.ServerName); err != nil {
 			t.Error(err)
 		}
 	}
@@ -358,8 +358,8 @@ func check(t *testing.T, name string, v *variant) {
 	if v.service.Name != "buildkitd" || port.Name != "buildkit" || port.Port != 1234 || port.TargetPort.StrVal != c.Ports[0].Name || c.Ports[0].ContainerPort != 1234 {
 		t.Errorf("service %+v, container %+v", port, c.Ports)
 	}
-	if want := []string{fmt.Sprintf("tcp://%s.openfaas:%d", v.service.Name, port.Port)}; !slices.Equal(defaults(t).BuildkitAddrs, want) {
-		t.Errorf("the function's default is %q, want %q", defaults(t).BuildkitAddrs, want)
+	if want := []string{fmt.Sprintf("tcp://%s.openfaas:%d", v.service.Name, port.Port)}; !slices.Equal(defaults(t).Buildkit.Addrs, want) {
+		t.Errorf("the function's default is %q, want %q", defaults(t).Buildkit.Addrs, want)
 	}
 	policy := v.policies["buildkitd"].Spec
 	from := policy.Ingress[0].From[0]
@@ -484,7 +484,7 @@ func TestCertManager(t *testing.T) {
 	if ca.Spec.SecretName != all["ClusterIssuer buildkit-ca"].Spec.CA.SecretName || !ca.Spec.IsCA {
 		t.Error("the CA's issuer does not use the CA")
 	}
-	if daemon.Metadata.Namespace != "openfaas" || daemon.Spec.SecretName != "buildkit-daemon-tls" || !slices.Contains(daemon.Spec.DNSNames, defaults(t).BuildkitServerName) || !slices.Equal(daemon.Spec.Usages, []string{"server auth"}) {
+	if daemon.Metadata.Namespace != "openfaas" || daemon.Spec.SecretName != "buildkit-daemon-tls" || !slices.Contains(daemon.Spec.DNSNames, defaults(t).Buildkit.ServerName) || !slices.Equal(daemon.Spec.Usages, []string{"server auth"}) {
 		t.Errorf("the daemon's: %+v", daemon)
 	}
 	if client.Metadata.Namespace != "openfaas-fn" || !slices.Equal(client.Spec.Usages, []string{"client auth"}) {

@@ -257,7 +257,7 @@ func (b *benchmark) oneFile(ctx context.Context, w workload) error {
 	if err != nil {
 		return err
 	}
-	own := defaults.ImageCompression
+	own := defaults.Buildkit.Compression
 	attrs := []string{"compression=" + own.Type}
 	b.result.OneFileCompression, b.result.OneFileCompressionDefault = own.Type, "gzip:6"
 	if own.Level > 0 {
