@@ -26,7 +26,7 @@ import (
 
 // Config is the function's configuration. Buildkit, Registry, Contexts and Server configure the
 // packages of these names; newServer adds their secrets, their logs, and the packages that they
-// need. The comment of each field names its variables, and LoadConfig has the defaults.
+// need. The comment of each field names its variables. CONFIGURATION.md has the defaults.
 type Config struct {
 	// default_platform, allow_syntax, cache_repository, image_compression,
 	// buildkit_addr, buildkit_server_name,

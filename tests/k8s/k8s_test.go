@@ -142,7 +142,7 @@ func (c *cluster) buildAndRun(t *testing.T) {
 			t.Errorf("the pod printed %q, want %q", out, want)
 		}
 	}
-	// From inside the cluster, by the name in the README.
+	// From inside the cluster, by the name in DEPLOY.md.
 	c.kubectl(t, "-n", "openfaas-fn", "run", "inside", "--restart=Never", "--image=busybox", "--", "wget", "-qO-", "http://builder.openfaas-fn:8080/ready")
 	c.kubectl(t, "-n", "openfaas-fn", "wait", "pod/inside", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=2m")
 	if out := c.kubectl(t, "-n", "openfaas-fn", "logs", "inside"); out != "ready\n" {
@@ -156,7 +156,7 @@ func (c *cluster) buildAndRun(t *testing.T) {
 }
 
 // isolated builds with a step that looks around, and looks at it from the node, and
-// expects what the README says of the variant.
+// expects what buildkit/README.md says of the variant.
 func (c *cluster) isolated(t *testing.T, variant string) {
 	sandboxed := !strings.Contains(variant, "rootless")
 	userns := !strings.Contains(variant, "privileged")

@@ -1,32 +1,33 @@
 package manifests
 
 import (
-	"os"
-	"path/filepath"
-	"regexp"
+	"strings"
 	"testing"
 
 	networkingv1 "k8s.io/api/networking/v1"
+
+	"handler/function/tests/readme"
 )
 
-var yamlBlock = regexp.MustCompile("(?ms)^ *```yaml\n(.*?)^ *```")
-
-// TestReadmeIngress decodes the README's Ingress as the API server does: it leads
-// to the function's Service, and holds neither bodies nor lines back.
-func TestReadmeIngress(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(repo, "README.md"))
+// TestIngress decodes DEPLOY.md's Ingress as the API server does: it leads to the
+// function's Service, and holds neither bodies nor lines back.
+func TestIngress(t *testing.T) {
+	pages, err := readme.Pages(repo)
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := 0
-	for _, block := range yamlBlock.FindAllSubmatch(text, -1) {
-		if !regexp.MustCompile(`(?m)^kind: Ingress$`).Match(block[1]) {
-			continue
+	var manifests []string
+	for _, page := range pages {
+		for _, block := range page.Blocks {
+			if block.Language == "yaml" && strings.Contains(block.Text, "kind: Ingress\n") {
+				manifests = append(manifests, block.Text)
+			}
 		}
-		found++
-		object, _, err := codecs.UniversalDeserializer().Decode(block[1], nil, nil)
+	}
+	for _, manifest := range manifests {
+		object, _, err := codecs.UniversalDeserializer().Decode([]byte(manifest), nil, nil)
 		if err != nil {
-			t.Fatalf("decoding %s: %v", block[1], err)
+			t.Fatalf("decoding %s: %v", manifest, err)
 		}
 		ingress := object.(*networkingv1.Ingress)
 		if ingress.Namespace != "openfaas-fn" || len(ingress.Spec.Rules) != 1 || len(ingress.Spec.TLS) != 1 {
@@ -50,7 +51,7 @@ func TestReadmeIngress(t *testing.T) {
 			}
 		}
 	}
-	if found != 1 {
-		t.Fatalf("the README has %d Ingresses", found)
+	if len(manifests) != 1 {
+		t.Fatalf("the pages have %d Ingresses", len(manifests))
 	}
 }

@@ -111,8 +111,7 @@ func keysOf(body string) []string {
 	return regexp.MustCompile(`(?m)^  "(\w+)":`).FindAllString(body, -1)
 }
 
-// TestTooLargeForTheQueue: the gateway says so itself, and the README how to go
-// on.
+// TestTooLargeForTheQueue: the gateway says so itself. API.md says what to do then.
 func TestTooLargeForTheQueue(t *testing.T) {
 	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true})
 	a := do(t, post(t, f, o, "/async-function/builder", bytes.Repeat([]byte("x"), 256_001)))

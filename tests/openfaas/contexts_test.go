@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -319,20 +318,13 @@ func TestContextCredentials(t *testing.T) {
 	}
 }
 
-// TestScript runs the README's script as it stands there.
+// TestScript runs API.md's script as it is written there.
 func TestScript(t *testing.T) {
 	s := stack.Shared(t)
-	readme, err := os.ReadFile(filepath.Join(s.Repo, "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	script := regexp.MustCompile("(?s)```bash\n(#!/usr/bin/env bash\n.*?)```").FindSubmatch(readme)
-	if script == nil {
-		t.Fatal("the README has no script")
-	}
+	script := commands(t, s, "#!/usr/bin/env bash")
 	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"context_repository": s.Registry.Image("builder/contexts")}})
 	path := filepath.Join(t.TempDir(), "build.sh")
-	if err := os.WriteFile(path, script[1], 0o755); err != nil {
+	if err := os.WriteFile(path, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	run := func(builder string, files map[string]string) (string, error) {

@@ -11,32 +11,33 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/readme"
 	"handler/function/tests/stack"
 )
 
-var shellBlock = regexp.MustCompile("(?s)```bash\n(.*?)```")
-
-// commands is the only shell block of the README that holds a text.
+// commands is the only shell block of all pages that holds a text.
 func commands(t *testing.T, s *stack.Stack, text string) string {
 	t.Helper()
-	readme, err := os.ReadFile(filepath.Join(s.Repo, "README.md"))
+	pages, err := readme.Pages(s.Repo)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var found []string
-	for _, block := range shellBlock.FindAllStringSubmatch(string(readme), -1) {
-		if strings.Contains(block[1], text) {
-			found = append(found, block[1])
+	for _, page := range pages {
+		for _, block := range page.Blocks {
+			if block.Language == "bash" && strings.Contains(block.Text, text) {
+				found = append(found, block.Text)
+			}
 		}
 	}
 	if len(found) != 1 {
-		t.Fatalf("%d blocks of the README hold %q", len(found), text)
+		t.Fatalf("%d blocks of the pages hold %q", len(found), text)
 	}
 	return found[0]
 }
 
-// TestReadme runs what the README says as it stands there: a first build with curl,
-// the same from the queue, and the question what came of it.
+// TestReadme runs commands of the pages, as they are written there: a first build with
+// curl, the same from the queue and the question for its verdict, and API.md's examples.
 func TestReadme(t *testing.T) {
 	s, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true})
 	dir := t.TempDir()
@@ -61,6 +62,18 @@ func TestReadme(t *testing.T) {
 	}
 	if got := content(t, image, "hello.txt"); got != "built from a tar\n" {
 		t.Errorf("hello.txt is %q", got)
+	}
+	for _, example := range []struct{ command, answer string }{
+		{`curl -s "$BUILDER/" --data-binary`, `"status": "success"`},
+		{`X-Build-Timestamp: $NOW`, `"status": "success"`},
+		{`curl -sN "$BUILDER/build"`, `"status":"success"`},
+		{"curl -s \"$BUILDER/\"\n", `"name": "builder"`},
+		{`"$BUILDER/ready"`, "ready\n"},
+		{`"$BUILDER/metrics"`, `builder_builds_total{code="",status="success"}`},
+	} {
+		if got := shell(commands(t, s, example.command)); !strings.Contains(got, example.answer) {
+			t.Errorf("%q answers %s, want %s in it", example.command, got, example.answer)
+		}
 	}
 	id := regexp.MustCompile(`(?im)^x-call-id: (\S+)\r$`).FindStringSubmatch(queued)
 	if !strings.HasPrefix(queued, "HTTP/1.1 202 ") || id == nil {

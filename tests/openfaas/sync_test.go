@@ -125,11 +125,11 @@ func TestLive(t *testing.T) {
 			}
 		}
 	}
-	// What the README says of the CE gateway: NDJSON alone is held back.
+	// DEPLOY.md says that the CE gateway holds back NDJSON alone.
 	times := arrivals(t, s, f, o, ndjson)
 	t.Logf("%s: lines at %v", ndjson, times)
 	if times[3] > 2500*time.Millisecond {
-		t.Errorf("plain NDJSON is live through the gateway, and the README says that it is not: %v", times)
+		t.Errorf("plain NDJSON is live through the gateway, and DEPLOY.md says that it is not: %v", times)
 	}
 }
 
@@ -150,7 +150,7 @@ func TestTooLong(t *testing.T) {
 		if took > 30*time.Second {
 			t.Errorf("cut off after %v", took)
 		}
-		// As the README says: nothing but the missing verdict tells of a stream.
+		// As DEPLOY.md says: only the missing verdict tells that a stream was cut off.
 		want := answer{status: http.StatusBadGateway}
 		if accept != "" {
 			want = answer{status: http.StatusOK, rec: stack.Record{Status: "in_progress"}}
