@@ -37,7 +37,7 @@ func Handle(w http.ResponseWriter, r *http.Request) {
 			w.Write([]byte("ok\n"))
 			return
 		}
-		server.Refuse(w, r, &api.Error{Code: api.NotReady, Msg: "the builder's configuration is wrong; its log says what"})
+		server.Refuse(w, r, &api.Error{Code: api.NotReady, Msg: "the builder's configuration is wrong; its log says where"})
 		return
 	}
 	s.ServeHTTP(w, r)

@@ -11,7 +11,7 @@ import (
 var ErrNoContext = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("reading tar: it holds no directory %q", api.ContextDir)}
 
 // ErrNoRoom is for a body that finds its budget of the disk spent.
-var ErrNoRoom = &api.Error{Code: api.NoSpace, Msg: "the requests that are being received or built take all the room that they may (max_spool_bytes)"}
+var ErrNoRoom = &api.Error{Code: api.NoSpace, Msg: "no room is left for the body: other requests take all of it (max_spool_bytes)"}
 
 // These two say that there is no index now. No client sees them: the index can be made
 // later.

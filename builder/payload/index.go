@@ -196,7 +196,7 @@ func (x *indexer) headerError(err error) error {
 	case errors.Is(err, errHeaders):
 		return tooLarge("the tar's extended headers are over the limit of %d bytes (max_names_bytes) after %s", x.limits.Names, x.after())
 	case errors.Is(err, tar.ErrFieldTooLong):
-		return tooLarge("the tar has an extended header of over 1 MiB after %s", x.after())
+		return tooLarge("the tar has an extended header over 1 MiB after %s", x.after())
 	case errors.Is(err, tar.ErrHeader) && x.count == 0:
 		if err := x.noTar(err); err != nil {
 			return err

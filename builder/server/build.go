@@ -145,11 +145,11 @@ func (s *Server) admit(j *job) error {
 			return err
 		}
 	}
-	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, as many as may at once", s.MaxBuilds)}
+	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
 	var wait time.Duration
 	if j.call.waits() {
 		wait, full.Code = s.QueueWait, api.QueueTimeout
-		full.Msg += ", and queue_wait has passed"
+		full.Msg += "; queue_wait has passed"
 	}
 	s.metrics.Waiting.Inc()
 	err := s.take(j.ctx, s.builds, wait, full)

@@ -27,7 +27,7 @@ type Contexts interface {
 // contextDigest returns the digest in the path of a request.
 func (s *Server) contextDigest(r *http.Request) (string, error) {
 	if s.Contexts == nil {
-		return "", &api.Error{Code: api.NotFound, Msg: "no contexts are taken here: context_repository is not set"}
+		return "", &api.Error{Code: api.NotFound, Msg: "this builder keeps no contexts: context_repository is not set"}
 	}
 	digest := r.PathValue(segment)
 	if !buildconfig.ValidDigest(digest) {
@@ -145,7 +145,7 @@ func checkDigest(spool *payload.Spool, want string) error {
 // context in a build's body. The caller must close the Spool.
 func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.Payload, error) {
 	if s.Contexts == nil {
-		return nil, nil, &api.Error{Code: api.BadContext, Msg: "no contexts are kept here: context_repository is not set"}
+		return nil, nil, &api.Error{Code: api.BadContext, Msg: "this builder keeps no contexts: context_repository is not set"}
 	}
 	ctx, cancel := context.WithTimeoutCause(j.ctx, s.BuildTimeout, &api.Error{
 		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", s.BuildTimeout),
@@ -163,7 +163,7 @@ func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.P
 		}
 		if strings.Contains(err.Error(), "error verifying") {
 			// The registry's client compares the digest too. Its error has no type.
-			return nil, nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("what the registry holds is not %s", digest), Err: err}
+			return nil, nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("the registry holds a context that is not %s", digest), Err: err}
 		}
 		return nil, nil, &api.Error{Code: api.RegistryFailed, Msg: "the context cannot be read from the registry", Err: err}
 	}

@@ -93,7 +93,7 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 }
 
 // errEvicted ends a body whose slot or room another body waits for.
-var errEvicted = &api.Error{Code: api.Busy, Msg: "others waited for the room that this body took, which came slowly or not at all; send it again"}
+var errEvicted = &api.Error{Code: api.Busy, Msg: "this body came slowly or not at all, and another waited for its room; send it again"}
 
 // arrival is one body that is being received.
 type arrival struct {
@@ -230,7 +230,7 @@ func (a *arrival) takeSlot() error {
 }
 
 func (in *intake) busy() error {
-	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, as many as may at once", in.slots)}
+	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, and max_uploads allows no more", in.slots)}
 }
 
 // makeRoom ends another body that takes room on the disk from the same budget as a, and

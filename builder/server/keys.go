@@ -49,7 +49,7 @@ func (k *keyring) now() (signature.Keys, error) {
 	case list:
 		k.log.Info().Int("keys", len(keys)).Msg("the payload secret is a list: each line is a key, and so is the whole file")
 	case lines > 1:
-		k.log.Info().Int("lines", lines).Msg("the payload secret is one key, the whole file: not each of its lines could be one")
+		k.log.Info().Int("lines", lines).Msg("the payload secret is one key, the whole file: at least one of its lines could be no key")
 	}
 	return keys, nil
 }
