@@ -104,7 +104,7 @@ func (s *Server) build(j *job) (res result) {
 	apart := s.isolate(j, &o)
 	j.logStart()
 
-	files, err := s.openContext(j, &o)
+	files, err := s.findContext(j, &o)
 	if err != nil {
 		res.err = because(j.ctx, err)
 		return res
@@ -165,9 +165,9 @@ type openContext struct {
 	close    func()
 }
 
-// openContext finds the build context of an order: in the body, or in the registry. A
-// context in git is an empty one here, because the daemon reads it.
-func (s *Server) openContext(j *job, o *order) (openContext, error) {
+// findContext returns the build context of an order: from the body, or from the registry. For a
+// context in git it returns an empty one, because the daemon reads it.
+func (s *Server) findContext(j *job, o *order) (openContext, error) {
 	source := o.config.Context
 	switch {
 	case source == nil:

@@ -44,7 +44,7 @@ func (s *Server) check(j *job) (o order, err error) {
 	if o.secrets, err = s.unseal(j.ctx, p.Secrets); err != nil {
 		return o, err
 	}
-	o.git, err = s.gitLogin(o.config.Git)
+	o.git, err = s.findGitLogin(o.config.Git)
 	return o, err
 }
 
@@ -92,8 +92,8 @@ type gitLogin struct {
 	password string
 }
 
-// gitLogin looks for a login for a git context. git is nil if the context is not in git.
-func (s *Server) gitLogin(git *buildconfig.Git) (gitLogin, error) {
+// findGitLogin looks for the login for a git context. git is nil if the context is not in git.
+func (s *Server) findGitLogin(git *buildconfig.Git) (gitLogin, error) {
 	if git == nil {
 		return gitLogin{}, nil
 	}

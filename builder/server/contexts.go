@@ -103,8 +103,8 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// maxChecks is how many contexts for the registry are decompressed and indexed at once.
-const maxChecks = 2
+// maxContextSlots is how many contexts for the registry are decompressed and indexed at once.
+const maxContextSlots = 2
 
 func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {
 	if err := s.checkContext(ctx, body); err != nil {
@@ -122,10 +122,10 @@ func (s *Server) storeContext(ctx context.Context, digest string, body *upload) 
 // checkContext reads a context in the same way as a build reads it later.
 func (s *Server) checkContext(ctx context.Context, body *upload) error {
 	full := &api.Error{Code: api.QueueTimeout, Msg: "other contexts are being checked, and queue_wait has passed"}
-	if err := s.take(ctx, s.checks, s.QueueWait, full); err != nil {
+	if err := s.take(ctx, s.contextSlots, s.QueueWait, full); err != nil {
 		return err
 	}
-	defer s.checks.release()
+	defer s.contextSlots.release()
 	body.Charge(nil, s.disk)
 	_, err := body.Payload()
 	// The registry needs only the body, so the index can go if others need its memory.

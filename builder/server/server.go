@@ -111,7 +111,7 @@ type Server struct {
 	disk              *budget.Budget // for all bodies
 	waiting           *budget.Budget // of memory, for builds that wait for a slot
 	builds            slots
-	checks            slots // for contexts on their way to the registry
+	contextSlots      slots // for contexts on their way to the registry
 	flights           flights
 	daemons           daemonCount
 	refusals, defects refusals
@@ -133,13 +133,13 @@ type Server struct {
 // status 200 whatever happens later: its last record says how the build ended.
 func New(cfg Config) *Server {
 	s := &Server{
-		Config:  cfg,
-		keys:    keyring{read: cfg.PayloadSecret, log: cfg.Log},
-		disk:    budget.New(cfg.SpoolBytes),
-		waiting: budget.New(waitingMemory),
-		builds:  make(slots, cfg.MaxBuilds),
-		checks:  make(slots, maxChecks),
-		flights: flights{all: make(map[flightID]*flight)},
+		Config:       cfg,
+		keys:         keyring{read: cfg.PayloadSecret, log: cfg.Log},
+		disk:         budget.New(cfg.SpoolBytes),
+		waiting:      budget.New(waitingMemory),
+		builds:       make(slots, cfg.MaxBuilds),
+		contextSlots: make(slots, maxContextSlots),
+		flights:      flights{all: make(map[flightID]*flight)},
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())

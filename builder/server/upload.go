@@ -82,7 +82,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_
 		// leaves. It would take a deadline for the client's leaving.
 		rc.SetReadDeadline(time.Time{})
 	}()
-	signed, err := s.readClaim(r, why)
+	claimed, err := s.readClaim(r, why)
 	if err != nil {
 		return nil, err
 	}
@@ -94,26 +94,26 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_
 
 	start := time.Now()
 	body := bufio.NewReaderSize(a, 16)
-	if signed.macErr != nil {
+	if claimed.macErr != nil {
 		// A text envelope carries its signature inside. The first byte tells whether the
 		// body is one.
 		if first, err := body.Peek(1); err != nil || first[0] != '{' {
-			return nil, unauthorized(signed.macErr)
+			return nil, unauthorized(claimed.macErr)
 		}
 	}
-	verifier := signed.keys.Verifier(signed.stamp)
-	spool, err := payload.Receive(body, verifier, s.payloadOptions(why, signed.keys, a))
+	verifier := claimed.keys.Verifier(claimed.stamp)
+	spool, err := payload.Receive(body, verifier, s.payloadOptions(why, claimed.keys, a))
 	if err != nil {
 		return nil, bodyError(err)
 	}
 	s.metrics.Received(spool.Size(), time.Since(start))
-	by, err := s.verifyBody(r, signed, spool, verifier)
+	by, err := s.verifyBody(r, claimed, spool, verifier)
 	if err != nil {
 		spool.Close()
 		return nil, err
 	}
 	spool.Charge(s.waiting, s.disk)
-	return &upload{Spool: spool, keys: signed.keys, signer: by}, nil
+	return &upload{Spool: spool, keys: claimed.keys, signer: by}, nil
 }
 
 // claim is what a request says about its signature before its body is read.
