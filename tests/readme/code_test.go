@@ -42,7 +42,7 @@ func same(t *testing.T, what, page string, code, named []string) {
 	seen := make(map[string]bool)
 	for _, name := range named {
 		if !slices.Contains(code, name) {
-			t.Errorf("%s: %s %q is not in the code", page, what, name)
+			t.Errorf("%s: %s %q does not exist", page, what, name)
 		}
 		if seen[name] {
 			t.Errorf("%s: %s %q is there twice", page, what, name)

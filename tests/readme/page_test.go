@@ -194,3 +194,37 @@ func TestMake(t *testing.T) {
 		t.Errorf("only %d commands of make found", found)
 	}
 }
+
+// TestDirectories has every directory of tests/ in the table of tests/README.md. The data of
+// tests is not listed, and each command has a row of its own.
+func TestDirectories(t *testing.T) {
+	const page = "tests/README.md"
+	var there, named []string
+	for _, pattern := range []string{"*", "cmd/*"} {
+		paths, err := filepath.Glob(filepath.Join(root, "tests", pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range paths {
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			name, err := filepath.Rel(filepath.Join(root, "tests"), path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.IsDir() && name != "cmd" && name != "testdata" {
+				there = append(there, filepath.ToSlash(name))
+			}
+		}
+	}
+	for _, row := range tables(t, page, "", "")[0].Rows {
+		for _, word := range Words(row[0]) {
+			if !strings.Contains(word, ".") {
+				named = append(named, strings.TrimSuffix(word, "/"))
+			}
+		}
+	}
+	same(t, "directory", page, there, named)
+}
