@@ -17,6 +17,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -135,7 +136,7 @@ func TestArchives(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			dir := writeLayout(t, ref, test.plain)
-			got := mustBuild(t, ctx, f, test.pack(t, dir))
+			got := f.MustBuild(t, ctx, test.pack(t, dir))
 			if len(got.Warnings) > 0 {
 				t.Errorf("warnings: %q", got.Warnings)
 			}
@@ -174,7 +175,7 @@ var layoutTime = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 // what is sent.
 func TestContentEncoding(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	plain := tarOf(t, config{"image": s.Registry.Image("encoding:latest")}, copyOnly)
+	plain := stack.Body(t, config{"image": s.Registry.Image("encoding:latest")}, copyOnly)
 	pack := func(*testing.T, string) []byte { return plain }
 	gzipped, zipped := compressed(pack, "gzip")(t, ""), compressed(pack, "zstd", "-q")(t, "")
 	digests := map[string]string{}
@@ -188,17 +189,12 @@ func TestContentEncoding(t *testing.T) {
 		"identity":        {plain, "identity"},
 		"not what it has": {plain, "gzip"},
 	} {
-		a := post(t, ctx, f, test.body, func(req *http.Request) {
-			if test.encoding != "" {
-				req.Header.Set("Content-Encoding", test.encoding)
-			}
-		})
-		r := record(t, a.text)
-		if a.StatusCode != http.StatusOK || r.Status != "success" {
-			t.Errorf("%s: %s: %s", name, a.Status, a.text)
+		a := f.MustPost(t, ctx, test.body, client.Header("Content-Encoding", test.encoding))
+		if a.StatusCode != http.StatusOK || a.Status != "success" {
+			t.Errorf("%s: got %v", name, a)
 			continue
 		}
-		digests[r.Digest] = name
+		digests[a.Digest] = name
 	}
 	if len(digests) != 1 {
 		t.Errorf("not one image: %v", digests)
@@ -237,10 +233,7 @@ func writeLayout(t *testing.T, image string, plain bool) string {
 
 func checkLayout(t *testing.T, img v1.Image, plain bool) {
 	t.Helper()
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, img)
 	entries := len(layoutFiles) + 2 // directories: the long one and the empty one
 	for name, want := range layoutFiles {
 		file := files[name]

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	control "github.com/moby/buildkit/api/services/control"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -45,7 +46,7 @@ ARG ODD=default
 ARG ADDITIONAL_PACKAGE=default
 LABEL given=<$GIVEN> empty=<$EMPTY> absent=<$ABSENT> odd="<$ODD>" package=<$ADDITIONAL_PACKAGE>
 `}
-	got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "buildArgs": config{
+	got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "buildArgs": config{
 		"GIVEN": "value", "EMPTY": "", "ODD": "a=b, c\"d", "ADDITIONAL_PACKAGE": "",
 	}}, files))
 	want := map[string]string{"given": "<value>", "empty": "<>", "absent": "<default>", "odd": `<a=b, c"d>`, "package": "<>"}
@@ -59,7 +60,7 @@ LABEL given=<$GIVEN> empty=<$EMPTY> absent=<$ABSENT> odd="<$ODD>" package=<$ADDI
 func TestNull(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref, tag := s.Registry.Image("config:null"), s.Registry.Image("config:null-tag")
-	got := mustBuild(t, ctx, f, tarOf(t, config{
+	got := f.MustBuild(t, ctx, stack.Body(t, config{
 		"image":       ref,
 		"buildArgs":   config{"VERSION": nil, "EMPTY": ""},
 		"labels":      config{"none": nil, "empty": "", "own": nil},
@@ -89,7 +90,7 @@ LABEL own=dockerfile
 	}
 
 	ref = s.Registry.Image("config:null-all")
-	got = mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "buildArgs": nil, "labels": nil, "annotations": nil, "tags": nil, "platforms": nil}, copyOnly))
+	got = f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "buildArgs": nil, "labels": nil, "annotations": nil, "tags": nil, "platforms": nil}, copyOnly))
 	pull(t, ctx, ref, got.Digest)
 }
 
@@ -98,7 +99,7 @@ func TestEncodings(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref := s.Registry.Image("config:encodings")
 	text := fmt.Sprintf(`{"image":%q}`, ref)
-	got := mustBuild(t, ctx, f, tarOf(t, []byte("\ufeff"+text), copyOnly))
+	got := f.MustBuild(t, ctx, stack.Body(t, []byte("\ufeff"+text), copyOnly))
 	pull(t, ctx, ref, got.Digest)
 	for name, order := range map[string]binary.AppendByteOrder{"little-endian": binary.LittleEndian, "big-endian": binary.BigEndian} {
 		for _, mark := range []string{"\ufeff", ""} {
@@ -106,9 +107,9 @@ func TestEncodings(t *testing.T) {
 			for _, unit := range utf16.Encode([]rune(mark + text)) {
 				body = order.AppendUint16(body, unit)
 			}
-			got := post(t, ctx, f, tarOf(t, body, copyOnly), nil)
-			if r := record(t, got.text); got.StatusCode != http.StatusBadRequest || r.Code != "bad_config" || !strings.Contains(r.Error, "UTF-16") {
-				t.Errorf("%s after %q: %s, %s: %s", name, mark, got.Status, r.Code, r.Error)
+			got := f.MustPost(t, ctx, stack.Body(t, body, copyOnly))
+			if got.StatusCode != http.StatusBadRequest || got.Code != "bad_config" || !strings.Contains(got.Error, "UTF-16") {
+				t.Errorf("%s after %q: got %v", name, mark, got)
 			}
 		}
 	}
@@ -144,7 +145,7 @@ func TestPlatforms(t *testing.T) {
 			if test.platforms != nil {
 				c["platforms"] = test.platforms
 			}
-			got := mustBuild(t, ctx, f, tarOf(t, c, files))
+			got := f.MustBuild(t, ctx, stack.Body(t, c, files))
 			if !slices.Equal(got.Platforms, test.want) {
 				t.Errorf("platforms are %q, want %q", got.Platforms, test.want)
 			}
@@ -178,7 +179,7 @@ func TestDefaultPlatform(t *testing.T) {
 		{"given", "linux/s390x", []string{"linux/s390x"}},
 	} {
 		ref := s.Registry.Image("default-platform:" + test.name)
-		got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "platforms": test.platforms}, copyOnly))
+		got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "platforms": test.platforms}, copyOnly))
 		images := imagesOf(t, ctx, ref, got.Digest)
 		if len(images) != 1 || images[test.want] == nil || !slices.Equal(got.Platforms, []string{test.want}) {
 			t.Errorf("%s: got %q and %v, want %s", test.name, got.Platforms, images, test.want)
@@ -197,7 +198,7 @@ func TestSkipPush(t *testing.T) {
 		{"with an image", config{"image": ref, "skipPush": true, "tags": []string{tag}}, ref},
 		{"without", config{"skipPush": true}, ""},
 	} {
-		got := mustBuild(t, ctx, f, tarOf(t, test.config, copyOnly))
+		got := f.MustBuild(t, ctx, stack.Body(t, test.config, copyOnly))
 		if got.Image != test.image || got.Digest == "" || len(got.Tags) > 0 {
 			t.Errorf("%s: got %+v", test.name, got)
 		}
@@ -208,7 +209,7 @@ func TestSkipPush(t *testing.T) {
 		}
 	}
 	// The same request does push without it.
-	got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref}, copyOnly))
+	got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref}, copyOnly))
 	pull(t, ctx, ref, got.Digest)
 }
 
@@ -218,7 +219,7 @@ func TestTags(t *testing.T) {
 	// that is the image itself.
 	ref := s.Registry.Image("tags:image")
 	tags := []string{s.Registry.Image("tags:second"), s.Registry.Image("other/repository:v1"), s.Registry.Image("tags"), ref}
-	got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "tags": tags}, copyOnly))
+	got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "tags": tags}, copyOnly))
 	if got.Image != ref || !slices.Equal(got.Tags, tags) {
 		t.Errorf("got image %q and tags %q", got.Image, got.Tags)
 	}
@@ -245,7 +246,7 @@ func TestTargetAndDockerfile(t *testing.T) {
 	} {
 		ref := s.Registry.Image("target:" + at)
 		c["image"] = ref
-		got := mustBuild(t, ctx, f, tarOf(t, c, files))
+		got := f.MustBuild(t, ctx, stack.Body(t, c, files))
 		img := pull(t, ctx, ref, got.Digest)
 		if labels := configOf(t, img).Labels; labels["at"] != at {
 			t.Errorf("%v built %q, want %q", c, labels["at"], at)
@@ -255,9 +256,9 @@ func TestTargetAndDockerfile(t *testing.T) {
 		}
 	}
 
-	got, err := f.Build(ctx, tarOf(t, config{"image": s.Registry.Image("target:none"), "target": "nowhere"}, files), nil)
-	if err != nil || got.Code != "build_failed" || !strings.Contains(got.Error, "nowhere") {
-		t.Errorf("a target that is not there: got %+v, %v", got, err)
+	nowhere := stack.Body(t, config{"image": s.Registry.Image("target:none"), "target": "nowhere"}, files)
+	if got := f.MustFail(t, ctx, nowhere, "build_failed"); !strings.Contains(got.Error, "nowhere") {
+		t.Errorf("a target that is not there: got %+v", got)
 	}
 }
 
@@ -269,7 +270,7 @@ func TestLabelsAndAnnotations(t *testing.T) {
 	c := config{"image": ref, "labels": labels, "annotations": annotations}
 	files := map[string]string{"Dockerfile": "FROM scratch\nLABEL own=dockerfile over=dockerfile\n"}
 
-	got := mustBuild(t, ctx, f, tarOf(t, c, files))
+	got := f.MustBuild(t, ctx, stack.Body(t, c, files))
 	img := pull(t, ctx, ref, got.Digest)
 	want := maps.Clone(labels)
 	want["own"] = "dockerfile"
@@ -281,7 +282,7 @@ func TestLabelsAndAnnotations(t *testing.T) {
 	}
 
 	c["platforms"] = []string{"linux/amd64", "linux/arm64"}
-	got = mustBuild(t, ctx, f, tarOf(t, c, files))
+	got = f.MustBuild(t, ctx, stack.Body(t, c, files))
 	for platform, img := range imagesOf(t, ctx, ref, got.Digest) {
 		if got := manifest(t, img).Annotations; !maps.Equal(got, annotations) {
 			t.Errorf("annotations of %s are %q, want %q", platform, got, annotations)
@@ -301,7 +302,7 @@ func TestNoCache(t *testing.T) {
 	ref := s.Registry.Image("config:no-cache")
 	files := map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /id\n"}
 	build := func(noCache bool) (id string, cached bool) {
-		got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "noCache": noCache}, files))
+		got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "noCache": noCache}, files))
 		cached = slices.ContainsFunc(got.Log, func(line string) bool {
 			return strings.Contains(line, "RUN cat") && strings.HasSuffix(line, " CACHED")
 		})
@@ -327,13 +328,11 @@ func TestPull(t *testing.T) {
 	base, ref := s.Registry.Image("config:base"), s.Registry.Image("config:pull")
 	push := func(version string) {
 		t.Helper()
-		img, err := stack.Pull(ctx, s.Registry.Image("library/busybox:latest"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		img := stack.MustPull(t, ctx, s.Registry.Image("library/busybox:latest"))
 		c := configOf(t, img)
 		c.Env = append(c.Env, "VERSION="+version)
-		if img, err = mutate.Config(img, c); err != nil {
+		img, err := mutate.Config(img, c)
+		if err != nil {
 			t.Fatal(err)
 		}
 		if err := remote.Write(reference(t, base), img, remote.WithContext(ctx)); err != nil {
@@ -343,7 +342,7 @@ func TestPull(t *testing.T) {
 	for _, version := range []string{"one", "two"} {
 		push(version)
 		for _, again := range []bool{true, false} {
-			got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref, "pull": again}, map[string]string{
+			got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref, "pull": again}, map[string]string{
 				"Dockerfile": "FROM " + base + "\nRUN echo $VERSION > /version\n",
 			}))
 			if got := contents(t, pull(t, ctx, ref, got.Digest), "")["version"]; got != version+"\n" {
@@ -353,13 +352,9 @@ func TestPull(t *testing.T) {
 	}
 	for again, want := range map[bool]string{true: "pull", false: ""} {
 		marker := rand.Text()
-		body := tarOf(t, config{"skipPush": true, "pull": again, "labels": config{"marker": marker}}, copyOnly)
-		a := post(t, ctx, f, body, func(req *http.Request) {
-			req.Header.Set("X-Call-Id", marker)
-			req.Header.Set("X-Callback-Url", "http://127.0.0.1:1/")
-		})
-		if r := record(t, a.text); r.Status != "success" {
-			t.Fatalf("got %s: %s", a.Status, a.text)
+		body := stack.Body(t, config{"skipPush": true, "pull": again, "labels": config{"marker": marker}}, copyOnly)
+		if a := f.MustPost(t, ctx, body, client.Queued(marker)); a.Status != "success" {
+			t.Fatalf("got %v", a)
 		}
 		if got := attributes(t, ctx, s.Buildkitd, marker)["image-resolve-mode"]; got != want {
 			t.Errorf("with pull %v the daemon was told image-resolve-mode %q, want %q", again, got, want)
@@ -405,7 +400,7 @@ func TestSyntax(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ref := s.Registry.Image("syntax:latest")
-			got := mustBuild(t, ctx, f, tarOf(t, config{"image": ref}, map[string]string{"Dockerfile": dockerfile, "hello.txt": "hello\n"}))
+			got := f.MustBuild(t, ctx, stack.Body(t, config{"image": ref}, map[string]string{"Dockerfile": dockerfile, "hello.txt": "hello\n"}))
 			if files := contents(t, pull(t, ctx, ref, got.Digest), ""); files["hello.txt"] != "hello\n" {
 				t.Errorf("the image holds %q", files)
 			}
@@ -415,14 +410,14 @@ func TestSyntax(t *testing.T) {
 		})
 	}
 	// The same in the Dockerfile that the key names, and none where there is none.
-	got := mustBuild(t, ctx, f, tarOf(t, config{"skipPush": true, "dockerfile": "sub/Other"}, map[string]string{
+	got := f.MustBuild(t, ctx, stack.Body(t, config{"skipPush": true, "dockerfile": "sub/Other"}, map[string]string{
 		"sub/Other": "# syntax=registry.invalid/frontend\nFROM scratch\nCOPY hello.txt /\n",
 		"hello.txt": "hello\n",
 	}))
 	if err := within(strings.Join(got.Warnings, "\n"), "registry.invalid/frontend"); err != nil {
 		t.Error(err)
 	}
-	if got := mustBuild(t, ctx, f, tarOf(t, config{"skipPush": true}, copyOnly)); len(got.Warnings) > 0 {
+	if got := f.MustBuild(t, ctx, stack.Body(t, config{"skipPush": true}, copyOnly)); len(got.Warnings) > 0 {
 		t.Errorf("warnings of nothing: %q", got.Warnings)
 	}
 }
@@ -445,7 +440,7 @@ func TestAllowSyntax(t *testing.T) {
 	}
 	t.Cleanup(enabled.Kill)
 	frontend := s.Registry.Image("syntax/frontend:1")
-	body := tarOf(t, config{"skipPush": true}, map[string]string{
+	body := stack.Body(t, config{"skipPush": true}, map[string]string{
 		"Dockerfile": "# syntax=" + frontend + "\nFROM scratch\nCOPY hello.txt /\n", "hello.txt": "hello\n",
 	})
 	for name, test := range map[string]struct {
@@ -459,21 +454,18 @@ func TestAllowSyntax(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"allow_syntax": test.allow}, Buildkitd: test.daemon})
-			got, err := f.Build(ctx, body, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			got := f.MustPost(t, ctx, body, client.Accept(client.NDJSON))
 			if test.text == "" {
 				if got.Status != "success" || within(strings.Join(got.Warnings, "\n"), frontend) != nil {
-					t.Errorf("got %+v", got)
+					t.Errorf("got %v, warnings %q", got, got.Warnings)
 				}
 				return
 			}
 			if got.Status != "failed" || !strings.Contains(got.Error, test.text) || len(got.Warnings) > 0 {
-				t.Errorf("got %+v, want a failure with %q", got, test.text)
+				t.Errorf("got %v, want a failure with %q", got, test.text)
 			}
 			// A Dockerfile without the line needs no frontend.
-			mustBuild(t, ctx, f, tarOf(t, config{"skipPush": true}, copyOnly))
+			f.MustBuild(t, ctx, stack.Body(t, config{"skipPush": true}, copyOnly))
 		})
 	}
 }
@@ -481,7 +473,7 @@ func TestAllowSyntax(t *testing.T) {
 func TestIgnoredKeys(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref := s.Registry.Image("config:ignored")
-	got := mustBuild(t, ctx, f, tarOf(t, config{
+	got := f.MustBuild(t, ctx, stack.Body(t, config{
 		"image": ref, "frontend": "dockerfile.v0", "squash": true, "extraTags": []int{1}, "buildArgs": config{},
 	}, copyOnly))
 	pull(t, ctx, ref, got.Digest)
@@ -503,7 +495,7 @@ func TestImageNames(t *testing.T) {
 		s.Registry.Image("a/b/c/d:V1.2_x-y"): s.Registry.Image("a/b/c/d:V1.2_x-y"),
 		"localhost:" + port + "/names:host":  s.Registry.Image("names:host"),
 	} {
-		got := mustBuild(t, ctx, f, tarOf(t, config{"image": sent}, copyOnly))
+		got := f.MustBuild(t, ctx, stack.Body(t, config{"image": sent}, copyOnly))
 		if got.Image != sent {
 			t.Errorf("the answer names %q, want %q as it was sent", got.Image, sent)
 		}
@@ -545,10 +537,9 @@ func TestBadConfig(t *testing.T) {
 		"key twice":         {[]byte(`{"image":"a/b","image":"c/d"}`), `"image"`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := post(t, ctx, f, tarOf(t, test.config, copyOnly), nil)
-			r := record(t, got.text)
-			if got.StatusCode != http.StatusBadRequest || r.Code != "bad_config" || !strings.Contains(r.Error, test.want) {
-				t.Errorf("got %s, %s: %s; want 400, bad_config and %s", got.Status, r.Code, r.Error, test.want)
+			got := f.MustPost(t, ctx, stack.Body(t, test.config, copyOnly))
+			if got.StatusCode != http.StatusBadRequest || got.Code != "bad_config" || !strings.Contains(got.Error, test.want) {
+				t.Errorf("got %v; want HTTP 400, bad_config and %s", got, test.want)
 			}
 		})
 	}

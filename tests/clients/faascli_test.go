@@ -13,6 +13,7 @@ import (
 	"github.com/openfaas/go-sdk/builder"
 	"github.com/openfaas/go-sdk/seal"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -40,7 +41,7 @@ func TestFaasCLIPublish(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := post(t, ctx, f, body, func(req *http.Request) {
+			got := f.MustPost(t, ctx, body, func(req *http.Request) {
 				req.Header = http.Header{
 					"X-Build-Signature": req.Header["X-Build-Signature"],
 					"Content-Type":      {"application/octet-stream"},
@@ -49,17 +50,15 @@ func TestFaasCLIPublish(t *testing.T) {
 				}
 			})
 			if got.StatusCode != http.StatusOK {
-				t.Fatalf("got %s: %s", got.Status, got.text)
+				t.Fatalf("got %v", got)
 			}
-			records := ndjson(t, got.text)
-			last := records[len(records)-1]
-			if last.Status != "success" || last.Image != ref {
-				t.Errorf("got %+v", last)
+			if form := got.Header.Get("Content-Type"); form != client.NDJSON || got.Status != "success" || got.Image != ref {
+				t.Errorf("got %v of %s", got, form)
 			}
-			if len(last.Warnings) > 0 {
-				t.Errorf("warnings: %q", last.Warnings)
+			if len(got.Warnings) > 0 {
+				t.Errorf("warnings: %q", got.Warnings)
 			}
-			pull(t, ctx, ref, last.Digest)
+			pull(t, ctx, ref, got.Digest)
 		})
 	}
 }
@@ -68,7 +67,7 @@ func TestFaasCLIPublish(t *testing.T) {
 // takes the key from /publickey.
 func TestFaasCLISecrets(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	text, err := get(ctx, f, "/publickey")
+	text, err := f.Get(ctx, "/publickey")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,10 +89,10 @@ func TestFaasCLISecrets(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := s.Registry.Image("faas-cli:secrets")
-	body := withSecrets(t, tarOf(t, config{"image": ref}, map[string]string{
+	body := withSecrets(t, stack.Body(t, config{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN --mount=type=secret,id=npmrc,target=/root/.npmrc wc -l < /root/.npmrc > /lines\n",
 	}), string(sealed))
-	got := mustBuild(t, ctx, f, body)
+	got := f.MustBuild(t, ctx, body)
 	if got := contents(t, pull(t, ctx, ref, got.Digest), "")["lines"]; got != "2\n" {
 		t.Errorf("the step read %q lines", got)
 	}
@@ -101,7 +100,7 @@ func TestFaasCLISecrets(t *testing.T) {
 	if err := os.Remove(filepath.Join(f.SecretsDir, "build-secrets-key")); err != nil {
 		t.Fatal(err)
 	}
-	if text, err := get(ctx, f, "/publickey"); err == nil || !strings.Contains(err.Error(), "404") {
+	if text, err := f.Get(ctx, "/publickey"); err == nil || !strings.Contains(err.Error(), "404") {
 		t.Errorf("without a key: %s, %v", text, err)
 	}
 }
@@ -111,31 +110,27 @@ func TestFaasCLISecrets(t *testing.T) {
 func TestFaasCLIInvoke(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref := s.Registry.Image("faas-cli:invoke")
-	invoke := func(body []byte, more ...string) answer {
-		return post(t, ctx, f, body, func(req *http.Request) {
-			req.URL.Path = "/"
-			req.Header.Set("Content-Type", "text/plain")
-			req.Header.Set("User-Agent", "faas-cli/0.18.12 (openfaas; linux; amd64)")
-			for i := 0; i < len(more); i += 2 {
-				req.Header.Set(more[i], more[i+1])
-			}
-		})
+	invoke := func(body []byte, changes ...client.Change) client.Answer {
+		return f.MustPost(t, ctx, body, append(changes,
+			func(req *http.Request) { req.URL.Path = "/" },
+			client.Header("Content-Type", "text/plain"),
+			client.Header("User-Agent", "faas-cli/0.18.12 (openfaas; linux; amd64)"))...)
 	}
-	body := tarOf(t, config{"image": ref}, copyOnly)
+	body := stack.Body(t, config{"image": ref}, copyOnly)
 	got := invoke(body)
-	if r := record(t, got.text); r.Status != "success" || r.Image != ref {
-		t.Errorf("got %s: %+v", got.Status, r)
+	if got.Status != "success" || got.Image != ref {
+		t.Errorf("got %v", got)
 	}
-	records := ndjson(t, invoke(body, "Accept", ndjsonType).text)
-	if last := records[len(records)-1]; last.Status != "success" {
-		t.Errorf("got %+v", last)
+	got = invoke(body, client.Accept(client.NDJSON))
+	if form := got.Header.Get("Content-Type"); form != client.NDJSON || got.Status != "success" {
+		t.Errorf("got %v of %s", got, form)
 	}
-	got = invoke(tarOf(t, config{"image": ref}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo a word; exit 7\n"}))
+	got = invoke(stack.Body(t, config{"image": ref}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo a word; exit 7\n"}))
 	if got.StatusCode != http.StatusUnprocessableEntity || !strings.HasPrefix(got.Header.Get("Content-Type"), "text/plain") {
-		t.Errorf("a failed build is %s of %s", got.Status, got.Header.Get("Content-Type"))
+		t.Errorf("a failed build is HTTP %d of %s", got.StatusCode, got.Header.Get("Content-Type"))
 	}
 	// The Dockerfile's line is shown.
-	if err := within(got.text, "l: a word\n", "exit code 7", "2 | >>> RUN echo a word; exit 7", "failed: build_failed, "+ref); err != nil {
+	if err := within(got.Body, "l: a word\n", "exit code 7", "2 | >>> RUN echo a word; exit 7", "failed: build_failed, "+ref); err != nil {
 		t.Error(err)
 	}
 }
@@ -145,18 +140,18 @@ func TestUI(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref := s.Registry.Image("faas-cli:ui")
 	for name, body := range map[string][]byte{
-		"tar":  tarOf(t, config{"image": ref}, copyOnly),
-		"gzip": compressed(func(t *testing.T, _ string) []byte { return tarOf(t, config{"image": ref}, copyOnly) }, "gzip")(t, ""),
+		"tar":  stack.Body(t, config{"image": ref}, copyOnly),
+		"gzip": compressed(func(t *testing.T, _ string) []byte { return stack.Body(t, config{"image": ref}, copyOnly) }, "gzip")(t, ""),
 	} {
 		for _, contentType := range []string{"text/plain", "application/json", "binary/octet-stream"} {
 			t.Run(name+" as "+contentType, func(t *testing.T) {
-				envelope := jsonOf(t, map[string]string{"signature": stack.Sign(f.Secret, body), "tar": base64.StdEncoding.EncodeToString(body)})
-				got := post(t, ctx, f, envelope, func(req *http.Request) {
+				envelope := jsonOf(t, map[string]string{"signature": client.Sign(f.Secret, body), "tar": base64.StdEncoding.EncodeToString(body)})
+				got := f.MustPost(t, ctx, envelope, func(req *http.Request) {
 					req.URL.Path = "/"
 					req.Header = http.Header{"Content-Type": {contentType}, "Accept": {"application/json, text/plain, */*"}}
 				})
-				if r := record(t, got.text); got.StatusCode != http.StatusOK || r.Status != "success" || r.Image != ref {
-					t.Errorf("got %s: %s", got.Status, got.text)
+				if got.StatusCode != http.StatusOK || got.Status != "success" || got.Image != ref {
+					t.Errorf("got %v", got)
 				}
 			})
 		}

@@ -16,47 +16,41 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
-)
-
-// The forms of an answer, by their media types.
-const (
-	jsonType   = "application/json"
-	ndjsonType = "application/x-ndjson"
-	sseType    = "text/event-stream"
 )
 
 func TestForms(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	ref := s.Registry.Image("forms:latest")
-	body := tarOf(t, config{"image": ref}, copyOnly)
+	body := stack.Body(t, config{"image": ref}, copyOnly)
 	for _, test := range []struct {
 		name   string
 		accept []string // headers
 		want   string
 	}{
-		{"no header", nil, jsonType},
-		{"curl", []string{"*/*"}, jsonType},
-		{"axios", []string{"application/json, text/plain, */*"}, jsonType},
-		{"browser", []string{"text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}, jsonType},
-		{"other ndjson", []string{"application/ndjson"}, jsonType},
-		{"faas-cli", []string{"application/x-ndjson"}, ndjsonType},
-		{"any case", []string{"Application/X-NDJSON"}, ndjsonType},
-		{"in a list", []string{"application/json;q=0.5, application/x-ndjson;charset=utf-8 , */*"}, ndjsonType},
-		{"CE gateway", []string{"text/event-stream, application/x-ndjson"}, ndjsonType},
-		{"both the other way", []string{"application/x-ndjson,text/event-stream"}, ndjsonType},
-		{"two headers", []string{"text/event-stream", "application/x-ndjson"}, ndjsonType},
-		{"faasd", []string{"text/event-stream"}, sseType},
-		{"events in a list", []string{"text/plain, TEXT/Event-Stream;q=0.9"}, sseType},
-		{"refused", []string{"application/x-ndjson;q=0, text/event-stream"}, sseType},
+		{"no header", nil, client.JSON},
+		{"curl", []string{"*/*"}, client.JSON},
+		{"axios", []string{"application/json, text/plain, */*"}, client.JSON},
+		{"browser", []string{"text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}, client.JSON},
+		{"other ndjson", []string{"application/ndjson"}, client.JSON},
+		{"faas-cli", []string{"application/x-ndjson"}, client.NDJSON},
+		{"any case", []string{"Application/X-NDJSON"}, client.NDJSON},
+		{"in a list", []string{"application/json;q=0.5, application/x-ndjson;charset=utf-8 , */*"}, client.NDJSON},
+		{"CE gateway", []string{"text/event-stream, application/x-ndjson"}, client.NDJSON},
+		{"both the other way", []string{"application/x-ndjson,text/event-stream"}, client.NDJSON},
+		{"two headers", []string{"text/event-stream", "application/x-ndjson"}, client.NDJSON},
+		{"faasd", []string{"text/event-stream"}, client.SSE},
+		{"events in a list", []string{"text/plain, TEXT/Event-Stream;q=0.9"}, client.SSE},
+		{"refused", []string{"application/x-ndjson;q=0, text/event-stream"}, client.SSE},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got := post(t, ctx, f, body, func(req *http.Request) {
+			got := f.MustPost(t, ctx, body, func(req *http.Request) {
 				req.Header["Accept"] = test.accept
 				req.Header.Set("X-Call-Id", "call "+test.name)
 			})
 			if got.StatusCode != http.StatusOK {
-				t.Fatalf("got %s: %s", got.Status, got.text)
+				t.Fatalf("got %v", got)
 			}
 			if form := got.Header.Get("Content-Type"); form != test.want {
 				t.Errorf("the answer is %s, want %s", form, test.want)
@@ -64,46 +58,15 @@ func TestForms(t *testing.T) {
 			if id := got.Header.Get("X-Call-Id"); id != "call "+test.name {
 				t.Errorf("X-Call-Id is %q", id)
 			}
-			var records []stack.Record
-			switch test.want {
-			case jsonType:
-				if !strings.HasPrefix(got.text, "{\n  \"log\": [") || !strings.HasSuffix(got.text, "\n}\n") {
-					t.Errorf("the object is not indented: %.50q", got.text)
-				}
-				records = append(records, record(t, got.text))
-			case ndjsonType:
-				records = ndjson(t, got.text)
-			case sseType:
-				records = events(t, got.text)
+			if test.want == client.JSON && (!strings.HasPrefix(got.Body, "{\n  \"log\": [") || !strings.HasSuffix(got.Body, "\n}\n")) {
+				t.Errorf("the object is not indented: %.50q", got.Body)
 			}
-			last := records[len(records)-1]
-			if last.Status != "success" || last.Image != ref || last.Digest == "" || last.Duration <= 0 {
-				t.Errorf("got %+v", last)
+			if got.Status != "success" || got.Image != ref || got.Digest == "" || got.Duration <= 0 {
+				t.Errorf("got %v, image %q, digest %q, duration %v", got, got.Image, got.Digest, got.Duration)
 			}
-			checkLog(t, lines(records))
+			checkLog(t, got.Log)
 		})
 	}
-}
-
-// events reads server-sent events. Comments are between them.
-func events(t *testing.T, text string) (records []stack.Record) {
-	t.Helper()
-	rest, ok := strings.CutSuffix(text, "\n\n")
-	if !ok {
-		t.Fatalf("the stream does not end with a blank line: %q", text)
-	}
-	for event := range strings.SplitSeq(rest, "\n\n") {
-		if strings.HasPrefix(event, ":") {
-			continue
-		}
-		data, ok := strings.CutPrefix(event, "data: ")
-		if !ok || strings.Contains(data, "\n") || len(data) >= 60<<10 {
-			t.Fatalf("not an event of one line of data: %.200q", event)
-		}
-		records = append(records, record(t, data))
-	}
-	verdicts(t, records)
-	return records
 }
 
 var logLine = regexp.MustCompile(`^(v: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*|s: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*|l: .*|w: .*)$`)
@@ -136,12 +99,17 @@ func TestLive(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	const silence = 12 * time.Second
 	var streams sync.WaitGroup
-	for _, form := range []string{ndjsonType, sseType} {
+	for _, form := range []string{client.NDJSON, client.SSE} {
 		streams.Go(func() {
-			body := tarOf(t, config{"image": s.Registry.Image("live:latest"), "noCache": true}, map[string]string{
+			body := stack.Body(t, config{"image": s.Registry.Image("live:latest"), "noCache": true}, map[string]string{
 				"Dockerfile": fmt.Sprintf("FROM busybox\nRUN echo %s speaks; sleep %d\n", form, int(silence.Seconds())),
 			})
-			resp, err := f.Post(ctx, body, form)
+			req, err := f.Request(ctx, body, client.Accept(form))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp, err := f.Send(req)
 			if err != nil {
 				t.Error(err)
 				return
@@ -195,20 +163,17 @@ func TestReverseProxy(t *testing.T) {
 		r.Out.Body = &lateEnd{r.Out.Body, r.Out.ContentLength}
 	}})
 	t.Cleanup(proxy.Close)
-	through := *f
+	through := f.Client
 	through.URL = proxy.URL
-	mustBuild(t, ctx, &through, tarOf(t, config{"image": s.Registry.Image("proxy:latest")}, copyOnly))
-	for _, accept := range []string{ndjsonType, sseType, ""} {
-		got := post(t, ctx, &through, tarOf(t, config{"image": "UPPER"}, copyOnly), func(req *http.Request) { req.Header.Set("Accept", accept) })
-		if !strings.Contains(got.text, "bad_config") {
-			t.Errorf("for %q: got %s: %s", accept, got.Status, got.text)
+	through.MustBuild(t, ctx, stack.Body(t, config{"image": s.Registry.Image("proxy:latest")}, copyOnly))
+	for _, accept := range []string{client.NDJSON, client.SSE, ""} {
+		got := through.MustPost(t, ctx, stack.Body(t, config{"image": "UPPER"}, copyOnly), client.Accept(accept))
+		if !strings.Contains(got.Body, "bad_config") {
+			t.Errorf("for %q: got %v", accept, got)
 		}
-		got = post(t, ctx, &through, []byte("hello"), func(req *http.Request) {
-			req.Header.Set("Accept", accept)
-			req.Header.Set("X-Build-Signature", stack.Sign("another key", nil))
-		})
-		if got.StatusCode != http.StatusUnauthorized || !strings.Contains(got.text, "unauthorized") {
-			t.Errorf("for %q: got %s: %s", accept, got.Status, got.text)
+		got = through.MustPost(t, ctx, []byte("hello"), client.Accept(accept), client.Signature(client.Sign("another key", nil)))
+		if got.StatusCode != http.StatusUnauthorized || !strings.Contains(got.Body, "unauthorized") {
+			t.Errorf("for %q: got %v", accept, got)
 		}
 	}
 }
@@ -243,12 +208,12 @@ func TestLongOutput(t *testing.T) {
 RUN echo first; head -c %d /dev/zero | tr '\0' x; echo; yes 'output that goes on and on' | head -n %d | cat -n
 `, longLine, numbered)}
 	body := func(tag string) []byte {
-		return tarOf(t, config{"image": s.Registry.Image("long:" + tag), "noCache": true}, files)
+		return stack.Body(t, config{"image": s.Registry.Image("long:" + tag), "noCache": true}, files)
 	}
 
-	stream := post(t, ctx, f, body("stream"), func(req *http.Request) { req.Header.Set("Accept", ndjsonType) })
+	stream := f.MustPost(t, ctx, body("stream"), client.Accept(client.NDJSON))
 	xs, last := 0, ""
-	for _, line := range lines(ndjson(t, stream.text)) {
+	for _, line := range stream.Log {
 		if text, ok := strings.CutPrefix(line, "l: "); ok {
 			last = text
 			if strings.Trim(text, "x") == "" {
@@ -263,16 +228,15 @@ RUN echo first; head -c %d /dev/zero | tr '\0' x; echo; yes 'output that goes on
 		t.Errorf("the last line of the output is %q", last)
 	}
 
-	whole := post(t, ctx, f, body("whole"), nil)
-	got := record(t, whole.text)
-	if got.Status != "success" || len(whole.text) > 1<<20+32<<10 || len(whole.text) < 1<<20-128<<10 {
-		t.Errorf("got status %q in %d bytes, want 1 MiB", got.Status, len(whole.text))
+	whole := f.MustPost(t, ctx, body("whole"))
+	if whole.Status != "success" || len(whole.Body) > 1<<20+32<<10 || len(whole.Body) < 1<<20-128<<10 {
+		t.Errorf("got status %q in %d bytes, want 1 MiB", whole.Status, len(whole.Body))
 	}
-	left := regexp.MustCompile(`… (\d+) lines left out …`).FindStringSubmatch(strings.Join(got.Log, "\n"))
+	left := regexp.MustCompile(`… (\d+) lines left out …`).FindStringSubmatch(strings.Join(whole.Log, "\n"))
 	if left == nil {
 		t.Fatal("the log does not say what was left out")
 	}
-	if err := within(strings.Join(got.Log, "\n"), "l: first\n", "pushing layers"); err != nil {
+	if err := within(strings.Join(whole.Log, "\n"), "l: first\n", "pushing layers"); err != nil {
 		t.Errorf("the log lacks its head or its tail: %.100v", err)
 	}
 	omitted, err := strconv.Atoi(left[1])
@@ -281,7 +245,7 @@ RUN echo first; head -c %d /dev/zero | tr '\0' x; echo; yes 'output that goes on
 	}
 	// What is there and what is not are all lines that the stream had, but for
 	// the statuses, which are not always the same.
-	if all := len(lines(ndjson(t, stream.text))); omitted+len(got.Log)-1 < numbered || omitted+len(got.Log)-1 > all+50 {
-		t.Errorf("%d lines are there and %d left out, of about %d", len(got.Log)-1, omitted, all)
+	if all := len(stream.Log); omitted+len(whole.Log)-1 < numbered || omitted+len(whole.Log)-1 > all+50 {
+		t.Errorf("%d lines are there and %d left out, of about %d", len(whole.Log)-1, omitted, all)
 	}
 }

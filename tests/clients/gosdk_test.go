@@ -63,10 +63,7 @@ func TestGoSDK(t *testing.T) {
 			}
 
 			img := pull(t, ctx, ref, sdkDigest(t, s, f, ref))
-			files, err := stack.Files(img)
-			if err != nil {
-				t.Fatal(err)
-			}
+			files := stack.MustFiles(t, img)
 			for path, want := range map[string]string{
 				"app/run.sh":           sdkFiles["app/run.sh"],
 				"app/deep/er/data.txt": "data\n",

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -47,22 +48,17 @@ func logged(text, call string) (all []map[string]any) {
 func TestLog(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"allowed_images": stack.Shared(t).Registry.Image("log")}})
 	image := s.Registry.Image("log/app:1")
-	success := tarOf(t, config{"image": image}, map[string]string{"Dockerfile": "FROM busybox\nCOPY hello.txt /\nRUN cat hello.txt\n", "hello.txt": "hello\n"})
-	fails := tarOf(t, config{"image": image}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo begun; exit 3\n"})
-	forbidden := tarOf(t, config{"image": s.Registry.Image("other:1")}, copyOnly)
-	send := func(call string, body []byte, change func(*http.Request)) answer {
-		return post(t, ctx, f, body, func(req *http.Request) {
-			req.Header.Set("X-Call-Id", call)
-			if change != nil {
-				change(req)
-			}
-		})
+	success := stack.Body(t, config{"image": image}, map[string]string{"Dockerfile": "FROM busybox\nCOPY hello.txt /\nRUN cat hello.txt\n", "hello.txt": "hello\n"})
+	fails := stack.Body(t, config{"image": image}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo begun; exit 3\n"})
+	forbidden := stack.Body(t, config{"image": s.Registry.Image("other:1")}, copyOnly)
+	send := func(call string, body []byte, changes ...client.Change) client.Answer {
+		return f.MustPost(t, ctx, body, append(changes, client.Header("X-Call-Id", call))...)
 	}
-	digest := record(t, send("first", success, nil).text).Digest
-	send("again", success, nil)
-	send("fails", fails, nil)
-	send("forbidden", forbidden, nil)
-	send("unsigned", success, func(req *http.Request) { req.Header.Del("X-Build-Signature") })
+	digest := send("first", success).Digest
+	send("again", success)
+	send("fails", fails)
+	send("forbidden", forbidden)
+	send("unsigned", success, client.Signature(""))
 
 	text := logOf(t, f, 4)
 	started := func(body []byte) map[string]any {
@@ -182,13 +178,9 @@ func TestLogLines(t *testing.T) {
 		"what is built": {config{"skipPush": true}, map[string]string{"Dockerfile": "FROM busybox\nRUN : " + strings.Repeat("x", 60<<10) + "; exit 3\n"}, "", "build_failed"},
 		"the longest":   {config{"skipPush": true, "image": strings.Repeat("a.", 127) + "a/" + strings.Repeat("b", 255) + ":" + strings.Repeat("c", 128)}, copyOnly, strings.Repeat(`"`, 128), ""},
 	} {
-		a := post(t, ctx, f, tarOf(t, test.config, test.files), func(req *http.Request) {
-			if test.call != "" {
-				req.Header.Set("X-Call-Id", test.call)
-			}
-		})
-		if r := record(t, a.text); r.Code != test.code {
-			t.Errorf("%s: %s %.500s", name, r.Code, r.Error)
+		a := f.MustPost(t, ctx, stack.Body(t, test.config, test.files), client.Header("X-Call-Id", test.call))
+		if (a.Status == "success") != (test.code == "") || a.Code != test.code {
+			t.Errorf("%s: HTTP %d, %s %s %.500s", name, a.StatusCode, a.Status, a.Code, a.Error)
 		}
 	}
 	longest := 0
@@ -207,18 +199,18 @@ type arrival struct {
 }
 
 // arrivals builds and notes when each line comes.
-func arrivals(t *testing.T, ctx context.Context, f *stack.Function, body []byte) ([]arrival, stack.Record) {
+func arrivals(t *testing.T, ctx context.Context, f *stack.Function, body []byte) ([]arrival, client.Record) {
 	t.Helper()
 	var all []arrival
-	last, err := f.Build(ctx, body, func(r stack.Record) {
+	last, err := f.Stream(ctx, body, func(r client.Record) {
 		for _, l := range r.Log {
 			all = append(all, arrival{l, time.Now()})
 		}
-	})
+	}, client.Accept(client.NDJSON))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return all, last
+	return all, last.Record
 }
 
 // TestProgressBars has a step draw over a line in the ways that programs have.
@@ -233,7 +225,7 @@ i=0; while [ $i -lt 2000 ]; do printf 'at once %s\r' $i; i=$((i+1)); done; echo
 printf 'crlf\r'; sleep 1; printf '\nnext\r\n\r\n'
 printf 'last %s\r' 1 2 3
 `
-	lines, last := arrivals(t, ctx, f, tarOf(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox\nCOPY bars.sh /\nRUN sh /bars.sh\n", "bars.sh": script}))
+	lines, last := arrivals(t, ctx, f, stack.Body(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox\nCOPY bars.sh /\nRUN sh /bars.sh\n", "bars.sh": script}))
 	if last.Status != "success" {
 		t.Fatalf("the build ended %s, %s: %s", last.Status, last.Code, last.Error)
 	}
@@ -305,7 +297,7 @@ printf 'last %s\r' 1 2 3
 func TestErrorPrinted(t *testing.T) {
 	ctx, _, f := start(t, stack.FunctionConfig{})
 	fails := func(step string) []byte {
-		return tarOf(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox AS beside\n" +
+		return stack.Body(t, config{"skipPush": true, "noCache": true}, map[string]string{"Dockerfile": "FROM busybox AS beside\n" +
 			"RUN i=0; while [ $i -lt 100 ]; do echo beside-$i; echo beside-$i >&2; sleep 0.1; i=$((i+1)); done\n" +
 			"FROM busybox AS before\nRUN echo of-the-step-before\n" +
 			"RUN sleep 1; " + step + "\n" +
@@ -326,31 +318,30 @@ func TestErrorPrinted(t *testing.T) {
 		want = append(want, fmt.Sprint("out-", i+12))
 	}
 	want = append(want, "main.c:1: error", "drawn 2")
-	a := post(t, ctx, f, body, nil)
-	got := record(t, a.text)
-	if a.StatusCode != http.StatusUnprocessableEntity || got.Code != "build_failed" || !slices.Equal(between(got.Error), want) {
-		t.Errorf("got %s: %s", a.Status, got.Error)
+	a := f.MustPost(t, ctx, body)
+	if a.StatusCode != http.StatusUnprocessableEntity || a.Code != "build_failed" || !slices.Equal(between(a.Error), want) {
+		t.Errorf("got %v", a)
 	}
-	if !strings.HasPrefix(got.Error, "[before 3/3] RUN sleep 1; ") {
-		t.Errorf("the error begins otherwise: %s", got.Error)
+	if !strings.HasPrefix(a.Error, "[before 3/3] RUN sleep 1; ") {
+		t.Errorf("the error begins otherwise: %s", a.Error)
 	}
 	_, last := arrivals(t, ctx, f, body)
 	if !slices.Equal(between(last.Error), want) {
 		t.Errorf("in a stream: %s", last.Error)
 	}
-	text := post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("Content-Type", "text/plain") }).text
+	text := f.MustPost(t, ctx, body, client.Header("Content-Type", "text/plain")).Body
 	if err := within(text, strings.Join(want, "\n")+"\nDockerfile:5\n"); err != nil {
 		t.Errorf("as text: %v", err)
 	}
 
 	// By bytes: a line of a page, and then fewer lines.
-	got = record(t, post(t, ctx, f, fails(`printf '%04000d\n%0500d\n%03000d\n' 1 2 3; exit 3`), nil).text)
-	if lines := between(got.Error); len(lines) != 2 || len(lines[0]) != 500 || len(lines[1]) != 3000 {
-		t.Errorf("%d lines, %d bytes: %s", len(lines), len(strings.Join(lines, "\n")), got.Error)
+	a = f.MustPost(t, ctx, fails(`printf '%04000d\n%0500d\n%03000d\n' 1 2 3; exit 3`))
+	if lines := between(a.Error); len(lines) != 2 || len(lines[0]) != 500 || len(lines[1]) != 3000 {
+		t.Errorf("%d lines, %d bytes: %s", len(lines), len(strings.Join(lines, "\n")), a.Error)
 	}
 	// A step that says nothing.
-	got = record(t, post(t, ctx, f, fails(`exit 3`), nil).text)
-	if !strings.Contains(got.Error, "exit code 3\nDockerfile:5\n") {
-		t.Errorf("of a silent step: %s", got.Error)
+	a = f.MustPost(t, ctx, fails(`exit 3`))
+	if !strings.Contains(a.Error, "exit code 3\nDockerfile:5\n") {
+		t.Errorf("of a silent step: %s", a.Error)
 	}
 }

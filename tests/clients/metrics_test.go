@@ -13,13 +13,14 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
 // scrape returns all samples of /metrics, by name with labels.
 func scrape(t *testing.T, ctx context.Context, f *stack.Function) map[string]float64 {
 	t.Helper()
-	text, err := get(ctx, f, "/metrics")
+	text, err := f.Get(ctx, "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +58,7 @@ func TestMetrics(t *testing.T) {
 	const size = 8 << 20
 	content := make([]byte, size)
 	rand.NewChaCha8([32]byte{1}).Read(content)
-	body := tarOf(t, config{"image": s.Registry.Image("metrics:latest")}, map[string]string{
+	body := stack.Body(t, config{"image": s.Registry.Image("metrics:latest")}, map[string]string{
 		"Dockerfile": "FROM busybox\nCOPY content /\nRUN sleep 3\n", "content": string(content),
 	})
 	before := scrape(t, ctx, f)
@@ -68,29 +69,32 @@ func TestMetrics(t *testing.T) {
 	}
 
 	const pause = 700 * time.Millisecond
-	first := make(chan answer, 1)
+	first := make(chan client.Answer, 1)
 	go func() {
-		first <- post(t, ctx, f, body, func(req *http.Request) {
+		a, err := f.Post(ctx, body, func(req *http.Request) {
 			req.Body = io.NopCloser(&slowly{bytes.NewReader(body), len(body), pause})
 		})
+		if err != nil {
+			t.Error(err)
+		}
+		first <- a
 	}()
 	for end := time.Now().Add(30 * time.Second); scrape(t, ctx, f)["builder_builds_in_flight"] != 1; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("no build is in flight")
 		}
 	}
-	second := mustBuild(t, ctx, f, body)
-	a := <-first
-	if r := record(t, a.text); r.Status != "success" || r.Digest != second.Digest {
-		t.Fatalf("got %s: %s, and then %+v", a.Status, a.text, second)
+	second := f.MustBuild(t, ctx, body)
+	if a := <-first; a.Status != "success" || a.Digest != second.Digest {
+		t.Fatalf("got %v, and then %+v", a, second)
 	}
-	fails := tarOf(t, config{"skipPush": true}, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 3\n"})
-	if a := post(t, ctx, f, fails, nil); a.StatusCode != 422 {
-		t.Fatalf("got %s: %s", a.Status, a.text)
+	fails := stack.Body(t, config{"skipPush": true}, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 3\n"})
+	if a := f.MustPost(t, ctx, fails); a.StatusCode != 422 {
+		t.Fatalf("got %v", a)
 	}
-	unsigned := post(t, ctx, f, fails, func(req *http.Request) { req.Header.Del("X-Build-Signature") })
+	unsigned := f.MustPost(t, ctx, fails, client.Signature(""))
 	if unsigned.StatusCode != 401 {
-		t.Fatalf("got %s: %s", unsigned.Status, unsigned.text)
+		t.Fatalf("got %v", unsigned)
 	}
 
 	m := scrape(t, ctx, f)

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -36,18 +37,17 @@ func TestNoArchives(t *testing.T) {
 		"--data":     {[]byte(strings.NewReplacer("\x00", "", "\r", "", "\n", "").Replace(string(packed))), "a tar that lost bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := post(t, ctx, f, test.body, nil)
-			r := record(t, got.text)
-			if got.StatusCode != http.StatusBadRequest || r.Code != "bad_tar" {
-				t.Errorf("got %s, %s", got.Status, r.Code)
+			got := f.MustPost(t, ctx, test.body)
+			if got.StatusCode != http.StatusBadRequest || got.Code != "bad_tar" {
+				t.Errorf("got %v", got)
 			}
-			if err := within(r.Error, test.looks, "a tar is wanted, plain or compressed with gzip or zstd"); err != nil {
+			if err := within(got.Error, test.looks, "a tar is wanted, plain or compressed with gzip or zstd"); err != nil {
 				t.Error(err)
 			}
 			// Who has no key is told none of it.
-			got = post(t, ctx, f, test.body, func(req *http.Request) { req.Header.Set("X-Build-Signature", flip(stack.Sign(f.Secret, test.body))) })
-			if r := record(t, got.text); got.StatusCode != http.StatusUnauthorized || strings.Contains(r.Error, "looks") {
-				t.Errorf("unsigned: got %s: %s", got.Status, r.Error)
+			got = f.MustPost(t, ctx, test.body, client.Signature(flip(client.Sign(f.Secret, test.body))))
+			if got.StatusCode != http.StatusUnauthorized || strings.Contains(got.Body, "looks") {
+				t.Errorf("unsigned: got %v", got)
 			}
 		})
 	}
@@ -58,20 +58,19 @@ func TestNoArchives(t *testing.T) {
 func TestJSONWithHeader(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	body := jsonOf(t, config{"image": s.Registry.Image("json:latest")})
-	for name, value := range map[string]string{"right": stack.Sign(f.Secret, body), "wrong": flip(stack.Sign(f.Secret, body)), "malformed": "x"} {
-		got := post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("X-Build-Signature", value) })
-		r := record(t, got.text)
-		if got.StatusCode != http.StatusUnauthorized || r.Code != "unauthorized" || got.Header.Get("X-Build-Signature") != "" {
-			t.Errorf("%s: got %s, %s, signed %q", name, got.Status, r.Code, got.Header.Get("X-Build-Signature"))
+	for name, value := range map[string]string{"right": client.Sign(f.Secret, body), "wrong": flip(client.Sign(f.Secret, body)), "malformed": "x"} {
+		got := f.MustPost(t, ctx, body, client.Signature(value))
+		if got.StatusCode != http.StatusUnauthorized || got.Code != "unauthorized" || got.Header.Get("X-Build-Signature") != "" {
+			t.Errorf("%s: got %v, signed %q", name, got, got.Header.Get("X-Build-Signature"))
 		}
 		const want = `the request is not signed with the payload secret: a body that begins with { is taken for a text envelope, ` +
 			`which carries its signature inside, as "signature", and has none; a header X-Build-Signature beside it is ignored`
-		if r.Error != want {
-			t.Errorf("%s: got %q", name, r.Error)
+		if got.Error != want {
+			t.Errorf("%s: got %q", name, got.Error)
 		}
 	}
-	got := post(t, ctx, f, body, func(req *http.Request) { req.Header.Del("X-Build-Signature") })
-	if r := record(t, got.text); got.StatusCode != http.StatusUnauthorized || strings.Contains(r.Error, "ignored") {
-		t.Errorf("without a header: got %s: %s", got.Status, r.Error)
+	got := f.MustPost(t, ctx, body, client.Signature(""))
+	if got.StatusCode != http.StatusUnauthorized || strings.Contains(got.Body, "ignored") {
+		t.Errorf("without a header: got %v", got)
 	}
 }

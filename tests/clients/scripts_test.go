@@ -63,10 +63,7 @@ func testScript(t *testing.T, script func(ctx context.Context, f *stack.Function
 	if got, want := run(t, script(ctx, f, ref, stack.Context(t, good))), "success "+ref+"\n"; got != want {
 		t.Fatalf("the script printed %q, want %q", got, want)
 	}
-	img, err := stack.Pull(ctx, ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, ctx, ref)
 	if got := contents(t, img, ""); len(got) != 1 || got["hello.txt"] != good["context/hello.txt"] {
 		t.Errorf("the image holds %q", got)
 	}

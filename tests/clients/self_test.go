@@ -12,6 +12,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -36,11 +37,8 @@ func TestSelf(t *testing.T) {
 	}
 	args["ADDITIONAL_PACKAGE"] = "" // as faas-cli sends it
 	ref := s.Registry.Image("self/builder:latest")
-	body, err := stack.Tar(dir, config{"image": ref, "buildArgs": args})
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := mustBuild(t, ctx, f, body)
+	body := stack.MustTar(t, dir, config{"image": ref, "buildArgs": args})
+	got := f.MustBuild(t, ctx, body)
 	img := pull(t, ctx, ref, got.Digest)
 
 	c := configOf(t, img)
@@ -101,8 +99,8 @@ func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.I
 	noise := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(noise)
 	ref := s.Registry.Image("self/built-by-it:latest")
-	itself := &stack.Function{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret}
-	got := mustBuild(t, ctx, itself, tarOf(t, config{"image": ref}, map[string]string{
+	itself := &client.Client{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret}
+	got := itself.MustBuild(t, ctx, stack.Body(t, config{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN echo built > /built\nCOPY noise /\n", "noise": string(noise),
 	}))
 	if files := contents(t, pull(t, ctx, ref, got.Digest), ""); files["built"] != "built\n" || files["noise"] != string(noise) {
@@ -113,10 +111,7 @@ func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.I
 // checkSelfFiles expects what the function needs and no more.
 func checkSelfFiles(t *testing.T, img v1.Image) {
 	t.Helper()
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, img)
 	var names []string
 	for name, file := range files {
 		if file.FileInfo().Mode().IsRegular() {

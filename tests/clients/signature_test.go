@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -63,7 +64,7 @@ func TestSignature(t *testing.T) {
 	ctx, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"buildkit_addr": daemon.addr, "max_body_bytes": "1MiB"}})
 
 	ref := strings.TrimPrefix(registry.addr, "tcp://") + "/signature:latest"
-	plain := tarOf(t, config{"image": ref}, copyOnly)
+	plain := stack.Body(t, config{"image": ref}, copyOnly)
 	gzipped := compressed(func(*testing.T, string) []byte { return plain }, "gzip")(t, "")
 	zipped := compressed(func(*testing.T, string) []byte { return plain }, "zstd", "-q")(t, "")
 	bodies := map[string][]byte{
@@ -76,11 +77,11 @@ func TestSignature(t *testing.T) {
 		"cut gzip":         gzipped[:len(gzipped)/2],
 		"cut zstd":         zipped[:len(zipped)/2],
 		"trailing garbage": append(plain[:len(plain):len(plain)], 'x'),
-		"bad config":       tarOf(t, []byte("{"), copyOnly),
+		"bad config":       stack.Body(t, []byte("{"), copyOnly),
 		"forbidden path":   output(t, stack.Context(t, map[string]string{"x": ""}), nil, "tar", "c", "--transform=s,x,context/../x,", "x"),
 		"secrets":          withSecrets(t, plain, "not an envelope"),
 	}
-	good := func(body []byte) string { return stack.Sign(f.Secret, body) }
+	good := func(body []byte) string { return client.Sign(f.Secret, body) }
 	signatures := map[string]func(body []byte) []string{
 		"none":            func([]byte) []string { return nil },
 		"empty":           func([]byte) []string { return []string{""} },
@@ -93,14 +94,14 @@ func TestSignature(t *testing.T) {
 		"sha1":            func(b []byte) []string { return []string{"sha1=" + good(b)[len("sha256="):][:40]} },
 		"no prefix":       func(b []byte) []string { return []string{good(b)[len("sha256="):]} },
 		"not hex":         func(b []byte) []string { return []string{good(b)[:len("sha256=")+63] + "g"} },
-		"other key":       func(b []byte) []string { return []string{stack.Sign("another key", b)} },
-		"empty key":       func(b []byte) []string { return []string{stack.Sign("", b)} },
+		"other key":       func(b []byte) []string { return []string{client.Sign("another key", b)} },
+		"empty key":       func(b []byte) []string { return []string{client.Sign("", b)} },
 	}
 	refused := func(t *testing.T, body []byte, signature []string) {
 		t.Helper()
-		got := post(t, ctx, f, body, func(req *http.Request) { req.Header["X-Build-Signature"] = signature })
-		if r := record(t, got.text); got.StatusCode != http.StatusUnauthorized || r.Code != "unauthorized" {
-			t.Errorf("got %s, %s: %s", got.Status, r.Code, r.Error)
+		got := f.MustPost(t, ctx, body, func(req *http.Request) { req.Header["X-Build-Signature"] = signature })
+		if got.StatusCode != http.StatusUnauthorized || got.Code != "unauthorized" {
+			t.Errorf("got %v", got)
 		}
 		if sig := got.Header.Get("X-Build-Signature"); sig != "" {
 			t.Errorf("the refusal is signed: %s", sig)
@@ -152,9 +153,9 @@ func TestSignature(t *testing.T) {
 	t.Run("too large", func(t *testing.T) {
 		// The only thing that is said before: whoever reads that much has to know.
 		body := make([]byte, 2<<20)
-		got := post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("X-Build-Signature", flip(good(body))) })
-		if r := record(t, got.text); got.StatusCode != http.StatusRequestEntityTooLarge || r.Code != "too_large" {
-			t.Errorf("got %s, %s: %s", got.Status, r.Code, r.Error)
+		got := f.MustPost(t, ctx, body, client.Signature(flip(good(body))))
+		if got.StatusCode != http.StatusRequestEntityTooLarge || got.Code != "too_large" {
+			t.Errorf("got %v", got)
 		}
 	})
 
@@ -165,7 +166,7 @@ func TestSignature(t *testing.T) {
 		t.Errorf("the registry was connected to %d times for requests that nobody signed", n)
 	}
 	// They would have been seen.
-	mustBuild(t, ctx, f, plain)
+	f.MustBuild(t, ctx, plain)
 	if daemon.connections.Load() == 0 || registry.connections.Load() == 0 {
 		t.Error("a build was not seen on its way to buildkitd and to the registry")
 	}
@@ -193,17 +194,17 @@ func TestDisableHMAC(t *testing.T) {
 			t.Errorf("disable_hmac=%v: warned is %v", off, warned)
 		}
 		ref := s.Registry.Image("disable-hmac:latest")
-		body := tarOf(t, config{"image": ref}, copyOnly)
-		for name, values := range map[string][]string{"none": nil, "another's": {stack.Sign("another", body)}, "malformed": {"x"}} {
-			a := post(t, ctx, f, body, func(req *http.Request) { req.Header["X-Build-Signature"] = values })
+		body := stack.Body(t, config{"image": ref}, copyOnly)
+		for name, values := range map[string][]string{"none": nil, "another's": {client.Sign("another", body)}, "malformed": {"x"}} {
+			a := f.MustPost(t, ctx, body, func(req *http.Request) { req.Header["X-Build-Signature"] = values })
 			want := http.StatusUnauthorized
 			if off {
 				want = http.StatusOK
 			}
 			if a.StatusCode != want || a.Header.Get("X-Build-Signature") != "" {
-				t.Errorf("disable_hmac=%v, %s: %s, signed %q: %s", off, name, a.Status, a.Header.Get("X-Build-Signature"), a.text)
+				t.Errorf("disable_hmac=%v, %s: signed %q, got %v", off, name, a.Header.Get("X-Build-Signature"), a)
 			} else if off {
-				pull(t, ctx, ref, record(t, a.text).Digest)
+				pull(t, ctx, ref, a.Digest)
 			}
 		}
 	}
@@ -235,8 +236,8 @@ const pemKey = "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIIrYSSNQFaA2Hwf1duRSxKtL
 // one piece is signed with the key that its request was.
 func TestKeys(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	body := tarOf(t, config{"image": s.Registry.Image("keys:latest")}, copyOnly)
-	failing := tarOf(t, config{"image": "UPPER"}, copyOnly)
+	body := stack.Body(t, config{"image": s.Registry.Image("keys:latest")}, copyOnly)
+	failing := stack.Body(t, config{"image": "UPPER"}, copyOnly)
 	for _, test := range []struct {
 		name, file string
 		good, bad  []string
@@ -257,33 +258,30 @@ func TestKeys(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(f.SecretsDir, "payload-secret"), []byte(test.file), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			signed := func(body []byte, key string) answer {
-				return post(t, ctx, f, body, func(req *http.Request) { req.Header.Set("X-Build-Signature", stack.Sign(key, body)) })
+			signed := func(body []byte, key string) client.Answer {
+				return f.MustPost(t, ctx, body, client.Signature(client.Sign(key, body)))
 			}
 			for _, key := range test.good {
 				for status, body := range map[int][]byte{http.StatusOK: body, http.StatusBadRequest: failing} {
 					got := signed(body, key)
 					if got.StatusCode != status {
-						t.Errorf("with %q: %s: %s", key, got.Status, got.text)
+						t.Errorf("with %q: got %v", key, got)
 					}
-					if sig, want := got.Header.Get("X-Build-Signature"), stack.Sign(key, []byte(got.text)); sig != want {
-						t.Errorf("the answer to %q with %s is signed %q, want %q", key, got.Status, sig, want)
+					if sig, want := got.Header.Get("X-Build-Signature"), client.Sign(key, []byte(got.Body)); sig != want {
+						t.Errorf("the answer to %q with HTTP %d is signed %q, want %q", key, got.StatusCode, sig, want)
 					}
 				}
 			}
 			for _, key := range test.bad {
 				if got := signed(body, key); got.StatusCode != http.StatusUnauthorized || got.Header.Get("X-Build-Signature") != "" {
-					t.Errorf("with %q: %s: %s", key, got.Status, got.text)
+					t.Errorf("with %q: got %v", key, got)
 				}
 			}
 		})
 	}
 	// The text envelope's key signs as well.
-	got := post(t, ctx, f, jsonOf(t, map[string]string{"signature": stack.Sign("the-first-key--1", body), "tar": base64.StdEncoding.EncodeToString(body)}), func(req *http.Request) {
-		req.Header.Del("X-Build-Signature")
-		req.Header.Set("Content-Type", "text/plain")
-	})
-	if r := record(t, got.text); r.Status != "success" || got.Header.Get("X-Build-Signature") != stack.Sign("the-first-key--1", []byte(got.text)) {
-		t.Errorf("an envelope was answered with %+v, signed %q", r, got.Header.Get("X-Build-Signature"))
+	got := f.MustPost(t, ctx, jsonOf(t, map[string]string{"signature": client.Sign("the-first-key--1", body), "tar": base64.StdEncoding.EncodeToString(body)}), client.Signature(""), client.Header("Content-Type", "text/plain"))
+	if got.Status != "success" || got.Header.Get("X-Build-Signature") != client.Sign("the-first-key--1", []byte(got.Body)) {
+		t.Errorf("an envelope was answered with %v, signed %q", got, got.Header.Get("X-Build-Signature"))
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -30,16 +31,15 @@ type refusal struct {
 }
 
 // check sends a request twice, for both forms of an error.
-func (want refusal) check(t *testing.T, send func(t *testing.T, contentType string) answer) {
+func (want refusal) check(t *testing.T, send func(t *testing.T, contentType string) client.Answer) {
 	t.Helper()
 	got := send(t, "application/octet-stream")
-	if got.StatusCode != want.status || got.Header.Get("Content-Type") != jsonType {
-		t.Errorf("got %s of %s, want %d of JSON: %s", got.Status, got.Header.Get("Content-Type"), want.status, got.text)
+	if got.StatusCode != want.status || got.Header.Get("Content-Type") != client.JSON {
+		t.Errorf("got %v of %s, want HTTP %d of JSON", got, got.Header.Get("Content-Type"), want.status)
 	}
-	r := record(t, got.text)
-	if r.Status != "failed" || r.Code != want.code || r.Image != want.image || r.Digest != "" ||
-		r.Error == "" || !strings.Contains(r.Error, want.text) || !strings.Contains(strings.Join(r.Log, "\n"), want.log) {
-		t.Errorf("got %+v, want %+v", r, want)
+	if got.Status != "failed" || got.Code != want.code || got.Image != want.image || got.Digest != "" ||
+		got.Error == "" || !strings.Contains(got.Error, want.text) || !strings.Contains(strings.Join(got.Log, "\n"), want.log) {
+		t.Errorf("got %+v, want %+v", got.Record, want)
 	}
 	if retry := got.Header.Get("Retry-After") != ""; retry != want.retry {
 		t.Errorf("Retry-After is %q", got.Header.Get("Retry-After"))
@@ -48,18 +48,18 @@ func (want refusal) check(t *testing.T, send func(t *testing.T, contentType stri
 
 	got = send(t, "text/plain; charset=utf-8")
 	if got.StatusCode != want.status || !strings.HasPrefix(got.Header.Get("Content-Type"), "text/plain") {
-		t.Errorf("got %s of %s, want %d of text", got.Status, got.Header.Get("Content-Type"), want.status)
+		t.Errorf("got %v of %s, want HTTP %d of text", got, got.Header.Get("Content-Type"), want.status)
 	}
-	if strings.HasPrefix(strings.TrimSpace(got.text), "{") {
-		t.Errorf("the text is JSON: %s", got.text)
+	if strings.HasPrefix(strings.TrimSpace(got.Body), "{") {
+		t.Errorf("the text is JSON: %s", got.Body)
 	}
-	if err := within(got.text, want.text, want.code, want.image, want.log); err != nil {
+	if err := within(got.Body, want.text, want.code, want.image, want.log); err != nil {
 		t.Errorf("the text does not tell what the record does: %v", err)
 	}
 	checkHeaders(t, got)
 }
 
-func checkHeaders(t *testing.T, got answer) {
+func checkHeaders(t *testing.T, got client.Answer) {
 	t.Helper()
 	// The queue worker retries whatever carries this one up to a hundred times.
 	if v, ok := got.Header["X-Openfaas-Internal"]; ok {
@@ -67,15 +67,10 @@ func checkHeaders(t *testing.T, got answer) {
 	}
 }
 
-func posting(t *testing.T, f *stack.Function, body []byte, change func(*http.Request)) func(*testing.T, string) answer {
-	return func(t *testing.T, contentType string) answer {
+func posting(f *stack.Function, body []byte, changes ...client.Change) func(*testing.T, string) client.Answer {
+	return func(t *testing.T, contentType string) client.Answer {
 		t.Helper()
-		return post(t, t.Context(), f, body, func(req *http.Request) {
-			req.Header.Set("Content-Type", contentType)
-			if change != nil {
-				change(req)
-			}
-		})
+		return f.MustPost(t, t.Context(), body, append(changes[:len(changes):len(changes)], client.Header("Content-Type", contentType))...)
 	}
 }
 
@@ -98,7 +93,7 @@ func TestRefusals(t *testing.T) {
 		if c["image"] == nil {
 			c["image"] = allowed
 		}
-		return tarOf(t, c, files)
+		return stack.Body(t, c, files)
 	}
 	many := map[string]string{"Dockerfile": "FROM scratch\n"}
 	for i := range 60 {
@@ -114,7 +109,7 @@ func TestRefusals(t *testing.T) {
 		"400 no config":  {output(t, stack.Context(t, map[string]string{"context/Dockerfile": "FROM scratch\n"}), nil, "tar", "c", "context"), refusal{status: 400, code: "bad_tar", text: "com.openfaas.docker.config"}},
 		"400 config":     {with(config{"image": "UPPER"}, copyOnly), refusal{status: 400, code: "bad_config", text: "UPPER"}},
 		"400 secrets":    {withSecrets(t, with(config{}, copyOnly), "version: v1\n"), refusal{status: 400, code: "bad_secrets", image: allowed}},
-		"400 envelope":   {[]byte(`{"signature":"` + stack.Sign(f.Secret, nil) + `"}`), refusal{status: 400, code: "bad_envelope"}},
+		"400 envelope":   {[]byte(`{"signature":"` + client.Sign(f.Secret, nil) + `"}`), refusal{status: 400, code: "bad_envelope"}},
 		"403 repository": {with(config{"image": s.Registry.Image("allowed-not/app")}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "allowed-not/app", image: s.Registry.Image("allowed-not/app")}},
 		"403 tag":        {with(config{"tags": []string{"docker.io/library/other"}}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "docker.io/library/other", image: allowed}},
 		"413 body":       {make([]byte, 1<<20+1), refusal{status: 413, code: "too_large", text: "the body is over the limit of 1048576 bytes"}},
@@ -131,13 +126,11 @@ func TestRefusals(t *testing.T) {
 		"422 base":          {with(config{}, map[string]string{"Dockerfile": "FROM " + s.Registry.Image("not/there") + "\n"}), refusal{status: 422, code: "registry_denied", text: "not/there", image: allowed}},
 		"503 registry":      {with(config{"image": "127.0.0.1:1/app"}, copyOnly), refusal{status: 503, code: "registry_failed", text: "127.0.0.1:1", image: "127.0.0.1:1/app", retry: true}},
 	} {
-		t.Run(name, func(t *testing.T) { test.want.check(t, posting(t, f, test.body, nil)) })
+		t.Run(name, func(t *testing.T) { test.want.check(t, posting(f, test.body)) })
 	}
 
 	t.Run("401", func(t *testing.T) {
-		refusal{status: 401, code: "unauthorized"}.check(t, posting(t, f, with(config{}, copyOnly), func(req *http.Request) {
-			req.Header.Set("X-Build-Signature", stack.Sign("another key", nil))
-		}))
+		refusal{status: 401, code: "unauthorized"}.check(t, posting(f, with(config{}, copyOnly), client.Signature(client.Sign("another key", nil))))
 	})
 	for name, test := range map[string]struct {
 		method, path string
@@ -147,37 +140,37 @@ func TestRefusals(t *testing.T) {
 		"405": {"PUT", "/build", refusal{status: 405, code: "method_not_allowed"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			test.want.check(t, posting(t, f, nil, func(req *http.Request) { req.Method, req.URL.Path = test.method, test.path }))
+			test.want.check(t, posting(f, nil, func(req *http.Request) { req.Method, req.URL.Path = test.method, test.path }))
 		})
 	}
 	// What is not refused.
 	t.Run("200", func(t *testing.T) {
-		got := post(t, t.Context(), f, with(config{}, copyOnly), nil)
-		if r := record(t, got.text); got.StatusCode != http.StatusOK || r.Status != "success" {
-			t.Errorf("got %s: %s", got.Status, got.text)
+		got := f.MustPost(t, t.Context(), with(config{}, copyOnly))
+		if got.StatusCode != http.StatusOK || got.Status != "success" {
+			t.Errorf("got %v", got)
 		}
 	})
 }
 
 func TestBusy(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
-	long := tarOf(t, config{"image": s.Registry.Image("busy:long")}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo running; sleep 100\n"})
+	long := stack.Body(t, config{"image": s.Registry.Image("busy:long")}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo running; sleep 100\n"})
 	running := openStream(t, ctx, f, long, "l: running")
-	short := tarOf(t, config{"image": s.Registry.Image("busy:short")}, copyOnly)
-	refusal{status: 429, code: "busy", retry: true, image: s.Registry.Image("busy:short")}.check(t, posting(t, f, short, nil))
-	if _, err := get(ctx, f, "/ready"); err != nil {
+	short := stack.Body(t, config{"image": s.Registry.Image("busy:short")}, copyOnly)
+	refusal{status: 429, code: "busy", retry: true, image: s.Registry.Image("busy:short")}.check(t, posting(f, short))
+	if _, err := f.Get(ctx, "/ready"); err != nil {
 		t.Errorf("a busy function is not ready: %v", err)
 	}
 
 	// The same is built once the other caller has gone.
 	running.Close()
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		got := post(t, ctx, f, short, nil)
+		got := f.MustPost(t, ctx, short)
 		if got.StatusCode == http.StatusOK {
 			break
 		}
 		if got.StatusCode != http.StatusTooManyRequests || time.Now().After(end) {
-			t.Fatalf("after the other caller had gone: %s: %s", got.Status, got.text)
+			t.Fatalf("after the other caller had gone: got %v", got)
 		}
 	}
 }
@@ -185,8 +178,8 @@ func TestBusy(t *testing.T) {
 func TestNoDaemon(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"buildkit_addr": "tcp://127.0.0.1:1"}})
 	ref := s.Registry.Image("no-daemon:latest")
-	refusal{status: 503, code: "no_daemon", retry: true, image: ref}.check(t, posting(t, f, tarOf(t, config{"image": ref}, copyOnly), nil))
-	if _, err := get(ctx, f, "/ready"); err != nil {
+	refusal{status: 503, code: "no_daemon", retry: true, image: ref}.check(t, posting(f, stack.Body(t, config{"image": ref}, copyOnly)))
+	if _, err := f.Get(ctx, "/ready"); err != nil {
 		t.Errorf("a function without a daemon is not ready: %v", err)
 	}
 }
@@ -197,7 +190,7 @@ func TestShuttingDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := get(ctx, f, "/ready"); err != nil {
+		if _, err := f.Get(ctx, "/ready"); err != nil {
 			if !strings.Contains(err.Error(), "503") {
 				t.Fatal(err)
 			}
@@ -207,9 +200,9 @@ func TestShuttingDown(t *testing.T) {
 			t.Fatal("the function is ready 10 s after SIGTERM")
 		}
 	}
-	body := tarOf(t, config{"image": s.Registry.Image("shutting-down:latest")}, copyOnly)
-	refusal{status: 503, code: "shutting_down", retry: true}.check(t, posting(t, f, body, nil))
-	if _, err := get(ctx, f, "/healthz"); err != nil {
+	body := stack.Body(t, config{"image": s.Registry.Image("shutting-down:latest")}, copyOnly)
+	refusal{status: 503, code: "shutting_down", retry: true}.check(t, posting(f, body))
+	if _, err := f.Get(ctx, "/healthz"); err != nil {
 		t.Errorf("it serves, but is not healthy: %v", err)
 	}
 }
@@ -227,17 +220,17 @@ func TestNoSpace(t *testing.T) {
 	})
 	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"temp_dir": dir, "spool_memory_bytes": "64KiB"}})
 	body := func(size int) []byte {
-		return tarOf(t, config{"image": s.Registry.Image("no-space:latest")}, map[string]string{
+		return stack.Body(t, config{"image": s.Registry.Image("no-space:latest")}, map[string]string{
 			"Dockerfile": "FROM scratch\nCOPY . /\n", "file": strings.Repeat("x", size),
 		})
 	}
-	refusal{status: 503, code: "no_space", retry: true}.check(t, posting(t, f, body(4<<20), nil))
+	refusal{status: 503, code: "no_space", retry: true}.check(t, posting(f, body(4<<20)))
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) > 0 {
 		t.Errorf("files are left: %v, %v", entries, err)
 	}
 	// Not all is lost: what was spooled has made room.
-	mustBuild(t, ctx, f, body(512<<10))
+	f.MustBuild(t, ctx, body(512<<10))
 }
 
 func TestNotReady(t *testing.T) {
@@ -245,8 +238,8 @@ func TestNotReady(t *testing.T) {
 	if err := os.Remove(filepath.Join(f.SecretsDir, "payload-secret")); err != nil {
 		t.Fatal(err)
 	}
-	body := tarOf(t, config{"image": s.Registry.Image("not-ready:latest")}, copyOnly)
-	refusal{status: 503, code: "not_ready", text: "payload secret", retry: true}.check(t, posting(t, f, body, nil))
+	body := stack.Body(t, config{"image": s.Registry.Image("not-ready:latest")}, copyOnly)
+	refusal{status: 503, code: "not_ready", text: "payload secret", retry: true}.check(t, posting(f, body))
 }
 
 // TestInternal has a private key that cannot be read, which no client can mend.
@@ -257,17 +250,17 @@ func TestInternal(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := s.Registry.Image("internal:latest")
-	body := tarOf(t, config{"image": ref}, copyOnly)
-	refusal{status: 500, code: "internal", text: "log has the cause", image: ref}.check(t, posting(t, f, withSecrets(t, body, "version: v1\n"), nil))
-	a := post(t, ctx, f, withSecrets(t, body, "version: v1\n"), nil)
-	if strings.Contains(a.text, key) {
-		t.Errorf("the client is told the cause: %s", a.text)
+	body := stack.Body(t, config{"image": ref}, copyOnly)
+	refusal{status: 500, code: "internal", text: "log has the cause", image: ref}.check(t, posting(f, withSecrets(t, body, "version: v1\n")))
+	a := f.MustPost(t, ctx, withSecrets(t, body, "version: v1\n"))
+	if strings.Contains(a.Body, key) {
+		t.Errorf("the client is told the cause: %s", a.Body)
 	}
 	if log, err := f.Log(); err != nil || !strings.Contains(log, `"level":"error"`) || !strings.Contains(log, key) {
 		t.Errorf("the log does not have the cause, %v", err)
 	}
 	// Who sends none is not concerned.
-	mustBuild(t, ctx, f, body)
+	f.MustBuild(t, ctx, body)
 }
 
 // TestOwnRepositories pushes where the builder keeps its cache and contexts.
@@ -285,16 +278,16 @@ func TestOwnRepositories(t *testing.T) {
 		"without a push": {"image": registry.Image("own/cache:app"), "skipPush": true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			refusal{status: 403, code: "image_forbidden", text: "own", image: c["image"].(string)}.check(t, posting(t, f, tarOf(t, c, copyOnly), nil))
+			refusal{status: 403, code: "image_forbidden", text: "own", image: c["image"].(string)}.check(t, posting(f, stack.Body(t, c, copyOnly)))
 		})
 	}
-	mustBuild(t, t.Context(), f, tarOf(t, config{"image": beside}, copyOnly))
+	f.MustBuild(t, t.Context(), stack.Body(t, config{"image": beside}, copyOnly))
 }
 
 // openStream starts a build and returns its answer once a line holds text.
 func openStream(t *testing.T, ctx context.Context, f *stack.Function, body []byte, text string) io.Closer {
 	t.Helper()
-	resp, err := f.Post(ctx, body, ndjsonType)
+	resp, err := f.Send(f.MustRequest(t, ctx, body, client.Accept(client.NDJSON)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,24 +300,6 @@ func openStream(t *testing.T, ctx context.Context, f *stack.Function, body []byt
 	}
 	t.Fatalf("the stream ended without %q: %v", text, stream.Err())
 	return nil
-}
-
-// get returns the body of an answer with 200.
-func get(ctx context.Context, f *stack.Function, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.URL+path, nil)
-	if err != nil {
-		return "", err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s answers %s: %s", path, resp.Status, text)
-	}
-	return string(text), err
 }
 
 // withSecrets appends com.openfaas.secrets to a tar.

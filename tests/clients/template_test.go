@@ -28,15 +28,9 @@ func TestTemplateVariants(t *testing.T) {
 	}
 	args := stack.GoSettings(ctx)
 	ref := s.Registry.Image("variants:latest")
-	body, err := stack.Tar(dir, config{"image": ref, "buildArgs": args, "platforms": []string{variant.platform}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := mustBuild(t, ctx, f, body)
-	files, err := stack.Files(pull(t, ctx, ref, got.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
+	body := stack.MustTar(t, dir, config{"image": ref, "buildArgs": args, "platforms": []string{variant.platform}})
+	got := f.MustBuild(t, ctx, body)
+	files := stack.MustFiles(t, pull(t, ctx, ref, got.Digest))
 	handler := files["home/app/handler"]
 	if handler == nil {
 		t.Fatal("the image has no handler")
@@ -54,10 +48,8 @@ func TestTemplateVariants(t *testing.T) {
 	}
 
 	args["CGO_ENABLED"] = "1"
-	if body, err = stack.Tar(dir, config{"skipPush": true, "buildArgs": args}); err != nil {
-		t.Fatal(err)
-	}
-	if a := record(t, post(t, ctx, f, body, nil).text); a.Code != "build_failed" || !strings.Contains(strings.Join(a.Log, "\n"), "no C compiler") {
+	body = stack.MustTar(t, dir, config{"skipPush": true, "buildArgs": args})
+	if a := f.MustPost(t, ctx, body); a.Code != "build_failed" || !strings.Contains(strings.Join(a.Log, "\n"), "no C compiler") {
 		t.Errorf("with cgo: %s %s", a.Code, a.Error)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -86,17 +86,14 @@ func TestExtracted(t *testing.T) {
 				options = append(options, "--recursive-unlink")
 			}
 			buildctl(t, ctx, s, extract(t, tt.body+tarEnd, options...), want)
-			theirs, err := stack.Pull(ctx, want)
-			if err != nil {
-				t.Fatal(err)
-			}
+			theirs := stack.MustPull(t, ctx, want)
 			text, err := json.Marshal(config{"image": s.Registry.Image(fmt.Sprintf("extracted%d:function", i)), "noCache": true})
 			if err != nil {
 				t.Fatal(err)
 			}
 			body := file("com.openfaas.docker.config", string(text)) + tt.body + tarEnd
 			for _, body := range []string{body, gzipped(body)} {
-				built := mustBuild(t, ctx, f, []byte(body))
+				built := f.MustBuild(t, ctx, []byte(body))
 				if len(built.Warnings) > 0 {
 					t.Errorf("warnings: %q", built.Warnings)
 				}
@@ -139,10 +136,7 @@ func TestSparse(t *testing.T) {
 	}
 	want := s.Registry.Image("sparse:buildctl")
 	buildctl(t, ctx, s, dir, want)
-	theirs, err := stack.Pull(ctx, want)
-	if err != nil {
-		t.Fatal(err)
-	}
+	theirs := stack.MustPull(t, ctx, want)
 	text, err := json.Marshal(config{"image": s.Registry.Image("sparse:function"), "noCache": true})
 	if err != nil {
 		t.Fatal(err)
@@ -155,7 +149,7 @@ func TestSparse(t *testing.T) {
 		if err != nil || len(body) > 5<<20 {
 			t.Fatalf("%v: a tar of %d bytes, %v", form, len(body), err)
 		}
-		ours, err := pull(ctx, mustBuild(t, ctx, f, body))
+		ours, err := pull(ctx, f.MustBuild(t, ctx, body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,7 +187,7 @@ func TestNotKept(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			built := mustBuild(t, ctx, f, []byte(tt.body+tarEnd))
+			built := f.MustBuild(t, ctx, []byte(tt.body+tarEnd))
 			if !slices.Equal(built.Warnings, tt.warnings) {
 				t.Errorf("warnings %q, want %q", built.Warnings, tt.warnings)
 			}
@@ -201,10 +195,7 @@ func TestNotKept(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			files, err := stack.Files(img)
-			if err != nil {
-				t.Fatal(err)
-			}
+			files := stack.MustFiles(t, img)
 			if !tt.check(files) {
 				t.Errorf("the image holds %v", files)
 			}
@@ -228,12 +219,12 @@ func TestPaddedStreams(t *testing.T) {
 		"gzip, far":            gz + strings.Repeat("\x00", 2<<20),
 		"gzip in the envelope": enveloped(f, gz+strings.Repeat("\x00", 99)),
 	} {
-		status, r := post(t, ctx, f, packed)
-		if status != 200 || r.Status != "success" {
-			t.Errorf("%s: %d, %+v", name, status, r)
+		a := f.MustPost(t, ctx, []byte(packed))
+		if a.StatusCode != 200 || a.Status != "success" {
+			t.Errorf("%s: got %v", name, a)
 			continue
 		}
-		if got := mustPulled(t, ctx, r, "hello.txt"); got != "padded\n" {
+		if got := mustPulled(t, ctx, a.Record, "hello.txt"); got != "padded\n" {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
@@ -247,18 +238,8 @@ func TestSparseCosts(t *testing.T) {
 	unsigned := func(body string) time.Duration {
 		began := time.Now()
 		for range 20 {
-			req, err := f.Request(ctx, []byte(body))
-			if err != nil {
-				t.Fatal(err)
-			}
-			req.Header.Set("X-Build-Signature", "sha256="+strings.Repeat("0", 64))
-			answer, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			answer.Body.Close()
-			if answer.StatusCode != 401 {
-				t.Fatalf("got %s", answer.Status)
+			if a := f.MustPost(t, ctx, []byte(body), client.Signature("sha256="+strings.Repeat("0", 64))); a.StatusCode != 401 {
+				t.Fatalf("got %v", a)
 			}
 		}
 		return time.Since(began)

@@ -36,10 +36,7 @@ type blob struct {
 // blobs are the layers of an image, or of a cache, that are not the base's.
 func blobs(t *testing.T, ctx context.Context, ref string) (list []blob) {
 	t.Helper()
-	img, err := stack.Pull(ctx, ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, ctx, ref)
 	manifest, err := img.Manifest()
 	if err != nil {
 		t.Fatal(err)
@@ -122,7 +119,7 @@ func TestCompression(t *testing.T) {
 				return entry{name: "Dockerfile", text: "FROM busybox AS inner\nCOPY one /one\nRUN cat /one /one >/twice\nFROM busybox AS outer\nCOPY two /two\nRUN --mount=from=inner,target=/inner cat /inner/one >/copy\nFROM " + target + "\nCOPY three /three\n"}
 			}
 			image := s.Registry.Image(fmt.Sprintf("compression%d:v1", i))
-			built := mustBuild(t, ctx, f, body(t, config{"image": image}, nil, append(files, dockerfile("outer"))...))
+			built := f.MustBuild(t, ctx, body(t, config{"image": image}, nil, append(files, dockerfile("outer"))...))
 			check := func(what, ref string, want int) []blob {
 				t.Helper()
 				list := blobs(t, ctx, ref)
@@ -153,7 +150,7 @@ func TestCompression(t *testing.T) {
 			inner := check("the cache", cache+":"+tags[0], 5)
 
 			// The inner stage's layers are in the next image as they are there.
-			mustBuild(t, ctx, f, body(t, config{"image": image}, nil, append(files, dockerfile("inner"))...))
+			f.MustBuild(t, ctx, body(t, config{"image": image}, nil, append(files, dockerfile("inner"))...))
 			for _, l := range check("the later image", image, 3)[:2] {
 				if !slices.ContainsFunc(inner, func(b blob) bool { return b.Digest == l.Digest }) {
 					t.Errorf("%v is not of the cache", l.Digest)
@@ -208,7 +205,7 @@ func TestCompressionOfCached(t *testing.T) {
 		{zstd, []string{"two"}, []string{"gzip:1", "zstd"}},
 		{plain, []string{"two"}, []string{"gzip:1", "zstd"}},
 	} {
-		mustBuild(t, ctx, step.f, request(step.more...))
+		step.f.MustBuild(t, ctx, request(step.more...))
 		var got []string
 		for _, l := range blobs(t, ctx, image) {
 			got = append(got, l.form)

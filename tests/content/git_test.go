@@ -120,42 +120,10 @@ func fromGit(t *testing.T, image, source string, more map[string]any) []byte {
 	return body
 }
 
-// gitAnswer is the record with the key that only these builds have.
-type gitAnswer struct {
-	stack.Record
-	Commit string `json:"commit"`
-	status int
-}
-
-func buildGit(t *testing.T, f *stack.Function, body []byte) (a gitAnswer) {
-	t.Helper()
-	resp, err := f.Post(t.Context(), body, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err == nil {
-		err = json.Unmarshal(text, &a)
-	}
-	if err != nil {
-		t.Fatalf("%v: %s", err, text)
-	}
-	a.status = resp.StatusCode
-	return a
-}
-
 // fileOf is the content of /file in an image.
 func fileOf(t *testing.T, ref string) string {
 	t.Helper()
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, stack.MustPull(t, t.Context(), ref))
 	if files["file"] == nil {
 		t.Fatalf("%s has no /file", ref)
 	}
@@ -179,9 +147,9 @@ func TestGit(t *testing.T) {
 	image := s.Registry.Image("git")
 	check := func(name, source, wantCommit, wantFile string, more map[string]any) {
 		t.Helper()
-		a := buildGit(t, f, fromGit(t, image, source, more))
+		a := f.MustPost(t, t.Context(), fromGit(t, image, source, more))
 		if a.Status != "success" || a.Commit != wantCommit {
-			t.Errorf("%s: HTTP %d, commit %s, want %s: %s\n%s", name, a.status, a.Commit, wantCommit, a.Error, strings.Join(a.Log, "\n"))
+			t.Errorf("%s: HTTP %d, commit %s, want %s: %s\n%s", name, a.StatusCode, a.Commit, wantCommit, a.Error, strings.Join(a.Log, "\n"))
 			return
 		}
 		if got := fileOf(t, image+"@"+a.Digest); got != wantFile {
@@ -216,9 +184,9 @@ func TestGit(t *testing.T) {
 		"no Dockerfile":                  {url + "#main:nothing", 422, "build_failed", ""},
 		"host that is down":              {"http://127.0.0.1:1/app.git", 403, "context_forbidden", "127.0.0.1:1"},
 	} {
-		a := buildGit(t, f, fromGit(t, image, tt.source, nil))
-		if a.status != tt.status || a.Code != tt.code || !strings.Contains(a.Error, tt.text) {
-			t.Errorf("%s: HTTP %d %s: %s, want %d %s", name, a.status, a.Code, a.Error, tt.status, tt.code)
+		a := f.MustPost(t, t.Context(), fromGit(t, image, tt.source, nil))
+		if a.StatusCode != tt.status || a.Code != tt.code || !strings.Contains(a.Error, tt.text) {
+			t.Errorf("%s: HTTP %d %s: %s, want %d %s", name, a.StatusCode, a.Code, a.Error, tt.status, tt.code)
 		}
 	}
 }
@@ -235,8 +203,8 @@ func TestGitHosts(t *testing.T) {
 		strings.Replace(listed.URL, "http://", "https://", 1) + "/evil.git",
 		strings.Replace(listed.URL, "127.0.0.1", "localhost", 1) + "/evil.git",
 	} {
-		if a := buildGit(t, f, fromGit(t, image, source, nil)); a.status != 403 || a.Code != "context_forbidden" {
-			t.Errorf("%s: HTTP %d %s: %s", source, a.status, a.Code, a.Error)
+		if a := f.MustPost(t, t.Context(), fromGit(t, image, source, nil)); a.StatusCode != 403 || a.Code != "context_forbidden" {
+			t.Errorf("%s: HTTP %d %s: %s", source, a.StatusCode, a.Code, a.Error)
 		}
 	}
 	work := listed.repository(t, "with-submodule.git", map[string]string{"Dockerfile": copyFile, "file": "with a submodule"})
@@ -247,22 +215,22 @@ func TestGitHosts(t *testing.T) {
 	git(t, work, "add", ".gitmodules")
 	git(t, work, "commit", "-qm", "submodule")
 	git(t, work, "push", "-q", "origin", "HEAD")
-	a := buildGit(t, f, fromGit(t, image, listed.URL+"/with-submodule.git", nil))
+	a := f.MustPost(t, t.Context(), fromGit(t, image, listed.URL+"/with-submodule.git", nil))
 	if a.Status != "success" || fileOf(t, image) != "with a submodule" {
-		t.Errorf("HTTP %d %s", a.status, a.Error)
+		t.Errorf("HTTP %d %s", a.StatusCode, a.Error)
 	}
 	if n := other.seen(); n != 0 {
 		t.Errorf("the unlisted server got %d requests: %q", n, other.requests)
 	}
 	for _, ref := range []string{"", "#main", "#" + strings.Repeat("1", 40)} {
-		if a := buildGit(t, f, fromGit(t, image, "http://127.0.0.1:1/app.git"+ref, nil)); a.status != 503 || a.Code != "context_failed" {
-			t.Errorf("%q of a host that is down: HTTP %d %s: %s", ref, a.status, a.Code, a.Error)
+		if a := f.MustPost(t, t.Context(), fromGit(t, image, "http://127.0.0.1:1/app.git"+ref, nil)); a.StatusCode != 503 || a.Code != "context_failed" {
+			t.Errorf("%q of a host that is down: HTTP %d %s: %s", ref, a.StatusCode, a.Code, a.Error)
 		}
 	}
 	none := stack.FunctionConfig{}
 	_, f = stack.Test(t, none)
-	if a := buildGit(t, f, fromGit(t, image, listed.URL+"/with-submodule.git", nil)); a.status != 403 {
-		t.Errorf("without context_hosts: HTTP %d %s", a.status, a.Error)
+	if a := f.MustPost(t, t.Context(), fromGit(t, image, listed.URL+"/with-submodule.git", nil)); a.StatusCode != 403 {
+		t.Errorf("without context_hosts: HTTP %d %s", a.StatusCode, a.Error)
 	}
 }
 
@@ -282,9 +250,9 @@ func TestGitCredentials(t *testing.T) {
 	work := g.repository(t, "private.git", map[string]string{"Dockerfile": "FROM busybox\n" + steps.String() + "RUN ls -R /run/secrets 2>&1 || true\nCOPY file /file\n", "file": "private"})
 	s, f := stack.Test(t, with)
 	image := s.Registry.Image("private:v1")
-	a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git", nil))
+	a := f.MustPost(t, t.Context(), fromGit(t, image, g.URL+"/private.git", nil))
 	if a.Status != "success" || a.Commit != git(t, work, "rev-parse", "HEAD") {
-		t.Fatalf("HTTP %d %s\n%s", a.status, a.Error, strings.Join(a.Log, "\n"))
+		t.Fatalf("HTTP %d %s\n%s", a.StatusCode, a.Error, strings.Join(a.Log, "\n"))
 	}
 	log, err := f.Log()
 	if err != nil {
@@ -300,8 +268,8 @@ func TestGitCredentials(t *testing.T) {
 	_, f = stack.Test(t, with)
 	// What another build has fetched is not given to one without credentials.
 	for _, ref := range []string{"", "#" + git(t, work, "rev-parse", "HEAD"), "#" + strings.Repeat("1", 40)} {
-		if a := buildGit(t, f, fromGit(t, image, g.URL+"/private.git"+ref, nil)); a.status != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
-			t.Errorf("%q without credentials: HTTP %d %s: %s", ref, a.status, a.Code, a.Error)
+		if a := f.MustPost(t, t.Context(), fromGit(t, image, g.URL+"/private.git"+ref, nil)); a.StatusCode != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
+			t.Errorf("%q without credentials: HTTP %d %s: %s", ref, a.StatusCode, a.Code, a.Error)
 		}
 	}
 }

@@ -6,10 +6,8 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -19,6 +17,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -98,26 +97,7 @@ func zstded(t testing.TB, s string) string {
 }
 
 func enveloped(f *stack.Function, s string) string {
-	return fmt.Sprintf(`{"signature":%q,"tar":%q}`, stack.Sign(f.Secret, []byte(s)), base64.StdEncoding.EncodeToString([]byte(s)))
-}
-
-// post sends a body as it is and returns the answer's status.
-func post(t testing.TB, ctx context.Context, f *stack.Function, body string) (int, stack.Record) {
-	t.Helper()
-	resp, err := f.Post(ctx, []byte(body), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var r stack.Record
-	if err := json.Unmarshal(text, &r); err != nil {
-		t.Fatalf("the answer is no JSON: %v: %s: %q", err, resp.Status, text)
-	}
-	return resp.StatusCode, r
+	return fmt.Sprintf(`{"signature":%q,"tar":%q}`, client.Sign(f.Secret, []byte(s)), base64.StdEncoding.EncodeToString([]byte(s)))
 }
 
 // started counts the builds that the function has begun.
@@ -304,15 +284,15 @@ func TestHostile(t *testing.T) {
 				forms["gzip"] = gzipped(tt.body)
 			}
 			for form, body := range forms {
-				status, r := post(t, ctx, f, body)
-				if status != 400 && status != 413 || r.Status != "failed" || r.Code == "" {
-					t.Errorf("%s: got %d, %+v", form, status, r)
+				a := f.MustPost(t, ctx, []byte(body))
+				if a.StatusCode != 400 && a.StatusCode != 413 || a.Status != "failed" || a.Code == "" {
+					t.Errorf("%s: got %v", form, a)
 				}
-				if !strings.Contains(r.Error, tt.says) {
-					t.Errorf("%s: the error does not say %s: %s", form, tt.says, r.Error)
+				if !strings.Contains(a.Error, tt.says) {
+					t.Errorf("%s: the error does not say %s: %s", form, tt.says, a.Error)
 				}
-				if len(r.Error) > 2000 {
-					t.Errorf("%s: the error has %d bytes", form, len(r.Error))
+				if len(a.Error) > 2000 {
+					t.Errorf("%s: the error has %d bytes", form, len(a.Error))
 				}
 			}
 		})
@@ -320,8 +300,8 @@ func TestHostile(t *testing.T) {
 	if n := started(t, f); n != 3*len(odd) {
 		t.Errorf("%d builds were started, want %d", n, 3*len(odd))
 	}
-	if status, r := post(t, ctx, f, with()); status != 200 {
-		t.Errorf("the next build got %d, %+v", status, r)
+	if a := f.MustPost(t, ctx, []byte(with())); a.StatusCode != 200 {
+		t.Errorf("the next build got %v", a)
 	}
 	checkTempDir(t, f)
 }
@@ -334,20 +314,20 @@ func TestCutShort(t *testing.T) {
 		extended('L', "context/"+strings.Repeat("e/", 100)+"\x00"), dir("x"), file("beside", "x"))
 	for n := 0; n < len(whole); n += 512 {
 		for _, body := range []string{whole[:n], gzipped(whole[:n]), enveloped(f, whole[:n])} {
-			if status, r := post(t, ctx, f, body); status != 400 {
-				t.Errorf("cut at byte %d of %d: got %d, %+v", n, len(whole), status, r)
+			if a := f.MustPost(t, ctx, []byte(body)); a.StatusCode != 400 {
+				t.Errorf("cut at byte %d of %d: got %v", n, len(whole), a)
 			}
 		}
 	}
 	if n := started(t, f); n > 0 {
 		t.Errorf("%d builds were started", n)
 	}
-	if status, r := post(t, ctx, f, whole); status != 200 {
-		t.Errorf("uncut: got %d, %+v", status, r)
+	if a := f.MustPost(t, ctx, []byte(whole)); a.StatusCode != 200 {
+		t.Errorf("uncut: got %v", a)
 	}
 	// A cut within later padding is none.
-	if status, r := post(t, ctx, f, whole+strings.Repeat("\x00", 700)); status != 200 {
-		t.Errorf("padded: got %d, %+v", status, r)
+	if a := f.MustPost(t, ctx, []byte(whole+strings.Repeat("\x00", 700))); a.StatusCode != 200 {
+		t.Errorf("padded: got %v", a)
 	}
 	checkTempDir(t, f)
 }
@@ -376,15 +356,15 @@ func TestGoCorpus(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if status, r := post(t, ctx, f, string(b)); status != 400 && status != 413 {
-			t.Errorf("%s alone: got %d, %+v", filepath.Base(path), status, r)
+		if a := f.MustPost(t, ctx, b); a.StatusCode != 400 && a.StatusCode != 413 {
+			t.Errorf("%s alone: got %v", filepath.Base(path), a)
 		}
-		switch status, r := post(t, ctx, f, plainHead+string(b)); status {
+		switch a := f.MustPost(t, ctx, []byte(plainHead+string(b))); a.StatusCode {
 		case 200:
 			built++
 		case 400, 413:
 		default:
-			t.Errorf("%s after a context: got %d, %+v", filepath.Base(path), status, r)
+			t.Errorf("%s after a context: got %v", filepath.Base(path), a)
 		}
 	}
 	if built < 5 {
@@ -435,12 +415,12 @@ func TestHostileLimits(t *testing.T) {
 		{"flood of global headers", with(strings.Repeat(extended('g', record("a", "b")), 20), file("context/x", "")), "extended headers"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			status, r := post(t, ctx, f, tt.body)
+			a := f.MustPost(t, ctx, []byte(tt.body))
 			switch {
-			case tt.says == "" && status != 200:
-				t.Errorf("got %d, %+v", status, r)
-			case tt.says != "" && (status != 413 || r.Code != "too_large" || !strings.Contains(r.Error, tt.says)):
-				t.Errorf("got %d, %+v; want 413 and %q", status, r, tt.says)
+			case tt.says == "" && a.StatusCode != 200:
+				t.Errorf("got %v", a)
+			case tt.says != "" && (a.StatusCode != 413 || a.Code != "too_large" || !strings.Contains(a.Error, tt.says)):
+				t.Errorf("got %v; want 413 and %q", a, tt.says)
 			}
 		})
 	}
@@ -520,9 +500,9 @@ func TestBombs(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			began := time.Now()
-			status, r := post(t, ctx, f, body)
-			if status != http.StatusBadRequest && status != http.StatusRequestEntityTooLarge || !strings.Contains(r.Error, tt.says) {
-				t.Errorf("got %d, %+v; want %q", status, r, tt.says)
+			a := f.MustPost(t, ctx, []byte(body))
+			if a.StatusCode != 400 && a.StatusCode != 413 || !strings.Contains(a.Error, tt.says) {
+				t.Errorf("got %v; want %q", a, tt.says)
 			}
 			_, peak, err := f.Memory()
 			if err != nil {
@@ -540,7 +520,7 @@ func TestBombs(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if status, r := post(t, ctx, f, with()); status != 200 {
-		t.Errorf("the next build got %d, %+v", status, r)
+	if a := f.MustPost(t, ctx, []byte(with())); a.StatusCode != 200 {
+		t.Errorf("the next build got %v", a)
 	}
 }

@@ -21,7 +21,7 @@ func TestEntitlements(t *testing.T) {
 		{"device", "RUN --device=name=vendor.com/device=all,required=true echo it ran", "device"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r := mustFail(t, ctx, f, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile", text: "FROM busybox\n" + tt.step + "\n"}), "build_failed")
+			r := f.MustFail(t, ctx, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile", text: "FROM busybox\n" + tt.step + "\n"}), "build_failed")
 			if !strings.Contains(r.Error, tt.says) {
 				t.Errorf("the error does not say %s: %s", tt.says, r.Error)
 			}
@@ -57,7 +57,7 @@ func TestForeignFrontend(t *testing.T) {
 	} {
 		dockerfile = fmt.Sprintf(dockerfile, i)
 		for _, c := range []config{{"skipPush": true}, {"image": s.Registry.Image("frontend:latest"), "noCache": true}} {
-			built := mustBuild(t, ctx, f, body(t, c, nil, entry{name: "Dockerfile", text: dockerfile}))
+			built := f.MustBuild(t, ctx, body(t, c, nil, entry{name: "Dockerfile", text: dockerfile}))
 			if warnings := strings.Join(built.Warnings, "\n"); !strings.Contains(warnings, "syntax="+image) {
 				t.Errorf("%q: no warning says that the line is not followed: %q", dockerfile, warnings)
 			}
@@ -67,7 +67,7 @@ func TestForeignFrontend(t *testing.T) {
 		t.Errorf("the frontend's registry was asked %d times", n)
 	}
 	// That the canary sings: a base image from there is asked for.
-	if _, err := f.Build(ctx, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile", text: "FROM " + image + "\n"}), nil); err != nil {
+	if _, err := f.Post(ctx, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile", text: "FROM " + image + "\n"})); err != nil {
 		t.Fatal(err)
 	}
 	if asked.Load() == 0 {

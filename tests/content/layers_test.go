@@ -234,17 +234,14 @@ func TestLayers(t *testing.T) {
 			if err != nil {
 				t.Fatalf("building with buildctl: %v\n%s", err, out)
 			}
-			want, err := stack.Pull(ctx, ref)
-			if err != nil {
-				t.Fatal(err)
-			}
+			want := stack.MustPull(t, ctx, ref)
 			for _, order := range []string{"in tar's order", "backwards"} {
 				var list []string
 				if order == "backwards" {
 					list = reversed
 				}
 				c := config{"image": s.Registry.Image(fmt.Sprintf("layers%d:function", i)), "noCache": true}
-				built := mustBuild(t, ctx, f, gnuTar(t, parent, c, list))
+				built := f.MustBuild(t, ctx, gnuTar(t, parent, c, list))
 				if log := strings.Join(built.Log, "\n"); strings.Contains(log, "CACHED") {
 					t.Errorf("%s: not built anew:\n%s", order, log)
 				}
@@ -258,14 +255,8 @@ func TestLayers(t *testing.T) {
 	}
 	// The tree was there to be copied: a .dockerignore that leaves out all would
 	// give equal layers too.
-	img, err := stack.Pull(ctx, s.Registry.Image("layers0:function"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, ctx, s.Registry.Image("layers0:function"))
+	files := stack.MustFiles(t, img)
 	for path, want := range map[string]bool{
 		"keep.log": true, "a.log": false, "sub/a.log": true, "ignored/x": false, "ignored/deep/kept": true, "ignored/deep/x": false,
 		"x.tmp": false, "sub/x.tmp": false, "sub/keep.tmp": true, "empty-ignored": false, "names/sub.d": false, "names/sub/inside": true,

@@ -21,6 +21,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/openfaas/go-sdk/seal"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -31,9 +32,7 @@ func TestMain(m *testing.M) { stack.Main(m) }
 func start(t *testing.T, c stack.FunctionConfig) (context.Context, *stack.Stack, *stack.Function) {
 	t.Helper()
 	s, f := stack.Test(t, c)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
-	t.Cleanup(cancel)
-	return ctx, s, f
+	return stack.Within(t, 3*time.Minute), s, f
 }
 
 // config is com.openfaas.docker.config.
@@ -105,40 +104,9 @@ func sealFor(t testing.TB, s *stack.Stack, secrets map[string]string) []byte {
 	return b
 }
 
-// build is for any goroutine.
-func build(ctx context.Context, f *stack.Function, body []byte) (stack.Record, error) {
-	got, err := f.Build(ctx, body, nil)
-	if err == nil && got.Status != "success" {
-		err = fmt.Errorf("the build ended %s, %s: %s\n%s", got.Status, got.Code, got.Error, strings.Join(got.Log, "\n"))
-	}
-	return got, err
-}
-
-func mustBuild(t testing.TB, ctx context.Context, f *stack.Function, body []byte) stack.Record {
-	t.Helper()
-	got, err := build(ctx, f, body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return got
-}
-
-// mustFail expects a failed build and its code.
-func mustFail(t testing.TB, ctx context.Context, f *stack.Function, body []byte, code string) stack.Record {
-	t.Helper()
-	got, err := f.Build(ctx, body, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got.Status != "failed" || got.Code != code {
-		t.Errorf("the build ended %s, %s, want %s: %s\n%s", got.Status, got.Code, code, got.Error, strings.Join(got.Log, "\n"))
-	}
-	return got
-}
-
 // pull returns the image that a build says it pushed, and not what the tag
 // names by now.
-func pull(ctx context.Context, built stack.Record) (v1.Image, error) {
+func pull(ctx context.Context, built client.Record) (v1.Image, error) {
 	repository := built.Image
 	if i := strings.LastIndexByte(repository, ':'); i > strings.LastIndexByte(repository, '/') {
 		repository = repository[:i]
@@ -147,7 +115,7 @@ func pull(ctx context.Context, built stack.Record) (v1.Image, error) {
 }
 
 // pulled returns the text of one file of a build's image.
-func pulled(ctx context.Context, built stack.Record, path string) (string, error) {
+func pulled(ctx context.Context, built client.Record, path string) (string, error) {
 	img, err := pull(ctx, built)
 	if err != nil {
 		return "", err
@@ -163,7 +131,7 @@ func pulled(ctx context.Context, built stack.Record, path string) (string, error
 	return string(f.Content), nil
 }
 
-func mustPulled(t testing.TB, ctx context.Context, built stack.Record, path string) string {
+func mustPulled(t testing.TB, ctx context.Context, built client.Record, path string) string {
 	t.Helper()
 	text, err := pulled(ctx, built, path)
 	if err != nil {

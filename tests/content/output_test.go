@@ -1,20 +1,18 @@
 package content_test
 
 import (
-	"bytes"
-	"context"
+	"cmp"
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/url"
 	"strings"
 	"testing"
 	"unicode"
 	"unicode/utf8"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -109,15 +107,16 @@ func TestNoise(t *testing.T) {
 		entry{name: "noise.sh", text: noise})
 
 	t.Run("forms", func(t *testing.T) {
-		for _, accept := range []string{"application/x-ndjson", "text/event-stream", ""} {
+		for _, accept := range []string{client.NDJSON, client.SSE, ""} {
 			t.Run(accept, func(t *testing.T) {
 				t.Parallel()
-				text := answer(t, ctx, f, request, accept)
-				last, log := checkAnswer(t, text, accept)
-				if last.Status != "success" {
-					t.Fatalf("the build ended %s: %s", last.Status, last.Error)
+				a := f.MustPost(t, ctx, request, client.Accept(accept))
+				checkAnswer(t, a, accept)
+				if a.Status != "success" {
+					t.Fatalf("got %v", a)
 				}
-				checkTraces(t, "the answer", text, token, key)
+				log := a.Log
+				checkTraces(t, "the answer", a.Body, token, key)
 				checkTraces(t, "the log's lines, joined", strings.Join(printed(log), ""), token, key)
 				for _, want := range []string{
 					"plain text and a \ttab", "red  link", "bad ", " bytes, cut € rune", `{"status":"success"}`, "raw: ***", "in pieces: ***, done",
@@ -140,10 +139,7 @@ func TestNoise(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkTraces(t, "the function's log", log, token, key)
-	img, err := stack.Pull(ctx, image)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, ctx, image)
 	checkTraces(t, "the image", string(everything(t, img)), token, key)
 	if t.Failed() {
 		for l := range strings.Lines(noise) {
@@ -170,18 +166,18 @@ func TestSecretInError(t *testing.T) {
 		{"a base image that is not there", "FROM 127.0.0.1:1/" + strings.ToLower(hex.EncodeToString([]byte(token))) + "\n", "registry_failed"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			for _, accept := range []string{"application/x-ndjson", ""} {
+			for _, accept := range []string{client.NDJSON, ""} {
 				request := body(t, config{"image": s.Registry.Image("noise:failed"), "buildArgs": map[string]string{"TOKEN": token}}, sealed, entry{name: "Dockerfile", text: tt.dockerfile})
-				text := answer(t, ctx, f, request, accept)
-				last, log := checkAnswer(t, text, accept)
-				if last.Status != "failed" || last.Code != tt.code || last.Error == "" {
-					t.Errorf("the build ended %s, %s: %s", last.Status, last.Code, last.Error)
+				a := f.MustPost(t, ctx, request, client.Accept(accept))
+				checkAnswer(t, a, accept)
+				if a.Status != "failed" || a.Code != tt.code || a.Error == "" {
+					t.Errorf("got %v", a)
 				}
-				checkTraces(t, "the answer", text, token)
-				checkTraces(t, "the error", last.Error, token)
-				checkTraces(t, "the log's lines, joined", strings.Join(printed(log), ""), token)
-				if !strings.Contains(text, "***") {
-					t.Errorf("nothing is masked in %s", text)
+				checkTraces(t, "the answer", a.Body, token)
+				checkTraces(t, "the error", a.Error, token)
+				checkTraces(t, "the log's lines, joined", strings.Join(printed(a.Log), ""), token)
+				if !strings.Contains(a.Body, "***") {
+					t.Errorf("nothing is masked in %s", a.Body)
 				}
 			}
 		})
@@ -193,71 +189,25 @@ func TestSecretInError(t *testing.T) {
 	checkTraces(t, "the function's log", log, token)
 }
 
-// answer reads the answer to a signed body to its end.
-func answer(t *testing.T, ctx context.Context, f *stack.Function, request []byte, accept string) string {
+// checkAnswer holds the texts of an answer to what a terminal can bear.
+func checkAnswer(t *testing.T, a client.Answer, accept string) {
 	t.Helper()
-	resp, err := f.Post(ctx, request, accept)
-	if err != nil {
-		t.Fatal(err)
+	if form := a.Header.Get("Content-Type"); form != cmp.Or(accept, client.JSON) {
+		t.Errorf("the answer is %s, want %s", form, cmp.Or(accept, client.JSON))
 	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
+	if !utf8.ValidString(a.Body) {
+		t.Errorf("the answer is not UTF-8: %.200q", a.Body)
 	}
-	return string(b)
-}
-
-// checkAnswer holds an answer to its form and its texts to what a terminal can
-// bear. It returns the last record and the whole log.
-func checkAnswer(t *testing.T, text, accept string) (last stack.Record, log []string) {
-	t.Helper()
-	var records []string
-	switch accept {
-	case "application/x-ndjson":
-		records = strings.Split(strings.TrimSuffix(text, "\n"), "\n")
-	case "text/event-stream":
-		for event := range strings.SplitSeq(strings.TrimSuffix(text, "\n\n"), "\n\n") {
-			if strings.HasPrefix(event, ":") {
-				continue
-			}
-			event, ok := strings.CutPrefix(event, "data: ")
-			if !ok || strings.Contains(event, "\n") {
-				t.Errorf("not one line of data: %.200q", event)
-			}
-			records = append(records, event)
-		}
-	default:
-		records = []string{text}
-	}
-	for i, r := range records {
-		if len(r) >= 60<<10 && accept != "" {
-			t.Errorf("a line has %d bytes: %.100q…", len(r), r)
-		}
-		if !utf8.ValidString(r) {
-			t.Errorf("a line is not UTF-8: %.200q", r)
-		}
-		var rec stack.Record
-		d := json.NewDecoder(bytes.NewReader([]byte(r)))
-		d.DisallowUnknownFields()
-		if err := d.Decode(&rec); err != nil {
-			t.Fatalf("line %d is no record: %v: %.200q", i, err, r)
-		}
-		if final := rec.Status == "success" || rec.Status == "failed"; final != (i == len(records)-1) || !final && rec.Status != "in_progress" {
-			t.Errorf("record %d of %d has status %q", i+1, len(records), rec.Status)
-		}
-		for _, l := range rec.Log {
+	for _, r := range append(a.Records, a.Record) {
+		for _, l := range r.Log {
 			if err := safe(l, "\t"); err != nil {
 				t.Errorf("a log line holds %v: %.200q", err, l)
 			}
 		}
-		if err := safe(rec.Error, "\t\n"); err != nil {
-			t.Errorf("the error holds %v: %.200q", err, rec.Error)
+		if err := safe(r.Error, "\t\n"); err != nil {
+			t.Errorf("the error holds %v: %.200q", err, r.Error)
 		}
-		log = append(log, rec.Log...)
-		last = rec
 	}
-	return last, log
 }
 
 // safe allows no control characters but some, and none that change the

@@ -43,7 +43,7 @@ RUN --mount=type=secret,id=token --mount=type=cache,target=/cache cat /run/secre
 			if tt.secrets != nil {
 				sealed = sealFor(t, s, tt.secrets)
 			}
-			built := mustBuild(t, ctx, f, body(t, config{"image": image}, sealed, context...))
+			built := f.MustBuild(t, ctx, body(t, config{"image": image}, sealed, context...))
 			for _, path := range []string{"got", "again"} {
 				if got := mustPulled(t, ctx, built, path); got != tt.want {
 					t.Errorf("/%s holds %q, want %q", path, got, tt.want)
@@ -67,13 +67,13 @@ func TestReservedArgs(t *testing.T) {
 		"BUILDKIT_SANDBOX_HOSTNAME", "BUILDKIT_CACHE_MOUNT_NS", "BUILDKIT_SYNTAX", "BUILDKIT_INLINE_CACHE",
 		"BUILDKIT_CONTEXT_KEEP_GIT_DIR", "BUILDKIT_MULTI_PLATFORM", "BUILDKIT_", "BUILDKIT_DOCKERFILE_CHECK",
 	} {
-		r := mustFail(t, ctx, f, body(t, config{"image": s.Registry.Image("args:latest"), "buildArgs": map[string]string{name: "x"}}, nil, context...), "bad_config")
+		r := f.MustFail(t, ctx, body(t, config{"image": s.Registry.Image("args:latest"), "buildArgs": map[string]string{name: "x"}}, nil, context...), "bad_config")
 		if !strings.Contains(r.Error, name) {
 			t.Errorf("the error does not say %s: %s", name, r.Error)
 		}
-		status, _ := post(t, ctx, f, string(body(t, config{"skipPush": true, "buildArgs": map[string]string{name: ""}}, nil, context...)))
-		if status != 400 {
-			t.Errorf("%s: status %d, want 400", name, status)
+		empty := body(t, config{"skipPush": true, "buildArgs": map[string]string{name: ""}}, nil, context...)
+		if a := f.MustPost(t, ctx, empty); a.StatusCode != 400 {
+			t.Errorf("%s: want HTTP 400, got %v", name, a)
 		}
 	}
 	if n := started(t, f); n > 0 {
@@ -95,7 +95,7 @@ ARG BUILDKIT_CACHE_MOUNT_NS=chosen
 	hostname := func(sealed []byte, dockerfile string) string {
 		t.Helper()
 		// A comment alone would not make the step run again.
-		built := mustBuild(t, ctx, f, body(t, config{"skipPush": true}, sealed, entry{name: "Dockerfile", text: dockerfile + "RUN hostname # " + rand.Text() + "\n"}))
+		built := f.MustBuild(t, ctx, body(t, config{"skipPush": true}, sealed, entry{name: "Dockerfile", text: dockerfile + "RUN hostname # " + rand.Text() + "\n"}))
 		return strings.Join(printed(built.Log), "\n")
 	}
 	plain := hostname(nil, "FROM busybox\n")
@@ -116,7 +116,7 @@ ARG BUILDKIT_CACHE_MOUNT_NS=chosen
 	// Dockerfile says of the namespace.
 	mark := rand.Text()
 	for i, from := range []string{"FROM busybox\n", dockerfile} {
-		built := mustBuild(t, ctx, f, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile",
+		built := f.MustBuild(t, ctx, body(t, config{"skipPush": true}, nil, entry{name: "Dockerfile",
 			text: from + fmt.Sprintf("RUN --mount=type=cache,id=%s,target=/cache cat /cache/*; echo build %d > /cache/%d\n", mark, i, i)}))
 		if got := slices.Contains(printed(built.Log), "build 0"); got != (i == 1) {
 			t.Errorf("build %d printed %q", i, printed(built.Log))
@@ -152,7 +152,7 @@ func TestCredentials(t *testing.T) {
 	}
 	ctx, s, f := start(t, stack.FunctionConfig{Secrets: map[string][]byte{"registry-config": docker}})
 
-	built := mustBuild(t, ctx, f, body(t, config{"image": registry.Image("canary:latest")}, nil, entry{name: "Dockerfile", text: `FROM busybox
+	built := f.MustBuild(t, ctx, body(t, config{"image": registry.Image("canary:latest")}, nil, entry{name: "Dockerfile", text: `FROM busybox
 RUN env > /seen; cat /proc/*/environ /proc/*/cmdline /proc/mounts >> /seen; \
     ls -la / /root /run /run/secrets /var/run /root/.docker /etc/buildkit >> /seen 2>&1; \
     find / -xdev -type f -size -1000 -not -path '/seen' -exec cat {} + >> /seen 2>/dev/null; true

@@ -12,10 +12,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/moby/buildkit/client"
+	buildkit "github.com/moby/buildkit/client"
 	"github.com/tonistiigi/fsutil"
 	"golang.org/x/sync/errgroup"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -57,14 +58,14 @@ func TestTwins(t *testing.T) {
 			var n int
 			for range 4 {
 				n = nextTwin()
-				built := mustBuild(t, ctx, f, body(t, config{"image": tt.image(n)}, nil, twin(n, "FROM scratch\nCOPY app /\n")...))
+				built := f.MustBuild(t, ctx, body(t, config{"image": tt.image(n)}, nil, twin(n, "FROM scratch\nCOPY app /\n")...))
 				if got := mustPulled(t, ctx, built, "data"); got != twinText(n) {
 					t.Fatalf("the image holds %q, want %q", got, twinText(n))
 				}
 			}
 			// Back to what the daemon has seen.
 			n--
-			built := mustBuild(t, ctx, f, body(t, config{"image": tt.image(n)}, nil, twin(n, "FROM scratch\nCOPY app /\n")...))
+			built := f.MustBuild(t, ctx, body(t, config{"image": tt.image(n)}, nil, twin(n, "FROM scratch\nCOPY app /\n")...))
 			if got := mustPulled(t, ctx, built, "data"); got != twinText(n) {
 				t.Fatalf("the image holds %q, want %q", got, twinText(n))
 			}
@@ -74,7 +75,7 @@ func TestTwins(t *testing.T) {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			for range 3 {
 				n := nextTwin()
-				built := mustBuild(t, ctx, f, body(t, c, nil, twin(n, "FROM busybox\nCOPY app /app\nRUN cat /app/data\n")...))
+				built := f.MustBuild(t, ctx, body(t, c, nil, twin(n, "FROM busybox\nCOPY app /app\nRUN cat /app/data\n")...))
 				if got := strings.Join(printed(built.Log), "\n"); got != twinText(n) {
 					t.Fatalf("the step printed %q, want %q", got, twinText(n))
 				}
@@ -108,7 +109,7 @@ func TestTwinsAtOnce(t *testing.T) {
 				dockerfile = "FROM busybox\nCOPY app /app\nRUN cat /app/data\n"
 			}
 			one := func(n int, req []byte) error {
-				built, err := build(ctx, f, req)
+				built, err := f.Build(ctx, req)
 				if err != nil {
 					return err
 				}
@@ -177,17 +178,17 @@ func TestTrap(t *testing.T) {
 			t.Fatal(err)
 		}
 		ref := s.Registry.Image("trap:latest")
-		built, err := c.Solve(ctx, nil, client.SolveOpt{
+		built, err := c.Solve(ctx, nil, buildkit.SolveOpt{
 			Frontend:      "dockerfile.v0",
 			FrontendAttrs: map[string]string{"filename": "Dockerfile"},
 			LocalMounts:   map[string]fsutil.FS{"context": files, "dockerfile": files},
 			SharedKey:     "trap",
-			Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: map[string]string{"name": ref, "push": "true"}}},
+			Exports:       []buildkit.ExportEntry{{Type: buildkit.ExporterImage, Attrs: map[string]string{"name": ref, "push": "true"}}},
 		}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := mustPulled(t, ctx, stack.Record{Image: ref, Digest: built.ExporterResponse["containerimage.digest"]}, "data"); got != twinText(first) {
+		if got := mustPulled(t, ctx, client.Record{Image: ref, Digest: built.ExporterResponse["containerimage.digest"]}, "data"); got != twinText(first) {
 			t.Errorf("the image of twin %d holds %q, want %q: BuildKit looks at more than it did, and the twins prove nothing", n, got, twinText(first))
 		}
 	}
@@ -273,7 +274,7 @@ RUN for t in *.o; do make -q $t && echo $t fresh || echo $t stale; done
 			want = append(want, fmt.Sprintf("%s-%d.o %s", p.name, i, verdict))
 		}
 	}
-	built := mustBuild(t, ctx, f, body(t, config{"image": s.Registry.Image("make:latest")}, nil, context...))
+	built := f.MustBuild(t, ctx, body(t, config{"image": s.Registry.Image("make:latest")}, nil, context...))
 	got := map[string]bool{}
 	for _, l := range printed(built.Log) {
 		got[l] = true
@@ -310,15 +311,12 @@ func TestSeconds(t *testing.T) {
 			entry{name: "times/" + name + "-dir/", time: at},
 			entry{name: "times/" + name + "-link", link: name, time: at})
 	}
-	built := mustBuild(t, ctx, f, body(t, config{"image": s.Registry.Image("seconds:latest")}, nil, context...))
+	built := f.MustBuild(t, ctx, body(t, config{"image": s.Registry.Image("seconds:latest")}, nil, context...))
 	img, err := pull(ctx, built)
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, img)
 	for name, at := range times {
 		for _, path := range []string{name, name + "-dir", name + "-link"} {
 			if h := files[path]; h == nil || h.ModTime.Unix() != at.Unix() {
@@ -358,7 +356,7 @@ func TestOneFileChanged(t *testing.T) {
 			// A repository of its own, and so nothing on the daemon to begin with.
 			c := config{"image": s.Registry.Image(fmt.Sprintf("onefile%d:latest", i))}
 			first := body(t, c, nil, context...)
-			mustBuild(t, ctx, f, first)
+			f.MustBuild(t, ctx, first)
 			if sent := ended(t, f, first).Sent; sent < files*size {
 				t.Errorf("the first build sent %d bytes, want at least %d", sent, files*size)
 			}
@@ -369,7 +367,7 @@ func TestOneFileChanged(t *testing.T) {
 				e.time = tt.changed
 			}
 			second := body(t, c, nil, context...)
-			built := mustBuild(t, ctx, f, second)
+			built := f.MustBuild(t, ctx, second)
 			sent := ended(t, f, second).Sent
 			t.Logf("%d bytes were sent", sent)
 			if sent < size || sent > tt.most*size+1000 {
@@ -382,7 +380,7 @@ func TestOneFileChanged(t *testing.T) {
 			// Once more, packed anew: nothing but the Dockerfile is sent.
 			c["labels"] = map[string]string{"again": "yes"}
 			third := body(t, c, nil, context...)
-			mustBuild(t, ctx, f, third)
+			f.MustBuild(t, ctx, third)
 			if sent := ended(t, f, third).Sent; sent > 1000 {
 				t.Errorf("%d bytes were sent though nothing has changed", sent)
 			}

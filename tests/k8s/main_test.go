@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -97,17 +98,9 @@ func copyProgram(root, to, from string) error {
 }
 
 // send builds a context and fails the test unless it succeeds.
-func send(t *testing.T, f *stack.Function, dir string, config map[string]any) stack.Record {
+func send(t *testing.T, f *stack.Function, dir string, config map[string]any) client.Record {
 	t.Helper()
-	body, err := stack.Tar(dir, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := f.Build(t.Context(), body, nil)
-	if err != nil || got.Status != "success" {
-		t.Fatalf("building %s: %v, %s, %s: %s\n%s", config["image"], err, got.Status, got.Code, got.Error, strings.Join(got.Log, "\n"))
-	}
-	return got
+	return f.MustBuild(t, t.Context(), stack.MustTar(t, dir, config))
 }
 
 // manifests are the Deployment and the Service that faas-netes makes of the
@@ -249,29 +242,25 @@ resources:
 }
 
 // function is the deployed builder.
-func (c *cluster) function(t *testing.T) *stack.Function {
+func (c *cluster) function(t *testing.T) *client.Client {
 	t.Helper()
 	ip := c.kubectl(t, "-n", "openfaas-fn", "get", "service", "builder", "-o", "jsonpath={.spec.clusterIP}")
-	return &stack.Function{URL: "http://" + ip + ":8080", Secret: c.s.PayloadSecret, Client: c.Client()}
+	return &client.Client{URL: "http://" + ip + ":8080", Secret: c.s.PayloadSecret, HTTP: c.Client()}
 }
 
 // build sends one Dockerfile through the deployed function.
-func (c *cluster) build(ctx context.Context, f *stack.Function, image string, dockerfile ...string) (stack.Record, error) {
+func (c *cluster) build(ctx context.Context, f *client.Client, image string, dockerfile ...string) (client.Record, error) {
 	dir, err := os.MkdirTemp(c.dir, "context-")
 	if err != nil {
-		return stack.Record{}, err
+		return client.Record{}, err
 	}
 	defer os.RemoveAll(dir)
 	if err := stack.WriteContext(dir, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"}); err != nil {
-		return stack.Record{}, err
+		return client.Record{}, err
 	}
 	body, err := stack.Tar(dir, &builder.BuildConfig{Image: c.Registry + "/" + image})
 	if err != nil {
-		return stack.Record{}, err
+		return client.Record{}, err
 	}
-	got, err := f.Build(ctx, body, nil)
-	if err == nil && got.Status != "success" {
-		err = fmt.Errorf("%s, %s: %s\n%s", got.Status, got.Code, got.Error, strings.Join(got.Log, "\n"))
-	}
-	return got, err
+	return f.Build(ctx, body)
 }

@@ -31,6 +31,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -95,30 +96,18 @@ func scraped(t *testing.T) (series exported, faults []string) {
 		return body
 	}
 	for i, c := range []struct{ step, code string }{{"true", ""}, {"true", ""}, {"false", "build_failed"}} {
-		req, err := f.Request(ctx, body(c.step))
-		if err != nil {
-			t.Fatal(err)
-		}
-		// From a queue: buildkitd does not count what is kept out of its history.
-		req.Header.Set("X-Call-Id", fmt.Sprintf("monitoring-%d", i))
-		req.Header.Set("X-Callback-Url", "http://127.0.0.1/")
-		var got stack.Record
-		if err := answer(req, &got); err != nil || got.Code != c.code {
-			t.Fatalf("%s: %+v, %v", c.step, got, err)
+		// As a queue sends it: buildkitd does not count a build that it keeps out of its
+		// history.
+		if got := f.MustPost(t, ctx, body(c.step), client.Queued(fmt.Sprintf("monitoring-%d", i))); got.Code != c.code {
+			t.Fatalf("%s: %v", c.step, got)
 		}
 	}
 	left, leave := context.WithCancel(ctx)
 	defer leave()
-	if _, err := f.Build(left, body("sleep 60"), func(stack.Record) { leave() }); !errors.Is(err, context.Canceled) {
+	if _, err := f.Stream(left, body("sleep 60"), func(client.Record) { leave() }, client.Accept(client.NDJSON)); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
-	unsigned, err := http.NewRequestWithContext(ctx, http.MethodPost, f.URL, strings.NewReader("unsigned"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := answer(unsigned, new(stack.Record)); err != nil {
-		t.Fatal(err)
-	}
+	f.MustPost(t, ctx, []byte("unsigned"), client.Signature(""))
 
 	// Both count a little after they have answered.
 	for {
@@ -138,15 +127,6 @@ func scraped(t *testing.T) (series exported, faults []string) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-}
-
-func answer(req *http.Request, to *stack.Record) error {
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	return json.NewDecoder(resp.Body).Decode(to)
 }
 
 // scrape reads the series of the function's and of BuildKit's own.

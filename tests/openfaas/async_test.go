@@ -7,11 +7,11 @@ import (
 	"os"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -22,50 +22,43 @@ func TestCallback(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		dockerfile []string
-		change     func(*http.Request)
+		change     client.Change
 		status     int
 		code       string
 	}{
 		{name: "success", dockerfile: []string{"FROM busybox", "RUN echo built"}, status: 200},
 		{name: "failure", dockerfile: []string{"FROM busybox", "RUN exit 7"}, status: 422, code: "build_failed"},
 		{name: "bad signature", dockerfile: []string{"FROM busybox"}, status: 401, code: "unauthorized",
-			change: func(req *http.Request) { req.Header.Set("X-Build-Signature", "sha256="+strings.Repeat("0", 64)) }},
+			change: client.Signature("sha256=" + strings.Repeat("0", 64))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m := mark()
 			body := request(t, s, strings.ToLower(m), append(tt.dockerfile, "RUN : "+m)...)
-			req := post(t, f, o, "/async-function/builder", body, "X-Callback-Url", r.URL)
-			if tt.change != nil {
-				tt.change(req)
-			}
-			queued := do(t, req)
-			id := queued.header.Get("X-Call-Id")
-			if queued.status != http.StatusAccepted || queued.body != "" || id == "" {
-				t.Fatalf("queueing: HTTP %d, %q, id %q", queued.status, queued.body, id)
+			queued := post(t, o, "/async-function/builder", body, callbackTo(r), tt.change)
+			id := queued.Header.Get("X-Call-Id")
+			if queued.StatusCode != http.StatusAccepted || queued.Body != "" || id == "" {
+				t.Fatalf("queueing: %v, id %q", queued, id)
 			}
 			c := r.next(t)
-			if got := c.header.Get("X-Call-Id"); got != id {
+			if got := c.Header.Get("X-Call-Id"); got != id {
 				t.Errorf("X-Call-Id %q, want %q", got, id)
 			}
-			if got := c.header.Get("X-Function-Status"); got != strconv.Itoa(tt.status) {
-				t.Errorf("X-Function-Status %q, want %d", got, tt.status)
-			}
-			if c.header.Get("Content-Type") != "application/json" || c.rec.Code != tt.code || (c.rec.Status == "success") != (tt.code == "") {
-				t.Errorf("%s %s", c.header.Get("Content-Type"), c.body)
+			if c.StatusCode != tt.status || !c.IsJSON() || c.Code != tt.code || (c.Status == "success") != (tt.code == "") {
+				t.Errorf("want HTTP %d %s, got %v of %s", tt.status, tt.code, c, c.Header.Get("Content-Type"))
 			}
 			if tt.status == 401 {
 				return
 			}
-			if c.header.Get("X-Build-Signature") != stack.Sign(f.Secret, c.body) {
+			if c.Header.Get("X-Build-Signature") != client.Sign(f.Secret, []byte(c.Body)) {
 				t.Error("the callback's signature is wrong")
 			}
 			// What a caller who waits gets has the same keys and the same verdict.
-			sync := do(t, post(t, f, o, "/function/builder", body))
-			if sync.status != tt.status || sync.rec.Error != c.rec.Error || sync.rec.Digest != c.rec.Digest || !slices.Equal(keysOf(sync.body), keysOf(string(c.body))) {
-				t.Errorf("a sync caller got HTTP %d %s\nthe callback %s", sync.status, sync.body, c.body)
+			sync := post(t, o, "/function/builder", body)
+			if sync.StatusCode != tt.status || sync.Error != c.Error || sync.Digest != c.Digest || !slices.Equal(keysOf(sync.Body), keysOf(c.Body)) {
+				t.Errorf("a sync caller got %v\nthe callback %v", sync, c)
 			}
-			if v := verdict(t, f, o, id); v.status != http.StatusOK || v.rec.Digest != c.rec.Digest || v.rec.Code != c.rec.Code || v.rec.Error != c.rec.Error {
-				t.Errorf("GET /builds: HTTP %d %s", v.status, v.body)
+			if v := verdict(t, o, id); v.StatusCode != http.StatusOK || v.Digest != c.Digest || v.Code != c.Code || v.Error != c.Error {
+				t.Errorf("GET /builds: %v", v)
 			}
 		})
 	}
@@ -74,34 +67,34 @@ func TestCallback(t *testing.T) {
 // TestClassedForTheQueue: what the worker tells of a failure, from which a queue
 // that retries decides.
 func TestClassedForTheQueue(t *testing.T) {
-	s, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{
+	s, _, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{
 		"buildkit_addr": "tcp://127.0.0.1:1", "allowed_images": stack.Shared(t).Registry.Image("allowed"), "max_config_bytes": "100",
 	}})
 	r := newReceiver(t)
 	for _, tt := range []struct {
 		name   string
 		body   []byte
-		status string
+		status int
 		code   string
 	}{
-		{"no tar", []byte("x"), "400", "bad_tar"},
-		{"forbidden", request(t, s, "other", "FROM busybox"), "403", "image_forbidden"},
-		{"over a limit", request(t, s, "allowed/"+strings.Repeat("x", 100), "FROM busybox"), "413", "too_large"},
-		{"no daemon", request(t, s, "allowed/app", "FROM busybox"), "503", "no_daemon"},
+		{"no tar", []byte("x"), 400, "bad_tar"},
+		{"forbidden", request(t, s, "other", "FROM busybox"), 403, "image_forbidden"},
+		{"over a limit", request(t, s, "allowed/"+strings.Repeat("x", 100), "FROM busybox"), 413, "too_large"},
+		{"no daemon", request(t, s, "allowed/app", "FROM busybox"), 503, "no_daemon"},
 	} {
-		id := enqueue(t, f, o, tt.body, "X-Callback-Url", r.URL)
+		id := enqueue(t, o, tt.body, callbackTo(r))
 		c := r.next(t)
-		if c.header.Get("X-Function-Status") != tt.status || c.rec.Code != tt.code || c.rec.Status != "failed" || c.rec.Error == "" {
-			t.Errorf("%s: %s %s, want %s %s", tt.name, c.header.Get("X-Function-Status"), c.body, tt.status, tt.code)
+		if c.StatusCode != tt.status || c.Code != tt.code || c.Status != "failed" || c.Error == "" {
+			t.Errorf("%s: got %v, want HTTP %d %s", tt.name, c, tt.status, tt.code)
 		}
-		if got := c.header.Get("Retry-After") != ""; got != (tt.status == "503") {
+		if got := c.Header.Get("Retry-After") != ""; got != (tt.status == 503) {
 			t.Errorf("%s: Retry-After is there: %v", tt.name, got)
 		}
-		if c.header.Get("X-OpenFaaS-Internal") != "" {
+		if c.Header.Get("X-OpenFaaS-Internal") != "" {
 			t.Errorf("%s: X-OpenFaaS-Internal has it tried again", tt.name)
 		}
-		if v := verdict(t, f, o, id); v.status != http.StatusOK || v.rec.Code != tt.code {
-			t.Errorf("%s: GET /builds: HTTP %d %s", tt.name, v.status, v.body)
+		if v := verdict(t, o, id); v.StatusCode != http.StatusOK || v.Code != tt.code {
+			t.Errorf("%s: GET /builds: %v", tt.name, v)
 		}
 	}
 }
@@ -113,33 +106,39 @@ func keysOf(body string) []string {
 
 // TestTooLargeForTheQueue: the gateway says so itself. API.md says what to do then.
 func TestTooLargeForTheQueue(t *testing.T) {
-	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true})
-	a := do(t, post(t, f, o, "/async-function/builder", bytes.Repeat([]byte("x"), 256_001)))
-	if a.status != http.StatusInternalServerError || !strings.Contains(a.body, "256000") {
-		t.Errorf("HTTP %d: %s", a.status, a.body)
+	_, _, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true})
+	a := post(t, o, "/async-function/builder", bytes.Repeat([]byte("x"), 256_001))
+	if a.StatusCode != http.StatusInternalServerError || !strings.Contains(a.Body, "256000") {
+		t.Errorf("got %v", a)
 	}
 }
 
 // TestQueuedCallWaits: a build from the queue is not answered 429, which the
 // worker would take for its end.
 func TestQueuedCallWaits(t *testing.T) {
-	s, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"max_builds": "1"}})
+	s, _, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"max_builds": "1"}})
 	r := newReceiver(t)
 	m := mark()
-	long := make(chan answer, 1)
-	req := post(t, f, o, "/function/builder", request(t, s, "waits", "FROM busybox", "RUN sleep 5; : "+m))
-	go func() { long <- do(t, req) }()
-	waitStep(t, s, m, true, time.Minute)
-	enqueue(t, f, o, request(t, s, "waits", "FROM busybox", "RUN : "+mark()), "X-Callback-Url", r.URL)
+	long := make(chan client.Answer, 1)
+	body := request(t, s, "waits", "FROM busybox", "RUN sleep 5; : "+m)
+	go func() {
+		a, err := o.Post(t.Context(), body, at("/function/builder"))
+		if err != nil {
+			t.Error(err)
+		}
+		long <- a
+	}()
+	s.Buildkitd.WaitStep(t, m)
+	enqueue(t, o, request(t, s, "waits", "FROM busybox", "RUN : "+mark()), callbackTo(r))
 	time.Sleep(time.Second)
-	if a := do(t, post(t, f, o, "/function/builder", request(t, s, "waits", "FROM busybox"))); a.status != http.StatusTooManyRequests || a.header.Get("Retry-After") == "" {
-		t.Errorf("a third: HTTP %d %s", a.status, a.body)
+	if a := post(t, o, "/function/builder", request(t, s, "waits", "FROM busybox")); a.StatusCode != http.StatusTooManyRequests || a.Header.Get("Retry-After") == "" {
+		t.Errorf("a third: %v", a)
 	}
-	if c := r.next(t); c.header.Get("X-Function-Status") != "200" || c.rec.Status != "success" {
-		t.Errorf("the queued one: %s %s", c.header.Get("X-Function-Status"), c.body)
+	if c := r.next(t); c.StatusCode != http.StatusOK || c.Status != "success" {
+		t.Errorf("the queued one: %v", c)
 	}
-	if a := <-long; a.rec.Status != "success" {
-		t.Errorf("the first: HTTP %d %s", a.status, a.body)
+	if a := <-long; a.Status != "success" {
+		t.Errorf("the first: %v", a)
 	}
 }
 
@@ -166,29 +165,29 @@ func TestDeliveredTwice(t *testing.T) {
 	r := newReceiver(t)
 	m := mark()
 	repository := strings.ToLower(m)
-	id := enqueue(t, f, o, request(t, s, repository, "FROM busybox", "RUN sleep 5; : "+m), "X-Callback-Url", r.URL)
-	waitStep(t, s, m, true, time.Minute)
-	if v := verdict(t, f, o, id); v.status != http.StatusAccepted || v.rec.Status != "in_progress" {
-		t.Errorf("meanwhile: HTTP %d %s", v.status, v.body)
+	id := enqueue(t, o, request(t, s, repository, "FROM busybox", "RUN sleep 5; : "+m), callbackTo(r))
+	s.Buildkitd.WaitStep(t, m)
+	if v := verdict(t, o, id); v.StatusCode != http.StatusAccepted || v.Status != "in_progress" {
+		t.Errorf("meanwhile: %v", v)
 	}
 	first, second := r.next(t), r.next(t)
-	for _, c := range []callback{first, second} {
-		if c.header.Get("X-Call-Id") != id || c.header.Get("X-Function-Status") != "200" || c.rec.Digest == "" || c.rec.Digest != first.rec.Digest {
-			t.Errorf("a callback: %v %s", c.header, c.body)
+	for _, c := range []client.Answer{first, second} {
+		if c.Header.Get("X-Call-Id") != id || c.StatusCode != http.StatusOK || c.Digest == "" || c.Digest != first.Digest {
+			t.Errorf("a callback: %v, headers %v", c, c.Header)
 		}
-		if c.header.Get("X-Build-Signature") != stack.Sign(f.Secret, c.body) {
+		if c.Header.Get("X-Build-Signature") != client.Sign(f.Secret, []byte(c.Body)) {
 			t.Error("the callback's signature is wrong")
 		}
 	}
-	if log := first.rec.Log; !slices.Equal(log, second.rec.Log) {
-		t.Errorf("logs differ: %q and %q", log, second.rec.Log)
+	if log := first.Log; !slices.Equal(log, second.Log) {
+		t.Errorf("logs differ: %q and %q", log, second.Log)
 	}
-	if n := pushes(t, s, repository); n != 1 {
+	if n := s.Registry.Pushes(t, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
 	}
 	t.Logf("the call's id is %d times in the workers' logs", deliveries(t, o, id))
-	if v := verdict(t, f, o, id); v.status != http.StatusOK || v.rec.Digest != first.rec.Digest {
-		t.Errorf("after: HTTP %d %s", v.status, v.body)
+	if v := verdict(t, o, id); v.StatusCode != http.StatusOK || v.Digest != first.Digest {
+		t.Errorf("after: %v", v)
 	}
 }
 
@@ -197,24 +196,24 @@ func TestDeliveredTwice(t *testing.T) {
 func TestFiftyDeliveredTwice(t *testing.T) {
 	const messages = 50
 	// Each build sleeps for longer than ack_wait, and both workers' calls wait.
-	s, f, o := around(t, stack.OpenFaaSConfig{AckWait: time.Second, Workers: 10}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"max_builds": "10"}})
+	s, _, o := around(t, stack.OpenFaaSConfig{AckWait: time.Second, Workers: 10}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"max_builds": "10"}})
 	r := newReceiver(t)
 	repositories, ids := map[string]string{}, []string{}
 	for range messages {
 		m := mark()
-		id := enqueue(t, f, o, request(t, s, strings.ToLower(m), "FROM busybox", "RUN sleep 1.5; : "+m), "X-Callback-Url", r.URL)
+		id := enqueue(t, o, request(t, s, strings.ToLower(m), "FROM busybox", "RUN sleep 1.5; : "+m), callbackTo(r))
 		repositories[id] = strings.ToLower(m)
 		ids = append(ids, id)
 	}
-	count := func() map[string][]callback {
-		byID := map[string][]callback{}
+	count := func() map[string][]client.Answer {
+		byID := map[string][]client.Answer{}
 		for _, c := range r.all() {
-			id := c.header.Get("X-Call-Id")
+			id := c.Header.Get("X-Call-Id")
 			byID[id] = append(byID[id], c)
 		}
 		return byID
 	}
-	eventually(t, 3*time.Minute, func() error {
+	stack.Eventually(t, 3*time.Minute, func() error {
 		for _, id := range ids {
 			if n := len(count()[id]); n < 2 {
 				return fmt.Errorf("%d callbacks of %s, %d in all", n, id, len(r.all()))
@@ -225,11 +224,11 @@ func TestFiftyDeliveredTwice(t *testing.T) {
 	total := 0
 	for id, callbacks := range count() {
 		for _, c := range callbacks {
-			if c.header.Get("X-Function-Status") != "200" || c.rec.Digest != callbacks[0].rec.Digest || c.rec.Digest == "" {
-				t.Errorf("a callback: %v %s", c.header, c.body)
+			if c.StatusCode != http.StatusOK || c.Digest != callbacks[0].Digest || c.Digest == "" {
+				t.Errorf("a callback: %v, headers %v", c, c.Header)
 			}
 		}
-		total += pushes(t, s, repositories[id])
+		total += s.Registry.Pushes(t, repositories[id])
 	}
 	t.Logf("%d callbacks, %d pushes", len(r.all()), total)
 	if total != messages {

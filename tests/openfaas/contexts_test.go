@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -40,11 +41,11 @@ func contextTar(t *testing.T, n int) (body []byte, digest string) {
 	return body, fmt.Sprintf("sha256:%x", sha256.Sum256(body))
 }
 
-// sendAhead is a signed request for a context.
-func sendAhead(t *testing.T, f *stack.Function, url, method, digest string, body []byte) int {
+// ahead is a signed request for a context.
+func ahead(t *testing.T, c *client.Client, method, digest string, body []byte) *http.Request {
 	t.Helper()
 	path := "/contexts/" + digest
-	req, err := http.NewRequestWithContext(t.Context(), method, url+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(t.Context(), method, c.URL+path, bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,13 +53,19 @@ func sendAhead(t *testing.T, f *stack.Function, url, method, digest string, body
 	if method == http.MethodHead {
 		req.Body, signed = http.NoBody, []byte(method+" "+path)
 	}
-	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, signed))
-	a := do(t, req)
+	req.Header.Set("X-Build-Signature", client.Sign(c.Secret, signed))
+	return req
+}
+
+// sendAhead sends it and returns the answer's status.
+func sendAhead(t *testing.T, c *client.Client, method, digest string, body []byte) int {
+	t.Helper()
+	a := c.MustFetch(t, ahead(t, c, method, digest, body))
 	// What follows a signature that has passed is signed.
-	if want := stack.Sign(f.Secret, []byte(a.body)); method == http.MethodPut && a.header.Get("X-Build-Signature") != want {
-		t.Errorf("HTTP %d %s is signed %q, want %q", a.status, a.body, a.header.Get("X-Build-Signature"), want)
+	if want := client.Sign(c.Secret, []byte(a.Body)); method == http.MethodPut && a.Header.Get("X-Build-Signature") != want {
+		t.Errorf("%v is signed %q, want %q", a, a.Header.Get("X-Build-Signature"), want)
 	}
-	return a.status
+	return a.StatusCode
 }
 
 // small is the request that names a context.
@@ -79,14 +86,7 @@ func small(t *testing.T, image, digest string) []byte {
 // content is an image's file, without a leading slash.
 func content(t *testing.T, ref, file string) string {
 	t.Helper()
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, stack.MustPull(t, t.Context(), ref))
 	if files[file] == nil {
 		t.Fatalf("%s has no %s", ref, file)
 	}
@@ -100,22 +100,21 @@ func TestContextAhead(t *testing.T) {
 	_, f, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: env})
 	r := newReceiver(t)
 	body, digest := contextTar(t, 30<<20)
-	url := o.URL + "/function/builder"
 	for i, want := range []struct {
 		method string
 		status int
 	}{{"HEAD", 404}, {"PUT", 201}, {"HEAD", 200}, {"PUT", 200}} {
-		if status := sendAhead(t, f, url, want.method, digest, body); status != want.status {
+		if status := sendAhead(t, function(o), want.method, digest, body); status != want.status {
 			t.Fatalf("%d, %s: HTTP %d, want %d", i, want.method, status, want.status)
 		}
 	}
 	image := s.Registry.Image("ahead:v1")
 	request := small(t, image, digest)
 	t.Logf("%d bytes ahead, %d queued", len(body), len(request))
-	enqueue(t, f, o, request, "X-Callback-Url", r.URL)
+	enqueue(t, o, request, callbackTo(r))
 	c := r.next(t)
-	if c.header.Get("X-Function-Status") != "200" || c.rec.Status != "success" {
-		t.Fatalf("%s %s", c.header.Get("X-Function-Status"), c.body)
+	if c.StatusCode != http.StatusOK || c.Status != "success" {
+		t.Fatalf("got %v", c)
 	}
 	if got := content(t, image, "random"); len(got) != 30<<20 || !bytes.Contains(body, []byte(got)) {
 		t.Error("the image does not hold the context's file")
@@ -123,19 +122,19 @@ func TestContextAhead(t *testing.T) {
 
 	// Another replica, and another form of the same tar.
 	_, other := stack.Test(t, stack.FunctionConfig{Env: env})
-	if a := do(t, direct(t, other, small(t, image, digest))); a.rec.Status != "success" || a.rec.Digest != c.rec.Digest {
-		t.Errorf("another replica: HTTP %d %s", a.status, a.body)
+	if a := other.MustPost(t, t.Context(), small(t, image, digest)); a.Status != "success" || a.Digest != c.Digest {
+		t.Errorf("another replica: %v", a)
 	}
 	var zipped bytes.Buffer
 	zw := gzip.NewWriter(&zipped)
 	zw.Write(body)
 	zw.Close()
 	digest = fmt.Sprintf("sha256:%x", sha256.Sum256(zipped.Bytes()))
-	if status := sendAhead(t, other, other.URL, "PUT", digest, zipped.Bytes()); status != 201 {
+	if status := sendAhead(t, &other.Client, "PUT", digest, zipped.Bytes()); status != 201 {
 		t.Errorf("gzip: HTTP %d", status)
 	}
-	if a := do(t, direct(t, f, small(t, image, digest))); a.rec.Status != "success" || a.rec.Digest != c.rec.Digest {
-		t.Errorf("gzip: HTTP %d %s", a.status, a.body)
+	if a := f.MustPost(t, t.Context(), small(t, image, digest)); a.Status != "success" || a.Digest != c.Digest {
+		t.Errorf("gzip: %v", a)
 	}
 	for _, f := range []*stack.Function{f, other} {
 		names, unlinked, err := f.TempFiles()
@@ -143,16 +142,6 @@ func TestContextAhead(t *testing.T) {
 			t.Errorf("left behind: %v, %d bytes, %v", names, unlinked, err)
 		}
 	}
-}
-
-// direct is a signed build, past the gateway.
-func direct(t *testing.T, f *stack.Function, body []byte) *http.Request {
-	t.Helper()
-	req, err := f.Request(t.Context(), body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return req
 }
 
 // blobs counts a registry's files that hold a context's bytes.
@@ -177,25 +166,22 @@ func TestContextRefused(t *testing.T) {
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_repository": registry.Image("builder/contexts")}})
 	body, digest := contextTar(t, 1<<20)
 	image := s.Registry.Image("refused:v1")
-	want := func(name string, a answer, status int, code string) {
+	want := func(name string, a client.Answer, status int, code string) {
 		t.Helper()
-		if a.status != status || a.rec.Code != code {
-			t.Errorf("%s: HTTP %d %s, want %d %s", name, a.status, a.body, status, code)
+		if a.StatusCode != status || a.Code != code {
+			t.Errorf("%s: got %v, want HTTP %d %s", name, a, status, code)
 		}
 	}
-	want("never sent", do(t, direct(t, f, small(t, image, digest))), 400, "bad_context")
+	want("never sent", f.MustPost(t, t.Context(), small(t, image, digest)), 400, "bad_context")
 
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, f.URL+"/contexts/"+digest, bytes.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Build-Signature", stack.Sign("wrong", body))
-	want("wrong signature", do(t, req), 401, "unauthorized")
+	req := ahead(t, &f.Client, http.MethodPut, digest, body)
+	req.Header.Set("X-Build-Signature", client.Sign("wrong", body))
+	want("wrong signature", f.MustDo(t, req), 401, "unauthorized")
 	if log, err := os.ReadFile(registry.LogFile()); err != nil || strings.Contains(string(log), "/v2/builder/contexts/blobs/uploads") {
 		t.Errorf("an unsigned context reached the registry: %v", err)
 	}
 
-	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+	if status := sendAhead(t, &f.Client, "PUT", digest, body); status != 201 {
 		t.Fatalf("PUT: HTTP %d", status)
 	}
 	files := blobs(t, registry, digest)
@@ -208,10 +194,10 @@ func TestContextRefused(t *testing.T) {
 	if err := os.WriteFile(files[0], changed, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	want("a changed blob", do(t, direct(t, f, small(t, image, digest))), 400, "bad_context")
+	want("a changed blob", f.MustPost(t, t.Context(), small(t, image, digest)), 400, "bad_context")
 
 	registry.Kill()
-	want("no registry", do(t, direct(t, f, small(t, image, digest))), 503, "registry_failed")
+	want("no registry", f.MustPost(t, t.Context(), small(t, image, digest)), 503, "registry_failed")
 	if err := registry.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -233,23 +219,23 @@ func TestContextExpires(t *testing.T) {
 		}
 	}
 	body, digest := contextTar(t, 1000)
-	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+	if status := sendAhead(t, &f.Client, "PUT", digest, body); status != 201 {
 		t.Fatalf("PUT: HTTP %d", status)
 	}
 	time.Sleep(2500 * time.Millisecond)
-	if status := sendAhead(t, f, f.URL, "HEAD", digest, nil); status != 404 {
+	if status := sendAhead(t, &f.Client, "HEAD", digest, nil); status != 404 {
 		t.Errorf("past half its age: HTTP %d", status)
 	}
-	if a := do(t, direct(t, f, small(t, s.Registry.Image("expiring:v1"), digest))); a.rec.Status != "success" {
-		t.Errorf("a build that was queued before: HTTP %d %s", a.status, a.body)
+	if a := f.MustPost(t, t.Context(), small(t, s.Registry.Image("expiring:v1"), digest)); a.Status != "success" {
+		t.Errorf("a build that was queued before: %v", a)
 	}
-	if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != 201 {
+	if status := sendAhead(t, &f.Client, "PUT", digest, body); status != 201 {
 		t.Errorf("sent again: HTTP %d", status)
 	}
-	if status := sendAhead(t, f, f.URL, "HEAD", digest, nil); status != 200 {
+	if status := sendAhead(t, &f.Client, "HEAD", digest, nil); status != 200 {
 		t.Errorf("young again: HTTP %d", status)
 	}
-	eventually(t, 20*time.Second, func() error {
+	stack.Eventually(t, 20*time.Second, func() error {
 		if log, err := f.Log(); err != nil || !strings.Contains(log, "old contexts deleted") {
 			return fmt.Errorf("nothing has been deleted, %v", err)
 		}
@@ -261,8 +247,8 @@ func TestContextExpires(t *testing.T) {
 			t.Fatal(err)
 		}
 		req.Header.Set("Accept", "application/vnd.docker.distribution.manifest.v2+json")
-		if a := do(t, req); a.status != want {
-			t.Errorf("%s: the registry answers %d, want %d", tag, a.status, want)
+		if a := f.MustFetch(t, req); a.StatusCode != want {
+			t.Errorf("%s: the registry answers %d, want %d", tag, a.StatusCode, want)
 		}
 	}
 }
@@ -312,7 +298,7 @@ func TestContextCredentials(t *testing.T) {
 				"registry-config": fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, registry.Addr, base64.StdEncoding.EncodeToString([]byte(tt.login))),
 			},
 		})
-		if status := sendAhead(t, f, f.URL, "PUT", digest, body); status != tt.status {
+		if status := sendAhead(t, &f.Client, "PUT", digest, body); status != tt.status {
 			t.Errorf("%s: HTTP %d, want %d", tt.name, status, tt.status)
 		}
 	}

@@ -4,13 +4,12 @@ package openfaas
 
 import (
 	"crypto/rand"
-	"encoding/json"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -18,16 +17,15 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
 func TestMain(m *testing.M) { stack.Main(m) }
 
-const (
-	ndjson = "application/x-ndjson"
-	sse    = "text/event-stream"
-	both   = sse + ", " + ndjson
-)
+// both is what a client of the CE gateway asks for: the gateway flushes an answer to
+// this header line by line.
+const both = client.SSE + ", " + client.NDJSON
 
 // around starts OpenFaaS in front of a function of the test's own.
 func around(t *testing.T, c stack.OpenFaaSConfig, fc stack.FunctionConfig) (*stack.Stack, *stack.Function, *stack.OpenFaaS) {
@@ -56,77 +54,34 @@ func mark() string { return "mark-" + rand.Text() }
 // request is a tar with one Dockerfile, to be pushed to repository.
 func request(t *testing.T, s *stack.Stack, repository string, dockerfile ...string) []byte {
 	t.Helper()
-	dir := stack.Context(t, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
-	body, err := stack.Tar(dir, &builder.BuildConfig{Image: s.Registry.Image(repository + ":v1")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return body
+	return stack.Body(t, &builder.BuildConfig{Image: s.Registry.Image(repository + ":v1")},
+		map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
 }
 
-// post is a signed request at a path of the gateway.
-func post(t *testing.T, f *stack.Function, o *stack.OpenFaaS, path string, body []byte, headers ...string) *http.Request {
+// at sends a request to a path of the gateway, without a Content-Type.
+func at(path string) client.Change {
+	return func(req *http.Request) {
+		req.URL.Path = path
+		req.Header.Del("Content-Type")
+	}
+}
+
+// post sends a signed body to a path of the gateway.
+func post(t *testing.T, o *stack.OpenFaaS, path string, body []byte, changes ...client.Change) client.Answer {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, o.URL+path, strings.NewReader(string(body)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, body))
-	for i := 0; i < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
-	}
-	return req
+	return o.MustPost(t, t.Context(), body, append([]client.Change{at(path)}, changes...)...)
 }
 
-// answer is all that came of a request.
-type answer struct {
-	status int
-	header http.Header
-	body   string
-	rec    stack.Record // the last
-}
+// callbackTo has the queue worker post what came of a call to a receiver.
+func callbackTo(r *receiver) client.Change { return client.Header("X-Callback-Url", r.URL) }
 
-func do(t *testing.T, req *http.Request) answer {
-	t.Helper()
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := answer{status: resp.StatusCode, header: resp.Header, body: string(b)}
-	if req.Method == http.MethodHead {
-		return a
-	}
-	lines := strings.Split(strings.TrimSpace(a.body), "\n")
-	switch resp.Header.Get("Content-Type") {
-	case "application/json":
-		err = json.Unmarshal(b, &a.rec)
-	case ndjson, sse:
-		err = json.Unmarshal([]byte(strings.TrimPrefix(lines[len(lines)-1], "data: ")), &a.rec)
-	}
-	if err != nil {
-		t.Fatalf("%v: %.300s", err, b)
-	}
-	return a
-}
-
-// callback is what a queue worker posts.
-type callback struct {
-	header http.Header
-	body   []byte
-	rec    stack.Record
-}
-
-// receiver takes callbacks on loopback.
+// receiver takes callbacks on loopback: the function's answers, as a queue worker posts
+// them. The worker tells their HTTP status in X-Function-Status.
 type receiver struct {
 	URL string
 
 	mu    sync.Mutex
-	got   []callback
+	got   []client.Answer
 	taken int // how many next has returned
 	more  chan struct{}
 }
@@ -143,8 +98,10 @@ func newReceiver(t *testing.T) *receiver {
 		if err != nil {
 			return
 		}
-		c := callback{header: req.Header, body: body}
-		json.Unmarshal(body, &c.rec)
+		c := client.Answer{Header: req.Header, Body: string(body)}
+		c.StatusCode, _ = strconv.Atoi(req.Header.Get("X-Function-Status"))
+		// Left zero by a body that is no record, which the test then sees.
+		c.Record, _ = client.Decode(c.Body)
 		r.mu.Lock()
 		r.got = append(r.got, c)
 		r.mu.Unlock()
@@ -156,7 +113,7 @@ func newReceiver(t *testing.T) *receiver {
 }
 
 // next waits for the callback after the one that it returned before.
-func (r *receiver) next(t *testing.T) callback {
+func (r *receiver) next(t *testing.T) client.Answer {
 	t.Helper()
 	select {
 	case <-r.more:
@@ -169,77 +126,31 @@ func (r *receiver) next(t *testing.T) callback {
 	return r.got[r.taken-1]
 }
 
-func (r *receiver) all() []callback {
+func (r *receiver) all() []client.Answer {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.got)
 }
 
 // enqueue queues a call and returns its id.
-func enqueue(t *testing.T, f *stack.Function, o *stack.OpenFaaS, body []byte, headers ...string) string {
+func enqueue(t *testing.T, o *stack.OpenFaaS, body []byte, changes ...client.Change) string {
 	t.Helper()
-	a := do(t, post(t, f, o, "/async-function/builder", body, headers...))
-	if a.status != http.StatusAccepted {
-		t.Fatalf("queueing: HTTP %d: %s", a.status, a.body)
+	a := post(t, o, "/async-function/builder", body, changes...)
+	if a.StatusCode != http.StatusAccepted {
+		t.Fatalf("queueing: %v", a)
 	}
-	if id := a.header.Get("X-Call-Id"); id != "" {
-		return id
-	}
-	return "" // the gateway names only the ids that it makes
+	return a.Header.Get("X-Call-Id")
 }
 
 // verdict asks the function, through the gateway.
-func verdict(t *testing.T, f *stack.Function, o *stack.OpenFaaS, id string) answer {
+func verdict(t *testing.T, o *stack.OpenFaaS, id string) client.Answer {
 	t.Helper()
-	path := "/builds/" + id
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, o.URL+"/function/builder"+path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, []byte("GET "+path)))
-	return do(t, req)
+	return function(o).MustVerdict(t, t.Context(), id)
 }
 
-// pushes counts the manifests that the registry took for a repository.
-func pushes(t *testing.T, s *stack.Stack, repository string) int {
-	t.Helper()
-	log, err := os.ReadFile(s.Registry.LogFile())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.Count(string(log), `"PUT /v2/`+repository+`/manifests/`)
-}
-
-// eventually polls until check is nil.
-func eventually(t *testing.T, limit time.Duration, check func() error) {
-	t.Helper()
-	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("still after %v: %v", limit, err)
-		}
-	}
-}
-
-// stepRuns says whether a RUN step with m in its command line runs.
-func stepRuns(t *testing.T, s *stack.Stack, m string) bool {
-	t.Helper()
-	steps, err := s.Buildkitd.Steps()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, m) })
-}
-
-func waitStep(t *testing.T, s *stack.Stack, m string, want bool, limit time.Duration) {
-	t.Helper()
-	eventually(t, limit, func() error {
-		if stepRuns(t, s, m) != want {
-			return fmt.Errorf("the RUN step runs: %v", !want)
-		}
-		return nil
-	})
+// function is the builder through the gateway, for what has a path of its own.
+func function(o *stack.OpenFaaS) *client.Client {
+	c := o.Client
+	c.URL += "/function/builder"
+	return &c
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/readme"
 	"handler/function/tests/stack"
 )
@@ -55,7 +56,7 @@ func TestReadme(t *testing.T) {
 	}
 	const first, queue, ask = "cat > hello/context/Dockerfile", `/async-function/builder" --data-binary @req.tar`, "CALL=/builds/$CALL_ID"
 	answer, queued, _ := strings.Cut(shell(commands(t, s, first)+"echo ----\n"+commands(t, s, queue)), "----\n")
-	var built stack.Record
+	var built client.Record
 	image := s.Registry.Image("hello:v1")
 	if err := json.Unmarshal([]byte(answer), &built); err != nil || built.Status != "success" || built.Image != image {
 		t.Fatalf("%v: %s", err, answer)
@@ -79,7 +80,7 @@ func TestReadme(t *testing.T) {
 	if !strings.HasPrefix(queued, "HTTP/1.1 202 ") || id == nil {
 		t.Fatalf("the gateway answers %s", queued)
 	}
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		if got := shell(commands(t, s, ask), "CALL_ID="+id[1]); got != "200\n" {
 			return errors.New("it answers " + got)
 		}
@@ -89,7 +90,7 @@ func TestReadme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var verdict stack.Record
+	var verdict client.Record
 	if err := json.Unmarshal(text, &verdict); err != nil || verdict.Status != "success" {
 		t.Errorf("the verdict is %s, %v", text, err)
 	}

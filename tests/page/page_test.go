@@ -68,10 +68,7 @@ func TestBuild(t *testing.T) {
 		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
 	}
 
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, t.Context(), ref)
 	digest, err := img.Digest()
 	if err != nil {
 		t.Fatal(err)
@@ -88,10 +85,7 @@ func TestBuild(t *testing.T) {
 			t.Errorf("the button of %s copies %q, not %q", id, got, want)
 		}
 	}
-	got, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	got := stack.MustFiles(t, img)
 	for name, content := range files {
 		if file := got["src/"+name]; file == nil || string(file.Content) != content {
 			t.Errorf("%s is not in the image as it was: %v", name, file)
@@ -397,14 +391,8 @@ func TestArchives(t *testing.T) {
 		if title := p.ended(); title != "Pushed" {
 			t.Fatalf("%s: the build ended %q: %s", format, title, p.text("#build"))
 		}
-		img, err := stack.Pull(t.Context(), ref)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files, err := stack.Files(img)
-		if err != nil {
-			t.Fatal(err)
-		}
+		img := stack.MustPull(t, t.Context(), ref)
+		files := stack.MustFiles(t, img)
 		tool := files["src/tool"]
 		if tool == nil || tool.Mode&0o777 != 0o750 {
 			t.Errorf("%s: the executable is %v", format, tool)
@@ -427,10 +415,7 @@ func TestArchives(t *testing.T) {
 	}
 
 	ref := s.Registry.Image("page/whole:v1")
-	body, err := stack.Tar(app, map[string]any{"image": ref, "labels": map[string]string{"from": "a complete request"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	body := stack.MustTar(t, app, map[string]any{"image": ref, "labels": map[string]string{"from": "a complete request"}})
 	var compressed bytes.Buffer
 	w := gzip.NewWriter(&compressed)
 	w.Write(body)
@@ -511,10 +496,7 @@ func TestChosenLast(t *testing.T) {
 	if title := p.ended(); title != "Pushed" {
 		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
 	}
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, t.Context(), ref)
 	if files, err := stack.Files(img); err != nil || files["the-folder"] == nil {
 		t.Errorf("built from something else: %v, %v", files, err)
 	}
@@ -540,14 +522,8 @@ func TestDrop(t *testing.T) {
 	if title := p.ended(); title != "Pushed" {
 		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
 	}
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := stack.MustPull(t, t.Context(), ref)
+	files := stack.MustFiles(t, img)
 	if files["src/handler.go"] == nil || files["src/hollow"] == nil && files["src/hollow/"] == nil {
 		t.Errorf("the image lacks the file or the empty directory")
 	}

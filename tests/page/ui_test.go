@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -16,6 +15,7 @@ import (
 	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/chromedp"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -40,7 +40,7 @@ func envelope(t *testing.T, s *stack.Stack, f *stack.Function, folder, image str
 // noTar is a signed envelope of something else.
 func noTar(f *stack.Function) string {
 	const text = "no tar"
-	return fmt.Sprintf(`{"signature":%q,"tar":%q}`, stack.Sign(f.Secret, []byte(text)), base64.StdEncoding.EncodeToString([]byte(text)))
+	return fmt.Sprintf(`{"signature":%q,"tar":%q}`, client.Sign(f.Secret, []byte(text)), base64.StdEncoding.EncodeToString([]byte(text)))
 }
 
 // behindGateway returns a function behind OpenFaaS, which ends with the test.
@@ -96,14 +96,11 @@ func TestUI(t *testing.T) {
 	good := envelope(t, s, f, stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nCOPY . /src/\n", "run.sh": "#!/bin/sh\n"}), ref)
 	for _, radio := range []string{"text", "json"} {
 		status, response := u.invoke(radio, good)
-		var got stack.Record
+		var got client.Record
 		if err := json.Unmarshal([]byte(response), &got); err != nil || status != "200" || got.Status != "success" {
 			t.Fatalf("%s: the UI shows %s and %s", radio, status, response)
 		}
-		img, err := stack.Pull(t.Context(), ref)
-		if err != nil {
-			t.Fatal(err)
-		}
+		img := stack.MustPull(t, t.Context(), ref)
 		if digest, err := img.Digest(); err != nil || digest.String() != got.Digest {
 			t.Errorf("%s: the UI shows %q, the registry has %v, %v", radio, got.Digest, digest, err)
 		}
@@ -170,27 +167,17 @@ func TestUIRequests(t *testing.T) {
 		"binary/octet-stream": "application/json",
 	} {
 		for body, want := range map[string]int{good: 200, noTar(f): 400, "hello": 401} {
-			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, f.URL+"/", strings.NewReader(body))
-			if err != nil {
-				t.Fatal(err)
+			a := f.MustPost(t, t.Context(), []byte(body), client.Signature(""), client.Header("Content-Type", contentType),
+				client.Accept("application/json, text/plain, */*"), func(req *http.Request) { req.URL.Path = "/" })
+			if a.StatusCode != want {
+				t.Errorf("%s, %.20s: want HTTP %d, got %v", contentType, body, want, a)
 			}
-			req.Header.Set("Content-Type", contentType)
-			req.Header.Set("Accept", "application/json, text/plain, */*")
-			res, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			text, err := io.ReadAll(res.Body)
-			res.Body.Close()
-			if err != nil || res.StatusCode != want {
-				t.Errorf("%s, %.20s: %s %s, %v", contentType, body, res.Status, text, err)
-			}
-			got, wantType := res.Header.Get("Content-Type"), errorType
+			form, wantForm := a.Header.Get("Content-Type"), errorType
 			if want == 200 {
-				wantType = "application/json"
+				wantForm = client.JSON
 			}
-			if !strings.HasPrefix(got, wantType) || json.Valid(text) != (wantType == "application/json") {
-				t.Errorf("%s, %.20s: the answer is %s: %s", contentType, body, got, text)
+			if !strings.HasPrefix(form, wantForm) || json.Valid([]byte(a.Body)) != (wantForm == client.JSON) {
+				t.Errorf("%s, %.20s: the answer is %s: %s", contentType, body, form, a.Body)
 			}
 		}
 	}

@@ -169,13 +169,10 @@ COPY source /
 		return 0, 0, 0, err
 	}
 	start := time.Now()
-	rec, err := f.Build(ctx, body, nil)
+	rec, err := f.Build(ctx, body)
 	took = time.Since(start)
 	if err != nil {
 		return 0, 0, 0, err
-	}
-	if rec.Status != "success" {
-		return 0, 0, 0, fmt.Errorf("%s: %s", rec.Code, rec.Error)
 	}
 	im.builds++
 	ended := 0

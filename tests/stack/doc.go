@@ -19,24 +19,13 @@
 //
 //	func TestBuild(t *testing.T) {
 //		s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
-//		dir := stack.Context(t, map[string]string{
+//		ref := s.Registry.Image("hello:latest")
+//		body := stack.Body(t, map[string]string{"image": ref}, map[string]string{
 //			"Dockerfile": "FROM busybox\nCOPY greeting /\nCMD [\"cat\", \"/greeting\"]\n",
 //			"greeting":   "hello\n",
 //		})
-//		ref := s.Registry.Image("hello:latest")
-//		body, err := stack.Pack(dir, &builder.BuildConfig{Image: ref})
-//		if err != nil {
-//			t.Fatal(err)
-//		}
-//		got, err := f.Build(t.Context(), body, nil)
-//		if err != nil || got.Status != "success" {
-//			t.Fatalf("got %+v, %v", got, err)
-//		}
-//		img, err := stack.Pull(t.Context(), ref)
-//		if err != nil {
-//			t.Fatal(err)
-//		}
-//		c, err := s.Run(t.Context(), img, stack.RunConfig{})
+//		f.MustBuild(t, t.Context(), body)
+//		c, err := s.Run(t.Context(), stack.MustPull(t, t.Context(), ref), stack.RunConfig{})
 //		if err != nil {
 //			t.Fatal(err)
 //		}

@@ -4,16 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"handler/function/tests/client"
 )
 
 // FunctionConfig says how one instance of the function differs from the usual.
@@ -41,12 +41,12 @@ type FunctionConfig struct {
 
 // Function is one running instance of the builder.
 type Function struct {
-	URL        string // http://127.0.0.1:port
+	// Client sends it requests, at http://127.0.0.1:port, signed with the stack's
+	// PayloadSecret.
+	client.Client
+
 	SecretsDir string // its files may be changed while it runs
 	TempDir    string // its TMPDIR, empty while no build runs
-	Secret     string // signs requests: the stack's PayloadSecret
-
-	Client *http.Client // sends requests; nil is the usual one
 
 	dir    string
 	cgroup string // its directory, empty without FunctionConfig.Memory
@@ -67,7 +67,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	f := &Function{
 		SecretsDir: filepath.Join(dir, "secrets"),
 		TempDir:    filepath.Join(dir, "tmp"),
-		Secret:     s.PayloadSecret,
+		Client:     client.Client{Secret: s.PayloadSecret},
 		dir:        dir,
 	}
 	s.onClose(f.Kill)
@@ -139,20 +139,8 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		return nil, err
 	}
 	err = f.proc.ready(ctx, func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.URL+"/ready", nil)
-		if err != nil {
-			return err
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			body, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-			return fmt.Errorf("/ready answers %s: %s", resp.Status, body)
-		}
-		return nil
+		_, err := f.Get(ctx, "/ready")
+		return err
 	})
 	if err != nil {
 		f.Kill()

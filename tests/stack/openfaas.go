@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
+
+	"handler/function/tests/client"
 )
 
 // OpenFaaSConfig says how OpenFaaS differs from the usual, which is its zero
@@ -31,7 +31,8 @@ type OpenFaaSConfig struct {
 // OpenFaaS is a running Community Edition: gateway, NATS Streaming and queue
 // workers, built from their modules, in front of one function.
 type OpenFaaS struct {
-	URL string // the gateway's
+	// Client sends the gateway requests that are signed for the function.
+	client.Client
 
 	dir   string
 	procs []*process
@@ -81,7 +82,7 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 	if err != nil {
 		return nil, err
 	}
-	o := &OpenFaaS{URL: fmt.Sprintf("http://127.0.0.1:%d", gatewayPort)}
+	o := &OpenFaaS{Client: client.Client{URL: fmt.Sprintf("http://127.0.0.1:%d", gatewayPort), Secret: f.Secret}}
 	if o.dir, err = os.MkdirTemp(s.Dir, "openfaas-"); err != nil {
 		return nil, err
 	}
@@ -100,7 +101,7 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 	timeouts := []string{"read_timeout=" + longer, "write_timeout=" + longer}
 	err = o.start(ctx, "provider", exec.Command(provider),
 		append(timeouts, "port="+fmt.Sprint(providerPort), "function_url="+f.URL),
-		answersHTTP(fmt.Sprintf("http://127.0.0.1:%d/healthz", providerPort)))
+		healthy(fmt.Sprintf("http://127.0.0.1:%d", providerPort)))
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +111,7 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 	err = o.start(ctx, "gateway", gateway,
 		append(append(timeouts, queue...), "upstream_timeout="+c.Timeout.String(), "functions_provider_url="+fmt.Sprintf("http://127.0.0.1:%d/", providerPort),
 			"faas_prometheus_host=127.0.0.1", "faas_prometheus_port="+fmt.Sprint(providerPort)),
-		answersHTTP(o.URL+"/healthz"))
+		healthy(o.URL))
 	if err != nil {
 		return nil, err
 	}
@@ -170,22 +171,10 @@ func answersTCP(port int) func(context.Context) error {
 	}
 }
 
-func answersHTTP(url string) func(context.Context) error {
+func healthy(url string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20))
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("%s answers %s", url, resp.Status)
-		}
-		return nil
+		_, err := (&client.Client{URL: url}).Get(ctx, "/healthz")
+		return err
 	}
 }
 

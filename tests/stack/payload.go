@@ -2,24 +2,19 @@ package stack
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
-	"cmp"
-	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
 	"path"
 	"path/filepath"
 	"strings"
 
 	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/client"
 )
 
 // WriteContext writes files, named by slashed paths, into dir. A file that
@@ -124,98 +119,8 @@ func Tar(contextDir string, config any) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// Sign returns the value of X-Build-Signature for a body.
-func Sign(secret string, body []byte) string {
-	mac := hmac.New(sha256.New, []byte(secret))
-	mac.Write(body)
-	return "sha256=" + hex.EncodeToString(mac.Sum(nil))
-}
+// Record is client.Record.
+type Record = client.Record
 
-// Request returns a signed POST /build, for a test to change before it sends it.
-func (f *Function) Request(ctx context.Context, body []byte) (*http.Request, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, f.URL+"/build", bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/octet-stream")
-	req.Header.Set("X-Build-Signature", Sign(f.Secret, body))
-	return req, nil
-}
-
-// Post sends a signed body. accept chooses the form of the answer; empty is the
-// single JSON object. The caller closes the answer's body.
-func (f *Function) Post(ctx context.Context, body []byte, accept string) (*http.Response, error) {
-	req, err := f.Request(ctx, body)
-	if err != nil {
-		return nil, err
-	}
-	if accept != "" {
-		req.Header.Set("Accept", accept)
-	}
-	return cmp.Or(f.Client, http.DefaultClient).Do(req)
-}
-
-// Record is one object of an answer, read by the contract and not by the
-// function's own types.
-type Record struct {
-	Log       []string `json:"log"`
-	Image     string   `json:"image"`
-	ImageName string   `json:"imageName"`
-	Status    string   `json:"status"` // in_progress, success or failed
-	Error     string   `json:"error"`
-	Code      string   `json:"code"`
-	Duration  float64  `json:"duration"` // seconds
-	Digest    string   `json:"digest"`
-	Tags      []string `json:"tags"`
-	Platforms []string `json:"platforms"`
-	Warnings  []string `json:"warnings"`
-	ID        string   `json:"id"`
-	Request   string   `json:"request"` // of the last record, hex SHA-256
-}
-
-// Build sends a signed body, asks for NDJSON and calls each, if not nil, for
-// every record as it arrives. It returns the last record, with the whole log.
-// The error is for answers that are not as the contract says; a build that
-// failed is a Record with status failed.
-func (f *Function) Build(ctx context.Context, body []byte, each func(Record)) (Record, error) {
-	resp, err := f.Post(ctx, body, "application/x-ndjson")
-	if err != nil {
-		return Record{}, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		text, err := io.ReadAll(io.LimitReader(resp.Body, 2<<20))
-		if err != nil {
-			return Record{}, err
-		}
-		var r Record
-		if err := json.Unmarshal(text, &r); err != nil || r.Status != "failed" {
-			return Record{}, fmt.Errorf("the builder answered %s: %s", resp.Status, text)
-		}
-		return r, nil
-	}
-	var last Record
-	var log []string
-	lines := bufio.NewScanner(resp.Body) // lines over 64 KiB are an error, as for faas-cli
-	for lines.Scan() {
-		if last.Status == "success" || last.Status == "failed" {
-			return Record{}, fmt.Errorf("a line came after the last record: %s", lines.Bytes())
-		}
-		last = Record{}
-		if err := json.Unmarshal(lines.Bytes(), &last); err != nil {
-			return Record{}, fmt.Errorf("reading the stream: %w: %q", err, lines.Bytes())
-		}
-		log = append(log, last.Log...)
-		if each != nil {
-			each(last)
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return Record{}, fmt.Errorf("reading the stream: %w", err)
-	}
-	if last.Status != "success" && last.Status != "failed" {
-		return Record{}, fmt.Errorf("the stream ended without a verdict, after %q", last.Log)
-	}
-	last.Log = log
-	return last, nil
-}
+// Sign is client.Sign.
+func Sign(secret string, body []byte) string { return client.Sign(secret, body) }

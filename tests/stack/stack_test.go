@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/openfaas/go-sdk/builder"
-
 	"handler/function/tests/stack"
 )
 
@@ -132,23 +130,13 @@ func processes(t *testing.T, mark string) (lines []string) {
 // TestBuild is the example of the package's documentation.
 func TestBuild(t *testing.T) {
 	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
-	dir := stack.Context(t, map[string]string{
+	ref := s.Registry.Image("hello:latest")
+	body := stack.Body(t, map[string]string{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nCOPY greeting /\nCMD [\"cat\", \"/greeting\"]\n",
 		"greeting":   "hello\n",
 	})
-	ref := s.Registry.Image("hello:latest")
-	body, err := stack.Pack(dir, &builder.BuildConfig{Image: ref})
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := f.Build(t.Context(), body, nil)
-	if err != nil || got.Status != "success" {
-		t.Fatalf("got %+v, %v", got, err)
-	}
-	img, err := stack.Pull(t.Context(), ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f.MustBuild(t, t.Context(), body)
+	img := stack.MustPull(t, t.Context(), ref)
 	c, err := s.Run(t.Context(), img, stack.RunConfig{})
 	if err != nil {
 		t.Fatal(err)
@@ -156,10 +144,7 @@ func TestBuild(t *testing.T) {
 	if out, err := c.Output(t.Context()); err != nil || out != "hello\n" {
 		t.Errorf("the image printed %q, %v", out, err)
 	}
-	files, err := stack.Files(img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := stack.MustFiles(t, img)
 	if f := files["greeting"]; f == nil || string(f.Content) != "hello\n" || f.Mode != 0o644 {
 		t.Errorf("greeting is %+v", f)
 	}

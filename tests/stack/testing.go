@@ -8,10 +8,13 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
 var shared *Stack
@@ -86,6 +89,109 @@ func Context(t testing.TB, files map[string]string) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// MustTar is Tar.
+func MustTar(t testing.TB, contextDir string, config any) []byte {
+	t.Helper()
+	body, err := Tar(contextDir, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+// Body is Tar of files, which it writes with Context.
+func Body(t testing.TB, config any, files map[string]string) []byte {
+	t.Helper()
+	return MustTar(t, Context(t, files), config)
+}
+
+// Within returns a context that ends with the test, or at a limit before it.
+func Within(t testing.TB, limit time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// Eventually polls until check returns nil, and returns how long that took.
+func Eventually(t testing.TB, limit time.Duration, check func() error) time.Duration {
+	t.Helper()
+	start := time.Now()
+	for {
+		err := check()
+		took := time.Since(start)
+		if err == nil {
+			return took
+		}
+		if took > limit {
+			t.Fatalf("still after %v: %v", limit, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// Runs says whether a RUN step of this daemon runs with mark in its command line.
+func (b *Buildkitd) Runs(t testing.TB, mark string) bool {
+	t.Helper()
+	steps, err := b.Steps()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, mark) })
+}
+
+// WaitStep returns once a RUN step runs with mark in its command line.
+func (b *Buildkitd) WaitStep(t testing.TB, mark string) {
+	t.Helper()
+	Eventually(t, time.Minute, func() error {
+		if !b.Runs(t, mark) {
+			return errors.New("the RUN step has not begun")
+		}
+		return nil
+	})
+}
+
+// WaitGone returns once no process of such a RUN step is left, and how long that took.
+func (b *Buildkitd) WaitGone(t testing.TB, mark string, limit time.Duration) time.Duration {
+	t.Helper()
+	return Eventually(t, limit, func() error {
+		if b.Runs(t, mark) {
+			return errors.New("the RUN step's process is still there")
+		}
+		return nil
+	})
+}
+
+// Pushes counts the manifests that the registry took for a repository.
+func (r *Registry) Pushes(t testing.TB, repository string) int {
+	t.Helper()
+	log, err := os.ReadFile(r.LogFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(log), `"PUT /v2/`+repository+`/manifests/`)
+}
+
+// MustPull is Pull.
+func MustPull(t testing.TB, ctx context.Context, ref string) v1.Image {
+	t.Helper()
+	img, err := Pull(ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// MustFiles is Files.
+func MustFiles(t testing.TB, img v1.Image) map[string]*File {
+	t.Helper()
+	files, err := Files(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
 }
 
 // Left lists what there is of the stack in a directory: processes that name it,

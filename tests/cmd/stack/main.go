@@ -25,6 +25,7 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -168,28 +169,28 @@ func readRegistryConfig(path string) ([]byte, error) {
 }
 
 // build packs dir, sends it and shows the build's lines as they come.
-func build(ctx context.Context, f *stack.Function, dir, image string, args map[string]string) (stack.Record, error) {
+func build(ctx context.Context, f *stack.Function, dir, image string, args map[string]string) (client.Record, error) {
 	body, err := stack.Pack(dir, &builder.BuildConfig{Image: image, BuildArgs: args})
 	if err != nil {
-		return stack.Record{}, err
+		return client.Record{}, err
 	}
 	fmt.Printf("building %s from %s, %d bytes packed\n", image, dir, len(body))
-	got, err := f.Build(ctx, body, func(r stack.Record) {
+	got, err := f.Stream(ctx, body, func(r client.Record) {
 		for _, line := range r.Log {
 			fmt.Println(" ", line)
 		}
-	})
+	}, client.Accept(client.NDJSON))
 	if err != nil {
-		return got, err
+		return client.Record{}, err
 	}
 	for _, w := range got.Warnings {
 		fmt.Println("  warning:", w)
 	}
 	if got.Status != "success" {
-		return got, fmt.Errorf("the build ended %s, %s: %s", got.Status, got.Code, got.Error)
+		return client.Record{}, fmt.Errorf("the build ended %s, %s: %s", got.Status, got.Code, got.Error)
 	}
 	fmt.Printf("pushed %s@%s in %.1fs\n", got.Image, got.Digest, got.Duration)
-	return got, nil
+	return got.Record, nil
 }
 
 // functionDir returns the folder to build, which must be one that can be.
