@@ -100,7 +100,8 @@ const maxLine = 60 << 10
 func Read(resp *http.Response, each func(Record)) (Answer, error) {
 	a := Answer{StatusCode: resp.StatusCode, Header: resp.Header}
 	if a.IsStream() {
-		return a, a.readStream(resp.Body, each)
+		err := a.readStream(resp.Body, each)
+		return a, err
 	}
 	text, err := io.ReadAll(resp.Body)
 	a.Body = string(text)
