@@ -27,9 +27,6 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/promql/promqltest"
 	"github.com/prometheus/prometheus/rules"
-	appsv1 "k8s.io/api/apps/v1"
-	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
 
 	"handler/function/tests/client"
 	"handler/function/tests/stack"
@@ -78,7 +75,11 @@ func scraped(t *testing.T) (series exported, faults []string) {
 	}
 	t.Cleanup(b.Kill)
 	s, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
-	metrics := f.URL + annotation(t, "prometheus.io/path")
+	path := description(t).Annotations["prometheus.io/path"]
+	if path == "" {
+		t.Fatal("stack.yml does not say where Prometheus finds the metrics")
+	}
+	metrics := f.URL + path
 	for key := range scrape(t, metrics) {
 		if code := labelsOf(t, key).Get("code"); code != "" && strings.HasPrefix(key, "builder_builds_total") {
 			faults = append(faults, code)
@@ -167,28 +168,6 @@ func labelsOf(t *testing.T, key string) labels.Labels {
 	return l
 }
 
-// annotation is one of the function's, in stack.yml.
-func annotation(t *testing.T, name string) string {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(repo, "stack.yml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var stack struct {
-		Functions map[string]struct {
-			Annotations map[string]string `json:"annotations"`
-		} `json:"functions"`
-	}
-	if err := yaml.Unmarshal(text, &stack); err != nil {
-		t.Fatal(err)
-	}
-	value := stack.Functions["builder"].Annotations[name]
-	if value == "" {
-		t.Fatalf("stack.yml has no %s", name)
-	}
-	return value
-}
-
 // claims are the names of the daemons' volumes, and of others that queries must not
 // take for one.
 func claims(t *testing.T) map[string]bool {
@@ -196,14 +175,14 @@ func claims(t *testing.T) map[string]bool {
 	names := map[string]bool{"state-nats-0": false, "buildkitd-registry": false}
 	dir := checkout(t)
 	for _, name := range []string{"single", "pool"} {
-		for _, object := range render(t, filepath.Join(dir, name)) {
-			switch o := object.(type) {
-			case *corev1.PersistentVolumeClaim:
-				names[o.Name] = true
-			case *appsv1.StatefulSet:
-				for i := range *o.Spec.Replicas {
-					names[fmt.Sprintf("%s-%s-%d", o.Spec.VolumeClaimTemplates[0].Name, o.Name, i)] = true
-				}
+		v := mustLoad(t, filepath.Join(dir, name))
+		for _, claim := range v.claims {
+			if v.set == nil {
+				names[claim.Name] = true
+				continue
+			}
+			for i := range value(v.set.Spec.Replicas) {
+				names[fmt.Sprintf("%s-%s-%d", claim.Name, v.set.Name, i)] = true
 			}
 		}
 	}

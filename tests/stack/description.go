@@ -17,6 +17,8 @@ type Description struct {
 	Handler     string            `json:"handler"`
 	BuildArgs   map[string]string `json:"build_args"`
 	Secrets     []string          `json:"secrets"`
+	Labels      map[string]string `json:"labels"`
+	Annotations map[string]string `json:"annotations"`
 	Environment map[string]string `json:"environment"`
 	Requests    map[string]string `json:"requests"`
 	Limits      map[string]string `json:"limits"`
