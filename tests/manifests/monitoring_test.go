@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -318,36 +319,62 @@ type panel struct {
 	} `json:"targets"`
 }
 
+// dashboard is what is looked at of a dashboard of Grafana.
+type dashboard struct {
+	ID            *int    `json:"id"`
+	SchemaVersion int     `json:"schemaVersion"`
+	Panels        []panel `json:"panels"`
+	Templating    struct {
+		List []struct{ Name, Type, Query string } `json:"list"`
+	} `json:"templating"`
+}
+
 func testDashboard(t *testing.T, series exported, volumes map[string]bool) {
 	text, err := os.ReadFile(filepath.Join(repo, "buildkit", "monitoring", "dashboard.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var dashboard struct {
-		ID            *int    `json:"id"`
-		SchemaVersion int     `json:"schemaVersion"`
-		Panels        []panel `json:"panels"`
-		Templating    struct {
-			List []struct{ Name, Type, Query string } `json:"list"`
-		} `json:"templating"`
-	}
-	if err := json.Unmarshal(text, &dashboard); err != nil {
+	var d dashboard
+	if err := json.Unmarshal(text, &d); err != nil {
 		t.Fatal(err)
 	}
 	// 42 is the last one of this form of dashboards.
-	if dashboard.ID != nil || dashboard.SchemaVersion != 42 || len(dashboard.Panels) < 15 {
-		t.Errorf("id %v, schema %d, %d panels", dashboard.ID, dashboard.SchemaVersion, len(dashboard.Panels))
+	if d.ID != nil || d.SchemaVersion != 42 || len(d.Panels) < 15 {
+		t.Errorf("id %v, schema %d, %d panels", d.ID, d.SchemaVersion, len(d.Panels))
 	}
 	vars := []string{"$__rate_interval", "5m", "$__range", "1h"}
 	datasource := false
-	for _, v := range dashboard.Templating.List {
+	for _, v := range d.Templating.List {
 		datasource = datasource || v.Name == "datasource" && v.Type == "datasource" && v.Query == "prometheus"
 		vars = append(vars, "$"+v.Name, "30m")
 	}
 	if !datasource {
 		t.Error("the data source cannot be chosen")
 	}
+	checkLayout(t, d.Panels)
 
+	query := evaluate(t, series, counting(series))
+	for _, p := range d.Panels {
+		if p.Type == "row" {
+			continue
+		}
+		t.Run(p.Title, func(t *testing.T) {
+			checkPanel(t, p)
+			for _, target := range p.Targets {
+				text := strings.NewReplacer(vars...).Replace(target.Expr)
+				checkQuery(t, text, series, volumes)
+				result, err := query(text, minutes)
+				if err != nil || len(result) == 0 {
+					t.Errorf("%s is %v, %v", text, result, err)
+				}
+				checkResult(t, text, target.LegendFormat, result)
+			}
+		})
+	}
+}
+
+// counting has each counter of the series grow by one a minute.
+func counting(series exported) map[string]string {
 	counter := regexp.MustCompile(`_(total|bucket|count|sum)$`)
 	sequences := map[string]string{}
 	for key, value := range series {
@@ -355,11 +382,16 @@ func testDashboard(t *testing.T, series exported, volumes map[string]bool) {
 			sequences[key] = fmt.Sprintf("%g+1x%d", value, minutes)
 		}
 	}
-	query := evaluate(t, series, sequences)
-	label := regexp.MustCompile(`\{\{(\w+)\}\}`)
+	return sequences
+}
+
+// checkLayout wants panels with ids of their own, within the grid's 24 columns, and
+// none over another.
+func checkLayout(t *testing.T, panels []panel) {
+	t.Helper()
 	ids := map[int]bool{}
 	cells := map[[2]int]string{}
-	for _, p := range dashboard.Panels {
+	for _, p := range panels {
 		if ids[p.ID] {
 			t.Errorf("%s has the id of another", p.Title)
 		}
@@ -376,36 +408,39 @@ func testDashboard(t *testing.T, series exported, volumes map[string]bool) {
 				cells[[2]int{x, y}] = p.Title
 			}
 		}
-		if p.Type == "row" {
-			continue
+	}
+}
+
+// checkPanel wants a panel to be whole, and to ask the data source that is chosen.
+func checkPanel(t *testing.T, p panel) {
+	t.Helper()
+	if p.Title == "" || p.Description == "" || p.FieldConfig.Defaults.Unit == "" || len(p.Targets) == 0 ||
+		p.Datasource.Type != "prometheus" || p.Datasource.UID != "${datasource}" {
+		t.Errorf("%q lacks something: %+v", p.Title, p)
+	}
+	refs := map[string]bool{}
+	for _, target := range p.Targets {
+		if refs[target.RefID] || target.Datasource.UID != "${datasource}" {
+			t.Errorf("target %+v", target)
 		}
-		if p.Title == "" || p.Description == "" || p.FieldConfig.Defaults.Unit == "" || len(p.Targets) == 0 ||
-			p.Datasource.Type != "prometheus" || p.Datasource.UID != "${datasource}" {
-			t.Errorf("%s lacks something: %+v", p.Title, p)
+		refs[target.RefID] = true
+	}
+}
+
+var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
+
+// checkResult wants numbers, with the labels that the legend names.
+func checkResult(t *testing.T, query, legend string, result promql.Vector) {
+	t.Helper()
+	for _, sample := range result {
+		for _, m := range legendLabel.FindAllStringSubmatch(legend, -1) {
+			// An empty value is as good as none: a success has no code.
+			if sample.Metric.Get(m[1]) == "" && m[1] != "code" {
+				t.Errorf("%s has no %s", sample.Metric, m[1])
+			}
 		}
-		refs := map[string]bool{}
-		for _, target := range p.Targets {
-			if refs[target.RefID] || target.Datasource.UID != "${datasource}" {
-				t.Errorf("%s: target %+v", p.Title, target)
-			}
-			refs[target.RefID] = true
-			text := strings.NewReplacer(vars...).Replace(target.Expr)
-			checkQuery(t, text, series, volumes)
-			result, err := query(text, minutes)
-			if err != nil || len(result) == 0 {
-				t.Errorf("%s: %s is %v, %v", p.Title, text, result, err)
-			}
-			for _, sample := range result {
-				for _, m := range label.FindAllStringSubmatch(target.LegendFormat, -1) {
-					// An empty value is as good as none: a success has no code.
-					if sample.Metric.Get(m[1]) == "" && m[1] != "code" {
-						t.Errorf("%s: %s has no %s", p.Title, sample.Metric, m[1])
-					}
-				}
-				if sample.F != sample.F {
-					t.Errorf("%s: %s is not a number", p.Title, text)
-				}
-			}
+		if math.IsNaN(sample.F) {
+			t.Errorf("%s is not a number", query)
 		}
 	}
 }
