@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/openfaas/go-sdk/builder"
 
 	"handler/function/tests/stack"
@@ -63,36 +64,7 @@ func TestGoSDK(t *testing.T) {
 			}
 
 			img := pull(t, ctx, ref, sdkDigest(t, s, f, ref))
-			files := stack.MustFiles(t, img)
-			for path, want := range map[string]string{
-				"app/run.sh":           sdkFiles["app/run.sh"],
-				"app/deep/er/data.txt": "data\n",
-				"greeting":             name + "\n",
-			} {
-				if file := files[path]; file == nil || string(file.Content) != want {
-					t.Errorf("%s is %+v, want %q", path, file, want)
-				}
-			}
-			if files["not-copied"] != nil || files["app/not-copied"] != nil {
-				t.Error("a file is in the image that no step copied")
-			}
-			if mode := files["app/run.sh"].Mode & 0o777; mode != 0o755 {
-				t.Errorf("run.sh has mode %o", mode)
-			}
-
-			config := configOf(t, img)
-			if config.Labels["org.example.greeting"] != name || config.Labels["org.example.package"] != "<>" {
-				t.Errorf("labels are %v", config.Labels)
-			}
-			if config.User != "1000:1000" || config.WorkingDir != "/app" ||
-				!slices.Equal(config.Entrypoint, []string{"/app/run.sh"}) || !slices.Equal(config.Cmd, []string{"one", "two"}) ||
-				!slices.Contains(config.Env, "MODE=test") {
-				t.Errorf("the config is %+v", config)
-			}
-			if _, ok := config.ExposedPorts["8080/tcp"]; !ok {
-				t.Errorf("exposed ports are %v", config.ExposedPorts)
-			}
-
+			checkSDKImage(t, img, name)
 			c, err := s.Run(ctx, img, stack.RunConfig{})
 			if err != nil {
 				t.Fatal(err)
@@ -101,6 +73,39 @@ func TestGoSDK(t *testing.T) {
 				t.Errorf("the image printed %q, %v", out, err)
 			}
 		})
+	}
+}
+
+// checkSDKImage holds an image to sdkFiles, built with a greeting.
+func checkSDKImage(t *testing.T, img v1.Image, greeting string) {
+	t.Helper()
+	files := stack.MustFiles(t, img)
+	for path, want := range map[string]string{
+		"app/run.sh":           sdkFiles["app/run.sh"],
+		"app/deep/er/data.txt": "data\n",
+		"greeting":             greeting + "\n",
+	} {
+		if file := files[path]; file == nil || string(file.Content) != want {
+			t.Fatalf("%s is %+v, want %q", path, file, want)
+		}
+	}
+	if files["not-copied"] != nil || files["app/not-copied"] != nil {
+		t.Error("a file is in the image that no step copied")
+	}
+	if mode := files["app/run.sh"].Mode & 0o777; mode != 0o755 {
+		t.Errorf("run.sh has mode %o", mode)
+	}
+	config := configOf(t, img)
+	if config.Labels["org.example.greeting"] != greeting || config.Labels["org.example.package"] != "<>" {
+		t.Errorf("labels are %v", config.Labels)
+	}
+	if config.User != "1000:1000" || config.WorkingDir != "/app" ||
+		!slices.Equal(config.Entrypoint, []string{"/app/run.sh"}) || !slices.Equal(config.Cmd, []string{"one", "two"}) ||
+		!slices.Contains(config.Env, "MODE=test") {
+		t.Errorf("the config is %+v", config)
+	}
+	if _, ok := config.ExposedPorts["8080/tcp"]; !ok {
+		t.Errorf("exposed ports are %v", config.ExposedPorts)
 	}
 }
 

@@ -70,9 +70,6 @@ func TestLog(t *testing.T) {
 			"digest": digest, "outcome": outcome, "code": code, "commit": "",
 		}
 	}
-	// The rest of a line that ends a build, by what is true of a success.
-	numbers := []string{"duration_ms", "steps", "cached_steps", "attempts", "context_sent_bytes"}
-	texts := []string{"daemon", "choice", "cause"}
 	for call, want := range map[string][]map[string]any{
 		"first":     {started(success), ended(success, image, digest, "success", "")},
 		"again":     {started(success), ended(success, image, digest, "success", "")},
@@ -80,60 +77,79 @@ func TestLog(t *testing.T) {
 		"forbidden": {ended(forbidden, s.Registry.Image("other:1"), "", "failed", "image_forbidden")},
 		"unsigned":  {{"message": "request refused", "level": "warn", "code": "unauthorized"}},
 	} {
-		// Debug lines are of other matters.
-		got := slices.DeleteFunc(logged(text, call), func(line map[string]any) bool { return line["level"] == "debug" })
-		if len(got) != len(want) {
-			t.Errorf("%s: %d lines, want %d: %v", call, len(got), len(want), got)
-			continue
+		t.Run(call, func(t *testing.T) {
+			// Debug lines are of other matters.
+			got := slices.DeleteFunc(logged(text, call), func(line map[string]any) bool { return line["level"] == "debug" })
+			if len(got) != len(want) {
+				t.Fatalf("%d lines, want %d: %v", len(got), len(want), got)
+			}
+			for i, line := range got {
+				checkLine(t, line, want[i])
+				if line["message"] == "build ended" {
+					checkEnd(t, call, line)
+				}
+			}
+		})
+	}
+}
+
+// endNumbers are the keys of a line that ends a build whose values are numbers.
+var endNumbers = []string{"duration_ms", "steps", "cached_steps", "attempts", "context_sent_bytes"}
+
+// checkLine holds a line of the log to the keys that are wanted, to the form of the
+// others, and to no more keys than the log may have.
+func checkLine(t *testing.T, line, want map[string]any) {
+	t.Helper()
+	rest := maps.Clone(line)
+	for key, v := range want {
+		if line[key] != v {
+			t.Errorf("%s is %v, want %v", key, line[key], v)
 		}
-		for i, line := range got {
-			rest := maps.Clone(line)
-			for key, v := range want[i] {
-				if line[key] != v {
-					t.Errorf("%s, line %d: %s is %v, want %v", call, i, key, line[key], v)
-				}
-				delete(rest, key)
-			}
-			for _, key := range append(numbers, append(texts, "time", "call_id", "started")...) {
-				delete(rest, key)
-			}
-			if len(rest) > 0 {
-				t.Errorf("%s, line %d: more than there should be: %v", call, i, rest)
-			}
-			if text, ok := line["time"].(string); !ok || len(text) != len("2006-01-02T15:04:05.000Z") {
-				t.Errorf("%s, line %d: the time is %v", call, i, line["time"])
-			}
-			// In the form of the time, so that text compares.
-			if text, ok := line["started"].(string); ok != (line["message"] == "build started") || ok && text > line["time"].(string) {
-				t.Errorf("%s, line %d: it started at %v", call, i, line["started"])
-			}
-			if _, ok := line["cause"].(string); ok == (line["outcome"] == "success" || line["message"] == "build started") {
-				t.Errorf("%s, line %d: the cause is %v", call, i, line["cause"])
-			}
-			if line["message"] != "build ended" {
-				continue
-			}
-			for _, key := range numbers {
-				if v, ok := line[key].(float64); !ok || v < 0 {
-					t.Errorf("%s, line %d: %s is %v", call, i, key, line[key])
-				}
-			}
-			steps, cached, attempts := line["steps"].(float64), line["cached_steps"].(float64), line["attempts"].(float64)
-			switch call {
-			case "first", "fails":
-				if steps < 1 || cached >= steps || attempts != 1 || line["daemon"] == "" || line["choice"] != "first" || line["duration_ms"].(float64) < 1 {
-					t.Errorf("%s: %v", call, line)
-				}
-			case "again":
-				// FROM is a step too, and may be cached or not.
-				if steps < 2 || cached < 2 || cached > steps {
-					t.Errorf("%s: %v of %v steps cached", call, cached, steps)
-				}
-			case "forbidden":
-				if steps != 0 || cached != 0 || attempts != 0 || line["daemon"] != "" {
-					t.Errorf("%s: %v", call, line)
-				}
-			}
+		delete(rest, key)
+	}
+	for _, key := range append([]string{"daemon", "choice", "cause", "time", "call_id", "started"}, endNumbers...) {
+		delete(rest, key)
+	}
+	if len(rest) > 0 {
+		t.Errorf("more than there should be: %v", rest)
+	}
+	now, ok := line["time"].(string)
+	if !ok || len(now) != len("2006-01-02T15:04:05.000Z") {
+		t.Errorf("the time is %v", line["time"])
+	}
+	// In the form of the time, so that text compares.
+	if began, ok := line["started"].(string); ok != (line["message"] == "build started") || ok && began > now {
+		t.Errorf("it started at %v", line["started"])
+	}
+	if _, ok := line["cause"].(string); ok == (line["outcome"] == "success" || line["message"] == "build started") {
+		t.Errorf("the cause is %v", line["cause"])
+	}
+}
+
+// checkEnd holds the numbers of a line that ends a build to what its call did.
+func checkEnd(t *testing.T, call string, line map[string]any) {
+	t.Helper()
+	n := map[string]float64{}
+	for _, key := range endNumbers {
+		v, ok := line[key].(float64)
+		if !ok || v < 0 {
+			t.Errorf("%s is %v", key, line[key])
+		}
+		n[key] = v
+	}
+	switch call {
+	case "first", "fails":
+		if n["steps"] < 1 || n["cached_steps"] >= n["steps"] || n["attempts"] != 1 || line["daemon"] == "" || line["choice"] != "first" || n["duration_ms"] < 1 {
+			t.Errorf("it ended with %v", line)
+		}
+	case "again":
+		// FROM is a step too, and may be cached or not.
+		if n["steps"] < 2 || n["cached_steps"] < 2 || n["cached_steps"] > n["steps"] {
+			t.Errorf("%v of %v steps cached", n["cached_steps"], n["steps"])
+		}
+	case "forbidden":
+		if n["steps"] != 0 || n["cached_steps"] != 0 || n["attempts"] != 0 || line["daemon"] != "" {
+			t.Errorf("it ended with %v", line)
 		}
 	}
 }
@@ -213,6 +229,30 @@ func arrivals(t *testing.T, ctx context.Context, f *stack.Function, body []byte)
 	return all, last.Record
 }
 
+// statesOf takes what a build's steps printed out of its lines, and the states of each
+// bar among it: "fetch 10%" is a state of fetch.
+func statesOf(lines []arrival) (printed []arrival, states map[string][]arrival) {
+	states = map[string][]arrival{}
+	for _, l := range lines {
+		text, ok := strings.CutPrefix(l.line, "l: ")
+		if !ok {
+			continue
+		}
+		printed = append(printed, arrival{text, l.at})
+		if i := strings.LastIndexByte(text, ' '); i >= 0 {
+			states[text[:i]] = append(states[text[:i]], arrival{text[i+1:], l.at})
+		}
+	}
+	return printed, states
+}
+
+func texts(arrivals []arrival) (all []string) {
+	for _, a := range arrivals {
+		all = append(all, a.line)
+	}
+	return all
+}
+
 // TestProgressBars has a step draw over a line in the ways that programs have.
 func TestProgressBars(t *testing.T) {
 	ctx, _, f := start(t, stack.FunctionConfig{})
@@ -229,32 +269,11 @@ printf 'last %s\r' 1 2 3
 	if last.Status != "success" {
 		t.Fatalf("the build ended %s, %s: %s", last.Status, last.Code, last.Error)
 	}
-	var printed []arrival
-	states := map[string][]arrival{}
-	for _, l := range lines {
-		text, ok := strings.CutPrefix(l.line, "l: ")
-		if !ok {
-			continue
+	printed, states := statesOf(lines)
+	for kind, want := range map[string][]string{"fetch": {"00%", "10%", "20%", "30%"}, "pull": {"00%", "10%", "20%", "done"}} {
+		if got := texts(states[kind]); !slices.Equal(got, want) {
+			t.Errorf("%s: %q", kind, got)
 		}
-		printed = append(printed, arrival{text, l.at})
-		if i := strings.LastIndexByte(text, ' '); i >= 0 {
-			states[text[:i]] = append(states[text[:i]], arrival{text[i+1:], l.at})
-		}
-	}
-	// texts are the states of one kind, in order.
-	texts := func(kind string) (all []string) {
-		for _, s := range states[kind] {
-			all = append(all, s.line)
-		}
-		return all
-	}
-	if got := texts("fetch"); !slices.Equal(got, []string{"00%", "10%", "20%", "30%"}) {
-		t.Errorf("fetch: %q", got)
-	}
-	if got := texts("pull"); !slices.Equal(got, []string{"00%", "10%", "20%", "done"}) {
-		t.Errorf("pull: %q", got)
-	}
-	for _, kind := range []string{"fetch", "pull"} {
 		for i, s := range states[kind] {
 			if i > 0 && s.at.Sub(states[kind][i-1].at) < 400*time.Millisecond {
 				t.Errorf("%s %s came %v after the one before", kind, s.line, s.at.Sub(states[kind][i-1].at))
@@ -264,7 +283,7 @@ printf 'last %s\r' 1 2 3
 	for _, kind := range []string{"fast", "err"} {
 		got := states[kind]
 		if len(got) < 3 || got[len(got)-1].line != "149" {
-			t.Errorf("%s: %q", kind, texts(kind))
+			t.Errorf("%s: %q", kind, texts(got))
 			continue
 		}
 		// One that came late by half its time counts in the second before.
@@ -272,10 +291,10 @@ printf 'last %s\r' 1 2 3
 			t.Errorf("%d states of %s in %v", len(got), kind, over)
 		}
 	}
-	if got := texts("at once"); len(got) > 8 || len(got) < 1 || got[len(got)-1] != "1999" {
+	if got := texts(states["at once"]); len(got) > 8 || len(got) < 1 || got[len(got)-1] != "1999" {
 		t.Errorf("at once: %q", got)
 	}
-	if got := texts("last"); len(got) < 1 || got[len(got)-1] != "3" {
+	if got := texts(states["last"]); len(got) < 1 || got[len(got)-1] != "3" {
 		t.Errorf("at the end: %q", got)
 	}
 	var rest []string
