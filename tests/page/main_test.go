@@ -182,6 +182,22 @@ func (p *tab) ended() string {
 	return p.text("#build-title")
 }
 
+// submit fills in the form, for what has been chosen, and sends it.
+func (p *tab) submit(image, secret string) {
+	p.t.Helper()
+	p.fill("image", image)
+	p.fill("secret", secret)
+	p.click("submit")
+}
+
+// pushed waits for a build's end, which must be a success.
+func (p *tab) pushed() {
+	p.t.Helper()
+	if title := p.ended(); title != "Pushed" {
+		p.t.Fatalf("the build ended %q: %s", title, p.text("#build"))
+	}
+}
+
 // looks checks the page's layout in both colour schemes, wide and narrow, and
 // keeps pictures of it in the directory that PAGE_SCREENSHOTS names.
 func (p *tab) looks(name string) {

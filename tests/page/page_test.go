@@ -64,9 +64,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("while a step runs the progress bar is at %v", got)
 	}
 	p.looks("building")
-	if title := p.ended(); title != "Pushed" {
-		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
-	}
+	p.pushed()
 
 	img := stack.MustPull(t, t.Context(), ref)
 	digest, err := img.Digest()
@@ -85,20 +83,7 @@ func TestBuild(t *testing.T) {
 			t.Errorf("the button of %s copies %q, not %q", id, got, want)
 		}
 	}
-	got := stack.MustFiles(t, img)
-	for name, content := range files {
-		if file := got["src/"+name]; file == nil || string(file.Content) != content {
-			t.Errorf("%s is not in the image as it was: %v", name, file)
-		}
-	}
-	for name, mode := range map[string]int64{"src/run.sh": 0o755, "src/data.txt": 0o644} {
-		if file := got[name]; file != nil && file.Mode&0o777 != mode {
-			t.Errorf("%s has mode %o, not %o", name, file.Mode, mode)
-		}
-	}
-	if file := got["greeting"]; file == nil || string(file.Content) != "hello=you\n" {
-		t.Errorf("the build argument did not arrive: %v", file)
-	}
+	checkFolder(t, stack.MustFiles(t, img), files)
 	p.looks("pushed")
 
 	p.click("submit")
@@ -113,6 +98,24 @@ func TestBuild(t *testing.T) {
 		t.Errorf("the page stores something: %q", got)
 	}
 	p.looks("cached")
+}
+
+// checkFolder holds an image to what TestBuild has chosen and filled in.
+func checkFolder(t *testing.T, got map[string]*stack.File, chosen map[string]string) {
+	t.Helper()
+	for name, content := range chosen {
+		if file := got["src/"+name]; file == nil || string(file.Content) != content {
+			t.Errorf("%s is not in the image as it was: %v", name, file)
+		}
+	}
+	for name, mode := range map[string]int64{"src/run.sh": 0o755, "src/data.txt": 0o644} {
+		if file := got[name]; file != nil && file.Mode&0o777 != mode {
+			t.Errorf("%s has mode %o, not %o", name, file.Mode, mode)
+		}
+	}
+	if file := got["greeting"]; file == nil || string(file.Content) != "hello=you\n" {
+		t.Errorf("the build argument did not arrive: %v", file)
+	}
 }
 
 // copied presses an element's copy button and returns what the clipboard then has.
@@ -226,9 +229,7 @@ func TestFailure(t *testing.T) {
 	p.choose("folder", stack.Context(t, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN echo '<b id=bold>bold</b><img src=x onerror=alert(1)>'\nRUN echo almost; exit 7\n",
 	}))
-	p.fill("image", s.Registry.Image("page/fails:v1"))
-	p.fill("secret", f.Secret)
-	p.click("submit")
+	p.submit(s.Registry.Image("page/fails:v1"), f.Secret)
 	if title := p.ended(); title != "Failed" {
 		t.Fatalf("the build ended %q", title)
 	}
@@ -313,9 +314,7 @@ func TestLost(t *testing.T) {
 	})
 	p := open(t, url)
 	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nRUN sleep 5\n"}))
-	p.fill("image", s.Registry.Image("page/lost:v1"))
-	p.fill("secret", f.Secret)
-	p.click("submit")
+	p.submit(s.Registry.Image("page/lost:v1"), f.Secret)
 	if title := p.ended(); title != "Connection lost" {
 		t.Errorf("the build ended %q", title)
 	}
@@ -385,32 +384,9 @@ func TestArchives(t *testing.T) {
 			t.Errorf("%s: the page says %q", format, got)
 		}
 		ref := s.Registry.Image("page/archive:" + format)
-		p.fill("image", ref)
-		p.fill("secret", f.Secret)
-		p.click("submit")
-		if title := p.ended(); title != "Pushed" {
-			t.Fatalf("%s: the build ended %q: %s", format, title, p.text("#build"))
-		}
-		img := stack.MustPull(t, t.Context(), ref)
-		files := stack.MustFiles(t, img)
-		tool := files["src/tool"]
-		if tool == nil || tool.Mode&0o777 != 0o750 {
-			t.Errorf("%s: the executable is %v", format, tool)
-		}
-		if soft := files["src/soft"]; soft == nil || soft.Typeflag != tar.TypeSymlink || soft.Linkname != "tool" {
-			t.Errorf("%s: the symbolic link is %v", format, soft)
-		}
-		if hard := files["src/hard"]; hard == nil || hard.Typeflag != tar.TypeLink && tool.Typeflag != tar.TypeLink {
-			t.Errorf("%s: the hard link is %v", format, hard)
-		}
-		if files["src/hollow"] == nil && files["src/hollow/"] == nil {
-			t.Errorf("%s: the empty directory is missing", format)
-		}
-		for name, want := range map[string]string{"src/" + long: "deep\n", "src/名前": "names\n"} {
-			if file := files[name]; file == nil || string(file.Content) != want {
-				t.Errorf("%s: %s is %v", format, name, file)
-			}
-		}
+		p.submit(ref, f.Secret)
+		p.pushed()
+		checkArchive(t, format, stack.MustFiles(t, stack.MustPull(t, t.Context(), ref)))
 		p.click("clear")
 	}
 
@@ -446,6 +422,32 @@ func TestArchives(t *testing.T) {
 		p.until("error of "+name, func() bool { return strings.Contains(p.text("#source-error"), "cannot be read") })
 		p.run(chromedp.SetUploadFiles(chromedp.ID("archive"), []string{whole}))
 		p.until("another choice", func() bool { return p.text("#chosen-name") == "whole.tgz" })
+	}
+}
+
+// checkArchive holds an image's files to the archive that TestArchives packs.
+func checkArchive(t *testing.T, format string, files map[string]*stack.File) {
+	t.Helper()
+	tool, soft, hard := files["src/tool"], files["src/soft"], files["src/hard"]
+	if tool == nil || soft == nil || hard == nil {
+		t.Fatalf("%s: the executable is %v, the symbolic link %v, the hard link %v", format, tool, soft, hard)
+	}
+	if tool.Mode&0o777 != 0o750 {
+		t.Errorf("%s: the executable is %v", format, tool)
+	}
+	if soft.Typeflag != tar.TypeSymlink || soft.Linkname != "tool" {
+		t.Errorf("%s: the symbolic link is %v", format, soft)
+	}
+	if hard.Typeflag != tar.TypeLink && tool.Typeflag != tar.TypeLink {
+		t.Errorf("%s: the hard link is %v", format, hard)
+	}
+	if files["src/hollow"] == nil && files["src/hollow/"] == nil {
+		t.Errorf("%s: the empty directory is missing", format)
+	}
+	for name, want := range map[string]string{"src/" + long: "deep\n", "src/名前": "names\n"} {
+		if file := files[name]; file == nil || string(file.Content) != want {
+			t.Errorf("%s: %s is %v", format, name, file)
+		}
 	}
 }
 
@@ -490,12 +492,8 @@ func TestChosenLast(t *testing.T) {
 		t.Errorf("chosen is %q, %q", name, problem)
 	}
 	ref := s.Registry.Image("page/last:v1")
-	p.fill("image", ref)
-	p.fill("secret", f.Secret)
-	p.click("submit")
-	if title := p.ended(); title != "Pushed" {
-		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
-	}
+	p.submit(ref, f.Secret)
+	p.pushed()
 	img := stack.MustPull(t, t.Context(), ref)
 	if files, err := stack.Files(img); err != nil || files["the-folder"] == nil {
 		t.Errorf("built from something else: %v, %v", files, err)
@@ -516,12 +514,8 @@ func TestDrop(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := s.Registry.Image("page/dropped:v1")
-	p.fill("image", ref)
-	p.fill("secret", f.Secret)
-	p.click("submit")
-	if title := p.ended(); title != "Pushed" {
-		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
-	}
+	p.submit(ref, f.Secret)
+	p.pushed()
 	img := stack.MustPull(t, t.Context(), ref)
 	files := stack.MustFiles(t, img)
 	if files["src/handler.go"] == nil || files["src/hollow"] == nil && files["src/hollow/"] == nil {
@@ -550,9 +544,7 @@ func TestLongLog(t *testing.T) {
 	p.choose("folder", stack.Context(t, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN i=0; while [ $i -lt 60 ]; do i=$((i+1)); for j in $(seq 100); do echo line $i.$j; done; sleep 0.05; done; echo the last\n",
 	}))
-	p.fill("image", s.Registry.Image("page/long:v1"))
-	p.fill("secret", f.Secret)
-	p.click("submit")
+	p.submit(s.Registry.Image("page/long:v1"), f.Secret)
 	p.until("lines", func() bool { return js[int](p, `document.getElementById("lines").childElementCount`) > 500 })
 	atEnd := `(() => { const e = document.getElementById("log"); return e.scrollHeight - e.scrollTop - e.clientHeight < 2 })()`
 	p.until("end of the log", func() bool { return js[bool](p, atEnd) })
@@ -564,9 +556,7 @@ func TestLongLog(t *testing.T) {
 		t.Error("the log follows though the reader scrolled up")
 	}
 	p.click("follow")
-	if title := p.ended(); title != "Pushed" {
-		t.Fatalf("the build ended %q", title)
-	}
+	p.pushed()
 	if !js[bool](p, atEnd) || !slices.Contains(p.texts("#lines .l"), "the last") {
 		t.Error("the log does not follow again")
 	}

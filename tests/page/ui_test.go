@@ -142,18 +142,14 @@ func TestGateway(t *testing.T) {
 	p.choose("folder", stack.Context(t, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN for i in 1 2 3; do echo number $i; sleep 1; done\n",
 	}))
-	p.fill("image", s.Registry.Image("page/gateway:v1"))
-	p.fill("secret", f.Secret)
-	p.click("submit")
+	p.submit(s.Registry.Image("page/gateway:v1"), f.Secret)
 	for _, line := range []string{"number 1", "number 2"} {
 		p.until(line, func() bool { return slices.Contains(p.texts("#lines .l"), line) })
 		if lines := p.texts("#lines .l"); p.text("#build-title") != "Building" || lines[len(lines)-1] != line {
 			t.Errorf("%q came late: %q", line, lines)
 		}
 	}
-	if title := p.ended(); title != "Pushed" {
-		t.Fatalf("the build ended %q: %s", title, p.text("#build"))
-	}
+	p.pushed()
 }
 
 // TestUIRequests replays what the UI sends for each of its radio buttons.
