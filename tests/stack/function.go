@@ -26,8 +26,8 @@ type FunctionConfig struct {
 	Secrets map[string][]byte
 	// Buildkitd is the daemon to use; nil is the stack's first.
 	Buildkitd *Buildkitd
-	// Watchdog puts the real of-watchdog in front, where this machine has one.
-	// Two of them cannot run at once: they share the metrics port 8081.
+	// Watchdog puts the real of-watchdog in front, where this machine has one. Its
+	// metrics port, 8081, is fixed: the start waits until no other runs.
 	Watchdog bool
 	// Nameserver is the address that the function's process looks names up at;
 	// empty is the machine's.
@@ -51,6 +51,8 @@ type Function struct {
 	dir    string
 	cgroup string // its directory, empty without FunctionConfig.Memory
 	proc   *process
+
+	watchdog io.Closer // the claim to of-watchdog's port, nil without one
 }
 
 // Function starts an instance and waits until it is ready. It is killed with
@@ -99,6 +101,9 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	}
 	if watchdog, ok := FindWatchdog(); ok && c.Watchdog {
 		if upstream, err = FreePort(); err != nil {
+			return nil, err
+		}
+		if f.watchdog, err = claimWhenFree(ctx, "of-watchdog"); err != nil {
 			return nil, err
 		}
 		command = watchdog
@@ -291,6 +296,9 @@ func (f *Function) Stop(ctx context.Context) error {
 // Kill ends the function at once.
 func (f *Function) Kill() {
 	f.proc.kill()
+	if f.watchdog != nil {
+		f.watchdog.Close()
+	}
 	if f.cgroup != "" {
 		removeCgroups(filepath.Base(f.cgroup))
 	}

@@ -71,7 +71,8 @@ type RunConfig struct {
 	// readonly_root_filesystem in stack.yml asks for.
 	ReadOnly bool
 	// HostNetwork is this machine's network instead of one that holds only
-	// loopback.
+	// loopback. The container is taken for one with of-watchdog: see
+	// FunctionConfig.Watchdog.
 	HostNetwork bool
 	// Mounts are directories that the container can read, by their paths there.
 	Mounts map[string]string
@@ -81,6 +82,8 @@ type RunConfig struct {
 type Container struct {
 	dir  string
 	proc *process
+
+	watchdog io.Closer // the claim to of-watchdog's port, nil without HostNetwork
 }
 
 // Run unpacks an image and starts it. It is killed with the stack.
@@ -113,6 +116,11 @@ func (s *Stack) Run(ctx context.Context, img v1.Image, c RunConfig) (*Container,
 	cmd := namespaced(setup, s.Tools.Runc, "--root", filepath.Join(dir, "runc"), "run", "--bundle", dir, cgroup)
 	cmd.SysProcAttr.Cloneflags |= flags
 	container := &Container{dir: dir}
+	if c.HostNetwork {
+		if container.watchdog, err = claimWhenFree(ctx, "of-watchdog"); err != nil {
+			return nil, err
+		}
+	}
 	if container.proc, err = startProcess("container", container.LogFile(), cmd); err != nil {
 		return nil, err
 	}
@@ -274,7 +282,12 @@ func dialTCP(addr string) (net.Conn, error) {
 }
 
 // Kill ends the container at once.
-func (c *Container) Kill() { c.proc.kill() }
+func (c *Container) Kill() {
+	c.proc.kill()
+	if c.watchdog != nil {
+		c.watchdog.Close()
+	}
+}
 
 // Ended reports whether the container has ended.
 func (c *Container) Ended() bool {

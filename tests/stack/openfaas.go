@@ -36,6 +36,7 @@ type OpenFaaS struct {
 
 	dir   string
 	procs []*process
+	ports io.Closer // the claim to the gateway's ports
 }
 
 // Ports of the gateway, which has no setting for them.
@@ -45,8 +46,8 @@ const (
 )
 
 // OpenFaaS starts the Community Edition in front of f, as the function "builder".
-// It is ended with the stack. Only one can run at a time on a machine, since the
-// gateway's ports, 8080 and 8082, are fixed.
+// It is ended with the stack. The gateway's ports, 8080 and 8082, are fixed: where
+// another process has a stack with OpenFaaS, this waits until that has ended.
 func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ *OpenFaaS, err error) {
 	tools, err := buildTools(ctx, s.Repo, s.log, openfaasModules)
 	if err != nil {
@@ -59,13 +60,6 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 	assets, err := gatewayAssets(ctx, s.Repo)
 	if err != nil {
 		return nil, err
-	}
-	for _, port := range []int{gatewayPort, metricsPort} {
-		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
-		if err != nil {
-			return nil, fmt.Errorf("OpenFaaS's gateway needs port %d: %w", port, err)
-		}
-		l.Close()
 	}
 	if c.Timeout == 0 {
 		c.Timeout = time.Hour
@@ -91,6 +85,16 @@ func (s *Stack) OpenFaaS(ctx context.Context, f *Function, c OpenFaaSConfig) (_ 
 			o.Kill()
 		}
 	}()
+	if o.ports, err = claimWhenFree(ctx, "OpenFaaS gateway"); err != nil {
+		return nil, err
+	}
+	for _, port := range []int{gatewayPort, metricsPort} {
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+		if err != nil {
+			return nil, fmt.Errorf("OpenFaaS's gateway needs port %d: %w", port, err)
+		}
+		l.Close()
+	}
 
 	err = o.start(ctx, "nats", exec.Command(tools["nats-streaming"], "-a", "127.0.0.1", "-p", fmt.Sprint(natsPort), "-cid", "faas-cluster", "-st", "memory"),
 		nil, answersTCP(natsPort))
@@ -159,6 +163,10 @@ func (o *OpenFaaS) Kill() {
 		o.procs[i].kill()
 	}
 	o.procs = nil
+	if o.ports != nil {
+		o.ports.Close()
+		o.ports = nil
+	}
 }
 
 func answersTCP(port int) func(context.Context) error {

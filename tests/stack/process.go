@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -119,17 +121,62 @@ func (p *process) kill() {
 	<-p.done
 }
 
-// FreePort returns a loopback port that is free now and that no outgoing
-// connection gets, so that a daemon can be stopped and come back to it.
+// FreePort returns a loopback port that is free now, that no outgoing connection
+// gets, and that nobody else on this machine is given while this process lives: a
+// daemon can be stopped and come back to it.
 func FreePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(12000) // Linux hands out 32768 and up
+		if err := reserve(fmt.Sprintf("port-%d", port)); err != nil {
+			continue
+		}
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err == nil {
 			return port, l.Close()
 		}
 	}
 	return 0, errors.New("finding a free port: none in 100 tries")
+}
+
+// reservations are the names that this process has for as long as it lives.
+var reservations struct {
+	sync.Mutex
+	names []io.Closer
+}
+
+func reserve(name string) error {
+	l, err := claim(name)
+	if err != nil {
+		return err
+	}
+	reservations.Lock()
+	defer reservations.Unlock()
+	reservations.names = append(reservations.names, l)
+	return nil
+}
+
+// claim takes a name that one process of this machine can have at a time. It is
+// that of a socket without a file, so that Linux frees it when the process ends.
+func claim(name string) (io.Closer, error) {
+	return net.Listen("unix", "@function-builder-"+name)
+}
+
+// claimWhenFree is claim for a name that another process may have: it waits until
+// that gives it up, for as long as a test may take.
+func claimWhenFree(ctx context.Context, name string) (io.Closer, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	for {
+		l, err := claim(name)
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return l, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("waiting for another process on this machine to give up the %s: %w", name, ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // tail returns the last n bytes of a file, or the reason there are none.
