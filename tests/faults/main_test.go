@@ -15,11 +15,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -36,6 +39,12 @@ func TestMain(m *testing.M) {
 	flag.Set("test.parallel", "6")
 	stack.Main(m)
 }
+
+// What a whole run and a busy machine leave out.
+var (
+	rounds = flag.Int("rounds", 1, "how often TestStrangers has each kind of stranger come")
+	timing = flag.Bool("timing", false, "hold waits to what they are on a machine that does nothing else")
+)
 
 const (
 	jsonForm = ""
@@ -255,6 +264,16 @@ func (a answer) wantSuccess(t *testing.T) {
 	}
 }
 
+// patience is the limit of what takes d on a machine that does nothing else: d itself
+// with -timing, and otherwise so much longer that no machine is too busy for it. What
+// would go wrong takes longer still: steps sleep for five minutes.
+func patience(d time.Duration) time.Duration {
+	if *timing {
+		return d
+	}
+	return d + 30*time.Second
+}
+
 // eventually polls until check is nil, and returns how long that took.
 func eventually(t *testing.T, limit time.Duration, check func() error) time.Duration {
 	t.Helper()
@@ -286,11 +305,58 @@ func waitStep(t *testing.T, b *stack.Buildkitd, m string) {
 // waitGone returns once the RUN step has no process any more.
 func waitGone(t *testing.T, b *stack.Buildkitd, m string, limit time.Duration) time.Duration {
 	t.Helper()
-	return eventually(t, limit, func() error {
+	return eventually(t, patience(limit), func() error {
 		if !runs(t, b, m) {
 			return nil
 		}
 		return errors.New("the RUN step's process is still there")
+	})
+}
+
+// sleepers are the processes that sleep in the steps that sleep made with the mark m,
+// on whatever daemons those run.
+func sleepers(t *testing.T, m string) (pids []int) {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range lines {
+		// What has ended meanwhile has no line.
+		line, _ := os.ReadFile(file)
+		if !strings.Contains(string(line), m) {
+			continue
+		}
+		pid := filepath.Base(filepath.Dir(file))
+		children, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
+		for child := range strings.FieldsSeq(string(children)) {
+			n, err := strconv.Atoi(child)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, n)
+		}
+	}
+	return pids
+}
+
+// release ends the sleep of the steps with the mark m. A step that is to be there for as
+// long as a test looks at it sleeps for longer than any test, and is released when the
+// test has seen what it waits for.
+func release(t *testing.T, m string) {
+	t.Helper()
+	// A shell that has begun has its child soon.
+	eventually(t, patience(time.Second), func() error {
+		pids := sleepers(t, m)
+		if len(pids) == 0 {
+			return fmt.Errorf("no step with %s sleeps", m)
+		}
+		for _, pid := range pids {
+			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && err != syscall.ESRCH {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
@@ -375,7 +441,7 @@ func metric(f *stack.Function, metric string, labels ...string) (float64, error)
 // waitIdle returns once no build holds a slot or waits for one.
 func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 	t.Helper()
-	return eventually(t, 15*time.Second, func() error {
+	return eventually(t, patience(15*time.Second), func() error {
 		for _, name := range []string{"builder_builds_in_flight", "builder_builds_waiting"} {
 			if n, err := metric(f, name); err != nil || n != 0 {
 				return fmt.Errorf("%s is %v, %v", name, n, err)
@@ -389,7 +455,7 @@ func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 // is given before its line is written, so what has begun gets some time to be there.
 func logged(t *testing.T, f *stack.Function) (ended []map[string]any) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		text, err := f.Log()
 		if err != nil {
 			t.Fatal(err)

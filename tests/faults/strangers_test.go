@@ -27,12 +27,14 @@ import (
 
 // What strangers may cost.
 const (
-	strangersMemory = 256 << 20        // anonymous memory of the function, in bytes
-	strangersSpool  = 256 << 20        // max_spool_bytes, of which they have half
-	strangersWait   = 2 * time.Second  // of a signed build, beyond what it takes without them
-	strangersLines  = 21               // of the log in a second: those of two periods and a count
-	restMemory      = 176 << 20        // afterwards: GOMEMLIMIT and what is not Go's
-	uploadGrace     = 10 * time.Second // by default
+	strangersMemory = 256 << 20 // anonymous memory of the function, in bytes
+	strangersSpool  = 256 << 20 // max_spool_bytes, of which they have half
+	// Of a signed build, beyond what it takes without them. Had it to wait for a
+	// stranger's slot, it would wait for uploadGrace at least.
+	strangersWait  = uploadGrace / 2
+	strangersLines = 21               // of the log in a second: those of two periods and a count
+	restMemory     = 176 << 20        // afterwards: GOMEMLIMIT and what is not Go's
+	uploadGrace    = 10 * time.Second // by default
 )
 
 // wrongSignature is one that no key makes.
@@ -48,6 +50,8 @@ type hostile struct {
 	length int    // Content-Length
 	rate   int    // bytes per second after the first MiB; 0 is at once
 	again  bool   // each answer is followed by the next request
+
+	connected func(net.Conn) // if not nil, called when the body, or its first MiB, is written
 
 	// leaves is how long a connection stays after what it sends; 0 is until the end.
 	leaves time.Duration
@@ -76,9 +80,9 @@ func begun(name string, body []byte) hostile {
 }
 
 // slowly wants each connection to be over by itself: it is slow at once, and what it has
-// sent gives it half a second more at most.
+// sent gives it half a second more at most. On a busy machine it may take longer.
 func (h hostile) slowly() hostile {
-	h.ends = uploadGrace + 3*time.Second
+	h.ends = 3 * uploadGrace
 	return h
 }
 
@@ -231,6 +235,9 @@ func (h hostile) sendOne(ctx context.Context, f *stack.Function) (end string) {
 		first = h.body[:1<<20]
 	}
 	_, err = conn.Write(first)
+	if h.connected != nil {
+		h.connected(conn)
+	}
 	if err == nil && h.rate > 0 {
 		rest := h.body[len(first):]
 		go func() {
@@ -268,15 +275,20 @@ func (h hostile) sendOne(ctx context.Context, f *stack.Function) (end string) {
 }
 
 // TestStrangers has strangers send requests of every kind, as many at once as
-// max_uploads and more, three times over, to a function with the memory that
-// stack.yml gives it, while three callers build what they may. It is no parallel
-// test: it measures time.
+// max_uploads and more, to a function with the memory that stack.yml gives it, while
+// three callers build what they may. It is no parallel test: it measures memory.
 //
-// Why two seconds are enough on two processors: a cached build takes some 0.1 s of
-// one. What strangers send is hashed, at several hundred MB/s, and goes through
-// memory or to the disk up to a budget, so that 16 uploads at full speed are done
-// within a few seconds in which a build gets its share of the processors every few
-// ms. Strangers who hold what they have take none.
+// One function endures all kinds, one after the other, so that what one leaves
+// behind is there when the next comes: memory, descriptors and goroutines are back to
+// what they were before the first each time. -rounds has each kind come that often.
+//
+// A signed build may wait for strangersWait, which only a builder that lets strangers
+// block it exceeds, also on a busy machine: with -timing for 2 s. Why that is enough
+// on two free processors: a cached build takes some 0.1 s of one. What strangers send
+// is hashed, at several hundred MB/s, and goes through memory or to the disk up to a
+// budget, so that 16 uploads at full speed are done within a few seconds in which a
+// build gets its share of the processors every few ms. Strangers who hold what they
+// have take none.
 func TestStrangers(t *testing.T) {
 	d, err := stack.Shared(t).Description()
 	if err != nil {
@@ -291,76 +303,91 @@ func TestStrangers(t *testing.T) {
 	env["log_level"] = "info"
 	env["max_spool_bytes"] = fmt.Sprint(strangersSpool)
 	env["context_repository"] = stack.Shared(t).Registry.Image("builder/contexts")
-	body := layered(t, local(), 100<<10)
-	for _, h := range hostiles(t) {
-		t.Run(h.name, func(t *testing.T) {
-			var wait time.Duration
-			// What else runs on this machine may have had the processors the first time.
-			// What strangers do comes again.
-			for range 2 {
-				_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Memory: limit.Value(), Env: env})
-				if wait = endure(t, f, h, body); wait <= strangersWait {
-					return
-				}
-				t.Logf("a signed build waited %v", wait)
-			}
-			t.Errorf("a signed build waited %v, %v at most", wait, strangersWait)
-		})
+	start := func() *endurance {
+		_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Memory: limit.Value(), Env: env})
+		return newEndurance(t, f, layered(t, local(), 100<<10))
 	}
+	e := start()
+	for _, h := range hostiles(t) {
+		passed := t.Run(h.name, func(t *testing.T) {
+			for round := range *rounds {
+				e.endure(t, h, round == *rounds-1)
+			}
+		})
+		if !passed { // the next kind is not to fail for this one
+			e.f.Kill()
+			e = start()
+		}
+	}
+	wantAccount(t, e.f)
 }
 
-// endure has f take three rounds of h while it builds body for others. It returns how
-// much longer than usual the slowest build took.
-func endure(t *testing.T, f *stack.Function, h hostile, body []byte) (wait time.Duration) {
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(waysToBuild)}}
-	var usual time.Duration
+// endurance is a function that strangers try, and what it is without them.
+type endurance struct {
+	f      *stack.Function
+	client *http.Client  // of those who build
+	body   []byte        // what they build
+	usual  time.Duration // what that takes at most
+	before holdings
+}
+
+func newEndurance(t *testing.T, f *stack.Function, body []byte) *endurance {
+	t.Helper()
+	e := &endurance{f: f, body: body, client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(waysToBuild)}}}
 	for i := range 3 {
 		for way := range waysToBuild {
-			a, err := buildAs(t.Context(), client, f, way, body)
+			a, err := buildAs(t.Context(), e.client, f, way, body)
 			if err != nil {
 				t.Fatal(err)
 			}
 			a.wantSuccess(t)
 			if i > 0 { // the first is not cached
-				usual = max(usual, a.took)
+				e.usual = max(e.usual, a.took)
 			}
 		}
 	}
-	idle := func() holdings {
-		client.CloseIdleConnections()
-		http.DefaultClient.CloseIdleConnections()
-		return held(t, f)
-	}
-	before := idle()
+	e.before = e.idle(t)
+	return e
+}
 
+// idle is what the function has when nobody is connected.
+func (e *endurance) idle(t *testing.T) holdings {
+	t.Helper()
+	e.client.CloseIdleConnections()
+	http.DefaultClient.CloseIdleConnections()
+	return held(t, e.f)
+}
+
+// endure has a round of h come while others build.
+func (e *endurance) endure(t *testing.T, h hostile, last bool) {
+	f := e.f
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var beside sync.WaitGroup
-	var built builds
+	built := builds{enough: make(chan struct{})}
 	var peak peaks
 	for way := range waysToBuild {
-		beside.Go(func() { built.every(ctx, time.Second, client, f, way, body) })
+		beside.Go(func() { built.every(ctx, 500*time.Millisecond, e.client, f, way, e.body) })
 	}
 	beside.Go(func() { peak.watch(ctx, f) })
 
 	began := time.Now()
-	for round := range 3 {
-		ends := h.round(ctx, t, f, round == 2)
-		t.Logf("round %d: %v", round+1, ends)
-		if alive(f) != nil {
-			break
-		}
-	}
+	ends := h.round(ctx, t, f, last, built.enough)
 	stop()
 	beside.Wait()
 	took := time.Since(began)
-	t.Logf("%d signed builds in %v, usually in %v at most: %d failed, the longest took %v; %.1f MiB of memory, %.1f MiB of disk",
-		built.sent, took.Round(time.Millisecond), usual.Round(time.Millisecond), built.failed, built.longest.Round(time.Millisecond), mib(peak.memory), mib(peak.disk))
+	t.Logf("%v; %d signed builds in %v, usually in %v at most: %d failed, the longest took %v; %.1f MiB of memory, %.1f MiB of disk",
+		ends, built.sent, took.Round(time.Millisecond), e.usual.Round(time.Millisecond), built.failed, built.longest.Round(time.Millisecond), mib(peak.memory), mib(peak.disk))
 
 	if built.failed > 0 {
 		t.Errorf("%d of %d signed builds failed, the first: %s", built.failed, built.sent, built.failure)
-	} else if built.sent < 6*len(waysToBuild) {
-		t.Errorf("%d signed builds were sent, which says little", built.sent)
+	}
+	most := strangersWait
+	if *timing {
+		most = 2 * time.Second
+	}
+	if wait := built.longest - e.usual; wait > most {
+		t.Errorf("a signed build waited %v, %v at most", wait, most)
 	}
 	if peak.memory > strangersMemory {
 		t.Errorf("%.1f MiB of memory, %.1f at most", mib(peak.memory), mib(strangersMemory))
@@ -373,8 +400,8 @@ func endure(t *testing.T, f *stack.Function, h hostile, body []byte) (wait time.
 	}
 	// One whose stranger left while it waited for a slot learns of it when its 30 s
 	// are over.
-	rested := eventually(t, 40*time.Second, func() error {
-		after := idle()
+	rested := eventually(t, time.Minute, func() error {
+		after := e.idle(t)
 		anonymous, err := f.Anonymous()
 		if err != nil {
 			return err
@@ -385,33 +412,35 @@ func endure(t *testing.T, f *stack.Function, h hostile, body []byte) (wait time.
 			return err
 		case len(names) > 0 || unlinked > 0:
 			return fmt.Errorf("the temporary directory holds %q and %d unlinked bytes", names, unlinked)
-		case after.goroutines > before.goroutines+5, after.fds > before.fds+4:
-			return fmt.Errorf("there was %v, and is %v", before, after)
+		case after.goroutines > e.before.goroutines+5, after.fds > e.before.fds+4:
+			return fmt.Errorf("there was %v, and is %v", e.before, after)
 		case anonymous > restMemory:
 			return fmt.Errorf("%.1f MiB of memory, %.1f at most", mib(anonymous), mib(restMemory))
 		}
 		return nil
 	})
 	t.Logf("at rest after %v", rested.Round(time.Millisecond))
-	wantAccount(t, f)
-	return built.longest - usual
 }
 
-// round has all of them send at once. What holds its connection is cut off after a
-// few seconds, in the last round when it should be over by itself.
-func (h hostile) round(ctx context.Context, t *testing.T, f *stack.Function, last bool) (ends map[string]int) {
+// round has all of them send at once. What holds its connection is cut off after some
+// seconds, in the last round when it should be over by itself. Nothing is cut off, and
+// no round is over, before enough is closed.
+func (h hostile) round(ctx context.Context, t *testing.T, f *stack.Function, last bool, enough <-chan struct{}) (ends map[string]int) {
 	t.Helper()
-	const shortest = 3 * time.Second
 	limit := 8 * time.Second
 	switch {
 	case last && h.ends > 0:
 		limit = h.ends
 	case h.again, h.rate > 0, h.length > len(h.body), h.leaves > 0:
-		limit = 4 * time.Second
+		limit = 2 * time.Second
 	}
-	pause := time.After(shortest)
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	cut := time.AfterFunc(limit, func() {
+		<-enough
+		cancel()
+	})
+	defer cut.Stop()
 	ends = make(map[string]int)
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -425,7 +454,7 @@ func (h hostile) round(ctx context.Context, t *testing.T, f *stack.Function, las
 		})
 	}
 	all.Wait()
-	<-pause
+	<-enough
 	if n := ends["held"]; last && h.ends > 0 && n > 0 {
 		t.Errorf("%d of %d connections were still held after %v", n, h.conns, h.ends)
 	}
@@ -451,7 +480,7 @@ var waysToBuild = []http.Header{
 
 // buildAs sends a signed body the given way. A queue gives each call an id.
 func buildAs(ctx context.Context, client *http.Client, f *stack.Function, way int, body []byte) (answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, testTimeout)
 	defer cancel()
 	req, err := f.Request(ctx, body)
 	if err != nil {
@@ -464,8 +493,13 @@ func buildAs(ctx context.Context, client *http.Client, f *stack.Function, way in
 	return do(client, req)
 }
 
+// enoughBuilds are so many that a round says something of those who build.
+const enoughBuilds = 12
+
 // builds are those that were sent beside strangers' requests.
 type builds struct {
+	enough chan struct{} // closed after enoughBuilds
+
 	sync.Mutex
 	sent, failed int
 	failure      string // the first
@@ -485,7 +519,9 @@ func (b *builds) every(ctx context.Context, pause time.Duration, client *http.Cl
 			err = errors.New(a.String())
 		}
 		b.Lock()
-		b.sent++
+		if b.sent++; b.sent == enoughBuilds {
+			close(b.enough)
+		}
 		b.longest = max(b.longest, took)
 		if err != nil {
 			b.failed++
