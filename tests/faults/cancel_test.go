@@ -81,8 +81,8 @@ func TestFrozenWhileBuilding(t *testing.T) {
 			a := wait()
 			took := time.Since(start)
 			t.Logf("verdict %s %v after the freeze", a.Code, took)
-			if took > frozenLimit {
-				t.Errorf("the verdict took %v, want %v at most", took, frozenLimit)
+			if took > patience(frozenLimit) {
+				t.Errorf("the verdict took %v, want %v at most", took, patience(frozenLimit))
 			}
 			a.wantFailed(t, "no_daemon")
 
@@ -113,8 +113,8 @@ func TestFrozenBefore(t *testing.T) {
 			mustSend(t, f, body, jsonForm).wantFailed(t, "no_daemon")
 			took := time.Since(start)
 			t.Logf("verdict after %v", took)
-			if took > frozenLimit {
-				t.Errorf("the verdict took %v, want %v at most", took, frozenLimit)
+			if took > patience(frozenLimit) {
+				t.Errorf("the verdict took %v, want %v at most", took, patience(frozenLimit))
 			}
 			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 0 {
 				t.Errorf("builder_daemons_reachable is %v, %v, want 0", n, err)
@@ -166,7 +166,7 @@ func TestDaemonRestartedBetween(t *testing.T) {
 	a := mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
 	a.wantFailed(t, "no_daemon")
 	t.Logf("no daemon at all: verdict after %v", a.took)
-	if a.took > 10*time.Second {
+	if a.took > patience(10*time.Second) {
 		t.Errorf("took %v to say that there is no daemon", a.took)
 	}
 	if err := b.Start(testContext(t)); err != nil {
@@ -183,7 +183,7 @@ func TestDaemonKilledAndBack(t *testing.T) {
 	s, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
 	m := mark()
 	ref := s.Registry.Image("killed-and-back:latest")
-	wait := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 3*time.Second)), ndjson)
+	wait := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 5*time.Minute)), ndjson)
 	waitStep(t, b, m)
 	start := time.Now()
 	b.Kill()
@@ -191,6 +191,8 @@ func TestDaemonKilledAndBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("the daemon was back after %v", time.Since(start))
+	waitStep(t, b, m)
+	release(t, m)
 	a := wait()
 	a.wantSuccess(t)
 	if !slices.ContainsFunc(a.Log, func(l string) bool { return strings.Contains(l, "building again") }) {
@@ -232,7 +234,7 @@ func TestCertificateReplaced(t *testing.T) {
 	renewed := copyCerts(t, certs)
 	makeCerts(t, s, renewed)
 	m := mark()
-	long := background(t, f, request(t, local(), "FROM busybox", sleep(m, 10*time.Second)), ndjson)
+	long := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), ndjson)
 	waitStep(t, b, m)
 	before := connections(t, b)
 	install(t, f, renewed, "buildkit-cert", "buildkit-key")
@@ -243,8 +245,9 @@ func TestCertificateReplaced(t *testing.T) {
 	if !runs(t, b, m) {
 		t.Error("the running build ended with the old certificate")
 	}
+	release(t, m)
 	long().wantSuccess(t)
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, patience(5*time.Second), func() error {
 		if n := connections(t, b); n != 1 {
 			return fmt.Errorf("%d connections to buildkitd after the last build on the old one, want 1", n)
 		}
@@ -297,27 +300,48 @@ func install(t *testing.T, f *stack.Function, certs string, names ...string) {
 	}
 }
 
-// unread is the number of bytes that the other end of a connection has sent and
-// this one has not taken.
-func unread(t *testing.T, conn net.Conn) int64 {
+// underway is the number of bytes that were written to a connection at from and not
+// read at to, two addresses of this machine: what waits to be sent, and what has
+// arrived. A nil address is any.
+func underway(t *testing.T, from, to net.Addr) (n int64) {
 	t.Helper()
-	text, err := os.ReadFile("/proc/net/tcp")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
+	is := func(field string, addr net.Addr) bool { return addr == nil || strings.HasSuffix(field, portHex(addr)) }
+	for _, fields := range sockets(t) {
 		// The fifth field is the send queue, a colon and the receive queue.
-		fields := strings.Fields(line)
-		if len(fields) > 4 && strings.HasSuffix(fields[1], portHex(conn.RemoteAddr())) && strings.HasSuffix(fields[2], portHex(conn.LocalAddr())) {
-			queue, _, _ := strings.Cut(fields[4], ":")
-			n, err := strconv.ParseInt(queue, 16, 64)
+		sent, received, _ := strings.Cut(fields[4], ":")
+		for _, end := range []struct {
+			local, remote net.Addr
+			queue         string
+		}{{from, to, sent}, {to, from, received}} {
+			if !is(fields[1], end.local) || !is(fields[2], end.remote) {
+				continue
+			}
+			bytes, err := strconv.ParseInt(end.queue, 16, 64)
 			if err != nil {
 				t.Fatal(err)
 			}
-			return n
+			n += bytes
 		}
 	}
-	return 0
+	return n
+}
+
+// sockets are the lines on established connections in the kernel's tables: sl, local
+// address, remote address, state, queues.
+func sockets(t *testing.T) (lines [][]string) {
+	t.Helper()
+	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if fields := strings.Fields(line); len(fields) > 4 && fields[3] == "01" {
+				lines = append(lines, fields)
+			}
+		}
+	}
+	return lines
 }
 
 // portHex is how the kernel's tables write an address's port.
@@ -331,26 +355,20 @@ func connections(t *testing.T, b *stack.Buildkitd) int {
 		t.Fatal(err)
 	}
 	n := 0
-	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(string(text)) {
-			// sl, local address, remote address, state: 01 is established.
-			if fields := strings.Fields(line); len(fields) > 3 && fields[3] == "01" && strings.HasSuffix(fields[1], portHex(addr)) {
-				n++
-			}
+	for _, fields := range sockets(t) {
+		if strings.HasSuffix(fields[1], portHex(addr)) {
+			n++
 		}
 	}
 	return n
 }
 
-// TestReaderStops opens a stream and never reads it, while steps print more than
-// the connection's buffers take.
+// TestReaderStops opens a stream and never reads it, while steps print until the
+// connection's buffers are full, however large they are, and go on. The function can
+// tell only then that nobody reads: what is written and not read grows no more.
 func TestReaderStops(t *testing.T) {
 	t.Parallel()
-	// A daemon that clips would print less than the connection's buffers take.
+	// A daemon that clips prints less than the connection's buffers take.
 	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
 	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b, Env: map[string]string{"max_builds": "1"}})
 	m := mark()
@@ -378,20 +396,20 @@ func TestReaderStops(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitStep(t, b, m)
-	// Until the buffers of both sides are full, nobody can tell.
 	var full time.Time
-	var queued int64
+	var most int64
 	for end := time.Now().Add(testTimeout); runs(t, b, m); time.Sleep(20 * time.Millisecond) {
-		if n := unread(t, conn); n > queued+1<<10 {
-			queued, full = n, time.Now()
+		if n := underway(t, conn.RemoteAddr(), conn.LocalAddr()); n > most {
+			most, full = n, time.Now()
 		}
 		if time.Now().After(end) {
-			t.Fatalf("the steps still run, with %d unread bytes", queued)
+			t.Fatalf("the steps still run, with %d bytes underway", most)
 		}
 	}
 	took := time.Since(full)
-	t.Logf("the steps ended %v after the last of %d unread bytes", took, queued)
-	if took > 32*time.Second {
+	t.Logf("the steps ended %v after the last of %d bytes", took, most)
+	// The write that found no room began a moment before the buffers were full.
+	if limit := patience(32 * time.Second); took < 25*time.Second || took > limit {
 		t.Errorf("the build was held for %v, want 30s and a little", took)
 	}
 	waitIdle(t, f)
@@ -401,7 +419,7 @@ func TestReaderStops(t *testing.T) {
 	}
 
 	// What has arrived is no whole stream.
-	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	conn.SetReadDeadline(time.Now().Add(patience(5 * time.Second)))
 	got, _ := io.ReadAll(conn)
 	if strings.Contains(string(got), `"status":"success"`) {
 		t.Error("a cut stream tells of a success")

@@ -58,7 +58,7 @@ func TestTempDirFull(t *testing.T) {
 func wantNoTempFiles(t *testing.T, f *stack.Function) {
 	t.Helper()
 	// The client may have the answer a moment before the handler has returned.
-	eventually(t, 2*time.Second, func() error {
+	eventually(t, patience(2*time.Second), func() error {
 		names, unlinked, err := f.TempFiles()
 		if err != nil || len(names) != 0 || unlinked != 0 {
 			return fmt.Errorf("the temporary directory holds %q and %d unlinked bytes, %v, want nothing", names, unlinked, err)
@@ -242,7 +242,7 @@ func TestNothingGrows(t *testing.T) {
 	took := time.Since(start)
 	var after holdings
 	// What has ended may take a moment to go.
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience(20*time.Second), func() error {
 		after = held(t, f)
 		switch {
 		case after.goroutines > before.goroutines+5:

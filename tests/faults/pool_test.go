@@ -169,11 +169,15 @@ func TestDaemonKilled(t *testing.T) {
 	images := apps(s, 20)
 	var waits []func() answer
 	for _, a := range images {
-		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 6*time.Second)), sse))
+		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), sse))
 	}
 	at := running(t, list, images)
 	victim := slices.MaxFunc(list, func(a, b *stack.Buildkitd) int { return len(at[a]) - len(at[b]) })
 	victim.Kill()
+	running(t, list, images) // again
+	for _, a := range images {
+		release(t, a.mark)
+	}
 	for i, wait := range waits {
 		got := wait()
 		got.wantSuccess(t)
@@ -200,7 +204,7 @@ func TestDaemonKilled(t *testing.T) {
 	if err := victim.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, patience(30*time.Second), func() error {
 		if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 3 {
 			return fmt.Errorf("%v reachable, %v", n, err)
 		}
@@ -360,10 +364,9 @@ func TestDaemonUnwell(t *testing.T) {
 			s, f := pool(t, list, nil)
 			images := apps(s, 12)
 			everywhere(t, f, images) // so that there are connections
-			const step = 5 * time.Second
 			var waits []func() answer
 			for _, a := range images {
-				waits = append(waits, background(t, f, a.body(t, sleep(a.mark, step)), ndjson))
+				waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), ndjson))
 			}
 			at := running(t, list, images)
 			// Where most builds run.
@@ -377,15 +380,24 @@ func TestDaemonUnwell(t *testing.T) {
 			for _, a := range more {
 				waits = append(waits, background(t, f, a.body(t, "RUN : "+a.mark), ndjson))
 			}
-			var longest time.Duration
-			for _, wait := range waits {
-				got := wait()
-				got.wantSuccess(t)
-				longest = max(longest, got.took)
+			// Each runs again on another, where its own is too ill for it to end there.
+			var able []*stack.Buildkitd
+			for i, b := range list {
+				if i >= len(tt.illnesses) || tt.illnesses[i].ends {
+					able = append(able, b)
+				}
 			}
-			// The step may have to run twice.
-			if longest > 30*time.Second+2*step {
-				t.Errorf("one build took %v", longest)
+			began := time.Now()
+			running(t, able, images)
+			moved := time.Since(began)
+			if limit := patience(30 * time.Second); moved > limit {
+				t.Errorf("the builds had moved after %v, %v at most", moved, limit)
+			}
+			for _, a := range images {
+				release(t, a.mark)
+			}
+			for _, wait := range waits {
+				wait().wantSuccess(t)
 			}
 			for _, a := range more {
 				addr, _ := a.placed(t, f)
@@ -405,7 +417,7 @@ func TestDaemonUnwell(t *testing.T) {
 					}
 				}
 			}
-			t.Logf("%s: the longest build took %v", tt.name, longest.Round(100*time.Millisecond))
+			t.Logf("%s: all had moved after %v", tt.name, moved.Round(100*time.Millisecond))
 		})
 	}
 }
@@ -426,14 +438,15 @@ func TestAllFrozen(t *testing.T) {
 	start := time.Now()
 	got := mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm)
 	got.wantFailed(t, "no_daemon")
-	if got.took > frozenLimit {
-		t.Errorf("the verdict took %v, want %v at most", got.took, frozenLimit)
+	limit := patience(frozenLimit)
+	if got.took > limit {
+		t.Errorf("the verdict took %v, want %v at most", got.took, limit)
 	}
 	lost := wait()
 	took := time.Since(start)
 	lost.wantFailed(t, "no_daemon")
-	if took > frozenLimit {
-		t.Errorf("the verdict of the build that ran took %v, want %v at most", took, frozenLimit)
+	if took > limit {
+		t.Errorf("the verdict of the build that ran took %v, want %v at most", took, limit)
 	}
 	t.Logf("verdicts after %v, and %v for the build that ran", got.took, took)
 	for _, b := range list {
@@ -463,8 +476,8 @@ func TestDaemonJoins(t *testing.T) {
 			t.Errorf("an image moved from %s to %s", before[a], after[a])
 		}
 	}
-	// 25 of 100, give or take three and a half deviations.
-	if moved < 10 || moved > 40 {
+	// 25 of 100, give or take five deviations: by chance one run of a million is outside.
+	if moved < 4 || moved > 46 {
 		t.Errorf("%d of %d images moved", moved, len(images))
 	}
 	t.Logf("%d of %d images moved", moved, len(images))
@@ -475,18 +488,18 @@ func TestDaemonJoins(t *testing.T) {
 func TestStalled(t *testing.T) {
 	t.Parallel()
 	list := daemons(t, 2)
-	s, f := pool(t, list, map[string]string{"stall_timeout": "3s"})
+	s, f := pool(t, list, map[string]string{"stall_timeout": "10s"})
 	a := apps(s, 1)[0]
 	start := time.Now()
-	mustSend(t, f, a.body(t, sleep(a.mark, time.Minute)), jsonForm).wantFailed(t, "stalled", "3s (stall_timeout)", a.mark)
-	if took := time.Since(start); took > 15*time.Second {
+	mustSend(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), jsonForm).wantFailed(t, "stalled", "10s (stall_timeout)", a.mark)
+	if took := time.Since(start); took > patience(20*time.Second) {
 		t.Errorf("ended after %v", took)
 	}
 	for _, b := range list {
 		waitGone(t, b, a.mark, 5*time.Second)
 	}
 	first, _ := a.placed(t, f)
-	mustSend(t, f, a.body(t, "RUN for i in 1 2 3 4; do echo $i; sleep 1; done; : "+a.mark), jsonForm).wantSuccess(t)
+	mustSend(t, f, a.body(t, "RUN for i in $(seq 12); do echo $i; sleep 1; done; : "+a.mark), jsonForm).wantSuccess(t)
 	if second, line := a.placed(t, f); second == first || line["choice"] != "down" {
 		t.Errorf("built on %s and then on %s, %v", first, second, line["choice"])
 	}
@@ -562,7 +575,7 @@ func TestHeadlessService(t *testing.T) {
 	})
 	reachable := func(want float64) {
 		t.Helper()
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, patience(30*time.Second), func() error {
 			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != want {
 				return fmt.Errorf("%v reachable, want %v; %v", n, want, err)
 			}
@@ -593,8 +606,8 @@ func TestHeadlessService(t *testing.T) {
 			}
 		}
 	}
-	// 10 of 30, give or take three and a half deviations.
-	if moved == 0 || moved > 19 {
+	// 10 of 30, give or take five deviations.
+	if moved == 0 || moved > 22 {
 		t.Errorf("%d of %d images moved to the daemon that joined", moved, len(images))
 	}
 
@@ -605,8 +618,8 @@ func TestHeadlessService(t *testing.T) {
 			running = a
 		}
 	}
-	wait := background(t, f, running.body(t, sleep(running.mark, 8*time.Second)), sse)
-	eventually(t, 20*time.Second, func() error {
+	wait := background(t, f, running.body(t, sleep(running.mark, 5*time.Minute)), sse)
+	eventually(t, time.Minute, func() error {
 		for _, b := range list {
 			if runs(t, b, running.mark) {
 				return nil
@@ -616,6 +629,7 @@ func TestHeadlessService(t *testing.T) {
 	})
 	z.set(map[string]*stack.Buildkitd{"buildkitd-1": list[1]})
 	reachable(1)
+	release(t, running.mark)
 	wait().wantSuccess(t)
 	if _, line := running.placed(t, f); line["attempts"] != 1.0 {
 		t.Errorf("%v attempts", line["attempts"])
@@ -798,7 +812,7 @@ func TestVolumeFull(t *testing.T) {
 	large := newBuildkitd(t, stack.BuildkitdConfig{})
 	s, f := pool(t, []*stack.Buildkitd{small, large}, nil)
 
-	images := apps(s, 16)
+	images := apps(s, 24)
 	var home []app // on the small volume
 	for a, addr := range everywhere(t, f, images) {
 		if addr == small.Addr {
@@ -816,11 +830,14 @@ func TestVolumeFull(t *testing.T) {
 	// What runc says when it has no room to start a step, which it seldom is the
 	// first to find: the step says so in its stead.
 	const unstarted = "echo runc run failed: unable to start container process: no space left on device; false"
-	wait := background(t, f, home[1].body(t, sleep(m, 4*time.Second)+"; "+unstarted), jsonForm)
+	wait := background(t, f, home[1].body(t, sleep(m, 5*time.Minute)+"; "+unstarted), jsonForm)
 	waitStep(t, small, m)
 	fill(t, ballast)
 
 	start := time.Now()
+	release(t, m)
+	waitStep(t, large, m)
+	release(t, m)
 	late := wait()
 	late.wantFailed(t, "build_failed", "disk is full")
 	if !slices.Contains(late.Log, "w: buildkitd has no space left on its disk: building on another") {
@@ -834,7 +851,7 @@ func TestVolumeFull(t *testing.T) {
 		t.Errorf("%v builds moved, %v", moved, err)
 	}
 	took := time.Since(start)
-	if took > 30*time.Second*time.Duration(len(home)) {
+	if took > patience(30*time.Second)*time.Duration(len(home)) {
 		t.Errorf("%d builds took %v", len(home), took)
 	}
 	if err := os.Remove(ballast); err != nil {

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -46,6 +48,44 @@ func deliver(t *testing.T, f *stack.Function, body []byte, callID string) (wait 
 			t.Fatal(r.err)
 		}
 		return r.answer
+	}
+}
+
+// follow is deliver to a replica that finds the build running, and returns when it has
+// found it.
+func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() answer) {
+	t.Helper()
+	req := delivery(t, f, body, callID)
+	req.Header.Set("Accept", ndjson)
+	following, ended := make(chan struct{}), make(chan struct{})
+	found := sync.OnceFunc(func() { close(following) })
+	var a answer
+	var err error
+	go func() {
+		defer close(ended)
+		var resp *http.Response
+		if resp, err = http.DefaultClient.Do(req); err != nil {
+			return
+		}
+		defer resp.Body.Close()
+		a, err = read(resp, func(r stack.Record) {
+			if strings.Contains(strings.Join(r.Log, "\n"), "following it") {
+				found()
+			}
+		})
+	}()
+	select {
+	case <-following:
+	case <-ended:
+		t.Fatalf("it followed nothing: %v, %v", a, err)
+	}
+	return func() answer {
+		t.Helper()
+		<-ended
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
 	}
 }
 
@@ -99,18 +139,19 @@ func queued(t *testing.T, s *stack.Stack, d time.Duration) (body []byte, reposit
 func TestReplicaFollows(t *testing.T) {
 	t.Parallel()
 	s, b, one, two := replicas(t)
-	body, repository, m := queued(t, s, 5*time.Second)
+	body, repository, m := queued(t, s, 5*time.Minute)
 	if status, rec := verdict(t, two, m); status != http.StatusNotFound || rec.Code != "not_found" {
 		t.Errorf("before: HTTP %d, %+v", status, rec)
 	}
 	first := deliver(t, one, body, m)
 	waitStep(t, b, m)
-	second := deliver(t, two, body, m)
+	second := follow(t, two, body, m)
 	for _, f := range []*stack.Function{one, two} {
 		if status, rec := verdict(t, f, m); status != http.StatusAccepted || rec.Status != "in_progress" {
 			t.Errorf("meanwhile: HTTP %d, %+v", status, rec)
 		}
 	}
+	release(t, m)
 	a, other := first(), second()
 	a.wantSuccess(t)
 	other.wantSuccess(t)
@@ -162,16 +203,23 @@ func TestReplicasAtOnce(t *testing.T) {
 func TestReplicaTakesOver(t *testing.T) {
 	t.Parallel()
 	s, b, one, two := replicas(t)
-	body, repository, m := queued(t, s, 4*time.Second)
+	body, repository, m := queued(t, s, 5*time.Minute)
 	go func() {
 		if resp, err := http.DefaultClient.Do(delivery(t, one, body, m)); err == nil {
 			resp.Body.Close()
 		}
 	}()
 	waitStep(t, b, m)
-	second := deliver(t, two, body, m)
-	time.Sleep(time.Second)
+	second := follow(t, two, body, m)
+	before := sleepers(t, m)
 	one.Kill()
+	eventually(t, time.Minute, func() error {
+		if now := sleepers(t, m); len(now) != 1 || slices.Equal(now, before) {
+			return fmt.Errorf("the other does not build: %v slept, and %v sleep", before, now)
+		}
+		return nil
+	})
+	release(t, m)
 	a := second()
 	a.wantSuccess(t)
 	if n := pushes(t, s, repository); n != 1 {
@@ -183,12 +231,12 @@ func TestReplicaTakesOver(t *testing.T) {
 // that is not the other's, which has all of push_timeout.
 func TestReplicaTakesOverPush(t *testing.T) {
 	t.Parallel()
-	env := map[string]string{"push_timeout": "12s"}
+	env := map[string]string{"push_timeout": "20s"}
 	s, _, one := start(t, stack.FunctionConfig{Env: env})
 	_, _, two := start(t, stack.FunctionConfig{Env: env})
 	proxy := newFaultProxy(t, s.Registry.Addr)
 	proxy.set(&fault{blobBody, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		time.Sleep(8 * time.Second)
+		time.Sleep(12 * time.Second)
 		next.ServeHTTP(w, r)
 	}})
 	m := mark()
@@ -206,7 +254,7 @@ func TestReplicaTakesOverPush(t *testing.T) {
 		return nil
 	})
 	second := deliver(t, two, body, m)
-	time.Sleep(6 * time.Second)
+	time.Sleep(10 * time.Second) // half of push_timeout, and not yet all of the blob
 	one.Kill()
 	a := second()
 	a.wantSuccess(t)
@@ -228,7 +276,7 @@ func TestReplicasOfPool(t *testing.T) {
 	_, two := pool(t, list, env)
 	_, three := pool(t, list, env)
 	_, four := pool(t, list, env)
-	body, repository, m := queued(t, s, 12*time.Second)
+	body, repository, m := queued(t, s, 5*time.Minute)
 	first := deliver(t, one, body, m)
 	var home *stack.Buildkitd
 	for b := range running(t, list, []app{{mark: m}}) {
@@ -256,7 +304,8 @@ func TestReplicasOfPool(t *testing.T) {
 		}
 	}
 	elsewhere(two)
-	second := deliver(t, two, body, m)
+	second := follow(t, two, body, m)
+	release(t, m)
 	a := first()
 	a.wantSuccess(t)
 	followed := second()
@@ -267,12 +316,13 @@ func TestReplicasOfPool(t *testing.T) {
 
 	// Now that it has ended: another build has its place there.
 	busy := app{image: s.Registry.Image(repository + ":busy"), mark: mark()}
-	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 12*time.Second)), jsonForm)
+	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 5*time.Minute)), jsonForm)
 	if at := running(t, list, []app{busy}); len(at[home]) != 1 {
 		t.Errorf("the repository has moved: %v", at)
 	}
 	elsewhere(three)
 	found(three, deliver(t, three, body, m)(), a)
+	release(t, busy.mark)
 	wait().wantSuccess(t)
 	if n := pushes(t, s, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
@@ -291,7 +341,7 @@ func TestReplicasOfPool(t *testing.T) {
 	if err := home.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, patience(30*time.Second), func() error {
 		if status, rec := verdict(t, four, m); status != http.StatusOK || rec.Digest != a.Digest {
 			return fmt.Errorf("back again: HTTP %d, %+v", status, rec)
 		}
