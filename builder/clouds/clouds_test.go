@@ -644,7 +644,7 @@ func TestSlow(t *testing.T) {
 			c.timeout = 200 * time.Millisecond
 			start := time.Now()
 			_, err := c.Get(t.Context(), helper, host)
-			if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 3*time.Second {
+			if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 30*time.Second {
 				t.Errorf("after %v: %v", time.Since(start), err)
 			}
 			if len(s.requests()) == 0 {
@@ -655,7 +655,7 @@ func TestSlow(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
 			c.timeout = time.Minute
-			if _, err := c.Get(ctx, helper, host); err == nil || time.Since(start) > 3*time.Second {
+			if _, err := c.Get(ctx, helper, host); err == nil || time.Since(start) > 30*time.Second {
 				t.Errorf("cancelled, after %v: %v", time.Since(start), err)
 			}
 		})

@@ -17,6 +17,9 @@ import (
 
 // TestIndexMemory compares what an index says that it takes with what the runtime says.
 func TestIndexMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector's memory is not the function's")
+	}
 	for _, name := range []int{20, 60, 108} {
 		for _, n := range []int{1000, 30_000, 199_000} {
 			memory := budget.New(1 << 40)
@@ -47,6 +50,9 @@ func TestIndexMemory(t *testing.T) {
 // TestIndexMemoryAgain: what is replaced is not said to be there still, and the pieces of a
 // sparse file are.
 func TestIndexMemoryAgain(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector's memory is not the function's")
+	}
 	var spans []int64
 	for i := range int64(60_000) {
 		spans = append(spans, 2*i, 1)

@@ -434,6 +434,9 @@ func repeated(head, unit string, n int, tail string) io.Reader {
 // TestMemory holds every hostile body to 128 MiB in all, the test's own
 // included.
 func TestMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector's memory is not the function's")
+	}
 	const ceiling = 128 << 20
 	// As the function is deployed, with a limit that the collector keeps to
 	// while it can. It cannot where a body makes more than that live.

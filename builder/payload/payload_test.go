@@ -38,6 +38,15 @@ func testOptions(t testing.TB) payload.Options {
 	}
 }
 
+// fewer is n, or with -short a tenth of it: where a number or a size is not what the
+// race detector, which takes ten times as long, is to look at.
+func fewer(n int) int {
+	if testing.Short() {
+		return n / 10
+	}
+	return n
+}
+
 // receive checks what holds for every body that is received: what is hashed is
 // the body, no file is left, an error goes without a payload, and it is all the same
 // whether the body was in memory or came as a stream. signed is what the signature

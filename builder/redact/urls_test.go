@@ -98,8 +98,8 @@ func TestURLsNested(t *testing.T) {
 		if strings.Contains(got, "secret") || strings.Contains(got, "password") {
 			t.Errorf("it ends %q", got[max(0, len(got)-100):])
 		}
-	case <-time.After(20 * time.Second):
-		t.Fatal("1 MB takes more than 20 s")
+	case <-time.After(2 * time.Minute):
+		t.Fatal("1 MB takes more than two minutes")
 	}
 	if got := URLs("https://a?x=1 https://a/https://b/https://c?x=1"); got != "https://a https://a/https://b/https://c" {
 		t.Errorf("got %q", got)

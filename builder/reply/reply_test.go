@@ -261,7 +261,7 @@ func TestHeartbeat(t *testing.T) {
 		want func(line string) bool
 	}{
 		{NDJSON, func(line string) bool {
-			return strings.HasPrefix(line, `{"log":[],"status":"in_progress","duration":0.`)
+			return strings.HasPrefix(line, `{"log":[],"status":"in_progress","duration":`)
 		}},
 		{SSE, func(line string) bool { return strings.HasPrefix(line, ":") }},
 	} {
@@ -496,8 +496,9 @@ func TestExcerpt(t *testing.T) {
 	}
 }
 
-// slack is what a loaded machine may take beyond a timeout.
-const slack = 3 * time.Second
+// slack is what a busy machine may take beyond a timeout, and less than what waits for
+// ever.
+const slack = 20 * time.Second
 
 // stalled serves one answer to a client that sends a request and never reads.
 // The connection is small, so that it fills.
@@ -523,7 +524,7 @@ func stalled(t *testing.T, handle func(*http.Request, http.ResponseWriter)) net.
 	t.Cleanup(func() {
 		select {
 		case <-done:
-		case <-time.After(30 * time.Second):
+		case <-time.After(3 * slack):
 			t.Error("the handler did not return")
 		}
 		c.Close()
@@ -558,7 +559,7 @@ func TestSlowReader(t *testing.T) {
 								}
 								return
 							}
-							if time.Since(begin) > 20*time.Second {
+							if time.Since(begin) > slack {
 								t.Error("Log still succeeds")
 								return
 							}
@@ -633,17 +634,17 @@ func TestSlowReaderAtTheEnd(t *testing.T) {
 // TestLogContext checks that a waiting Log returns with its build.
 func TestLogContext(t *testing.T) {
 	stalled(t, func(r *http.Request, rw http.ResponseWriter) {
-		w := New(rw, NDJSON, Options{WriteTimeout: 5 * time.Second})
+		w := New(rw, NDJSON, Options{WriteTimeout: 3 * slack})
 		why := errors.New("deadline")
 		ctx, cancel := context.WithCancelCause(r.Context())
 		time.AfterFunc(200*time.Millisecond, func() { cancel(why) })
 		begin := time.Now()
 		line := strings.Repeat("x", 8<<10)
 		var err error
-		for err == nil && time.Since(begin) < 20*time.Second {
+		for err == nil && time.Since(begin) < slack {
 			err = w.Log(ctx, line)
 		}
-		if !errors.Is(err, why) || time.Since(begin) > 4*time.Second {
+		if !errors.Is(err, why) || time.Since(begin) > 2*slack {
 			t.Errorf("Log: %v after %v", err, time.Since(begin))
 		}
 		w.conn.rc.SetWriteDeadline(time.Now()) // do not wait for the rest
@@ -660,10 +661,10 @@ func TestClientGone(t *testing.T) {
 			w.Begin()
 			begin := time.Now()
 			var err error
-			for err == nil && time.Since(begin) < 10*time.Second {
+			for err == nil && time.Since(begin) < slack {
 				err = w.Log(context.Background(), line)
 			}
-			if err == nil || errors.Is(err, ErrSlow) || time.Since(begin) > 10*time.Second {
+			if err == nil || errors.Is(err, ErrSlow) || time.Since(begin) > 2*slack {
 				t.Errorf("Log: %v after %v", err, time.Since(begin))
 			}
 			if err := w.Finish(api.Record{Status: api.Failed, Code: api.Canceled}); err == nil {
@@ -678,7 +679,7 @@ func TestClientGone(t *testing.T) {
 // own timeout, and that a connection is used again after an answer.
 func TestServerWriteTimeout(t *testing.T) {
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		w := New(rw, NDJSON, Options{WriteTimeout: 5 * time.Second})
+		w := New(rw, NDJSON, Options{WriteTimeout: slack})
 		w.Begin()
 		time.Sleep(300 * time.Millisecond)
 		if err := w.Finish(api.Record{Status: api.Success}); err != nil {

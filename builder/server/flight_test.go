@@ -27,12 +27,16 @@ func (f *fixture) deliver(t testing.TB, id string, body []byte, headers ...strin
 	return answers
 }
 
+// limit is for what happens at once where nothing is wrong, on a machine as busy as can
+// be.
+const limit = time.Minute
+
 // eventually waits for ok.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(limit); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%s: not within 5s", what)
+			t.Fatalf("%s: not within %v", what, limit)
 		}
 	}
 }
@@ -203,7 +207,7 @@ func TestLastToLeaveCancels(t *testing.T) {
 	again := f.deliver(t, "call", body)
 	select {
 	case <-started:
-	case <-time.After(5 * time.Second):
+	case <-time.After(limit):
 		t.Fatal("delivered again, and not built")
 	}
 	stopLingering()
@@ -312,9 +316,9 @@ func TestVerdictOfAnother(t *testing.T) {
 // TestKeptVerdictsAreBounded: the log of each build is 1 MiB, so that 16 are
 // kept at most.
 func TestKeptVerdictsAreBounded(t *testing.T) {
-	line := strings.Repeat("x", 1<<10)
+	line := strings.Repeat("x", 16<<10)
 	solver := &scripted{solve: func(_ context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
-		for range 1 << 10 {
+		for range 64 {
 			log(line)
 		}
 		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
