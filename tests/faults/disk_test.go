@@ -149,21 +149,11 @@ func fill(t *testing.T, name string) {
 	}
 }
 
-// soakBuilds is how many builds TestNothingGrows makes; FAULTS_BUILDS is for a
-// longer soak.
-const soakBuilds = 1000
-
 // TestNothingGrows mixes builds that end in every way, and compares what the
 // function holds after the first of them and after all.
 func TestNothingGrows(t *testing.T) {
 	t.Parallel()
-	builds := soakBuilds
-	if v := os.Getenv("FAULTS_BUILDS"); v != "" {
-		var err error
-		if builds, err = strconv.Atoi(v); err != nil {
-			t.Fatalf("reading FAULTS_BUILDS: %v", err)
-		}
-	}
+	builds := *soak
 	s, f := stack.Test(t, stack.FunctionConfig{Plain: true, Env: map[string]string{"max_builds": "4"}})
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	fixed := layered(t, &builder.BuildConfig{Image: s.Registry.Image("soak:fixed")}, 64<<10)

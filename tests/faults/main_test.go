@@ -36,13 +36,14 @@ import (
 
 func TestMain(m *testing.M) {
 	// Most of these tests wait for a timeout to pass, and need no processor.
-	flag.Set("test.parallel", "6")
+	flag.Set("test.parallel", "8")
 	stack.Main(m)
 }
 
 // What a whole run and a busy machine leave out.
 var (
 	rounds = flag.Int("rounds", 1, "how often TestStrangers has each kind of stranger come")
+	soak   = flag.Int("soak", 400, "how many builds TestNothingGrows makes")
 	timing = flag.Bool("timing", false, "hold waits to what they are on a machine that does nothing else")
 )
 

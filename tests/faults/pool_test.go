@@ -890,7 +890,7 @@ func TestAffinity(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	affinity, random, err := poolbench.Compare(ctx, stack.Shared(t), poolbench.Workload{
-		Daemons: 3, Replicas: 2, Images: 30, Rebuilds: 5, AtOnce: 3, DepsEvery: 2,
+		Daemons: 3, Replicas: 2, Images: 20, Rebuilds: 4, AtOnce: 3, DepsEvery: 2,
 	})
 	if err != nil {
 		t.Fatal(err)

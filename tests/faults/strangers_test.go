@@ -108,7 +108,10 @@ func (h hostile) enveloped() hostile {
 func hostiles(t *testing.T) []hostile {
 	names := manyNames(t, 199_000)
 	var zipped bytes.Buffer
-	zw := gzip.NewWriter(&zipped)
+	zw, err := gzip.NewWriterLevel(&zipped, gzip.BestSpeed)
+	if err != nil {
+		t.Fatal(err)
+	}
 	zw.Write(names)
 	zw.Close()
 	runs := zstdRuns(2<<30-1<<20, 128<<10, 0)
