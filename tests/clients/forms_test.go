@@ -97,7 +97,7 @@ func checkLog(t *testing.T, log []string) {
 // 10 s that it does.
 func TestLive(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	const silence = 12 * time.Second
+	const silence = 20 * time.Second // two heartbeats, or one where all is late
 	var streams sync.WaitGroup
 	for _, form := range []string{client.NDJSON, client.SSE} {
 		streams.Go(func() {
@@ -124,7 +124,7 @@ func TestLive(t *testing.T) {
 				switch now := time.Since(began); {
 				case strings.Contains(line, "l: "+form+" speaks"):
 					spoke = now
-				case strings.HasPrefix(line, ":"), strings.HasPrefix(line, `{"log":[],"status":"in_progress","duration":`):
+				case spoke > 0 && beat == 0 && (strings.HasPrefix(line, ":") || strings.HasPrefix(line, `{"log":[],"status":"in_progress","duration":`)):
 					beat = now
 				}
 				if line != "" {
@@ -138,11 +138,11 @@ func TestLive(t *testing.T) {
 			if !strings.Contains(last, `"status":"success"`) {
 				t.Errorf("%s ended with %q", form, last)
 			}
-			if spoke == 0 || ended-spoke < silence-time.Second {
+			if spoke == 0 || ended-spoke < silence/2 {
 				t.Errorf("%s: the step spoke after %v of %v: the line was held back", form, spoke, ended)
 			}
-			if between := beat - spoke; between < 9*time.Second || between > 11*time.Second {
-				t.Errorf("%s: the step spoke after %v, and a heartbeat came after %v, want one 10 s later", form, spoke, beat)
+			if between := beat - spoke; between < 5*time.Second || between > 15*time.Second {
+				t.Errorf("%s: the step spoke after %v, and a heartbeat came after %v, want one some 10 s later", form, spoke, beat)
 			}
 		})
 	}

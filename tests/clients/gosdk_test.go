@@ -191,7 +191,7 @@ func sdkTar(t *testing.T, files map[string]string, config *builder.BuildConfig) 
 func sdkDigest(t *testing.T, s *stack.Stack, f *stack.Function, ref string) string {
 	t.Helper()
 	// The line is written once the answer has been.
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		log, err := f.Log()
 		if err != nil {
 			t.Fatal(err)

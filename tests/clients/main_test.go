@@ -24,7 +24,7 @@ func start(t *testing.T, c stack.FunctionConfig) (context.Context, *stack.Stack,
 	t.Helper()
 	c.Watchdog = true
 	s, f := stack.Test(t, c)
-	return stack.Within(t, 2*time.Minute), s, f
+	return stack.Within(t, 10*time.Minute), s, f
 }
 
 // within says which of want does not stand in text.

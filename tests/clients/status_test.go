@@ -86,7 +86,7 @@ func TestRefusals(t *testing.T) {
 		"max_config_bytes":   "64KiB",
 		"max_secrets_bytes":  "64KiB",
 		"allowed_images":     "127.0.0.1:1, " + stack.Shared(t).Registry.Image("allowed/"),
-		"build_timeout":      "3s",
+		"build_timeout":      "10s",
 	}})
 	allowed := s.Registry.Image("allowed/app:1")
 	with := func(c config, files map[string]string) []byte {
@@ -164,7 +164,7 @@ func TestBusy(t *testing.T) {
 
 	// The same is built once the other caller has gone.
 	running.Close()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		got := f.MustPost(t, ctx, short)
 		if got.StatusCode == http.StatusOK {
 			break

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) { stack.Main(m) }
 func start(t *testing.T, c stack.FunctionConfig) (context.Context, *stack.Stack, *stack.Function) {
 	t.Helper()
 	s, f := stack.Test(t, c)
-	return stack.Within(t, 3*time.Minute), s, f
+	return stack.Within(t, 10*time.Minute), s, f
 }
 
 // config is com.openfaas.docker.config.
@@ -192,7 +192,7 @@ func ended(t testing.TB, f *stack.Function, body []byte) (line struct {
 }) {
 	t.Helper()
 	sum := fmt.Sprintf("%x", sha256.Sum256(body))
-	for range 500 {
+	for range 6000 {
 		log, err := f.Log()
 		if err != nil {
 			t.Fatal(err)
@@ -217,7 +217,7 @@ func checkTempDir(t testing.TB, f *stack.Function) {
 	t.Helper()
 	var names []string
 	var unlinked int64
-	for range 500 {
+	for range 6000 {
 		var err error
 		if names, unlinked, err = f.TempFiles(); err != nil {
 			t.Fatal(err)

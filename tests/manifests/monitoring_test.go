@@ -87,7 +87,7 @@ func scraped(t *testing.T) (series exported, faults []string) {
 		}
 	}
 
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	body := func(step string) []byte {
 		dir := stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nCOPY . /\nRUN " + step + "\n"})

@@ -120,7 +120,7 @@ func TestQueuedCallWaits(t *testing.T) {
 	r := newReceiver(t)
 	m := mark()
 	long := make(chan client.Answer, 1)
-	body := request(t, s, "waits", "FROM busybox", "RUN sleep 5; : "+m)
+	body := request(t, s, "waits", "FROM busybox", "RUN sleep 15; : "+m)
 	go func() {
 		a, err := o.Post(t.Context(), body, at("/function/builder"))
 		if err != nil {
@@ -165,7 +165,7 @@ func TestDeliveredTwice(t *testing.T) {
 	r := newReceiver(t)
 	m := mark()
 	repository := strings.ToLower(m)
-	id := enqueue(t, o, request(t, s, repository, "FROM busybox", "RUN sleep 5; : "+m), callbackTo(r))
+	id := enqueue(t, o, request(t, s, repository, "FROM busybox", "RUN sleep 8; : "+m), callbackTo(r))
 	s.Buildkitd.WaitStep(t, m)
 	if v := verdict(t, o, id); v.StatusCode != http.StatusAccepted || v.Status != "in_progress" {
 		t.Errorf("meanwhile: %v", v)
@@ -213,7 +213,7 @@ func TestFiftyDeliveredTwice(t *testing.T) {
 		}
 		return byID
 	}
-	stack.Eventually(t, 3*time.Minute, func() error {
+	stack.Eventually(t, 10*time.Minute, func() error {
 		for _, id := range ids {
 			if n := len(count()[id]); n < 2 {
 				return fmt.Errorf("%d callbacks of %s, %d in all", n, id, len(r.all()))

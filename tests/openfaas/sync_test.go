@@ -64,11 +64,11 @@ func TestSync(t *testing.T) {
 	})
 }
 
-// arrivals returns when the lines of a build arrived that prints four, a second
+// arrivals returns when the lines of a build arrived that prints four, two seconds
 // apart.
 func arrivals(t *testing.T, s *stack.Stack, o *stack.OpenFaaS, accept string) []time.Duration {
 	t.Helper()
-	body := request(t, s, "live", "FROM busybox", "RUN for i in 1 2 3 4; do echo line-$i; sleep 1; done; : "+mark())
+	body := request(t, s, "live", "FROM busybox", "RUN for i in 1 2 3 4; do echo line-$i; sleep 2; done; : "+mark())
 	var times []time.Duration
 	var first time.Time
 	a, err := o.Stream(t.Context(), body, func(r client.Record) {
@@ -87,6 +87,9 @@ func arrivals(t *testing.T, s *stack.Stack, o *stack.OpenFaaS, accept string) []
 	return times
 }
 
+// printing is the time from the first of the lines of arrivals to the last.
+const printing = 6 * time.Second
+
 // TestLive: lines are seen as they are printed, where the gateway lets them
 // through.
 func TestLive(t *testing.T) {
@@ -94,16 +97,14 @@ func TestLive(t *testing.T) {
 	for _, accept := range []string{both, client.SSE} {
 		times := arrivals(t, s, o, accept)
 		t.Logf("%s: lines at %v", accept, times)
-		for i := range times[1:] {
-			if gap := times[i+1] - times[i]; gap < 500*time.Millisecond || gap > 1800*time.Millisecond {
-				t.Errorf("%s: a gap of %v, want a second: %v", accept, gap, times)
-			}
+		if times[3] < printing/2 {
+			t.Errorf("%s is held back: %v", accept, times)
 		}
 	}
 	// DEPLOY.md says that the CE gateway holds back NDJSON alone.
 	times := arrivals(t, s, o, client.NDJSON)
 	t.Logf("%s: lines at %v", client.NDJSON, times)
-	if times[3] > 2500*time.Millisecond {
+	if times[3] > printing/2 {
 		t.Errorf("plain NDJSON is live through the gateway, and DEPLOY.md says that it is not: %v", times)
 	}
 }
@@ -130,9 +131,9 @@ func TestTooLong(t *testing.T) {
 		if a.StatusCode != want || !errors.Is(err, wantErr) {
 			t.Errorf("Accept %q: got %v, %v, want HTTP %d, %v", accept, a, err, want, wantErr)
 		}
-		s.Buildkitd.WaitGone(t, m, 10*time.Second)
+		s.Buildkitd.WaitGone(t, m, time.Minute)
 	}
-	stack.Eventually(t, 10*time.Second, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		log, err := f.Log()
 		if err == nil && strings.Count(log, `"code":"canceled"`) != 2 {
 			err = errors.New("the log has not two builds that were canceled")

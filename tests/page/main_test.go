@@ -55,7 +55,7 @@ func open(t *testing.T, url string, allowed ...string) *tab {
 		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 		chromedp.WindowSize(1280, 900),
 	)
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
 	t.Cleanup(cancel)
@@ -146,7 +146,7 @@ func (p *tab) texts(selector string) []string {
 // until waits for a condition.
 func (p *tab) until(what string, ok func() bool) {
 	p.t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.shoot("failed-" + p.t.Name())
 			p.t.Fatalf("no %s after a minute; the page shows:\n%.2000s", what, p.text("main"))

@@ -32,7 +32,7 @@ var long = strings.Repeat("a-directory-with-a-long-name/", 5) + strings.Repeat("
 func TestBuild(t *testing.T) {
 	s, f, url := start(t, stack.FunctionConfig{})
 	files := map[string]string{
-		"Dockerfile": "FROM busybox\nARG GREETING\nCOPY . /src/\nRUN echo begins && sleep 2 && echo $GREETING > /greeting\nRUN /src/run.sh\n",
+		"Dockerfile": "FROM busybox\nARG GREETING\nCOPY . /src/\nRUN echo begins && sleep 8 && echo $GREETING > /greeting\nRUN /src/run.sh\n",
 		"run.sh":     "#!/bin/sh\necho it runs\n",
 		"data.txt":   "data\n",
 		"empty":      "",
@@ -56,7 +56,7 @@ func TestBuild(t *testing.T) {
 	p.looks("filled")
 	p.click("submit")
 	p.until("line of a running step", func() bool { return slices.Contains(p.texts("#lines .l"), "begins") })
-	if title, running := p.text("#build-title"), p.texts("#steps .running .name"); title != "Building" || len(running) != 1 || !strings.Contains(running[0], "sleep 2") {
+	if title, running := p.text("#build-title"), p.texts("#steps .running .name"); title != "Building" || len(running) != 1 || !strings.Contains(running[0], "sleep 8") {
 		t.Errorf("while a step runs the title is %q and running are %q", title, running)
 	}
 	p.until("description with the build in it", func() bool { return strings.Contains(p.text("#about"), "1 of 4 builds running") })
@@ -215,7 +215,7 @@ func TestKeyboard(t *testing.T) {
 		p.run(chromedp.KeyEvent(" "))
 		select {
 		case <-choosers:
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Errorf("%s: a space opens no file chooser", want)
 		}
 	}
@@ -542,7 +542,7 @@ func TestLongLog(t *testing.T) {
 	p := open(t, url)
 	// In lumps below the rate at which buildkitd clips a step's output.
 	p.choose("folder", stack.Context(t, map[string]string{
-		"Dockerfile": "FROM busybox\nRUN i=0; while [ $i -lt 60 ]; do i=$((i+1)); for j in $(seq 100); do echo line $i.$j; done; sleep 0.05; done; echo the last\n",
+		"Dockerfile": "FROM busybox\nRUN i=0; while [ $i -lt 60 ]; do i=$((i+1)); for j in $(seq 100); do echo line $i.$j; done; sleep 0.2; done; echo the last\n",
 	}))
 	p.submit(s.Registry.Image("page/long:v1"), f.Secret)
 	p.until("lines", func() bool { return js[int](p, `document.getElementById("lines").childElementCount`) > 500 })
@@ -569,7 +569,7 @@ func TestLongLog(t *testing.T) {
 
 func command(t *testing.T, name string, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if out, err := exec.CommandContext(ctx, name, args...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", name, err, out)

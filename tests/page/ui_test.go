@@ -140,7 +140,7 @@ func TestGateway(t *testing.T) {
 	url, _ := behind(t, f, gateway+"/function/builder", "/", nil)
 	p := open(t, url)
 	p.choose("folder", stack.Context(t, map[string]string{
-		"Dockerfile": "FROM busybox\nRUN for i in 1 2 3; do echo number $i; sleep 1; done\n",
+		"Dockerfile": "FROM busybox\nRUN for i in 1 2 3; do echo number $i; sleep 4; done\n",
 	}))
 	p.submit(s.Registry.Image("page/gateway:v1"), f.Secret)
 	for _, line := range []string{"number 1", "number 2"} {

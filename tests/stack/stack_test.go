@@ -74,7 +74,7 @@ func TestKilled(t *testing.T) {
 		time.Sleep(time.Minute)
 		return
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	holder := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestKilled$")
 	holder.Env = append(os.Environ(), "STACK_HOLD=1", "TMPDIR="+t.TempDir())
@@ -95,7 +95,7 @@ func TestKilled(t *testing.T) {
 	}
 	holder.Process.Kill()
 	holder.Wait()
-	for end := time.Now().Add(5 * time.Second); len(processes(t, dir)) > 0; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); len(processes(t, dir)) > 0; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("processes are left:\n%s", strings.Join(processes(t, dir), "\n"))
 		}
@@ -167,7 +167,7 @@ func TestBuild(t *testing.T) {
 // TestDaemon stops, freezes and restarts a daemon of its own.
 func TestDaemon(t *testing.T) {
 	s := stack.Shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	b, err := s.NewBuildkitd(ctx, stack.BuildkitdConfig{Edit: func(toml string) string {
 		return toml + "\n[worker.oci.labels]\ncolour = \"green\"\n"
@@ -265,7 +265,7 @@ func TestPasswordRegistry(t *testing.T) {
 // the registry.
 func TestContainer(t *testing.T) {
 	s := stack.Shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	img, err := stack.Pull(ctx, s.Registry.Image("library/busybox:latest"))
 	if err != nil {

@@ -125,7 +125,7 @@ func TestRun(t *testing.T) {
 		t.Fatalf("while it runs, %q are seen, %v: the test looks for the wrong things", left, err)
 	}
 	c.until("it prints:\nbuilt\n")
-	c.ended(time.Minute, 0, dir)
+	c.ended(3*time.Minute, 0, dir)
 	out := c.printed()
 	for _, want := range []string{`\n  l: seen as it comes\n`, `\npushed 127\.0\.0\.1:\d+/sample:v1@sha256:[0-9a-f]{64} in \d`} {
 		if !regexp.MustCompile(want).MatchString(out) {
@@ -140,7 +140,7 @@ func TestRunInterrupted(t *testing.T) {
 	c := start(t, "run", "-standins=always", "-function="+folder, "-image=sample:v1")
 	dir := c.until("l: it waits\n")
 	c.signal(syscall.SIGINT)
-	c.ended(30*time.Second, 1, dir)
+	c.ended(3*time.Minute, 1, dir)
 }
 
 // TestUp builds with the commands that make up prints, and presses Ctrl-C.
@@ -164,7 +164,7 @@ func TestUp(t *testing.T) {
 		t.Error(err)
 	}
 	c.signal(syscall.SIGINT)
-	c.ended(30*time.Second, 0, dir)
+	c.ended(3*time.Minute, 0, dir)
 	if !strings.HasSuffix(c.printed(), "\nstopping\n") {
 		t.Error("it does not say that it stops")
 	}
