@@ -48,19 +48,27 @@ envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [I
 test: setup test-unit test-e2e ## every test but the fuzz targets
 
 # Without cgo, as in the image build, and with the race detector, whose memory is
-# not the function's.
+# not the function's and whose time is ten times as long: -short leaves out what
+# measures memory, and makes the largest inputs smaller.
 .PHONY: test-unit
 test-unit: setup ## the function's and the template's own tests: no root, no network, no daemon
-	CGO_ENABLED=0 go -C builder test -timeout 5m ./...
-	go -C builder test -race -skip '^Test(Index)?Memory$$' -timeout 10m ./...
-	go -C template/golang-middleware test -race -timeout 5m ./... ./function/...
+	CGO_ENABLED=0 go -C builder test -timeout 20m ./...
+	go -C builder test -race -short -timeout 20m ./...
+	go -C template/golang-middleware test -race -timeout 20m ./... ./function/...
 
-# One package at a time: each has a stack of its own, and some measure time. The
-# test cache does not see what lies outside their module.
+# Each package has a stack of its own. Two at a time run that bear with another one,
+# and alone faults, where limits of the function's are waited for. The test cache does
+# not see what lies outside their module.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
 	go -C tests test -race -c -o /dev/null ./...
-	go -C tests test -race -count=1 -p 1 -timeout 25m ./...
+	go -C tests test -race -count=1 -p 2 -timeout 40m $$(go -C tests list ./... | grep -v '/faults$$')
+	go -C tests test -race -count=1 -timeout 40m ./faults
+
+# What a busy machine cannot keep, and what takes longer: no part of make test.
+.PHONY: test-timing
+test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds; on a machine that does nothing else
+	go -C tests test -race -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
 
 # Half an hour on a fresh machine, half of it compiling Kubernetes: no part of make test.
 .PHONY: test-k8s
