@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"handler/function/api"
@@ -24,29 +25,25 @@ func TestLimits(t *testing.T) {
 		{"none", &limits{}, true, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			ctx, stop := tt.l.start(t.Context())
-			defer stop()
-			if tt.push {
-				tt.l.Pushing()
-				tt.l.Pushing()
-			}
-			if tt.l.isPushing() != tt.push {
-				t.Errorf("pushing: %v", tt.l.isPushing())
-			}
-			wait := time.Second
-			if tt.want == nil {
-				wait = 100 * time.Millisecond
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(wait):
-			}
-			if !errors.Is(context.Cause(ctx), tt.want) {
-				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
-			}
-			if d := tt.l.pushed(); (d > 0) != tt.push {
-				t.Errorf("pushed for %v", d)
-			}
+			synctest.Test(t, func(t *testing.T) {
+				ctx, stop := tt.l.start(t.Context())
+				defer stop()
+				if tt.push {
+					tt.l.Pushing()
+					tt.l.Pushing()
+				}
+				if tt.l.isPushing() != tt.push {
+					t.Errorf("pushing: %v", tt.l.isPushing())
+				}
+				time.Sleep(time.Second)
+				synctest.Wait()
+				if !errors.Is(context.Cause(ctx), tt.want) {
+					t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+				}
+				if d := tt.l.pushed(); (d > 0) != tt.push {
+					t.Errorf("pushed for %v", d)
+				}
+			})
 		})
 	}
 }
@@ -66,30 +63,29 @@ func TestLimitsAgain(t *testing.T) {
 		{"no build timeout", &limits{push: time.Second}, false, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			ctx, stop := tt.l.start(t.Context())
-			defer stop()
-			tt.l.Pushing()
-			time.Sleep(600 * time.Millisecond)
-			tt.l.again()
-			if tt.l.isPushing() || tt.l.pushed() != 0 {
-				t.Error("the push is still on")
-			}
-			if tt.push {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, stop := tt.l.start(t.Context())
+				defer stop()
 				tt.l.Pushing()
-			}
-			select {
-			case <-ctx.Done():
-				t.Errorf("ended by what the first attempt had left: %v", context.Cause(ctx))
-			case <-time.After(600 * time.Millisecond):
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second):
-			}
-			if !errors.Is(context.Cause(ctx), tt.want) {
-				t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
-			}
+				time.Sleep(600 * time.Millisecond)
+				tt.l.again()
+				if tt.l.isPushing() || tt.l.pushed() != 0 {
+					t.Error("the push is still on")
+				}
+				if tt.push {
+					tt.l.Pushing()
+				}
+				time.Sleep(600 * time.Millisecond)
+				synctest.Wait()
+				if ctx.Err() != nil {
+					t.Errorf("ended by what the first attempt had left: %v", context.Cause(ctx))
+				}
+				time.Sleep(time.Second)
+				synctest.Wait()
+				if !errors.Is(context.Cause(ctx), tt.want) {
+					t.Errorf("cause %v, want %v", context.Cause(ctx), tt.want)
+				}
+			})
 		})
 	}
 }

@@ -126,14 +126,15 @@ func TestDaemonOut(t *testing.T) {
 	start := time.Now()
 	at, s := tr.placed(nil, nil)
 	s.Leave()
-	if took := time.Since(start); at != 1 || s.Choice != solve.Down || took > time.Second {
+	// It is not dialled for as long as a daemon that is not known to be down.
+	if took := time.Since(start); at != 1 || s.Choice != solve.Down || took >= dialWindow {
 		t.Errorf("at %d, %s, after %v", at, s.Choice, took)
 	}
 	if got := tr.Count(t.Context()); got != (solve.Daemons{Total: 3, Reachable: 2}) {
 		t.Errorf("%+v", got)
 	}
 	tr.serve(first.addr)
-	for deadline := time.Now().Add(10 * time.Second); !first.health.isFit(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !first.health.isFit(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it does not come back")
 		}
@@ -182,7 +183,7 @@ func TestFrozen(t *testing.T) {
 			}
 			start := time.Now()
 			_, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, lost)
-			if took := time.Since(start); api.AsError(err).Code != api.NoDaemon || took > tt.limit+2*time.Second {
+			if took := time.Since(start); api.AsError(err).Code != api.NoDaemon || took > tt.limit+longest/2 {
 				t.Errorf("%v after %v", err, took)
 			}
 		})
@@ -197,7 +198,7 @@ func TestFrozen(t *testing.T) {
 		kept := order[2].cur
 		start := time.Now()
 		at, s := tr.placed(nil, nil)
-		if took := time.Since(start); at != 1 || took > time.Second {
+		if took := time.Since(start); at != 1 || took >= longest {
 			t.Errorf("at %d after %v", at, took)
 		}
 		s.Leave()
@@ -247,7 +248,7 @@ func TestRest(t *testing.T) {
 	for !d.health.isFit() {
 		time.Sleep(20 * time.Millisecond)
 	}
-	if took := time.Since(start); took > 2*probeMin {
+	if took := time.Since(start); took > 3*probeMin {
 		t.Errorf("the first loss counts, it came back after %v", took)
 	}
 	tr.lose(d, errors.New("lost"))
