@@ -114,7 +114,7 @@ func checkNothingLeft(t testing.TB, dir string, goroutines int) {
 		t.Errorf("left in the temporary directory: %v, %v", left, err)
 	}
 	// One that has just said it is done may not be gone.
-	for range 1000 {
+	for range 60_000 {
 		if runtime.NumGoroutine() <= goroutines {
 			return
 		}
