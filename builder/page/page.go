@@ -1,10 +1,11 @@
-// Package page is the builder's face in a browser: one document that packs a
-// build context, signs it, posts it to where it came from itself, and shows the
+// Package page serves the builder's page for browsers. It is one document that packs a build
+// context, signs it, posts it to the address that the document came from, and shows the
 // build. Its policy lets nothing run that is not in this binary.
 //
-// It asks for the payload secret at the root of a host alone. Below a path, as at
-// the gateway's /function/builder, every function has its origin, and no policy of
-// this document keeps theirs from reading what is typed: there it says where to go.
+// The document asks for the payload secret only at the root of a host. Below a path, as at
+// the gateway's /function/builder, all functions share its origin. A page of another
+// function could read what is typed there, and no policy of this document prevents it. So
+// the document says there where else to go.
 package page
 
 import (
@@ -29,15 +30,15 @@ var (
 	pageScript string
 )
 
-// One document has no address to resolve, and so works behind any prefix, with
-// and without a slash at its end.
+// The document refers to no other file. So it works below any path, with and without a slash
+// at its end.
 var (
 	script   = tarScript + stepsScript + pageScript
 	document = strings.NewReplacer("{{style}}", style, "{{script}}", script).Replace(markup)
 )
 
-// policy is the Content-Security-Policy. Text from a build cannot become markup
-// even by mistake: nothing in the page may turn a string into HTML or a script.
+// policy is the Content-Security-Policy. Nothing in the page may turn a string into HTML or
+// a script, so that text from a build cannot become markup even by mistake.
 var policy = strings.Join([]string{
 	"default-src 'none'",
 	"script-src " + hash(script),
@@ -56,11 +57,11 @@ func hash(text string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// Or serves the page to who asks for HTML, and leaves all others to h.
+// Or serves the page to requests that want HTML, and leaves all others to h.
 func Or(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Add("Vary", "Accept")
-		if Wanted(r.Header) {
+		if wanted(r.Header) {
 			serve(w)
 			return
 		}
@@ -78,14 +79,15 @@ func serve(w http.ResponseWriter) {
 	h.Set("Referrer-Policy", "no-referrer")
 	h.Set("Cross-Origin-Opener-Policy", "same-origin")
 	h.Set("Cross-Origin-Resource-Policy", "same-origin")
-	// Nor does a browser then keep the form, with the secret in it, to go back to.
+	// This also keeps browsers from keeping the form, with the secret in it, for their
+	// Back button.
 	h.Set("Cache-Control", "no-store")
 	w.Write([]byte(document))
 }
 
-// Wanted reports whether a request's Accept headers name HTML and do not want
-// JSON more. "*/*" names nothing: curl sends it.
-func Wanted(h http.Header) bool {
+// wanted reports whether a request's Accept headers name HTML and do not prefer JSON. "*/*",
+// which curl sends, does not name HTML.
+func wanted(h http.Header) bool {
 	// The most specific range that matches decides (RFC 9110, section 12.5.1).
 	html := weight{accepts: []string{"text/*", "text/html"}}
 	json := weight{accepts: []string{"*/*", "application/*", "application/json"}}
@@ -100,11 +102,12 @@ func Wanted(h http.Header) bool {
 
 // weight is how much one media type is wanted.
 type weight struct {
-	accepts []string // ranges that match it, the most specific last
-	rank    int      // of the range that gave q, from 1
+	accepts []string // the ranges that match it, the most specific last
+	rank    int      // the place in accepts, from 1, of the range that gave q
 	q       float64
 }
 
+// see reads one item of an Accept header.
 func (w *weight) see(item string) {
 	name, params, _ := strings.Cut(item, ";")
 	name = strings.ToLower(strings.TrimSpace(name))
@@ -115,7 +118,7 @@ func (w *weight) see(item string) {
 	}
 }
 
-// quality is the q of an item's parameters: 1 without one that can be read.
+// quality returns the q among an item's parameters, or 1 if there is none that can be read.
 func quality(params string) float64 {
 	for p := range strings.SplitSeq(params, ";") {
 		name, value, _ := strings.Cut(p, "=")
