@@ -1,6 +1,5 @@
-// Package api holds what a client of the builder sees: the names in the
-// request's tar, the headers, the records of an answer, and the codes a failure
-// can carry. It has no behaviour beyond looking a code up.
+// Package api has what a client of the builder sees: the names in the request's tar, the
+// headers, the records of an answer, and the codes of failures.
 package api
 
 // Names in the request's tar.
@@ -18,7 +17,7 @@ const (
 	CallbackHeader  = "X-Callback-Url"
 )
 
-// Media types an answer can have.
+// Media types of answers.
 const (
 	JSONType   = "application/json"
 	NDJSONType = "application/x-ndjson"
@@ -26,8 +25,8 @@ const (
 	TextType   = "text/plain"
 )
 
-// Status is where a build stands. faas-cli takes every word but "failed" for a
-// success, so there are exactly these three.
+// Status says whether a build has ended, and how. There are exactly these three: faas-cli
+// takes any other word for a success.
 type Status string
 
 const (
@@ -51,25 +50,24 @@ type BuildConfig struct {
 	NoCache     bool              `json:"noCache,omitempty"`
 	Pull        bool              `json:"pull,omitempty"`
 
-	// Context is where the build context lies that the tar does not hold.
+	// Context says where the build context is, if it is not in the tar.
 	Context *ContextSource `json:"context,omitempty"`
 
-	// Frontend is sent by old clients and ignored.
+	// Frontend is sent by old clients. It is ignored.
 	Frontend string `json:"frontend,omitempty"`
 }
 
-// ContextSource is one of its fields.
+// ContextSource is where a build context is. Exactly one of its fields is set.
 type ContextSource struct {
 	Digest string `json:"digest,omitempty"` // sha256:<hex> of what was sent to /contexts
 	Git    string `json:"git,omitempty"`    // https://host/org/repo.git#ref:dir
 }
 
-// Record is one object of an answer: a line of a stream, or the whole of an
-// answer that does not stream. Image and ImageName are the same reference:
-// clients of both spellings exist.
+// Record is one object of an answer: a line of a stream, or the whole answer if it does not
+// stream. Image and ImageName are the same reference: some clients read one, some the other.
 //
-// ID and Request say what is answered, so that a signed answer cannot be taken for
-// another's.
+// ID and Request say what the record answers, so that a signed answer cannot be taken for
+// the answer to another request.
 type Record struct {
 	Log       []string `json:"log"`
 	Image     string   `json:"image,omitempty"`
@@ -79,10 +77,10 @@ type Record struct {
 	Code      Code     `json:"code,omitempty"`
 	Duration  float64  `json:"duration"` // seconds since the request was accepted
 	Digest    string   `json:"digest,omitempty"`
-	Commit    string   `json:"commit,omitempty"` // of a git context: what was built
+	Commit    string   `json:"commit,omitempty"` // that was built, of a git context
 	Tags      []string `json:"tags,omitempty"`
 	Platforms []string `json:"platforms,omitempty"`
 	Warnings  []string `json:"warnings,omitempty"`
-	ID        string   `json:"id,omitempty"`      // of the build: the X-Call-Id
+	ID        string   `json:"id,omitempty"`      // the build's: the request's X-Call-Id, or one made here
 	Request   string   `json:"request,omitempty"` // hex SHA-256 of the request's body as sent, on the last record
 }

@@ -41,9 +41,9 @@ const (
 	Internal         Code = "internal"
 )
 
-// statuses is the one place where a code becomes an HTTP status. The queue
-// worker's retry list decides the choice: what would fail again is never 408,
-// 429 or 5xx, and what may pass later always is.
+// statuses has the HTTP status of each code. Queue workers retry some statuses, and that
+// decides: a failure that would happen again never has 429 or 5xx, and a failure that may
+// pass always has. No code has 408, 502 or 504, which are retried up to a hundred times.
 var statuses = map[Code]int{
 	BadTar:           http.StatusBadRequest,
 	BadConfig:        http.StatusBadRequest,
@@ -61,7 +61,7 @@ var statuses = map[Code]int{
 	BuildFailed:      http.StatusUnprocessableEntity,
 	RegistryDenied:   http.StatusUnprocessableEntity,
 	Deadline:         http.StatusUnprocessableEntity,
-	// Canceled has no reader: its client went away. The status is for the log.
+	// Nobody reads this one: the client has gone away. The status is for the log.
 	Canceled:        http.StatusUnprocessableEntity,
 	Busy:            http.StatusTooManyRequests,
 	QueueTimeout:    http.StatusServiceUnavailable,
@@ -78,8 +78,8 @@ var statuses = map[Code]int{
 	Internal:        http.StatusInternalServerError,
 }
 
-// HTTPStatus is the status of an answer that fails with c, when it is not a
-// stream. A code that is not in the table is a defect, so 500.
+// HTTPStatus returns the status of an answer that fails with c and is no stream. A code
+// that is not in the table is a defect and gets 500.
 func (c Code) HTTPStatus() int {
 	if s, ok := statuses[c]; ok {
 		return s
@@ -87,8 +87,8 @@ func (c Code) HTTPStatus() int {
 	return http.StatusInternalServerError
 }
 
-// Error is a failure a client may be told of. Msg is for the client; Err, which
-// may be nil, is the cause, for the operator's log alone.
+// Error is a failure that a client may be told of. Msg is for the client. Err is the cause,
+// for the operator's log alone; it may be nil.
 type Error struct {
 	Code Code
 	Msg  string
@@ -104,8 +104,9 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// AsError finds the Error in err's chain. What has none is a defect here: its
-// text may hold what no client should see, so it becomes Internal.
+// AsError returns the Error in err's chain. An err without one is a defect of the builder.
+// Its text may have in it what no client should see, so that it becomes the cause of an
+// Error of code internal.
 func AsError(err error) *Error {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e

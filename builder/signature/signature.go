@@ -18,22 +18,22 @@ import (
 
 const prefix = "sha256="
 
-// MinKey is the length of the shortest key, in bytes. What is shorter can be
-// guessed.
+// MinKey is the length of the shortest key, in bytes. A shorter one can be guessed.
 const MinKey = 16
 
-// Keys are the keys a signature may be made with.
+// Keys are the keys that a signature may be made with.
 type Keys [][]byte
 
-// ParseKeys reads the payload secret. The whole file is a key, with surrounding white
-// space trimmed: clients that share the file sign with all of it. The file is also a
-// list of keys, one a line, so that a key can be rotated, if every line is a key that
-// somebody could have made for one: 16 bytes or more of 0x21 to 0x7e, not beginning
-// with "-----". Empty lines and those that begin with # do not count. So a PEM or JSON
-// file, or random bytes, is one key, and none of its lines is.
+// ParseKeys reads the payload secret. The whole file, without the white space around it, is
+// a key: clients that share the file sign with all of it.
 //
-// The first line's key is first. A key of less than MinKey bytes is none, so that Keys
-// may be empty.
+// The file may also be a list of keys, one a line, so that keys can be rotated. It is a list
+// if each of its lines looks like a key: 16 bytes or more of 0x21 to 0x7e that do not begin
+// with "-----". Empty lines and lines that begin with # do not count. So a file of PEM, of
+// JSON or of random bytes is one key, and its lines are none.
+//
+// The keys of the lines come first, in order, and the whole file last. A file of less than
+// MinKey bytes is no key, so that Keys may be empty. list says whether the file is a list.
 func ParseKeys(file []byte) (keys Keys, list bool) {
 	file = bytes.TrimSpace(file)
 	for line := range bytes.Lines(file) {
@@ -52,7 +52,7 @@ func ParseKeys(file []byte) (keys Keys, list bool) {
 	return keys.add(file), true
 }
 
-// isKey says whether a line of a list is a key.
+// isKey says whether a line looks like a key of a list.
 func isKey(line []byte) bool {
 	if len(line) < MinKey || bytes.HasPrefix(line, []byte("-----")) {
 		return false
@@ -65,6 +65,7 @@ func isKey(line []byte) bool {
 	return true
 }
 
+// onlyKey returns the file as the only key, or none if it is too short.
 func onlyKey(file []byte) Keys {
 	if len(file) < MinKey {
 		return nil
@@ -72,6 +73,7 @@ func onlyKey(file []byte) Keys {
 	return Keys{bytes.Clone(file)}
 }
 
+// add returns k with key, unless it is there already.
 func (k Keys) add(key []byte) Keys {
 	for _, have := range k {
 		if bytes.Equal(have, key) {
@@ -81,7 +83,7 @@ func (k Keys) add(key []byte) Keys {
 	return append(k, bytes.Clone(key))
 }
 
-// MAC is what a signature carries.
+// MAC is the value of a signature.
 type MAC [sha256.Size]byte
 
 // Parse reads the values of a signature header: exactly one, "sha256=" and 64
@@ -108,22 +110,22 @@ func Parse(values []string) (MAC, error) {
 	return mac, nil
 }
 
-// Timestamp is the value of X-Build-Timestamp: Unix seconds. A message that has one is
-// signed with it and a full stop before it: "1795915276." and then the message. The
-// empty Timestamp is of a message that has none.
+// Timestamp is the value of X-Build-Timestamp: Unix seconds, such as "1795915276". What is
+// signed then is "1795915276." and the message after it. An empty Timestamp is for a message
+// without one.
 type Timestamp string
 
-// Window is how far a timestamp may be from the clock.
+// Window is how far a timestamp may be from the clock, on either side.
 const Window = 5 * time.Minute
 
-// maxDigits is what an int64 has.
+// maxDigits is how many digits an int64 can have.
 const maxDigits = 19
 
-// Now is the timestamp of what is signed now.
+// Now returns the timestamp for a message that is signed now.
 func Now() Timestamp { return Timestamp(strconv.FormatInt(time.Now().Unix(), 10)) }
 
 // ParseTimestamp reads the values of a timestamp header: none, or one within Window of
-// now. Its errors are for the client: they tell nothing of any key.
+// now. Its errors may be shown to the client, as they depend on no key.
 func ParseTimestamp(values []string, now time.Time) (Timestamp, error) {
 	switch len(values) {
 	case 0:
@@ -140,14 +142,15 @@ func ParseTimestamp(values []string, now time.Time) (Timestamp, error) {
 	if err != nil {
 		return "", fmt.Errorf("timestamp %q is not Unix seconds", v)
 	}
-	// Compared as numbers: the difference of two times has an end.
+	// Numbers are compared, since the difference of two times can be too large for a
+	// Duration.
 	if off := seconds - now.Unix(); off > int64(Window/time.Second) || off < -int64(Window/time.Second) {
 		return "", fmt.Errorf("timestamp %s is not within %v of this clock, which is at %d", v, Window, now.Unix())
 	}
 	return Timestamp(v), nil
 }
 
-// before is what comes before a message that is signed with t.
+// before returns what is signed before a message that has the timestamp t.
 func (t Timestamp) before() []byte {
 	if t == "" {
 		return nil
@@ -155,8 +158,8 @@ func (t Timestamp) before() []byte {
 	return []byte(t + ".")
 }
 
-// CutTimestamp cuts digits and a full stop off the beginning of a message, as a
-// Timestamp has them. The rest is the message that it may be a signed form of.
+// CutTimestamp cuts digits and a full stop off the beginning of a message. If they are there,
+// the message could also be read as rest with a timestamp before it.
 func CutTimestamp(message []byte) (rest []byte, found bool) {
 	n := 0
 	for n < len(message) && '0' <= message[n] && message[n] <= '9' {
@@ -168,7 +171,7 @@ func CutTimestamp(message []byte) (rest []byte, found bool) {
 	return message[n+1:], true
 }
 
-// Sign is the header's value for body.
+// Sign returns the value of the signature header for body.
 func Sign(key []byte, t Timestamp, body []byte) string {
 	h := hmac.New(sha256.New, key)
 	h.Write(t.before())
@@ -176,14 +179,14 @@ func Sign(key []byte, t Timestamp, body []byte) string {
 	return prefix + hex.EncodeToString(h.Sum(nil))
 }
 
-// Verify compares mac with what every key makes of message.
+// Verify says whether one of the keys makes mac of message, and returns that key.
 func (k Keys) Verify(mac MAC, t Timestamp, message []byte) (key []byte, ok bool) {
 	v := k.Verifier(t)
 	v.Write(message)
 	return v.Verify(mac)
 }
 
-// headLen is how much of a message a Verifier keeps: enough to see what it is.
+// headLen is how many of a message's first bytes a Verifier keeps.
 const headLen = 1 << 10
 
 // Verifier computes a message's MAC with every key while the message passes.
@@ -193,7 +196,7 @@ type Verifier struct {
 	head []byte
 }
 
-// Verifier is for a message that has the timestamp t.
+// Verifier returns a Verifier of a message that has the timestamp t.
 func (k Keys) Verifier(t Timestamp) *Verifier {
 	v := &Verifier{keys: k}
 	for _, key := range k {
@@ -213,11 +216,11 @@ func (v *Verifier) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Head is the message's beginning, 1 KiB at most.
+// Head returns the message's beginning, 1 KiB at most.
 func (v *Verifier) Head() []byte { return v.head }
 
-// Verify compares mac with what every key made of the message, all of them in
-// constant time, and returns the key that made it.
+// Verify says whether one of the keys made mac of the message, and returns that key. It
+// compares the values of all keys, in constant time.
 func (v *Verifier) Verify(mac MAC) (key []byte, ok bool) {
 	found := -1
 	for i, h := range v.macs {
