@@ -1,13 +1,13 @@
-// Package budget bounds what many requests take together, in bytes. It knows
-// nothing of what the bytes are: memory, or a disk.
+// Package budget bounds how many bytes many requests take together. It does not know
+// whether they are of memory or of a disk.
 package budget
 
 import "sync"
 
-// Budget is a number of bytes that many accounts share. A nil Budget has no end.
+// Budget is a number of bytes that many accounts share. A nil Budget is unlimited.
 type Budget struct {
 	limit int64
-	whole *Budget // that this one is a part of; nil for one of its own
+	whole *Budget // of which this one is a part; nil if it is no part
 
 	mu   sync.Mutex
 	used int64
@@ -16,19 +16,19 @@ type Budget struct {
 // New returns a Budget of limit bytes.
 func New(limit int64) *Budget { return &Budget{limit: limit} }
 
-// Part returns a Budget of limit bytes of b. What is taken of the part is taken of
-// b too, and b may be spent before the part is.
+// Part returns a Budget of at most limit bytes of b. Bytes that are taken from the part are
+// taken from b too. So b may be spent while the part is not.
 func (b *Budget) Part(limit int64) *Budget { return &Budget{limit: limit, whole: b} }
 
-// Used is how many bytes are taken.
+// Used returns how many bytes are taken.
 func (b *Budget) Used() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.used
 }
 
-// take takes n bytes, or nothing. With force it takes them even if they are over
-// the limit.
+// take takes n bytes, or none and returns false. With force, it takes them even if they
+// exceed the limit.
 func (b *Budget) take(n int64, force bool) bool {
 	if b == nil {
 		return true
@@ -42,8 +42,8 @@ func (b *Budget) take(n int64, force bool) bool {
 	return true
 }
 
-// give gives n bytes back to b and to what b is a part of, but not to upTo or beyond
-// it. A nil upTo is beyond all.
+// give gives n bytes back to b, to the Budget that b is a part of, and so on, but not to
+// upTo and those that upTo is a part of. With a nil upTo, it gives them back to all.
 func (b *Budget) give(n int64, upTo *Budget) {
 	for ; b != nil && b != upTo; b = b.whole {
 		b.mu.Lock()
@@ -52,7 +52,7 @@ func (b *Budget) give(n int64, upTo *Budget) {
 	}
 }
 
-// partOf says that what is taken of b is taken of whole as well.
+// partOf says whether bytes that are taken from b are taken from whole too.
 func (b *Budget) partOf(whole *Budget) bool {
 	for ; b != nil; b = b.whole {
 		if b == whole {
@@ -62,8 +62,8 @@ func (b *Budget) partOf(whole *Budget) bool {
 	return whole == nil
 }
 
-// Account is what one request has taken of a Budget. All its methods may be called
-// concurrently. A nil Account takes from nowhere.
+// Account is what one request has taken from a Budget. Its methods may be called
+// concurrently. A nil Account takes without a limit.
 type Account struct {
 	mu    sync.Mutex
 	of    *Budget
@@ -73,10 +73,11 @@ type Account struct {
 // Open returns an empty Account. It must be closed.
 func (b *Budget) Open() *Account { return &Account{of: b} }
 
-// Take takes n bytes more, or none if the Budget has not got them.
+// Take takes n bytes more, or none and returns false if the Budget does not have them.
 func (a *Account) Take(n int64) bool { return a.add(n, false) }
 
-// Must takes n bytes more, whatever is left. The next Take fails then.
+// Must takes n bytes more, even if the Budget does not have them. Then Take fails until
+// enough is given back.
 func (a *Account) Must(n int64) { a.add(n, true) }
 
 func (a *Account) add(n int64, force bool) bool {
@@ -92,7 +93,7 @@ func (a *Account) add(n int64, force bool) bool {
 	return true
 }
 
-// Taken is how many bytes are taken.
+// Taken returns how many bytes are taken.
 func (a *Account) Taken() int64 {
 	if a == nil {
 		return 0
@@ -102,7 +103,7 @@ func (a *Account) Taken() int64 {
 	return a.taken
 }
 
-// Give gives n bytes back, which were taken before.
+// Give gives back n bytes of those that were taken.
 func (a *Account) Give(n int64) {
 	if a == nil {
 		return
@@ -113,8 +114,8 @@ func (a *Account) Give(n int64) {
 	a.taken -= n
 }
 
-// Move has all that was taken counted against another Budget from now on. Where the
-// other has not got as much, Move returns false and changes nothing.
+// Move makes a an account of the Budget to: it takes there what a has taken, and gives it
+// back to the old one. If to does not have as much, Move returns false and changes nothing.
 func (a *Account) Move(to *Budget) bool {
 	if a == nil {
 		return true

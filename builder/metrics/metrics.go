@@ -1,4 +1,4 @@
-// Package metrics is what /metrics tells an operator.
+// Package metrics counts and measures what /metrics tells an operator.
 package metrics
 
 import (
@@ -13,7 +13,8 @@ import (
 	"handler/function/solve"
 )
 
-// Metrics are the builder's own, in a registry of their own.
+// Metrics are all metrics of the builder. They are in a registry of their own, so that
+// /metrics has no others.
 type Metrics struct {
 	registry *prometheus.Registry
 
@@ -34,18 +35,19 @@ type Metrics struct {
 	push       prometheus.Histogram
 }
 
-// buckets fit builds: a cached one takes a fraction of a second, a long one
-// half an hour. In seconds.
+// buckets are of all histograms, in seconds. A cached build takes a fraction of a second, a
+// long one half an hour.
 var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1200, 1800}
 
-// faults are what nobody who sends a build can mend. Both counters begin at zero for
-// them: a rule sees a counter rise, and not that it appears.
+// faults are the codes of failures that the sender of a build cannot mend. Both counters
+// begin at zero for them: an alerting rule sees a counter that rises, but not one that
+// appears.
 var faults = []api.Code{
 	api.Busy, api.QueueTimeout, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
 	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
 }
 
-// New makes the metrics. daemons is asked at each scrape; it must be quick.
+// New returns the metrics. Each scrape calls daemons, which must be quick.
 func New(daemons func() solve.Daemons) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
@@ -119,10 +121,11 @@ func (m *Metrics) Received(n int64, d time.Duration) {
 // Refused counts a request that never became a build.
 func (m *Metrics) Refused(code api.Code) { m.refused.WithLabelValues(string(code)).Inc() }
 
-// Waited is how long a build waited for its slot.
+// Waited counts a build that waited d for its slot.
 func (m *Metrics) Waited(d time.Duration) { m.wait.Observe(d.Seconds()) }
 
-// Built counts a build that ended. code is empty for a success.
+// Built counts a build that ended d after its request was accepted. code is empty for a
+// success.
 func (m *Metrics) Built(status api.Status, code api.Code, d time.Duration, stats solve.Stats) {
 	m.builds.WithLabelValues(string(status), string(code)).Inc()
 	m.duration.WithLabelValues(string(status)).Observe(d.Seconds())

@@ -1,7 +1,6 @@
-// Package placement orders a pool's daemons for a build by rendezvous hashing:
-// every replica of the function comes to the same order without asking another,
-// and a daemon that comes or goes changes the first place of no builds but its
-// own share.
+// Package placement orders a pool's daemons for a build by rendezvous hashing. Every replica
+// of the function comes to the same order without asking another one. If one of n daemons
+// comes or goes, the first daemon changes for about one key in n, and stays for the others.
 package placement
 
 import (
@@ -11,8 +10,9 @@ import (
 	"slices"
 )
 
-// Order returns the nodes, the one with the key's cache first. It costs a
-// SHA-256 of some tens of bytes for each node, and keeps nothing.
+// Order returns the nodes in the order in which builds with this key should try them. The
+// first has the key's cache, as long as builds go to the first. Order costs a SHA-256 of some
+// tens of bytes for each node, and keeps no state.
 //
 // Thaler and Ravishankar, "Using name-based mappings to increase hit rates",
 // IEEE/ACM Transactions on Networking 6(1), 1998.
@@ -27,6 +27,8 @@ func Order(key string, nodes []string) []string {
 	})
 }
 
+// score is a hash of key and node. The key's length keeps two pairs from being the same
+// bytes.
 func score(key, node string) uint64 {
 	data := binary.BigEndian.AppendUint64(nil, uint64(len(key)))
 	sum := sha256.Sum256(append(append(data, key...), node...))
