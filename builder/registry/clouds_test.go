@@ -23,7 +23,7 @@ const (
 	ecrAPI  = "AmazonEC2ContainerRegistry_V20150921."
 )
 
-// environ leaves nothing for an SDK to find but vars.
+// environ makes vars, names and values in turn, the only variables that an SDK finds.
 func environ(t *testing.T, vars ...string) {
 	t.Helper()
 	for _, v := range os.Environ() {
@@ -42,7 +42,7 @@ func environ(t *testing.T, vars ...string) {
 	}
 }
 
-// awsEnviron has the keys and the address of one AWS service for all.
+// awsEnviron sets access keys, and url as the address of all AWS services.
 func awsEnviron(t *testing.T, url string) {
 	t.Helper()
 	environ(t, "AWS_ACCESS_KEY_ID", "AKID", "AWS_SECRET_ACCESS_KEY", "hush-key", "AWS_ENDPOINT_URL", url)
@@ -64,8 +64,7 @@ func ecrDenies(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprint(w, `{"__type":"AccessDeniedException","message":"the reason"}`)
 }
 
-// TestCloudAmazon logs in to a registry that takes nothing but Basic, as ECR
-// does.
+// TestCloudAmazon logs in to a registry that takes Basic authentication alone, as ECR does.
 func TestCloudAmazon(t *testing.T) {
 	for _, config := range []string{
 		`{"credHelpers":{"` + ecrHost + `":"ecr-login"}}`,
@@ -108,7 +107,7 @@ func TestCloudAmazon(t *testing.T) {
 	}
 }
 
-// TestCloudGoogle has the instance's access token become one of the registry's.
+// TestCloudGoogle exchanges the instance's access token for one of the registry's.
 func TestCloudGoogle(t *testing.T) {
 	for _, helper := range []string{"gcr", "gcloud"} {
 		meta := newTokenServer(t, false, text(`{"access_token":"ya29","expires_in":3600,"token_type":"Bearer"}`))
@@ -127,8 +126,8 @@ func TestCloudGoogle(t *testing.T) {
 	}
 }
 
-// TestCloudAzure has the managed identity's token become the registry's refresh
-// token, under the registry's CA, and that a token.
+// TestCloudAzure exchanges the managed identity's token for the registry's refresh token, with
+// the registry's CA, and that for a token.
 func TestCloudAzure(t *testing.T) {
 	identity := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-Identity-Header") != "header" || r.URL.Query().Get("resource") != "https://containerregistry.azure.net" {
@@ -175,8 +174,8 @@ func TestCloudAzure(t *testing.T) {
 	}
 }
 
-// TestCloudFails has the cloud's failure stay with its registry, and there with
-// what needs credentials.
+// TestCloudFails checks that a cloud's failure ends no build but one that needs credentials
+// for that cloud's registry.
 func TestCloudFails(t *testing.T) {
 	s := newTokenServer(t, false, ecrDenies)
 	awsEnviron(t, s.URL)
@@ -243,7 +242,8 @@ func wantCloudError(t *testing.T, err error, code api.Code, words ...string) {
 	}
 }
 
-// TestCloudNotAsked has every cloud's metadata within reach, and none named.
+// TestCloudNotAsked checks that a cloud whose helper is not configured for a registry is not
+// asked, though its metadata can be reached.
 func TestCloudNotAsked(t *testing.T) {
 	s := newTokenServer(t, false, status(http.StatusTeapot))
 	environ(t, "AWS_EC2_METADATA_SERVICE_ENDPOINT", s.URL, "AWS_ENDPOINT_URL", s.URL,
@@ -272,7 +272,7 @@ func TestCloudNotAsked(t *testing.T) {
 	}
 }
 
-// TestCloudRenewed has a build outlive its first credentials.
+// TestCloudRenewed checks that a build that outlives its credentials gets new ones.
 func TestCloudRenewed(t *testing.T) {
 	asked := 0
 	meta := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {

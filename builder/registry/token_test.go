@@ -20,149 +20,7 @@ import (
 	"handler/function/api"
 )
 
-func TestPermit(t *testing.T) {
-	g := New(Config{}).Grant(refs(t, "ghcr.io/acme/app:1", "acme/hub", "registry:5000/a/b"))
-	for _, tt := range []struct {
-		name, host string
-		scopes     []string
-		want       string // "" is refused
-	}{
-		{"pull", "ghcr.io", []string{"repository:other/base:pull"}, "repository:other/base:pull"},
-		{"push to own", "ghcr.io", []string{"repository:acme/app:pull,push"}, "repository:acme/app:pull,push"},
-		{"order", "ghcr.io", []string{"repository:acme/app:push,pull,push"}, "repository:acme/app:pull,push"},
-		{"push elsewhere", "ghcr.io", []string{"repository:acme/other:pull,push"}, "repository:acme/other:pull"},
-		{"push only elsewhere", "ghcr.io", []string{"repository:acme/other:push"}, ""},
-		{"same name, other registry", "quay.io", []string{"repository:acme/app:pull,push"}, "repository:acme/app:pull"},
-		{"prefix of own", "ghcr.io", []string{"repository:acme/app2:push,pull"}, "repository:acme/app2:pull"},
-		{"hub on the wire", "registry-1.docker.io", []string{"repository:acme/hub:pull,push"}, "repository:acme/hub:pull,push"},
-		{"hub by its domain", "docker.io", []string{"repository:acme/hub:push"}, "repository:acme/hub:push"},
-		{"upper case", "GHCR.io", []string{"repository:acme/app:push"}, "repository:acme/app:push"},
-		{"with a port", "registry:5000", []string{"repository:a/b:push"}, "repository:a/b:push"},
-		{"without the port", "registry", []string{"repository:a/b:push"}, ""},
-		{"delete", "ghcr.io", []string{"repository:acme/app:delete,pull"}, "repository:acme/app:pull"},
-		{"everything", "ghcr.io", []string{"repository:acme/app:*"}, ""},
-		{"catalog", "ghcr.io", []string{"registry:catalog:*"}, ""},
-		{"two in one", "ghcr.io", []string{"repository:x:pull repository:acme/app:pull,push"}, "repository:acme/app:pull,push repository:x:pull"},
-		{"plugin", "ghcr.io", []string{"repository(plugin):acme/app:pull,push"}, "repository(plugin):acme/app:pull,push"},
-		{"mount", "ghcr.io", []string{"repository:acme/app:pull,push", "repository:acme/from:pull,push"}, "repository:acme/app:pull,push repository:acme/from:pull"},
-		{"nonsense", "ghcr.io", []string{"pull", ":", "repository:pull"}, ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			got, err := g.permit(tt.host, tt.scopes)
-			if strings.Join(got, " ") != tt.want {
-				t.Errorf("granted %q, want %q", got, tt.want)
-			}
-			if (err != nil) != (tt.want == "") {
-				t.Errorf("error %v", err)
-			}
-		})
-	}
-	if got, err := g.permit("ghcr.io", nil); len(got) != 0 || err != nil {
-		t.Errorf("no scopes: %q, %v", got, err)
-	}
-}
-
-func TestRealm(t *testing.T) {
-	for _, tt := range []struct {
-		realm string
-		hosts []string
-		ok    bool
-	}{
-		{"https://auth.example.com/token", nil, true},
-		{"https://8.8.8.8/token", nil, true},
-		{"http://auth.example.com/token", nil, false},
-		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com"}, true},
-		{"http://AUTH.example.com./token", []string{"Registry.example.com.=auth.Example.com"}, true},
-		{"http://auth.example.com/token", []string{"registry.example.com:443=auth.example.com"}, true},
-		{"http://auth.example.com:80/token", []string{"registry.example.com=auth.example.com"}, true},
-		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com:80"}, true},
-		{"http://auth.example.com:81/token", []string{"registry.example.com=auth.example.com:81"}, true},
-		{"http://registry.example.com/token", []string{"registry.example.com"}, true},
-		{"https://127.0.0.1:5001/token", []string{"registry.example.com=127.0.0.1:5001"}, true},
-		{"https://[::1]/token", []string{"registry.example.com=[0:0::1]"}, true},
-		{"https://[::ffff:127.0.0.1]/token", []string{"registry.example.com=127.0.0.1"}, true},
-
-		// Of another registry, or at another port.
-		{"http://auth.example.com/token", []string{"auth.example.com"}, false},
-		{"http://auth.example.com/token", []string{"registry.example.com"}, false},
-		{"http://auth.example.com/token", []string{"other.example.com=auth.example.com"}, false},
-		{"http://auth.example.com/token", []string{"registry.example.com:80=auth.example.com", "registry.example.com:5000=auth.example.com"}, false},
-		{"http://auth.example.com/token", []string{"example.com=auth.example.com", "x.registry.example.com=auth.example.com"}, false},
-		{"http://auth.example.com:81/token", []string{"registry.example.com=auth.example.com"}, false},
-		{"http://auth.example.com:443/token", []string{"registry.example.com=auth.example.com"}, false},
-		{"http://auth.example.com:82/token", []string{"registry.example.com=auth.example.com:81"}, false},
-		{"http://auth.example.com/token", []string{"registry.example.com=auth.example.com:443"}, false},
-		{"https://10.0.0.1:80/token", []string{"registry.example.com=10.0.0.1"}, false},
-		{"https://10.0.0.1:5000/token", []string{"registry.example.com=10.0.0.1"}, false},
-		{"https://x.auth.internal/token", []string{"registry.example.com=auth.internal"}, true}, // public, as far as is known
-		{"http://x.auth.internal/token", []string{"registry.example.com=auth.internal"}, false},
-
-		{"https://127.0.0.1/token", nil, false},
-		{"https://[::1]/token", nil, false},
-		{"https://169.254.169.254/latest", nil, false},
-		{"https://168.63.129.16/machine", nil, false},
-		{"https://[64:ff9b::a9fe:a9fe]/latest", nil, false},
-		{"https://user:topsecret@auth.example.com/token", []string{"registry.example.com=auth.example.com"}, false},
-		{"https://8.8.8.8:0443/token", nil, false},
-		{"https://8.8.8.8:/token", nil, false},
-		{"https://8.8.8.8:70000/token", nil, false},
-		{"https://127.1/token", nil, false},
-		{"https://2130706433/token", nil, false},
-		{"https://0x7f000001/token", nil, false},
-		{"file:///etc/passwd", nil, false},
-		{"ftp://auth.example.com/", []string{"registry.example.com=auth.example.com"}, false},
-		{"/token", nil, false},
-		{"", nil, false},
-		{"https://", nil, false},
-		{"https://a b/", nil, false},
-	} {
-		_, _, err := New(Config{TokenHosts: tokenHosts(t, tt.hosts...)}).checkRealm("registry.example.com", tt.realm)
-		if (err == nil) != tt.ok {
-			t.Errorf("%q with %q: %v", tt.realm, tt.hosts, err)
-		}
-		if err != nil && strings.Contains(err.Error(), "topsecret") {
-			t.Errorf("the error holds a password: %v", err)
-		}
-		if err != nil && api.AsError(err).Code != api.RegistryDenied {
-			t.Errorf("%q: code %s", tt.realm, api.AsError(err).Code)
-		}
-	}
-}
-
-// TestRealmHub has Docker Hub's names be one registry.
-func TestRealmHub(t *testing.T) {
-	for _, name := range []string{"docker.io", "index.docker.io", "registry-1.docker.io", "Docker.IO:443"} {
-		c := New(Config{TokenHosts: tokenHosts(t, name+"=10.0.0.1")})
-		if _, trusted, err := c.checkRealm("registry-1.docker.io", "http://10.0.0.1/token"); err != nil || !trusted {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
-func TestParseTokenHost(t *testing.T) {
-	for _, s := range []string{
-		"", "=", "a=", "=a", "a=b=c", "a:05000", "a=b:05000", "a:0=b", "a=b:", "a=http://b", "http://a", "a/b=c", "a=127.1", "a=b:65536", "a =b",
-	} {
-		if h, err := ParseTokenHost(s); err == nil || h != (TokenHost{}) {
-			t.Errorf("%q: %+v, %v", s, h, err)
-		}
-	}
-}
-
-func tokenHosts(t *testing.T, entries ...string) []TokenHost {
-	t.Helper()
-	var list []TokenHost
-	for _, e := range entries {
-		h, err := ParseTokenHost(e)
-		if err != nil {
-			t.Fatal(err)
-		}
-		list = append(list, h)
-	}
-	return list
-}
-
-// tokenServer is a fake token service, with the requests it had.
+// tokenServer is a fake token service that counts its requests.
 type tokenServer struct {
 	*httptest.Server
 	requests atomic.Int32
@@ -188,7 +46,7 @@ func newTokenServer(t *testing.T, tls bool, h http.HandlerFunc) *tokenServer {
 
 func (s *tokenServer) host() string { u, _ := url.Parse(s.URL); return u.Host }
 
-// fetchFrom asks s as a registry that sends there would have it asked.
+// fetchFrom asks s for a token of registry.example.com, with the given config file.
 func fetchFrom(t *testing.T, s *tokenServer, auths string) (Token, error) {
 	t.Helper()
 	return fetchWith(t, s, Config{File: configFile(t, auths)})
@@ -275,20 +133,6 @@ func TestTokenIdentity(t *testing.T) {
 	}
 }
 
-func TestTokenStatic(t *testing.T) {
-	s := newTokenServer(t, false, func(http.ResponseWriter, *http.Request) {})
-	cfg := Config{File: configFile(t, `{"auths":{"registry.example.com":{"registrytoken":"static"}}}`), AllowBasic: true}
-	tok, err := fetchWith(t, s, cfg)
-	if err != nil || tok.Value != "static" || s.requests.Load() != 0 {
-		t.Errorf("%+v, %v, %d requests", tok, err, s.requests.Load())
-	}
-	cfg.AllowBasic = false
-	tok, err = fetchWith(t, s, cfg)
-	if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.RegistryDenied || !strings.Contains(e.Msg, "allow_basic") || tok.Value != "" {
-		t.Errorf("%+v, %v", tok, err)
-	}
-}
-
 func TestTokenFailures(t *testing.T) {
 	const secret = "topsecret"
 	for _, tt := range []struct {
@@ -365,51 +209,6 @@ func TestTokenRetried(t *testing.T) {
 	}
 }
 
-// A name that resolves to a private address is refused when it is dialled: what
-// it resolved to before does not count.
-func TestTokenPrivateAddress(t *testing.T) {
-	s := newTokenServer(t, true, text(`{"token":"tok"}`))
-	_, port, _ := strings.Cut(s.host(), ":")
-	c := New(Config{})
-	_, err := c.Grant(nil).Token(t.Context(), TokenRequest{Host: "registry.example.com", Realm: "https://localhost:" + port + "/token"})
-	if e := api.AsError(err); err == nil || e.Code != api.RegistryDenied || !strings.Contains(e.Msg, "not a public address") {
-		t.Errorf("error %v", err)
-	}
-	if n := s.requests.Load(); n != 0 {
-		t.Errorf("%d requests came", n)
-	}
-}
-
-func TestTokenCA(t *testing.T) {
-	s := newTokenServer(t, true, text(`{"token":"tok"}`))
-	ca := writeFile(t, filepath.Join(t.TempDir(), "ca.pem"),
-		string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})))
-	trusted := tokenHosts(t, "own.example.com="+s.host(), "docker.io="+s.host(), "other.example.com="+s.host(), "broken.example.com="+s.host())
-	c := New(Config{TokenHosts: trusted, CAFiles: map[string]string{"own.example.com": ca, "docker.io": ca, "broken.example.com": writeFile(t, ca+"x", "no PEM")}})
-	for host, ok := range map[string]bool{
-		"own.example.com": true, "registry-1.docker.io": true, "other.example.com": false, "broken.example.com": false,
-	} {
-		tok, err := c.Grant(nil).Token(t.Context(), TokenRequest{Host: host, Realm: s.URL})
-		if (err == nil) != ok {
-			t.Errorf("%s: %+v, %v", host, tok, err)
-		}
-	}
-}
-
-func TestTokenNotKept(t *testing.T) {
-	var n atomic.Int32
-	s := newTokenServer(t, false, func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, `{"token":"tok%d","expires_in":300}`, n.Add(1))
-	})
-	g := New(Config{TokenHosts: tokenHosts(t, "h="+s.host())}).Grant(nil)
-	for _, want := range []string{"tok1", "tok2"} {
-		tok, err := g.Token(t.Context(), TokenRequest{Host: "h", Realm: s.URL, Scopes: []string{"repository:a:pull"}})
-		if err != nil || tok.Value != want {
-			t.Errorf("got %q, %v, want %q: the registry may have refused the last one", tok.Value, err, want)
-		}
-	}
-}
-
 func TestReadToken(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	for body, want := range map[string]time.Duration{
@@ -445,7 +244,7 @@ func TestTokenCanceled(t *testing.T) {
 	}
 }
 
-// TestTokenRedirects follows those that stay on the host.
+// TestTokenRedirects checks that redirects are followed if they stay on the host.
 func TestTokenRedirects(t *testing.T) {
 	want := func(t *testing.T, w http.ResponseWriter, r *http.Request) {
 		user, password, _ := r.BasicAuth()
