@@ -38,8 +38,8 @@ func TestAccount(t *testing.T) {
 	}
 }
 
-// TestConcurrent has many accounts take, move and give at once: never more than there
-// is, and nothing is left of it.
+// TestConcurrent has many accounts take, move and give at once. They must never have more
+// than the limit, and nothing in the end.
 func TestConcurrent(t *testing.T) {
 	whole := New(1000)
 	part := whole.Part(500)

@@ -66,7 +66,7 @@ func TestParseWarns(t *testing.T) {
 	}
 }
 
-// TestParseNull: what is null is as if it were not there, at every place of a config.
+// TestParseNull checks that a null counts as absent, wherever it is in a config.
 func TestParseNull(t *testing.T) {
 	for _, tt := range []struct{ config, same string }{
 		{`{"image":null,"skipPush":true}`, `{"skipPush":true}`},
@@ -98,7 +98,7 @@ func TestParseNull(t *testing.T) {
 	}
 }
 
-// TestParseByteOrderMark reads what editors and shells write before a config.
+// TestParseByteOrderMark reads configs with what editors and shells write before them.
 func TestParseByteOrderMark(t *testing.T) {
 	c, err := buildconfig.Parse([]byte("\ufeff" + `{"image":"x"}`))
 	if err != nil || c.Image != "x" || len(c.Warnings) > 0 {
@@ -129,8 +129,8 @@ func utf16Of(order binary.AppendByteOrder, text string) (b []byte) {
 	return b
 }
 
-// TestParseNames: every key of a BuildConfig is read, and the error of a wrong type says
-// where it is.
+// TestParseNames checks that every key of a BuildConfig is read, and that the error of a wrong
+// type names the key.
 func TestParseNames(t *testing.T) {
 	objects := map[string]reflect.Type{"": reflect.TypeFor[api.BuildConfig](), "context": reflect.TypeFor[api.ContextSource]()}
 	for path, object := range objects {
@@ -172,7 +172,8 @@ func TestParseNames(t *testing.T) {
 	}
 }
 
-// TestParseCase: a key in another case is another key, also to encoding/json.
+// TestParseCase checks that a key in another case is an unknown key, although encoding/json
+// would take it.
 func TestParseCase(t *testing.T) {
 	digest := "sha256:" + strings.Repeat("0", 64)
 	c, err := buildconfig.Parse([]byte(`{"image":"x","Image":"y","SkipPush":true,"context":{"digest":"` + digest + `","Git":"https://host/repo.git"}}`))
@@ -248,7 +249,7 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
-// list is n items, each of format with a number, with commas between them.
+// list returns n items with commas between them. Each is format with its number.
 func list(n int, format string) string {
 	items := make([]string, n)
 	for i := range items {
@@ -267,7 +268,8 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestCost bounds what configs of 1 MiB allocate, take, and say in an error.
+// TestCost bounds what configs of 1 MiB allocate, how long they take, and how long their
+// errors are.
 func TestCost(t *testing.T) {
 	const size = 1 << 20
 	many := func(format string) string { return list(size/(len(format)+4), format) }
@@ -405,8 +407,8 @@ func TestDeny(t *testing.T) {
 	}
 }
 
-// TestDenyPorts writes the port of one of the builder's own repositories in every
-// way that a number has: what is not refused as such is refused as theirs.
+// TestDenyPorts writes the port of one of the builder's own repositories in every way that a
+// number can be written. Each is refused, either as no port or as the builder's repository.
 func TestDenyPorts(t *testing.T) {
 	for _, port := range []string{"5000", "05000", "005000", "0000000000000000000005000", "5000.", "+5000", "0x1388", "0b1001110001000", "0o11610", "5_000", "5e3", "５０００", "70536", "4294972296", "18446744073709556616"} {
 		for _, host := range []string{"registry", "Registry", "REGISTRY", "registry."} {

@@ -28,8 +28,8 @@ import (
 
 const ecrHost = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 
-// environ leaves nothing in the environment that an SDK reads but vars, and
-// returns a home directory that has to stay empty.
+// environ makes vars, names and values in turn, the only variables that an SDK finds. It
+// returns the home directory, which must stay empty.
 func environ(t *testing.T, vars ...string) {
 	t.Helper()
 	for _, v := range os.Environ() {
@@ -54,7 +54,7 @@ func environ(t *testing.T, vars ...string) {
 	})
 }
 
-// service is a local server of one cloud, with what it was asked.
+// service is a local server of one cloud that keeps a list of its requests.
 type service struct {
 	*httptest.Server
 	mu    sync.Mutex
@@ -67,7 +67,7 @@ func (s *service) requests() []string {
 	return append([]string(nil), s.asked...)
 }
 
-// newService names each request by what of it says which call it is.
+// newService starts a service. A request's name in the list says which call it is.
 func newService(t *testing.T, tls bool, h http.HandlerFunc) *service {
 	t.Helper()
 	s := &service{}
@@ -100,7 +100,7 @@ func writeFile(t *testing.T, content string) string {
 	return name
 }
 
-// awsFails answers as an AWS service with JSON does.
+// awsFails answers with an error, as an AWS service that speaks JSON does.
 func awsFails(w http.ResponseWriter, status int, code string) {
 	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
 	w.WriteHeader(status)
@@ -145,7 +145,7 @@ func TestAmazon(t *testing.T) {
 	}
 }
 
-// TestAmazonKept takes the clock past the tokens' half, and to their end.
+// TestAmazonKept moves the clock past half of the tokens' life, and to its end.
 func TestAmazonKept(t *testing.T) {
 	down := false
 	s := newService(t, false, func(w http.ResponseWriter, r *http.Request) {
@@ -196,7 +196,7 @@ func TestAmazonPublic(t *testing.T) {
 	wantAWS(t, New(Config{}), "public.ecr.aws")
 }
 
-// TestAmazonWebIdentity is a service account of Kubernetes with a role.
+// TestAmazonWebIdentity uses a service account of Kubernetes that has a role.
 func TestAmazonWebIdentity(t *testing.T) {
 	s := newECR(t, "ASIATEMP")
 	sts := newService(t, false, func(w http.ResponseWriter, r *http.Request) {
@@ -214,7 +214,7 @@ func TestAmazonWebIdentity(t *testing.T) {
 	wantAWS(t, New(Config{}), ecrHost)
 }
 
-// TestAmazonInstance is a machine with a role.
+// TestAmazonInstance uses a machine that has a role.
 func TestAmazonInstance(t *testing.T) {
 	s := newECR(t, "ASIAINST")
 	meta := newService(t, false, func(w http.ResponseWriter, r *http.Request) {
@@ -335,7 +335,8 @@ func TestCreateRepository(t *testing.T) {
 	}
 }
 
-// TestCreateRepositoryAgain looks again after a while: it may have been deleted.
+// TestCreateRepositoryAgain checks that a repository is looked for again after a while, since
+// it may have been deleted.
 func TestCreateRepositoryAgain(t *testing.T) {
 	s := newService(t, false, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"repositories":[{}]}`) })
 	environ(t, "AWS_ACCESS_KEY_ID", "AKID", "AWS_SECRET_ACCESS_KEY", "secret", "AWS_ENDPOINT_URL", s.URL)
@@ -353,8 +354,7 @@ func TestCreateRepositoryAgain(t *testing.T) {
 	}
 }
 
-// serviceAccount is the file of a Google service account whose token service is
-// at uri.
+// serviceAccount makes the file of a Google service account whose token service is at uri.
 func serviceAccount(t *testing.T, uri string) string {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -456,7 +456,7 @@ func jwt(expires time.Time) string {
 	return enc([]byte(`{}`)) + "." + enc(fmt.Appendf(nil, `{"exp":%d}`, expires.Unix())) + "." + enc([]byte("sig"))
 }
 
-// newAzure is both the authority and the registry.
+// newAzure starts a server that is both the authority and the registry.
 func newAzure(t *testing.T, check func(url.Values)) *service {
 	var s *service
 	s = newService(t, true, func(w http.ResponseWriter, r *http.Request) {
@@ -606,7 +606,7 @@ func TestOwns(t *testing.T) {
 	}
 }
 
-// TestSlow has every cloud, and everything that one may ask, hang.
+// TestSlow has every request to every cloud hang.
 func TestSlow(t *testing.T) {
 	for name, setup := range map[string]func(t *testing.T, url string) (helper, host string){
 		"ecr": func(t *testing.T, url string) (string, string) {
@@ -662,7 +662,7 @@ func TestSlow(t *testing.T) {
 	}
 }
 
-// TestLog has no secret in what is logged when old credentials go on serving.
+// TestLog checks that no secret is logged when old credentials go on serving.
 func TestLog(t *testing.T) {
 	answers := 0
 	s := newService(t, false, func(w http.ResponseWriter, r *http.Request) {

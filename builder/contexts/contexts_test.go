@@ -27,9 +27,9 @@ import (
 	"handler/function/api"
 )
 
-// standin is a registry in memory, since a real one cannot be had where these
-// tests run; the tests module has it. first, if it is not nil, is asked before it,
-// and says whether it has answered.
+// standin is a registry in memory, since these tests start no process; the tests module uses a
+// real one. first, if it is not nil, gets each request before the registry does, and says
+// whether it has answered.
 func standin(t *testing.T, first func(w http.ResponseWriter, r *http.Request) bool) *Store {
 	t.Helper()
 	memory := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
@@ -79,7 +79,8 @@ func TestPutAndOpen(t *testing.T) {
 	}
 }
 
-// TestRefusals: what the registry will refuse again is not to be tried again.
+// TestRefusals checks that a request that the registry would refuse again has a code that is
+// not retried.
 func TestRefusals(t *testing.T) {
 	for status, want := range map[int]api.Code{
 		401: api.RegistryDenied, 403: api.RegistryDenied, 404: api.RegistryDenied, 413: api.RegistryDenied,
@@ -102,12 +103,12 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// patience is more than a registry in this process is silent for on a busy machine,
-// and as short as a test can wait.
+// patience is longer than a registry in this process is silent on a busy machine, and as
+// short as a test can wait.
 const patience = 3 * time.Second
 
-// TestRegistryStalls has a registry that stops in the middle of its answer, at
-// each request in turn.
+// TestRegistryStalls has the registry stop in the middle of its answer, for each request in
+// turn.
 func TestRegistryStalls(t *testing.T) {
 	content := bytes.Repeat([]byte("content"), 1000)
 	for name, path := range map[string]string{"at the first request": "/v2/", "in the context": "/blobs/"} {
@@ -172,7 +173,7 @@ func TestRegistryStalls(t *testing.T) {
 	}
 }
 
-// TestSlowReader: only the registry's silence counts.
+// TestSlowReader checks that a reader may be slow: only the registry's silence counts.
 func TestSlowReader(t *testing.T) {
 	t.Parallel()
 	s := standin(t, nil)
@@ -192,7 +193,7 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// TestSweep deletes what is too old, whatever else lies in the repository.
+// TestSweep checks that old contexts are deleted, whatever else is in the repository.
 func TestSweep(t *testing.T) {
 	broken := false // the registry fails at the tag of 2s
 	digits := func(d string) string { return "sha256-" + strings.Repeat(d, 64) }

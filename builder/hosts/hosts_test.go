@@ -98,7 +98,7 @@ func TestPublic(t *testing.T) {
 	}
 }
 
-// TestNotPublic has the first and the last address of each range, and those beside it.
+// TestNotPublic tries the first and the last address of each range.
 func TestNotPublic(t *testing.T) {
 	for _, p := range NotPublic() {
 		if p != p.Masked() {

@@ -15,8 +15,8 @@ import (
 	"handler/function/solve"
 )
 
-// TestFaults: whatever a client may try again is counted from zero, so that rules see
-// the first one.
+// TestFaults checks that the counters of what a client may try again begin at zero, so that
+// alerting rules see the first one.
 func TestFaults(t *testing.T) {
 	w := httptest.NewRecorder()
 	New(func() solve.Daemons { return solve.Daemons{} }).Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))

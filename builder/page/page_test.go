@@ -74,7 +74,7 @@ func source(text string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// TestPolicy computes the hashes as a browser does, from the document.
+// TestPolicy computes the hashes from the document, as a browser does.
 func TestPolicy(t *testing.T) {
 	res := get(t, http.MethodGet, "text/html")
 	body, err := io.ReadAll(res.Body)

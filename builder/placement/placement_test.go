@@ -41,8 +41,8 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestNodeLeaves: what was another node's first stays where it is, and what was
-// the leaving one's is spread over the rest.
+// TestNodeLeaves checks that the keys of the nodes that stay keep their node, and that the
+// keys of the one that leaves are spread over the others.
 func TestNodeLeaves(t *testing.T) {
 	all := nodes(4)
 	gone := all[2]

@@ -157,8 +157,8 @@ func TestMaskBudget(t *testing.T) {
 	}
 }
 
-// TestMaskMany checks the index against a plain search, with patterns that are
-// prefixes, suffixes and parts of each other.
+// TestMaskMany compares the index with a simple search. Its patterns are beginnings, ends and
+// parts of each other.
 func TestMaskMany(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	word := func(n int) string {
@@ -258,8 +258,7 @@ func TestStream(t *testing.T) {
 	}
 }
 
-// TestStreamLive checks that a line is emitted with its newline, not with what
-// follows.
+// TestStreamLive checks that a line is emitted when its newline comes, and not later.
 func TestStreamLive(t *testing.T) {
 	var lines []string
 	s := New(map[string][]byte{"id": []byte("correct horse")}).Stream(func(line string) { lines = append(lines, line) })
@@ -274,7 +273,7 @@ func TestStreamLive(t *testing.T) {
 	}
 }
 
-// TestStreamStates takes states as they come.
+// TestStreamStates draws and settles between the chunks that are written.
 func TestStreamStates(t *testing.T) {
 	r := New(map[string][]byte{"id": []byte("correct horse"), "parts": []byte("return\rto sender\rpart")})
 	const draw, settle = "draw", "settle"
@@ -436,8 +435,8 @@ func checkSafe(t *testing.T, s string) {
 	}
 }
 
-// checkMasked knows nothing of the patterns: it looks for the value's lines as
-// they are, and for base64 words that decode to text with the value in it.
+// checkMasked does not use the patterns. It looks for the value's lines as they are, and for
+// words of base64 that decode to a text with the value in it.
 func checkMasked(t *testing.T, value []byte, s string) {
 	t.Helper()
 	// A mask between two parts of a text can, by chance, complete a value that

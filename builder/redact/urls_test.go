@@ -51,8 +51,7 @@ func TestURLs(t *testing.T) {
 	}
 }
 
-// TestURLsSigned has the forms in which storage is asked, in the forms in which
-// errors quote them.
+// TestURLsSigned has the signed URLs of all storage services, as errors quote them.
 func TestURLsSigned(t *testing.T) {
 	for _, signed := range []string{
 		"https://bucket.s3.eu-west-1.amazonaws.com/docker/registry/v2/blobs/data?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIDsecret%2F20260102%2Feu-west-1%2Fs3%2Faws4_request&X-Amz-Date=20260102T030405Z&X-Amz-Expires=1200&X-Amz-Security-Token=secret//+/secret&X-Amz-SignedHeaders=host&X-Amz-Signature=secret",
@@ -88,7 +87,8 @@ func TestURLsSigned(t *testing.T) {
 	}
 }
 
-// TestURLsNested: URLs within one another take a time that grows as their text does.
+// TestURLsNested checks that the time for URLs within one another grows only as their text
+// does.
 func TestURLsNested(t *testing.T) {
 	text := strings.Repeat("a://", 250_000) + "user:password@host?token=secret"
 	done := make(chan string, 1)

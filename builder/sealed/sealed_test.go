@@ -52,7 +52,7 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// TestForms opens what people and other versions of go-sdk make of an envelope.
+// TestForms opens envelopes that people have edited or other versions of go-sdk have made.
 func TestForms(t *testing.T) {
 	public, private := keyPair(t)
 	// Those that YAML has to put in quotes, and one as long as may be.
@@ -82,8 +82,8 @@ func TestForms(t *testing.T) {
 	}
 }
 
-// TestCost bounds what envelopes of up to 2 MiB allocate and take: one that opens by
-// its size, one that is no envelope by less.
+// TestCost bounds what envelopes of up to 2 MiB allocate and how long they take: those of the
+// right form allocate at most 32 MiB, others 4 MiB.
 func TestCost(t *testing.T) {
 	const size = 2 << 20
 	public, private := keyPair(t)
@@ -152,8 +152,8 @@ func TestCost(t *testing.T) {
 	}
 }
 
-// TestTurn: while an envelope is opened another one waits, until it is canceled or
-// has its turn.
+// TestTurn checks that an envelope waits while another one is opened, until its turn comes or
+// its context ends.
 func TestTurn(t *testing.T) {
 	public, private := keyPair(t)
 	good := envelope(t, public, map[string][]byte{"token": []byte("value")})
@@ -227,7 +227,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// bomb is nine levels of ten aliases each.
+// bomb returns nine levels of ten aliases each, which YAML would make 10⁹ of.
 func bomb() string {
 	var b strings.Builder
 	for c := 'b'; c < 'k'; c++ {
@@ -256,8 +256,8 @@ func TestPublic(t *testing.T) {
 	}
 }
 
-// FuzzForm has YAML read whatever passes: it must find one mapping of scalars, and
-// in it at most one other.
+// FuzzForm has YAML read what checkForm accepts. It must be one mapping of scalars, with at
+// most one other mapping in it.
 func FuzzForm(f *testing.F) {
 	public, _ := keyPair(f)
 	f.Add(envelope(f, public, map[string][]byte{"token": []byte("value"), "1": nil}))

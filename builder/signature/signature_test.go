@@ -59,8 +59,8 @@ func TestParseKeys(t *testing.T) {
 	}
 }
 
-// FuzzParseKeys: whatever a file holds, no key of it can be guessed from its form, and
-// the whole of it is one.
+// FuzzParseKeys checks, for any file, that no line is a key that could be guessed from the
+// file's form, and that the whole file is a key.
 func FuzzParseKeys(f *testing.F) {
 	for _, s := range []string{"", "the-first-key--1\nthe-second-key-2\n", "{\n}", "-----BEGIN\n# x\n"} {
 		f.Add([]byte(s))
@@ -143,7 +143,7 @@ func TestTimestamp(t *testing.T) {
 	}
 }
 
-// vectors are GitHub's documented example and RFC 4231's cases 1, 2 and 6.
+// vectors are the example in GitHub's documentation and cases 1, 2 and 6 of RFC 4231.
 var vectors = []struct{ key, body, mac string }{
 	{"It's a Secret to Everybody", "Hello, World!", "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"},
 	{strings.Repeat("\x0b", 20), "Hi There", "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"},
