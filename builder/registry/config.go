@@ -70,16 +70,16 @@ func ParseTokenHost(s string) (TokenHost, error) {
 // TokenPath says that a registry's token service has another beginning for the names of
 // some repositories than images have.
 type TokenPath struct {
-	host  string   // in serverHost's form
-	image []string // first segments of the image's path; none for every image
-	token []string // the token service's instead of them; may be none
+	host    string   // in serverHost's form
+	image   []string // first segments of the image's path; none for every image
+	service []string // the token service's instead of them; may be none
 }
 
 // ParseTokenPath takes "registry/path=path". With "registry/local=prod", the token
 // service says "prod/app" for the image "registry/local/app". Either path may be empty:
 // with "registry=prod" it says "prod/local/app", and with "registry/local=" it says "app".
 func ParseTokenPath(s string) (TokenPath, error) {
-	image, token, ok := strings.Cut(s, "=")
+	image, service, ok := strings.Cut(s, "=")
 	host, below, _ := strings.Cut(image, "/")
 	if !ok {
 		return TokenPath{}, errors.New("there is no = in it")
@@ -92,15 +92,16 @@ func ParseTokenPath(s string) (TokenPath, error) {
 	if p.image, err = pathSegments(below); err != nil {
 		return TokenPath{}, err
 	}
-	if p.token, err = pathSegments(token); err != nil {
+	if p.service, err = pathSegments(service); err != nil {
 		return TokenPath{}, err
 	}
-	if slices.Equal(p.image, p.token) {
+	if slices.Equal(p.image, p.service) {
 		return TokenPath{}, errors.New("both paths are the same")
 	}
 	return p, nil
 }
 
+// pathSegments splits the path of a repository, or the beginning of one.
 func pathSegments(text string) ([]string, error) {
 	if text = strings.Trim(text, "/"); text == "" {
 		return nil, nil
@@ -125,6 +126,6 @@ func (c *Credentials) tokenPath(host, repository string) (string, bool) {
 	if longest == nil {
 		return "", false
 	}
-	name := slices.Concat(longest.token, segments[len(longest.image):])
+	name := slices.Concat(longest.service, segments[len(longest.image):])
 	return strings.Join(name, "/"), len(name) > 0
 }

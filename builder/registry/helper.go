@@ -92,7 +92,7 @@ func (c *Credentials) runHelper(ctx context.Context, suffix, server string) (typ
 	case h.err != nil:
 		return types.AuthConfig{}, fmt.Errorf("credential helper %q: %w", suffix, h.err)
 	case err != nil:
-		return types.AuthConfig{}, fmt.Errorf("credential helper %q: answer is not what a helper says", suffix)
+		return types.AuthConfig{}, fmt.Errorf("credential helper %q: its answer is not a user name and a secret", suffix)
 	}
 	if creds.Username == identityUser {
 		return types.AuthConfig{IdentityToken: creds.Secret, ServerAddress: server}, nil
@@ -111,7 +111,7 @@ func (h *helper) Input(in io.Reader) { h.cmd.Stdin = in }
 func (h *helper) Output() ([]byte, error) {
 	out := &limitedBuffer{left: maxHelperOut}
 	h.cmd.Stdout = out
-	// A child of the helper may hold its pipes open for longer.
+	// A child of the helper may keep its pipes open for longer.
 	h.cmd.WaitDelay = time.Second
 	h.err = h.cmd.Run()
 	if out.left < 0 {
@@ -120,7 +120,7 @@ func (h *helper) Output() ([]byte, error) {
 	return out.buf.Bytes(), h.err
 }
 
-var errHelperOut = errors.New("it prints too much")
+var errHelperOut = errors.New("its answer is too long")
 
 // limitedBuffer takes left bytes. A Write beyond them fails and makes left negative.
 type limitedBuffer struct {

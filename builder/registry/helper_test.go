@@ -49,9 +49,9 @@ func TestHelpers(t *testing.T) {
 		{"unknown", "", ""},
 		{"missing", "", "executable file not found"},
 		{"failing", "", "exit status 3"},
-		{"nonsense", "", "not what a helper says"},
+		{"nonsense", "", "not a user name and a secret"},
 		{"hanging", "", "no answer within"},
-		{"flooding", "", "prints too much"},
+		{"flooding", "", "answer is too long"},
 		{"path", "", "not a name"},
 	} {
 		t.Run(tt.host, func(t *testing.T) {

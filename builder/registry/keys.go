@@ -21,6 +21,7 @@ type configKey struct {
 	rank int      // the lowest counts among keys for one host and path
 }
 
+// parseKey takes any text: one that is no host serves none.
 func parseKey(text string) configKey {
 	k := configKey{text: text}
 	rest := text
@@ -36,8 +37,8 @@ func parseKey(text string) configKey {
 	if len(k.path) > 0 && (k.path[0] == "v1" || k.path[0] == "v2") && (rest != text || len(k.path) == 1) {
 		k.path = k.path[1:]
 	}
-	// Docker writes the first of Docker Hub's names. For other hosts, a host counts
-	// before a URL.
+	// Of Docker Hub's names, the one that docker writes counts first. Of the keys for
+	// another host, one without a scheme does.
 	if k.host == hubHost {
 		k.rank = slices.Index([]string{hubKey, hubDomain, hubIndex, hubHost}, lower(text))
 		if k.rank < 0 {
@@ -158,6 +159,8 @@ func helperServer(host string) string {
 	return host
 }
 
+// hasLogin says whether there are credentials in auth: where a helper has them, docker leaves
+// an empty entry in auths.
 func hasLogin(auth types.AuthConfig) bool {
 	return auth.Username != "" || auth.IdentityToken != "" || auth.RegistryToken != ""
 }

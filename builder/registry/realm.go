@@ -49,8 +49,8 @@ func (c *Credentials) checkRealm(host, realm string) (u *url.URL, trusted bool, 
 	return u, trusted, nil
 }
 
-// trusted says whether Config.TokenHosts has service for the registry host, with the
-// scheme's default port or without it.
+// trusted says whether Config.TokenHosts has service for the registry host. A host without a
+// port equals one with the scheme's default port.
 func (c *Credentials) trusted(host, scheme string, service hosts.Host) bool {
 	registry, port := serverHost(host), hosts.DefaultPort(scheme)
 	return c.tokenHosts[TokenHost{registry, service.WithPort(port)}] || c.tokenHosts[TokenHost{registry, service.Without(port)}]

@@ -29,7 +29,7 @@ import (
 type Credentials struct {
 	cfg        Config
 	tokenHosts map[TokenHost]bool
-	caFiles    map[string]string
+	caFiles    map[string]string // by host in serverHost's form
 	clouds     *clouds.Clouds
 
 	helperTimeout time.Duration
@@ -212,13 +212,12 @@ func (c *Credentials) RootCAs(host string) (*x509.CertPool, error) {
 	return c.roots(host, &url.URL{Host: host})
 }
 
-// Docker Hub's names: in image names, on the wire, and in config.json, which has a URL
-// of the third.
+// Docker Hub goes by several names.
 const (
-	hubDomain = "docker.io"
-	hubHost   = "registry-1.docker.io"
-	hubIndex  = "index.docker.io"
-	hubKey    = "https://index.docker.io/v1/"
+	hubDomain = "docker.io"                   // in image names
+	hubHost   = "registry-1.docker.io"        // serves the images
+	hubIndex  = "index.docker.io"             // in old image names
+	hubKey    = "https://index.docker.io/v1/" // in config.json, as docker writes it
 )
 
 // serverHost returns the one form of the host that serves the images of domain: in lower

@@ -148,13 +148,13 @@ func (g *Grant) hint(host string) string {
 	if name == "" || repository == "" {
 		return ""
 	}
-	image, token := strings.Split(repository, "/"), strings.Split(name, "/")
-	n := sameEnd(image, token)
-	entry := strings.Join(append([]string{host}, image[:len(image)-n]...), "/") + "=" + strings.Join(token[:len(token)-n], "/")
+	image, service := strings.Split(repository, "/"), strings.Split(name, "/")
+	n := sameEnd(image, service)
+	entry := strings.Join(append([]string{host}, image[:len(image)-n]...), "/") + "=" + strings.Join(service[:len(service)-n], "/")
 	return fmt.Sprintf("; its token service asks for %q where the image is %q: if these are the same, token_paths needs %q", name, repository, entry)
 }
 
-// sameEnd is how many segments a and b have in common at their ends.
+// sameEnd returns how many segments a and b have in common at their ends.
 func sameEnd(a, b []string) int {
 	n := 0
 	for n < min(len(a), len(b)) && a[len(a)-1-n] == b[len(b)-1-n] {
