@@ -93,7 +93,7 @@ func (c *Config) checkLists() error {
 		return bad(nil, "%s: %q has %d entries, over the limit of %d", api.ConfigFile, "platforms", n, maxPlatforms)
 	}
 	if c.Image == "" && len(c.Tags) > 0 {
-		return bad(nil, "%s: %q need an image beside them", api.ConfigFile, "tags")
+		return bad(nil, "%s: %q is set without %q", api.ConfigFile, "tags", "image")
 	}
 	return nil
 }

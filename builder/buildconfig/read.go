@@ -15,7 +15,7 @@ import (
 // byteOrderMark is what some editors and shells write before UTF-8.
 const byteOrderMark = "\ufeff"
 
-var errUTF16 = errors.New("it is UTF-16, and UTF-8 is wanted")
+var errUTF16 = errors.New("it is UTF-16 and has to be UTF-8")
 
 // isUTF16 says whether data is UTF-16. It has a byte order mark then, or one half of its
 // first character is zero, since JSON begins with ASCII.
@@ -97,6 +97,7 @@ func (c *Config) field(name string, value json.RawMessage, into any) error {
 	return fmt.Errorf("%q: nothing reads a %T", name, into)
 }
 
+// scalar reads a string or a bool. wanted says which, in the error.
 func scalar(name string, value json.RawMessage, into any, wanted string) error {
 	if json.Unmarshal(value, into) != nil {
 		return wrongType(name, kind(value[0]), wanted)
@@ -144,7 +145,7 @@ func table(name string, value json.RawMessage, into *map[string]string) error {
 		}
 		// Every value in kinds is good, since kinds has the last value of a key that is
 		// there twice. An earlier one is not.
-		return fmt.Errorf("%q: a key stands twice in it", name)
+		return fmt.Errorf("%q: a key is in it twice", name)
 	}
 	*into = make(map[string]string, len(elements))
 	for key, s := range elements {
@@ -181,6 +182,7 @@ func (k kind) String() string {
 	return "number"
 }
 
+// wrongType is the error of a key whose value is of kind k.
 func wrongType(name string, k kind, wanted string) error {
 	return fmt.Errorf("%.255q is a JSON %s, not %s", name, k, wanted)
 }
@@ -211,7 +213,7 @@ func objectMembers(data []byte) ([]member, error) {
 		}
 		m := member{key: tok.(string)}
 		if seen[m.key] {
-			return nil, fmt.Errorf("key %.255q stands twice", m.key)
+			return nil, fmt.Errorf("key %.255q is there twice", m.key)
 		}
 		if len(members) == maxKeys {
 			return nil, fmt.Errorf("over the limit of %d keys", maxKeys)
