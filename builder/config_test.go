@@ -87,8 +87,8 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 	}
 }
 
-// TestLoadConfigPorts has each variable that takes a host be given a port that could
-// stand for another.
+// TestLoadConfigPorts gives a bad port to each variable that has a host. A number may be
+// written in one way only, so that no two texts are the same host.
 func TestLoadConfigPorts(t *testing.T) {
 	for name, form := range map[string]string{
 		"allowed_images": "registry:%/acme", "allowed_images ": "registry:%", "cache_repository": "registry:%/cache",

@@ -12,9 +12,8 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// TestWrongConfiguration: a process whose environment is wrong is up, and not
-// ready. What Handle came to holds for the process, so that no other test may call
-// it.
+// TestWrongConfiguration: a process with a wrong environment is healthy, but not ready.
+// Handle reads the environment once in a process, so no other test may call it.
 func TestWrongConfiguration(t *testing.T) {
 	t.Setenv("max_builds", "none")
 	for path, want := range map[string]int{"/healthz": 200, "/ready": 503, "/": 503, "/build": 503} {
@@ -38,8 +37,8 @@ func TestWrongConfiguration(t *testing.T) {
 	testLoggedErrors(t)
 }
 
-// testLoggedErrors wants errors logged as Handle has set it, without what is secret
-// in their URLs, and within a line.
+// testLoggedErrors checks how an error is logged after the first Handle: without the
+// secrets in its URLs, and cut to the length of a line.
 func testLoggedErrors(t *testing.T) {
 	t.Helper()
 	var log strings.Builder
@@ -49,7 +48,7 @@ func testLoggedErrors(t *testing.T) {
 	if strings.Contains(log.String(), "secret") || strings.Count(log.String(), "https://bucket/blob") != 3 || strings.Count(log.String(), "https://host/p") != 3 {
 		t.Errorf("logged %s", &log)
 	}
-	// Cut, the end of a user's password is the end of the text.
+	// The cut goes through the URL. Its secrets must be removed before the cut.
 	long := logged(errors.New(strings.Repeat("ä", maxLogged/2-5) + " https://user:secret@host/p?x=secret"))
 	if len(long) > maxLogged+len(" (cut)") || !utf8.ValidString(long) || strings.Contains(long, "user") || !strings.HasSuffix(long, "(cut)") {
 		t.Errorf("%d bytes, %q", len(long), long[len(long)-40:])

@@ -16,8 +16,8 @@ import (
 	"handler/function/payload"
 )
 
-// TestAccepted shows what becomes of archives that look wrong at first, and which
-// extracting makes something of.
+// TestAccepted has archives that look wrong, and that can be unpacked all the same. It checks
+// what becomes of them.
 func TestAccepted(t *testing.T) {
 	a, b := file("context/a", "1"), file("context/b", "2")
 	tests := []struct {
@@ -26,7 +26,7 @@ func TestAccepted(t *testing.T) {
 		want     []string
 		warnings string
 	}{
-		// What comes again.
+		// Entries with the path of an earlier entry.
 		{name: "a file", body: archive(a, file("context/a", "new")), want: []string{"-rw-r--r-- 3 a = new"}},
 		{name: "with dots and slashes", body: archive(a, file("./context/.//a", "new")), want: []string{"-rw-r--r-- 3 a = new"}},
 		{name: "the context", body: archive(dir("./context/"), a, dir("context")), want: []string{"-rw-r--r-- 1 a = 1"}},
@@ -98,7 +98,7 @@ func TestAccepted(t *testing.T) {
 			warnings: `4 entries of the tar beside context/ ignored: "x/a", "x/a", "x", …`,
 		},
 
-		// Below symlinks.
+		// Entries below symlinks.
 		{
 			name: "a file below a symlink to a directory",
 			body: archive(dir("context/usr"), dir("context/usr/lib"), symlink("context/lib", "usr/lib"), file("context/lib/f", "1"), file("context/lib/d/g", "2"), hardlink("context/h", "context/lib/f")),
@@ -128,7 +128,7 @@ func TestAccepted(t *testing.T) {
 		},
 		{name: "a contiguous file", body: archive(header{name: "context/f", typ: '7', size: 1}.String() + padded("c")), want: []string{"-rw-r--r-- 1 f = c"}},
 
-		// What BuildKit cannot be given stays, and may be ignored.
+		// Entries that BuildKit cannot be given stay, because .dockerignore may leave them out.
 		{
 			name: "odd kinds",
 			body: archive(header{name: "context/c", typ: '3'}.String(), header{name: "context/b", typ: '4'}.String(), header{name: "context/f", typ: '6'}.String(), hardlink("context/l", "context/f")),
@@ -176,8 +176,8 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
-// TestAgainInAnyOrder compares random archives with entries that come again with what a
-// plain model of a file system makes of them.
+// TestAgainInAnyOrder makes random archives in which paths come again. It compares each context
+// with a simple model of a file system.
 func TestAgainInAnyOrder(t *testing.T) {
 	built, links := 0, 0
 	for seed := range uint64(500) {
@@ -271,8 +271,7 @@ func TestAgainInAnyOrder(t *testing.T) {
 	}
 }
 
-// TestEntriesInAnyOrder: a directory that comes after what is in it is one entry all the
-// same.
+// TestEntriesInAnyOrder: a directory that comes after its files is still one entry.
 func TestEntriesInAnyOrder(t *testing.T) {
 	parts := []string{file("context/a/b/c/d", ""), dir("context/a/b/c"), dir("context/a/b"), dir("context/a")}
 	opts := testOptions(t)
@@ -282,7 +281,7 @@ func TestEntriesInAnyOrder(t *testing.T) {
 	mustReceive(t, archive(parts...), opts)
 }
 
-// TestFloodOfChildren: to drop what is in a directory takes as long as to put it there.
+// TestFloodOfChildren: to drop the files of a directory takes no longer than to add them.
 func TestFloodOfChildren(t *testing.T) {
 	var parts strings.Builder
 	for i := range 20 {
@@ -300,7 +299,7 @@ func TestFloodOfChildren(t *testing.T) {
 	}
 }
 
-// TestTimesOfNoFileSystem: they are the nearest that BuildKit has.
+// TestTimesOfNoFileSystem: a time that BuildKit cannot have becomes the nearest that it can.
 func TestTimesOfNoFileSystem(t *testing.T) {
 	far := header{name: "context/far", set: map[int]string{136: "\x80\x00\x00\x00\x7f\xff\xff\xff\xff\xff\xff\xff"}}
 	farDir := far
@@ -319,7 +318,7 @@ func TestTimesOfNoFileSystem(t *testing.T) {
 	}
 }
 
-// TestSparse reads sparse files of every form that GNU tar writes as they would be on a
+// TestSparse reads sparse files in every format that GNU tar writes. Each must read as on a
 // disk.
 func TestSparse(t *testing.T) {
 	forms := map[string]func(string, int64, string, ...int64) string{"0.0": sparse00, "0.1": sparse01, "1.0": sparse10, "GNU": sparseGNU}
@@ -367,7 +366,8 @@ func TestSparse(t *testing.T) {
 							t.Errorf("%s in %s, %s: %s is not the file: %d bytes, %v", tt.name, form, packed, name, got.Len(), err)
 						}
 					}
-					// The time carries the content, so that it is that of the same file in full.
+					// The time depends on the content, so it is the time of the same file without
+					// holes.
 					if got := strip(p.Context.Entries()); !slices.Equal(got, denseEntries) {
 						t.Errorf("%s in %s, %s:\n%+v\nwant\n%+v", tt.name, form, packed, got, denseEntries)
 					}
@@ -377,7 +377,7 @@ func TestSparse(t *testing.T) {
 	}
 }
 
-// TestSparseConfig: the config is what its bytes are.
+// TestSparseConfig: a sparse config is read with zeros in its holes.
 func TestSparseConfig(t *testing.T) {
 	p := mustReceive(t, sparse01(configName, 4, "{}", 0, 2, 3, 0)+dir("context")+end, testOptions(t))
 	if string(p.Config) != "{}\x00\x00" {
@@ -385,7 +385,7 @@ func TestSparseConfig(t *testing.T) {
 	}
 }
 
-// processorTime is what this process has used: unlike time, none of it passes while
+// processorTime is the processor time that this process has used. It does not pass while
 // another process has the processor.
 func processorTime(t *testing.T) time.Duration {
 	t.Helper()
@@ -396,8 +396,8 @@ func processorTime(t *testing.T) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// TestSparseWaits: before its signature, a body costs what was sent of it, however large
-// its files are.
+// TestSparseWaits: before the signature has passed, a body costs no more than the bytes that were
+// sent, however large its sparse files are.
 func TestSparseWaits(t *testing.T) {
 	const size = 1 << 30
 	body := archive(file("context/before", strings.Repeat("x", 1<<20)), sparse01("context/s", size, "end", size-3, 3), sparse01("beside", 1<<29, "x", 0, 1))
@@ -434,8 +434,8 @@ func TestSparseWaits(t *testing.T) {
 	}
 }
 
-// TestLongHeaderWaits: an extended header takes many times its size in memory, and so a
-// long one is read after the signature.
+// TestLongHeaderWaits: an extended header takes many times its size in memory, so a long one is
+// read only after the signature has passed.
 func TestLongHeaderWaits(t *testing.T) {
 	var records []string
 	for i := range 20_000 {
@@ -453,7 +453,7 @@ func TestLongHeaderWaits(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer s.Close()
-		// What lies in a file is indexed while it arrives, or in the slot.
+		// A body in a file is indexed while it arrives, or once the build has a slot.
 		if indexed := s.Index(); indexed == waits {
 			t.Errorf("a header of %d bytes: indexed is %v", len(header), indexed)
 		}
@@ -463,8 +463,8 @@ func TestLongHeaderWaits(t *testing.T) {
 	}
 }
 
-// TestPadding: programs whose output is a pipe fill the last record with zeros, after
-// the compressed stream.
+// TestPadding: a program that writes to a pipe may fill its last record with zeros, after the
+// compressed stream.
 func TestPadding(t *testing.T) {
 	// Checksums that end in zeros are not padding.
 	step := 1
@@ -501,7 +501,7 @@ func TestPadding(t *testing.T) {
 	}
 }
 
-// TestZstdForms: every form of a frame that the encoder writes is passed on whole.
+// TestZstdForms: every kind of frame that the encoder writes is passed on as a whole.
 func TestZstdForms(t *testing.T) {
 	src := rand.New(rand.NewPCG(3, 4))
 	for n := range max(20, fewer(60)) { // each size
@@ -519,7 +519,8 @@ func TestZstdForms(t *testing.T) {
 	}
 }
 
-// TestAttributes: what is left out is said, and what will be missed by name.
+// TestAttributes: a warning counts the extended attributes that are left out, and names the
+// files that lose capabilities.
 func TestAttributes(t *testing.T) {
 	capability := pax('x', "SCHILY.xattr.security.capability=\x01")
 	many := capability + file("context/a", "") + capability + file("context/b", "") + capability + file("context/c", "") + capability + file("context/d", "")

@@ -15,7 +15,7 @@ import (
 	"handler/function/payload"
 )
 
-// TestIndexMemory compares what an index says that it takes with what the runtime says.
+// TestIndexMemory compares the memory that an index has taken with the runtime's number.
 func TestIndexMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector's memory is not the function's")
@@ -47,8 +47,8 @@ func TestIndexMemory(t *testing.T) {
 	}
 }
 
-// TestIndexMemoryAgain: what is replaced is not said to be there still, and the pieces of a
-// sparse file are.
+// TestIndexMemoryAgain: a replaced entry is not counted any more, and the pieces of a sparse
+// file are counted.
 func TestIndexMemoryAgain(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector's memory is not the function's")
@@ -96,7 +96,7 @@ func TestIndexMemoryAgain(t *testing.T) {
 	}
 }
 
-// skipper leaves the first n bytes of r out.
+// skipper reads r without its first n bytes.
 type skipper struct {
 	r io.Reader
 	n int64
@@ -112,7 +112,7 @@ func (s *skipper) Read(p []byte) (int, error) {
 	return s.r.Read(p)
 }
 
-// liveMemory is what the heap holds and something still refers to, in bytes.
+// liveMemory returns the bytes of the heap that are in use after a collection.
 func liveMemory() uint64 {
 	debug.FreeOSMemory()
 	debug.FreeOSMemory()
@@ -121,8 +121,8 @@ func liveMemory() uint64 {
 	return m.HeapAlloc
 }
 
-// TestMemorySpent: with no memory left, a body is stored and hashed all the same, and
-// indexed when there is some again.
+// TestMemorySpent: without memory a body is still stored and hashed. It is indexed once there is
+// memory again.
 func TestMemorySpent(t *testing.T) {
 	var files []string
 	for i := range 2000 {
@@ -150,7 +150,7 @@ func TestMemorySpent(t *testing.T) {
 			if used := memory.Used(); used > limit {
 				t.Errorf("%s: %d bytes of %d are used", form, used, limit)
 			}
-			// As when the signature has passed and the build waits: there is no room.
+			// The signature has passed, and the build waits for a slot: there is no room.
 			waiting := budget.New(10)
 			s.Charge(waiting, disk)
 			if memory.Used() != 0 || waiting.Used() > 10 || unsigned.Used() != 0 || disk.Used() < int64(len(body)) {
@@ -159,7 +159,7 @@ func TestMemorySpent(t *testing.T) {
 			if s.Index() {
 				t.Errorf("%s, %d bytes: an index waits, without room", form, limit)
 			}
-			// And as when it has a slot.
+			// The build has a slot.
 			s.Charge(nil, disk)
 			p, err := s.Payload()
 			if err != nil {
@@ -176,7 +176,7 @@ func TestMemorySpent(t *testing.T) {
 	}
 }
 
-// TestWaitsInMemory: what there is room for keeps its index and stays in memory.
+// TestWaitsInMemory: a body that finds room keeps its index, and stays in memory.
 func TestWaitsInMemory(t *testing.T) {
 	waiting := budget.New(10 << 20)
 	opts := testOptions(t)
@@ -193,8 +193,8 @@ func TestWaitsInMemory(t *testing.T) {
 	}
 }
 
-// TestDiskSpent: what finds no room on the disk is no_space once the signature has passed,
-// and leaves nothing there.
+// TestDiskSpent: a body that finds no room on the disk is no_space once its signature has passed,
+// and leaves nothing on the disk.
 func TestDiskSpent(t *testing.T) {
 	plain := archive(file("context/x", strings.Repeat("x", 5<<20)))
 	for form, body := range map[string]string{"tar": plain, "gzip": gzipped(t, plain), "envelope": enveloped(plain), "envelope of gzip": enveloped(gzipped(t, plain))} {
@@ -225,7 +225,7 @@ func TestDiskSpent(t *testing.T) {
 	}
 }
 
-// TestIsBody: what may begin a body is known for it from 1 KiB.
+// TestIsBody: IsBody recognises the beginning of a body by 1 KiB.
 func TestIsBody(t *testing.T) {
 	body := archive(file("context/x", "x"))
 	long := archive(pax('x', "path=context/"+strings.Repeat("long/", 100)), file("short", "far down"))
@@ -244,8 +244,8 @@ func TestIsBody(t *testing.T) {
 	}
 }
 
-// TestNoRoom: a body that finds no room on the disk waits for it, a head as well as a
-// stream, and nobody asks for room once the body has been received.
+// TestNoRoom: a head or a stream that finds no room on the disk waits for it. Nothing asks for
+// room after the body has been received.
 func TestNoRoom(t *testing.T) {
 	body := archive(file("context/x", strings.Repeat("x", 3<<20)))
 	for _, head := range []int64{100, 16 << 20} {
@@ -289,7 +289,7 @@ func TestNoRoom(t *testing.T) {
 		}
 	}
 
-	// A body as large as the room that there is needs no more.
+	// A body that is as large as the room does not wait.
 	whole := budget.New(int64(len(body)))
 	opts := testOptions(t)
 	opts.InMemory, opts.Disk = 0, whole.Open()

@@ -123,7 +123,7 @@ func TestBadEnvelope(t *testing.T) {
 			}
 		})
 	}
-	// Not nested: what is in an envelope is a tar.
+	// Envelopes are not nested: an envelope holds a tar.
 	if _, _, err := receive(t, enveloped(enveloped(archive())), testOptions(t)); code(err) != api.BadTar {
 		t.Errorf("an envelope in an envelope: %v", err)
 	}

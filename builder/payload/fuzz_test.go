@@ -21,7 +21,7 @@ func fuzzOptions(t testing.TB) payload.Options {
 	return opts
 }
 
-// FuzzReceive holds what is accepted to what a Context promises.
+// FuzzReceive checks every body that is accepted for the promises of a Context.
 func FuzzReceive(f *testing.F) {
 	for _, h := range hostileBodies(f) {
 		if len(h.body) < 8<<10 {
@@ -83,7 +83,7 @@ func checkContext(t *testing.T, p *payload.Payload, limits payload.Limits) {
 		if i > 0 && payload.ComparePath(entries[i-1].Path, e.Path) >= 0 {
 			t.Errorf("%q after %q", e.Path, entries[i-1].Path)
 		}
-		// What is not UTF-8 is valid otherwise.
+		// fs.ValidPath refuses a path that is not UTF-8. Every other rule must hold.
 		if !fs.ValidPath(strings.ToValidUTF8(e.Path, "x")) || e.Path == "." || strings.Contains(e.Path, "\x00") || len(e.Path) > limits.Path {
 			t.Errorf("path %q", e.Path)
 		}
@@ -118,8 +118,8 @@ func checkContext(t *testing.T, p *payload.Payload, limits payload.Limits) {
 	}
 }
 
-// FuzzEnvelope compares with encoding/json: what that takes as one object with
-// each key once is taken, and read the same.
+// FuzzEnvelope compares with encoding/json. An object that it reads, and in which each key comes
+// once, must be read in the same way.
 func FuzzEnvelope(f *testing.F) {
 	for _, s := range []string{
 		`{"signature":"sha256=00","tar":"AAAA"}`, `{"tar":"AA==","a":[1,{"b":null}]}`, `{"tar":"AA\n\u0041A","signature":"\/"}`,
@@ -160,7 +160,7 @@ func FuzzEnvelope(f *testing.F) {
 			}
 			ok = err == nil
 		}
-		// Ours bounds what JSON does not.
+		// The envelope has bounds that JSON has not.
 		bounded := keys <= 16 && len(body) < 1000 && strings.Count(body, "[")+strings.Count(body, "{") < 16 && !strings.Contains(body, `\u`)
 		if ok && bounded && !accepted {
 			t.Errorf("refused: %v", err)
@@ -172,7 +172,7 @@ func FuzzEnvelope(f *testing.F) {
 			t.Errorf("accepted")
 		}
 		if sig, isEnvelope := s.Signature(); !isEnvelope || accepted && ok && want.Signature != nil && !strings.Contains(body, `\u`) && sig != strings.ToValidUTF8(sig, "") {
-			// Invalid UTF-8 is kept as it is: no signature has any.
+			// The envelope keeps invalid UTF-8 as it is: no signature has any.
 			_ = sig
 		} else if accepted && ok && want.Signature != nil && !strings.Contains(body, `\u`) && sig != *want.Signature {
 			t.Errorf("signature %q, want %q", sig, *want.Signature)
@@ -184,8 +184,8 @@ func unmarshal(data json.RawMessage, v **string) bool {
 	return data == nil || json.Unmarshal(data, v) == nil
 }
 
-// objectKeys counts the keys of the object that is body. ok is false when it is
-// none, or has a key twice.
+// objectKeys counts the keys of an object. ok is false if body is no object, or has a key
+// twice.
 func objectKeys(body string) (n int, ok bool) {
 	if !json.Valid([]byte(body)) {
 		return 0, false

@@ -249,7 +249,7 @@ func hostileBodies(t testing.TB) []hostile {
 	return list
 }
 
-// flood is n entries, each with an extended header over what is free.
+// flood is n entries, each with an extended header over freeHeaders.
 func flood(n int) string {
 	var b strings.Builder
 	for i := range n {
@@ -286,7 +286,7 @@ func TestHostile(t *testing.T) {
 					t.Errorf("%s: an error of %d bytes", form, len(err.Error()))
 				}
 			}
-			// What is refused is refused compressed, too.
+			// A body that is refused is refused compressed too.
 			if strings.HasPrefix(tt.says, "reading") || isCompressed(tt.body) {
 				return
 			}
@@ -306,7 +306,7 @@ func isCompressed(body string) bool {
 	return strings.HasPrefix(body, "\x1f\x8b") || strings.Contains(body[:min(4, len(body))], "\x2a\x4d\x18") || strings.HasPrefix(body, "\x28\xb5")
 }
 
-// A tar that is cut at a block, or near one, is refused wherever it is.
+// A tar that is cut at the end of any block, or near it, is refused.
 func TestCutShort(t *testing.T) {
 	long := "context/" + strings.Repeat("d/", 60) + strings.Repeat("x", 90)
 	body := archive(
@@ -369,7 +369,7 @@ func goTestdata(t testing.TB, pattern string) map[string]string {
 }
 
 func TestGoTestdata(t *testing.T) {
-	// Accepted after a config and a context; a later Go may add others.
+	// These are accepted after a config and a context. A later Go may add others.
 	accepted := []string{
 		"gnu-long-nul.tar", "gnu-nil-sparse-data.tar", "gnu-nil-sparse-hole.tar", "gnu-not-utf8.tar", "gnu-utf8.tar", "gnu.tar", "hardlink.tar", "invalid-go17.tar",
 		"pax-global-records.tar", "pax-nil-sparse-data.tar", "pax-nil-sparse-hole.tar", "pax-records.tar", "pax.tar", "sparse-formats.tar", "star.tar", "trailing-slash.tar", "ustar-file-devs.tar",
@@ -419,8 +419,7 @@ func TestGoTestdata(t *testing.T) {
 	}
 }
 
-// repeated is a body that would not fit into memory: head, then n times unit,
-// then tail.
+// repeated is a body that does not fit into memory: head, n times unit, and tail.
 func repeated(head, unit string, n int, tail string) io.Reader {
 	batch := max(1, 256<<10/len(unit))
 	units := strings.Repeat(unit, batch)
@@ -431,18 +430,18 @@ func repeated(head, unit string, n int, tail string) io.Reader {
 	return io.MultiReader(append(parts, strings.NewReader(strings.Repeat(unit, n)+tail))...)
 }
 
-// TestMemory holds every hostile body to 128 MiB in all, the test's own
+// TestMemory checks that no hostile body takes the process over 128 MiB, the memory of the test
 // included.
 func TestMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector's memory is not the function's")
 	}
 	const ceiling = 128 << 20
-	// As the function is deployed, with a limit that the collector keeps to
-	// while it can. It cannot where a body makes more than that live.
+	// The function is deployed with this limit. The collector keeps it as long as no body
+	// has more memory in use.
 	defer debug.SetMemoryLimit(debug.SetMemoryLimit(96 << 20))
 
-	// 8 MiB of zeros are a few KiB; 1,280 members of them are 10 GiB.
+	// 8 MiB of zeros compress to a few KiB. 1,280 such members unpack to 10 GiB.
 	zeros := gzipped(t, strings.Repeat("\x00", 8<<20))
 	var manyKeys []string
 	for i := range 80_000 {
@@ -522,8 +521,8 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// watchMemory looks at the memory that the process holds until the function it
-// returns is called, which returns the most there was, in bytes.
+// watchMemory watches the memory of the process. The function that it returns ends this, and
+// returns the maximum in bytes.
 func watchMemory() func() uint64 {
 	samples := []metrics.Sample{
 		{Name: "/memory/classes/total:bytes"},
@@ -554,8 +553,8 @@ func watchMemory() func() uint64 {
 	}
 }
 
-// manyEntries is a tar of n empty files in the context, each of another name of
-// name bytes and of another time.
+// manyEntries is a tar of n empty files in the context. Each has another name of name bytes, and
+// another time.
 type manyEntries struct {
 	n, name int
 	i       int

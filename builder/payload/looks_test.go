@@ -20,7 +20,7 @@ import (
 	"handler/function/payload"
 )
 
-// written is what a writer writes.
+// written returns everything that write writes.
 func written(t *testing.T, write func(io.Writer) error) string {
 	t.Helper()
 	var b bytes.Buffer
@@ -47,7 +47,7 @@ func utf16Of(order binary.AppendByteOrder, text string) string {
 	return string(b)
 }
 
-// without is s without the bytes of cut, as curl's --data sends a file.
+// without is s without the bytes of cut. curl's --data sends a file in this way.
 func without(s, cut string) string {
 	return strings.Map(func(r rune) rune {
 		if strings.ContainsRune(cut, r) {
@@ -57,7 +57,8 @@ func without(s, cut string) string {
 	}, s)
 }
 
-// TestLooksLike sends what is no archive: the error says what it is and what is wanted.
+// TestLooksLike sends bodies that are no archives. The error says what the body is, and what is
+// wanted.
 func TestLooksLike(t *testing.T) {
 	const (
 		Dockerfile = "a Dockerfile"
@@ -138,7 +139,7 @@ func TestLooksLike(t *testing.T) {
 			forms := map[string]string{"gzip": gzipped(t, tt.body), "zstd": zstded(t, tt.body), "envelope of gzip": enveloped(gzipped(t, tt.body))}
 			switch {
 			case strings.Contains(tt.looks, "twice"):
-				// Compressed once, it is taken.
+				// It is accepted if it is compressed once.
 			case name == "envelope":
 				forms["envelope"] = enveloped(tt.body)
 			default:
@@ -158,7 +159,7 @@ func TestLooksLike(t *testing.T) {
 	}
 }
 
-// TestLooksLikeContext sends as a context what is a text envelope elsewhere.
+// TestLooksLikeContext sends a text envelope as a context. Only a build may be in an envelope.
 func TestLooksLikeContext(t *testing.T) {
 	opts := testOptions(t)
 	opts.ContextOnly, opts.Raw = true, true
@@ -175,8 +176,8 @@ func TestLooksLikeContext(t *testing.T) {
 	}
 }
 
-// TestLooksLikeTar cuts tars whose names begin as something else does: they are not taken
-// for that.
+// TestLooksLikeTar cuts tars whose names begin like other formats. They must not be taken for
+// these formats.
 func TestLooksLikeTar(t *testing.T) {
 	for _, name := range []string{"BM", "FROM", "#!x", "PK", "BZh", "07070", "<html>", "[]", "RIFF"} {
 		first := file(name, "FROM scratch\n")

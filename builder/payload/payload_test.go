@@ -38,8 +38,8 @@ func testOptions(t testing.TB) payload.Options {
 	}
 }
 
-// fewer is n, or with -short a tenth of it: where a number or a size is not what the
-// race detector, which takes ten times as long, is to look at.
+// fewer is n, or a tenth of it with -short. It is for numbers and sizes that the race detector
+// need not see: under it, everything takes ten times as long.
 func fewer(n int) int {
 	if testing.Short() {
 		return n / 10
@@ -47,10 +47,9 @@ func fewer(n int) int {
 	return n
 }
 
-// receive checks what holds for every body that is received: what is hashed is
-// the body, no file is left, an error goes without a payload, and it is all the same
-// whether the body was in memory or came as a stream. signed is what the signature
-// would be over.
+// receive receives a body twice: as a head, and with opts. It checks what holds for every body:
+// both results are the same, the body is what is hashed, no file is left, and an error comes
+// without a payload. signed is the text that a signature would sign.
 func receive(t testing.TB, body string, opts payload.Options) (p *payload.Payload, signed string, err error) {
 	t.Helper()
 	small := opts
@@ -67,7 +66,7 @@ func receive(t testing.TB, body string, opts payload.Options) (p *payload.Payloa
 	return p, signed, err
 }
 
-// receiveAs is receive of a body that comes in one way.
+// receiveAs receives a body once.
 func receiveAs(t testing.TB, body string, opts payload.Options) (p *payload.Payload, signed string, err error) {
 	t.Helper()
 	goroutines := runtime.NumGoroutine()
@@ -113,7 +112,7 @@ func checkNothingLeft(t testing.TB, dir string, goroutines int) {
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left in the temporary directory: %v, %v", left, err)
 	}
-	// One that has just said it is done may not be gone.
+	// A goroutine that has just said that it is done may still be there.
 	for range 60_000 {
 		if runtime.NumGoroutine() <= goroutines {
 			return
@@ -284,7 +283,7 @@ func TestPayload(t *testing.T) {
 	}
 }
 
-// Empty and missing are told apart.
+// An empty part of a payload and a missing one differ.
 func TestEmptyParts(t *testing.T) {
 	p := mustReceive(t, file(configName, "")+file(secretsName, "")+dir("context")+end, testOptions(t))
 	if p.Config == nil || p.Secrets == nil || len(p.Context.Entries()) != 0 {
@@ -292,7 +291,7 @@ func TestEmptyParts(t *testing.T) {
 	}
 }
 
-// The three formats that archive/tar writes, read as it was meant.
+// Each of the three formats that archive/tar writes is read.
 func TestFormats(t *testing.T) {
 	long := "context/" + strings.Repeat("d/", 60) + strings.Repeat("x", 90)
 	mtime := time.Unix(1_700_000_000, 0)
@@ -341,7 +340,7 @@ func TestFormats(t *testing.T) {
 }
 
 func TestHold(t *testing.T) {
-	// Longer than what is in flight, so that reading goes on after the error.
+	// This is more than the chunks hold, so reading goes on after the error.
 	rest := strings.Repeat("\x00", 8<<20)
 	for _, body := range []string{
 		archive(file("context/../x", "")) + rest,
@@ -375,8 +374,7 @@ func TestBodyLimit(t *testing.T) {
 	mustReceive(t, body, opts)
 }
 
-// A body that fails is reported as it failed, wherever that is, and leaves
-// nothing behind.
+// A body whose Read fails has that error, wherever it fails, and leaves nothing behind.
 func TestBodyError(t *testing.T) {
 	big := archive(file("context/x", strings.Repeat("x", 5<<20)))
 	failed := errors.New("connection reset")
@@ -398,7 +396,7 @@ func TestBodyError(t *testing.T) {
 	}
 }
 
-// slowWriter shows whether it is being written to.
+// slowWriter tells whether a Write is under way.
 type slowWriter struct{ busy atomic.Bool }
 
 func (w *slowWriter) Write(p []byte) (int, error) {
@@ -408,7 +406,7 @@ func (w *slowWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// How the body comes does not matter.
+// The result does not depend on the sizes of the pieces in which a body comes.
 func TestReadSizes(t *testing.T) {
 	body := archive(file("context/x", strings.Repeat("x", 10_000)), hardlink("context/y", "context/x"))
 	want := describe(t, mustReceive(t, body, testOptions(t)).Context)
@@ -433,7 +431,7 @@ func TestReadSizes(t *testing.T) {
 	}
 }
 
-// Wherever the tar lies, it reads the same, from many goroutines at once.
+// A Context reads the same from memory and from a file, and from many goroutines at once.
 func TestSpool(t *testing.T) {
 	src := rand.New(rand.NewPCG(1, 2))
 	var parts []string
@@ -486,7 +484,7 @@ func TestSpool(t *testing.T) {
 	}
 }
 
-// Each spool that is closed gives its descriptor back.
+// A closed Spool gives its file descriptor back.
 func TestDescriptors(t *testing.T) {
 	count := func() int {
 		fds, err := os.ReadDir("/proc/self/fd")
@@ -517,8 +515,8 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
-// Without a directory for what does not fit into memory, only what does is
-// received. The cause is the operator's.
+// Without a directory, only a body that fits into memory is received. The client is not told the
+// cause, which is for the operator.
 func TestNoTempDir(t *testing.T) {
 	opts := testOptions(t)
 	opts.Dir = path.Join(opts.Dir, "missing")
@@ -533,7 +531,7 @@ func TestNoTempDir(t *testing.T) {
 	body := archive(file("context/x", strings.Repeat("x", 1<<20)))
 	for i, body := range []string{body, gzipped(t, body), enveloped(body)} {
 		s := mustSpool(body)
-		// A plain tar's is of what is stored.
+		// The sum of a plain tar is of the stored body.
 		if _, ok := s.SHA256(); ok != (i > 0) {
 			t.Errorf("body %d: its sum is known: %v", i, ok)
 		}
@@ -550,7 +548,7 @@ func TestComparePath(t *testing.T) {
 	ordered := []string{
 		"", "a", "a/", "a/\x01", "a/b", "a/b/c", "a/b-", "a/b.", "a/c", "a\x01", "a\x01/b", "a ", "a-", "a-/x", "a.", "a0", "aa", "b", "é",
 	}
-	// The order in which a walk meets siblings, '/' below everything.
+	// The order in which a walk meets siblings: '/' is below every other byte.
 	for i, a := range ordered {
 		for j, b := range ordered {
 			if got, want := sign(payload.ComparePath(a, b)), sign(i-j); got != want {
@@ -570,7 +568,7 @@ func sign(n int) int {
 	return 0
 }
 
-// Tars of the same tree are the same context, however they were written.
+// All tars of a tree are the same context, in whatever way they were written.
 func TestOrderOfEntries(t *testing.T) {
 	parts := []string{
 		fileAt("context/a", "1", 100), fileAt("context/b/c", "2", 100), fileAt("context/b-", "3", 200),
@@ -589,7 +587,7 @@ func TestOrderOfEntries(t *testing.T) {
 	}
 }
 
-// strip leaves what a daemon sees.
+// strip removes everything that a daemon does not see.
 func strip(entries []payload.Entry) []payload.Entry {
 	var out []payload.Entry
 	for _, e := range entries {

@@ -15,7 +15,7 @@ import (
 	"handler/function/api"
 )
 
-// /dev/full takes nothing, as a file system without room does.
+// /dev/full refuses every write, like a full file system.
 func TestNoSpace(t *testing.T) {
 	var plain, gz bytes.Buffer
 	w := tar.NewWriter(&plain)
@@ -46,7 +46,7 @@ func TestNoSpace(t *testing.T) {
 			t.Fatal(err)
 		}
 		s, signed := receive(body, &store{file: full})
-		// All is read and hashed nevertheless: the signature comes first.
+		// The whole body is still read and hashed, because the signature comes first.
 		if len(signed) < gz.Len() {
 			t.Errorf("%s: not all was hashed", form)
 		}
@@ -58,7 +58,7 @@ func TestNoSpace(t *testing.T) {
 		}
 		s.Close()
 
-		// With room, the same body is well.
+		// With room there is no error.
 		s, _ = receive(body, &store{most: 1 << 30})
 		if _, err := s.Payload(); err != nil {
 			t.Errorf("%s: %v", form, err)
@@ -88,7 +88,7 @@ func TestStoreErrors(t *testing.T) {
 	}
 }
 
-// Pieces of all sizes, around the bound on memory and around a block.
+// Pieces of many sizes are written: around the bound on memory, and around the size of a block.
 func TestStorePieces(t *testing.T) {
 	for _, memory := range []int64{0, 1, blockSize - 1, blockSize, blockSize + 1, 4 * blockSize} {
 		for _, piece := range []int{1, 511, 512, blockSize - 1, blockSize, blockSize + 1, 5 * blockSize} {

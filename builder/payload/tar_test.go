@@ -12,15 +12,15 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// The tars of these tests are put together from blocks, since archive/tar
-// refuses to write most of what has to be tried.
+// The tars of these tests are made of blocks, because archive/tar refuses to write most of
+// them.
 
 const (
 	configName  = "com.openfaas.docker.config"
 	secretsName = "com.openfaas.secrets"
 )
 
-// header is one block of a tar. What is zero is filled in as tar would.
+// header is one block of a tar. A zero field gets the value that tar would write.
 type header struct {
 	name  string
 	typ   byte // '0' if zero
@@ -179,7 +179,7 @@ var (
 	end    = strings.Repeat("\x00", 1024)
 )
 
-// archive is a tar that is accepted if parts are.
+// archive is a complete tar with parts in it. It is accepted if parts are.
 func archive(parts ...string) string {
 	return config + dir("context/") + strings.Join(parts, "") + end
 }
@@ -205,7 +205,7 @@ func zstded(t testing.TB, s string) string {
 	return string(zstdEncoder().EncodeAll([]byte(s), nil))
 }
 
-// zstdEncoder is for all tests: it needs megabytes.
+// zstdEncoder is shared by all tests, because each encoder needs megabytes.
 var zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
 	w, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(1<<20))
 	if err != nil {

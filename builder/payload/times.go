@@ -132,10 +132,10 @@ func leastWidth(n int) int64 {
 //	    a and b have a 0 there, and get             0 … 249,999,999
 //	    c has a 1 there, and gets         250,000,000 … 499,999,999
 //
-// Halves keep most slots where they are when a file leaves the second, as it does when it is
-// edited. Without c, the files a and b get 0 … 499,999,999 and a new time, but d keeps its slot
-// and its time. If slots were of equal widths, thirds would become halves: every slot of the
-// second would move, and BuildKit would be sent every file of it.
+// Halves keep most slots where they are when a file leaves the second. An edit does that: it
+// gives c a time in another second. Without c, the files a and b get 0 … 499,999,999 and with it
+// a new time, but d keeps its slot and its time. If all slots had the same width, thirds would
+// become halves here: every slot would move, and BuildKit would be sent every file.
 //
 // To halve a part again and again can leave too little for a hash. So each part gets least ns
 // or more for each of its files. Ten files have the times 1, 2, 4, 8 … 512, so least is

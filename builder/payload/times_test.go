@@ -11,7 +11,7 @@ import (
 	"handler/function/payload"
 )
 
-// timedFile is a file of a context and when it was changed, in ns.
+// timedFile is a file of a context, with its time in ns.
 type timedFile struct {
 	path, data string
 	time       int64
@@ -44,8 +44,8 @@ func times(t testing.TB, files []timedFile, opts payload.Options, more ...string
 	return got
 }
 
-// randomFiles are n files in few seconds, so that groups and neighbours come
-// about, some before 1970.
+// randomFiles makes n files in few seconds, so that some times are equal and many are close. Some
+// are before 1970.
 func randomFiles(src *rand.Rand, n int) []timedFile {
 	files := make([]timedFile, n)
 	for i := range files {
@@ -89,13 +89,13 @@ func TestGroupTimes(t *testing.T) {
 		src.Shuffle(len(files), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
 		checkChanged(t, "shuffled", got, times(t, shuffled, opts), nil)
 
-		// A file that changes changes its group.
+		// If one file changes, its group gets another time.
 		i := src.IntN(len(files))
 		changed := slices.Clone(files)
 		changed[i].data = changed[i].data[1:] + "x" // of the same size
 		checkChanged(t, "changed", got, times(t, changed, opts), sameTime(files, files[i].time))
 
-		// So do two that swap their contents, and one that moves.
+		// The same holds for two files that swap their contents, and for a file that moves.
 		j := src.IntN(len(files))
 		if j != i && files[i].time == files[j].time {
 			swapped := slices.Clone(files)
@@ -117,7 +117,7 @@ func TestGroupTimes(t *testing.T) {
 		}
 		checkChanged(t, "moved", before, after, slices.DeleteFunc(sameTime(files, files[i].time), func(p string) bool { return p == files[i].path }))
 
-		// Another key for contents, other times.
+		// Another key for contents means other times.
 		other := opts
 		other.ContentKey[0]++
 		var all []string
@@ -151,7 +151,8 @@ func checkChanged(t *testing.T, what string, before, after map[string]int64, pat
 	}
 }
 
-// A boundary between path and content, or between files, cannot be moved.
+// No two sets of files have the same hash because a boundary moved: between path and content, or
+// between files.
 func TestGroupTimesAreUnambiguous(t *testing.T) {
 	seen := map[int64]string{}
 	for _, files := range [][]timedFile{
@@ -172,7 +173,7 @@ func TestGroupTimesAreUnambiguous(t *testing.T) {
 	}
 }
 
-// Links carry the time of what they link to, and count once.
+// A hard link has the time of its file, and a file with links counts once in its group.
 func TestGroupTimesOfLinks(t *testing.T) {
 	files := []timedFile{{"m", "1", 5e9}, {"x", "2", 5e9}}
 	plain := times(t, files, testOptions(t))
@@ -188,7 +189,7 @@ func TestGroupTimesOfLinks(t *testing.T) {
 	}
 }
 
-// As many times as there can be fit into one second, in order.
+// Many neighbouring times fit into one second, in order.
 func TestGroupTimesOfOneSecond(t *testing.T) {
 	const n = 5000
 	var files []timedFile
@@ -206,8 +207,8 @@ func TestGroupTimesOfOneSecond(t *testing.T) {
 	}
 }
 
-// However close together times are, each has room for a hash: when its content
-// changes, it does.
+// However close together times are, each has room for a hash: it changes when the content
+// changes.
 func TestGroupTimesAreWide(t *testing.T) {
 	for name, at := range map[string]func(i int) int64{
 		"next to each other": func(i int) int64 { return int64(i) },
@@ -228,15 +229,15 @@ func TestGroupTimesAreWide(t *testing.T) {
 				same++
 			}
 		}
-		// With 1e9>>13 ns each, one in 300 such tests finds one that is the same.
+		// Each slot has 1e9>>13 ns or more. One in 300 such tests finds one equal time.
 		if same > 1 {
 			t.Errorf("%s: %d of %d changed files keep their times", name, same, n)
 		}
 	}
 }
 
-// A file that is edited leaves the second that it was written in with others.
-// Few of those get another time, and so are sent again.
+// An edited file leaves the second in which it was written together with others. Few of the others
+// get another time, and are sent again for it.
 func TestGroupTimesOfNeighbours(t *testing.T) {
 	src := rand.New(rand.NewPCG(1, 2))
 	for name, step := range map[string]func() int64{

@@ -395,7 +395,7 @@ func TestJSON(t *testing.T) {
 	}
 }
 
-// TestIsAnswer: every answer that does not stream is known for one by its beginning.
+// TestIsAnswer checks that IsAnswer recognises the beginning of every whole answer.
 func TestIsAnswer(t *testing.T) {
 	for _, text := range []bool{false, true} {
 		for _, rec := range []api.Record{{Status: api.Success}, {Code: api.Busy}, {Code: api.BadTar, Error: "GET /", Log: []string{"x"}}} {
@@ -417,7 +417,7 @@ func TestIsAnswer(t *testing.T) {
 	}
 }
 
-// TestEmptyAnswers checks what an answer has that was given nothing.
+// TestEmptyAnswers checks an answer to which nothing was given.
 func TestEmptyAnswers(t *testing.T) {
 	for _, form := range []Form{JSON, NDJSON, SSE} {
 		start := time.Now().Add(-90 * time.Second)
@@ -496,8 +496,8 @@ func TestExcerpt(t *testing.T) {
 	}
 }
 
-// slack is what a busy machine may take beyond a timeout, and less than what waits for
-// ever.
+// slack is how much longer than a timeout a loaded machine may take. It only guards against a
+// hang.
 const slack = 20 * time.Second
 
 // stalled serves one answer to a client that sends a request and never reads.
@@ -533,7 +533,7 @@ func stalled(t *testing.T, handle func(*http.Request, http.ResponseWriter)) net.
 	return c
 }
 
-// TestSlowReader has several steps print to a client that does not read.
+// TestSlowReader has several goroutines log to a client that does not read.
 func TestSlowReader(t *testing.T) {
 	const timeout = 300 * time.Millisecond
 	for _, form := range []Form{NDJSON, SSE} {
@@ -602,7 +602,7 @@ func TestSlowReaderAtTheEnd(t *testing.T) {
 			c := stalled(t, func(r *http.Request, rw http.ResponseWriter) {
 				w := New(rw, tc.form, Options{WriteTimeout: timeout})
 				w.Begin()
-				// More than any socket holds, in one call.
+				// One call logs more than any socket holds.
 				w.Log(r.Context(), slices.Repeat([]string{strings.Repeat("x", 8<<10)}, 2000)...)
 				at := time.Now()
 				err := w.Finish(api.Record{Status: api.Success})
@@ -616,7 +616,7 @@ func TestSlowReaderAtTheEnd(t *testing.T) {
 			})
 			if tc.reads {
 				c.(*net.TCPConn).SetReadBuffer(256 << 10)
-				// A record in much less than timeout, all of them in much more.
+				// One record takes much less than timeout, and all records much more.
 				go func() {
 					b := make([]byte, 64<<10)
 					for {
@@ -652,8 +652,8 @@ func TestLogContext(t *testing.T) {
 	})
 }
 
-// TestClientGone has the client go while Log waits for it, and while it does
-// not.
+// TestClientGone has the client leave, once while Log waits for it and once while
+// Log does not wait.
 func TestClientGone(t *testing.T) {
 	for _, line := range []string{"a line", strings.Repeat("x", 8<<10)} {
 		c := stalled(t, func(r *http.Request, rw http.ResponseWriter) {
@@ -703,8 +703,8 @@ func TestServerWriteTimeout(t *testing.T) {
 	}
 }
 
-// TestConcurrent has lines of several callers in one stream, each caller's in
-// its order, and callers that do not know of the end.
+// TestConcurrent logs from several callers at once. Each caller's lines must stay in
+// order. Some callers go on after the end.
 func TestConcurrent(t *testing.T) {
 	const callers, lines = 8, 500
 	_, body := answer(t, NDJSON, Options{Heartbeat: time.Millisecond}, func(w *Writer) {
@@ -775,7 +775,7 @@ func FuzzStream(f *testing.F) {
 	f.Add([]byte(strings.Repeat("x", 1000)), strings.Repeat("é", 100), "\xff", 300, true)
 	f.Add([]byte("\xa8\xe2\x80"), "", "", 5000, false)
 	f.Fuzz(func(t *testing.T, log []byte, errText, image string, times int, sse bool) {
-		// Enough for several records, and quick.
+		// This is enough for several records, and quick.
 		times = min(max(times, 1), 1000, 1+(128<<10)/(len(log)+len(errText)+1))
 		form := NDJSON
 		if sse {

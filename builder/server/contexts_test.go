@@ -22,7 +22,7 @@ import (
 	"handler/function/solve"
 )
 
-// inMemory stands in for the registry, which cannot be had where these tests run.
+// inMemory takes the place of a registry: these tests have no network.
 type inMemory struct {
 	mu   sync.Mutex
 	puts int
@@ -59,7 +59,7 @@ func (m *inMemory) Open(_ context.Context, digest string) (io.ReadCloser, error)
 
 func digestOf(b []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(b)) }
 
-// context is a request for a context, signed.
+// context makes a signed request for a context.
 func (f *fixture) context(t *testing.T, method, digest string, body []byte) *http.Request {
 	t.Helper()
 	path := "/contexts/" + digest
@@ -122,7 +122,7 @@ func TestContexts(t *testing.T) {
 	if store.puts != 2 {
 		t.Errorf("%d puts, want 2", store.puts)
 	}
-	// The same as with the context in the request.
+	// The Solver must be given the same as with the context in the body.
 	if a := f.do(t, f.request(t, packTar(t, "context/Dockerfile", "FROM scratch\n", "context/a/b", strings.Repeat("content", 1000), api.ConfigFile, config))); a.status != http.StatusOK {
 		t.Fatalf("%d %s", a.status, a.body)
 	}
@@ -136,7 +136,8 @@ func TestContexts(t *testing.T) {
 	}
 }
 
-// TestOddContext: what may be ignored is taken in, and the build that names it judges.
+// TestOddContext: a context with a FIFO is stored, because .dockerignore may leave the FIFO
+// out. The build decides.
 func TestOddContext(t *testing.T) {
 	solver := &scripted{solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
 		if e := req.Context.Find("fifo"); e == nil || e.Odd() == "" {
@@ -184,8 +185,7 @@ func (s *silence) Read([]byte) (int, error) {
 
 func (*silence) Close() error { return nil }
 
-// TestContextTimeout: a registry does not hold a build's slot for longer than a
-// build may.
+// TestContextTimeout: a registry that stalls gives the build slot back after build_timeout.
 func TestContextTimeout(t *testing.T) {
 	solver := &scripted{}
 	f := start(t, solver, func(c *server.Config) {
@@ -270,7 +270,7 @@ func TestContextsRefused(t *testing.T) {
 			t.Errorf("another's signature: %d", a.status)
 		}
 	})
-	// What a path names is looked at after the signature.
+	// A path is looked at only after the signature has passed.
 	t.Run("wrong signatures", func(t *testing.T) {
 		for name, change := range map[string]func(*server.Config){
 			"no repository": nil,

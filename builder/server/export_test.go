@@ -1,6 +1,6 @@
 package server
 
-// Uploading is how many upload slots are taken.
+// Uploading returns how many upload slots are taken.
 func (s *Server) Uploading() int {
 	s.intake.mu.Lock()
 	defer s.intake.mu.Unlock()

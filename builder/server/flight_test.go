@@ -18,7 +18,7 @@ import (
 
 const calledBack = "http://127.0.0.1/callback"
 
-// deliver sends a body as a queue does.
+// deliver sends a body in the way a queue does.
 func (f *fixture) deliver(t testing.TB, id string, body []byte, headers ...string) <-chan answer {
 	answers := make(chan answer, 1)
 	go func() {
@@ -41,8 +41,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// speaking is a solver whose builds log a line before and after they wait for
-// release.
+// speaking makes builds that log a line, wait for release, and log another line.
 func speaking() (s *scripted, started, release chan struct{}) {
 	started, release = make(chan struct{}, 10), make(chan struct{})
 	return &scripted{solve: func(ctx context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
@@ -114,7 +113,7 @@ func TestOnlyDeliveriesJoin(t *testing.T) {
 	}
 }
 
-// TestKeysDoNotJoin: whoever has one key learns nothing of what another signed.
+// TestKeysDoNotJoin: a request never joins a build that another key has signed.
 func TestKeysDoNotJoin(t *testing.T) {
 	solver := &scripted{}
 	f := start(t, solver, func(c *server.Config) {
@@ -203,7 +202,7 @@ func TestLastToLeaveCancels(t *testing.T) {
 	leaveToo()
 	<-canceled
 
-	// Whoever comes now, before the cancelled one has ended, gets another.
+	// A delivery that comes before the cancelled build has ended begins a new build.
 	again := f.deliver(t, "call", body)
 	select {
 	case <-started:
@@ -221,7 +220,7 @@ func TestLastToLeaveCancels(t *testing.T) {
 	}
 }
 
-// signed says that an answer is, with the usual key.
+// signed says whether the usual key has signed the answer.
 func (a answer) signed() bool {
 	return a.header.Get(api.SignatureHeader) == signature.Sign([]byte(secret), "", []byte(a.body))
 }
@@ -274,7 +273,7 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
-// TestVerdictOfAnother replica is read from the daemon.
+// TestVerdictOfAnother reads the verdict of another replica's build from a daemon.
 func TestVerdictOfAnother(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
 	var asked, named []string
@@ -313,8 +312,8 @@ func TestVerdictOfAnother(t *testing.T) {
 	}
 }
 
-// TestKeptVerdictsAreBounded: the log of each build is 1 MiB, so that 16 are
-// kept at most.
+// TestKeptVerdictsAreBounded: the log of each build is 1 MiB, so at most 16 builds are
+// kept.
 func TestKeptVerdictsAreBounded(t *testing.T) {
 	line := strings.Repeat("x", 16<<10)
 	solver := &scripted{solve: func(_ context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {

@@ -8,7 +8,7 @@ import (
 	"handler/function/reply"
 )
 
-// TestKeptVerdictsExpire: also while no other build ends.
+// TestKeptVerdictsExpire: an old verdict is forgotten even if no other build ends.
 func TestKeptVerdictsExpire(t *testing.T) {
 	for name, kept := range map[string]func(*flights, flightID) bool{
 		"asked for": func(fs *flights, id flightID) bool { return fs.find([]byte(id.key), id.call) != nil },

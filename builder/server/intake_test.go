@@ -19,7 +19,7 @@ import (
 	"handler/function/budget"
 )
 
-// client is a body that comes as a test has it come, and keeps to its read deadline.
+// client is a body that a test sends in its own way. It obeys its read deadline.
 type client struct {
 	*httptest.ResponseRecorder
 	size  int           // of the body, in bytes
@@ -75,7 +75,7 @@ func (c *client) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// arrive has a body begin.
+// arrive begins to receive the body.
 func (c *client) arrive(t *testing.T, in *intake) *arrival {
 	t.Helper()
 	a, err := in.arrive(t.Context(), c, http.NewResponseController(c))
@@ -85,7 +85,7 @@ func (c *client) arrive(t *testing.T, in *intake) *arrival {
 	return a
 }
 
-// leave has an arrival leave, and nothing of its client goes on.
+// leave ends an arrival. Nothing of its client goes on.
 func (c *client) leave(a *arrival) {
 	a.leave()
 	c.mu.Lock()
@@ -95,7 +95,7 @@ func (c *client) leave(a *arrival) {
 	}
 }
 
-// receive reads a body as receive does, and leaves.
+// receive reads a body in the way Server.receive does, and leaves.
 func (c *client) receive(a *arrival) error {
 	defer c.leave(a)
 	_, err := io.CopyN(discard{}, a, headSize+1)
@@ -129,8 +129,8 @@ func code(err error) api.Code {
 	return api.AsError(bodyError(err)).Code
 }
 
-// TestPace: what a body's reader takes between two reads is not held against the
-// client, what the client takes is.
+// TestPace: the time between two reads does not count against the client. The time inside of
+// a read does.
 func TestPace(t *testing.T) {
 	read := func(t *testing.T, slow, between time.Duration) error {
 		in := newIntake(context.Background(), 1, 1, 10*time.Second, nil, 0)
@@ -190,7 +190,7 @@ func TestSlowestEnds(t *testing.T) {
 	})
 }
 
-// TestFastKeepTheirSlots: where nobody is slow, whoever waits is told to come back.
+// TestFastKeepTheirSlots: if no upload is slow, a body that waits is told to come back.
 func TestFastKeepTheirSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(1)
@@ -207,7 +207,7 @@ func TestFastKeepTheirSlots(t *testing.T) {
 		if code(err) != api.Busy || time.Since(began) != uploadWait {
 			t.Errorf("after %v: %v", time.Since(began), err)
 		}
-		// A small one needs no slot.
+		// A small body needs no slot.
 		c = newClient(1<<20, 1<<20, 0)
 		if err := c.receive(c.arrive(t, in)); err != nil {
 			t.Error(err)
@@ -218,8 +218,8 @@ func TestFastKeepTheirSlots(t *testing.T) {
 	})
 }
 
-// TestLine: those who wait for a slot take half of the room that heads have, and the next
-// is told to come back at once.
+// TestLine: bodies that wait for a slot may take half of the room for heads. The next body is
+// told to come back at once.
 func TestLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const spool = 32 << 20 // a quarter of it, and headMemory, are the room of heads
@@ -246,8 +246,8 @@ func TestLine(t *testing.T) {
 	})
 }
 
-// TestSilentHeadsGoFirst: a head that finds no room has the one ended that has been silent
-// for the longest, of those that take room on the disk.
+// TestSilentHeadsGoFirst: a head finds no room on the disk. Of the heads that take room there,
+// the one that has been silent the longest is ended.
 func TestSilentHeadsGoFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := newIntake(context.Background(), 1, 64<<10, time.Minute, budget.New(1<<40), 1<<39)
@@ -308,8 +308,8 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 	})
 }
 
-// TestSilentLeaveFirst: where as many bodies are being received as may, a new one ends the
-// one that has been silent the longest, and not one that comes slowly.
+// TestSilentLeaveFirst: maxArrivals bodies are being received. A further one ends the body that
+// has been silent the longest, and no slow one.
 func TestSilentLeaveFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(1)
@@ -352,8 +352,8 @@ func TestSilentLeaveFirst(t *testing.T) {
 	})
 }
 
-// TestWaitersMakeRoom: where all who take room wait for more, the one that takes most ends.
-// Heads and streams have budgets of their own.
+// TestWaitersMakeRoom: if all bodies that take room wait for more room, the one that takes the
+// most is ended. Heads and streams have budgets of their own.
 func TestWaitersMakeRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(4)
@@ -396,7 +396,7 @@ func TestWaitersMakeRoom(t *testing.T) {
 	})
 }
 
-// TestBurst: who has sent much at once, and then nothing, is slow, whatever the average.
+// TestBurst: a body that came fast and then stopped is slow, whatever its average.
 func TestBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(1)
@@ -420,8 +420,8 @@ func TestBurst(t *testing.T) {
 	})
 }
 
-// TestEndedAfterItsEnd: a body that has been read is not ended, and leaves no deadline in
-// the past: net/http watches its connection.
+// TestEndedAfterItsEnd: a body that has been read cannot be ended, and leaves no deadline in
+// the past, because net/http watches its connection.
 func TestEndedAfterItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(1)
@@ -457,7 +457,7 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
-// TestManyArrivals: as many bodies as there are, and more, that send nothing.
+// TestManyArrivals: more bodies than maxArrivals send nothing.
 func TestManyArrivals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := testIntake(1)
@@ -490,7 +490,7 @@ func TestManyArrivals(t *testing.T) {
 	})
 }
 
-// TestAmbiguous: what is signed as one thing is taken for no other.
+// TestAmbiguous: a thing that is signed is never taken for another thing.
 func TestAmbiguous(t *testing.T) {
 	tar := strings.Repeat("\x00", 1024)
 	for message, want := range map[string]bool{

@@ -21,7 +21,7 @@ import (
 	"handler/function/solve"
 )
 
-// stamped is a request whose signature covers a timestamp.
+// stamped signs a request with a timestamp.
 func (f *fixture) stamped(t *testing.T, r *http.Request, message string, at time.Time) *http.Request {
 	t.Helper()
 	stamp := signature.Timestamp(strconv.FormatInt(at.Unix(), 10))
@@ -40,7 +40,7 @@ func (f *fixture) bodiless(t *testing.T, method, target string) *http.Request {
 	return r
 }
 
-// TestTimestamps: a signature with a timestamp ends, and the answer has one too.
+// TestTimestamps: a signature with a timestamp expires, and the answer has a timestamp too.
 func TestTimestamps(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	body := pack(t, config)
@@ -70,14 +70,14 @@ func TestTimestamps(t *testing.T) {
 		}
 	}
 	checkStamped(t, f.do(t, f.stamped(t, f.bodiless(t, "GET", "/builds/none?x=1"), "GET /builds/none?x=1", time.Now())))
-	// The envelope's text is signed in the same way.
+	// The tar in a text envelope is signed in the same way.
 	r := f.request(t, body)
 	f.stamped(t, r, string(body), time.Now())
 	text := envelope(r.Header.Get(api.SignatureHeader), body)
 	if a := f.do(t, f.request(t, text, api.SignatureHeader, "", api.TimestampHeader, r.Header.Get(api.TimestampHeader))); a.status != 200 {
 		t.Errorf("an envelope: %d %s", a.status, a.body)
 	}
-	// A timestamp that the signature does not cover, and one that only it covers.
+	// A timestamp that is sent and not signed, and one that is signed and not sent.
 	if a := f.do(t, f.request(t, body, api.TimestampHeader, r.Header.Get(api.TimestampHeader))); a.status != 401 {
 		t.Errorf("a timestamp beside the signature: %d %s", a.status, a.body)
 	}
@@ -113,8 +113,8 @@ func TestRequireTimestamp(t *testing.T) {
 	}
 }
 
-// TestAnswersNameTheirRequest: every signed answer says which build it is of, and, where
-// the request had a body, its digest.
+// TestAnswersNameTheirRequest: every signed answer has the id of its build, and the sum of the
+// request's body if there was one.
 func TestAnswersNameTheirRequest(t *testing.T) {
 	solver := &scripted{find: func(call string) (*solve.Past, error) {
 		return nil, &api.Error{Code: api.NoDaemon, Msg: "no daemon"}
@@ -170,7 +170,7 @@ func TestAnswersNameTheirRequest(t *testing.T) {
 			t.Errorf("%s: X-Call-Id %q", name, a.header.Get(api.CallIDHeader))
 		}
 	}
-	// As text, too.
+	// A text answer has them too.
 	a := f.do(t, f.request(t, bad, api.CallIDHeader, "e", "Content-Type", "text/plain"))
 	sum := sha256.Sum256(bad)
 	if want := "id: e\nrequest: " + hex.EncodeToString(sum[:]) + "\n\n"; !strings.HasPrefix(a.body, want) {
@@ -178,16 +178,15 @@ func TestAnswersNameTheirRequest(t *testing.T) {
 	}
 }
 
-// TestNothingSignedIsAnotherThing: whoever has seen something that is signed, be it a
-// request without a body, a body with a timestamp, or an answer, has no other request
-// whose signature it is.
+// TestNothingSignedIsAnotherThing: a signature of a request without a body, of a body with a
+// timestamp, or of an answer, cannot be used for any other request.
 func TestNothingSignedIsAnotherThing(t *testing.T) {
 	f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })
 	body := pack(t, config)
 	var zipped bytes.Buffer
 	writeGzip(t, &zipped, body)
 
-	// One that is good now.
+	// This timestamp is valid now.
 	now := string(signature.Now())
 	seen := map[string]string{} // message that a signature is over, by what it is
 	for name, r := range map[string]*http.Request{
@@ -217,7 +216,7 @@ func TestNothingSignedIsAnotherThing(t *testing.T) {
 			"an envelope": f.request(t, envelope(mac, []byte(message)), api.SignatureHeader, ""),
 			"a context":   f.context(t, "PUT", digestOf([]byte(message)), []byte(message)),
 		}
-		// With its timestamp a body is what it was signed as.
+		// Sent with its timestamp, the body is what was signed.
 		if rest, ok := strings.CutPrefix(message, now+"."); ok && rest != string(body) && rest != zipped.String() {
 			replays["a request with the timestamp"] = f.request(t, []byte(rest), api.SignatureHeader, mac, api.TimestampHeader, now)
 		}
@@ -228,7 +227,7 @@ func TestNothingSignedIsAnotherThing(t *testing.T) {
 			}
 		}
 	}
-	// And the other way round: a body's signature is no bodiless request's.
+	// The other way round, the signature of a body is not good for a request without one.
 	for _, message := range []string{string(body), zipped.String()} {
 		for _, target := range []string{"/builds/x", "/builds/" + base64.RawURLEncoding.EncodeToString([]byte(message)[:30])} {
 			r := f.bodiless(t, "GET", target)
@@ -243,7 +242,7 @@ func TestNothingSignedIsAnotherThing(t *testing.T) {
 	}
 }
 
-// TestQueryIsSigned: the text of a request without a body has the query that was sent.
+// TestQueryIsSigned: a request without a body signs its query too, as it was sent.
 func TestQueryIsSigned(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	for signed, status := range map[string]int{"GET /builds/x?a=1&b=%20": 404, "GET /builds/x": 401, "GET /builds/x?a=1&b= ": 401, "GET /builds/x?b=%20&a=1": 401, "HEAD /builds/x?a=1&b=%20": 401} {
@@ -255,8 +254,8 @@ func TestQueryIsSigned(t *testing.T) {
 	}
 }
 
-// TestKeysAreLogged: what the payload secret is taken for is in the log, once for each
-// change.
+// TestKeysAreLogged: each change of the payload secret is one line in the log, which says how
+// the secret was read.
 func TestKeysAreLogged(t *testing.T) {
 	var mu sync.Mutex
 	content := "-----BEGIN KEY-----\nAAAAAAAAAAAAAAAAAAAAAAAA\n-----END KEY-----\n"
@@ -280,8 +279,7 @@ func TestKeysAreLogged(t *testing.T) {
 	}
 }
 
-// TestHeadersThatNobodyReads: what a request sends beside the headers that are read is not
-// kept while its body comes.
+// TestHeadersThatNobodyReads: headers that nobody reads are not kept while the body comes.
 func TestHeadersThatNobodyReads(t *testing.T) {
 	r := httptest.NewRequest(http.MethodPost, "/build", strings.NewReader("x"))
 	for i := range 1000 {
@@ -295,7 +293,7 @@ func TestHeadersThatNobodyReads(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreCounted: what nobody signed fills no log, and none of it is forgotten.
+// TestRefusalsAreCounted: unsigned requests do not fill the log, and each is counted.
 func TestRefusalsAreCounted(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	const n = 300
@@ -317,7 +315,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	if a := f.do(t, r); !strings.Contains(a.body, `builder_requests_refused_total{code="unauthorized"} 300`) {
 		t.Errorf("not all of %d are counted", n)
 	}
-	// What is signed is logged, whatever strangers do.
+	// A signed request is always logged, whatever strangers do.
 	for range 40 {
 		f.do(t, f.request(t, pack(t, "{"), api.CallIDHeader, "signed-one"))
 	}

@@ -32,8 +32,8 @@ import (
 	"handler/function/solve"
 )
 
-// scripted is a Solver that does what a test says: a daemon cannot be had where
-// these tests run, inside the image's build. The tests module has the real one.
+// scripted is a Solver that does what a test says. These tests run while the image is built,
+// where there is no daemon. The tests module has real daemons.
 type scripted struct {
 	solve func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
 	find  func(call string) (*solve.Past, error)
@@ -379,7 +379,7 @@ func TestSignatures(t *testing.T) {
 			if a := f.do(t, r); a.status != 401 || a.rec.Code != api.Unauthorized || a.header.Get(api.SignatureHeader) != "" {
 				t.Errorf("%s, %s: %d %s", name, tt.name, a.status, a.body)
 			}
-			// In an envelope, with a good header beside it that counts for nothing.
+			// A text envelope, beside a good header that is ignored.
 			sig := ""
 			if len(tt.values) == 1 {
 				sig = tt.values[0]
@@ -393,8 +393,8 @@ func TestSignatures(t *testing.T) {
 			}
 		}
 	}
-	// An envelope without a signature is told from others if there is a header, whatever
-	// is in either of them.
+	// An envelope without a signature beside a header has a message of its own, whatever the
+	// envelope and the header hold.
 	for name, body := range map[string]string{
 		"an envelope":          fmt.Sprintf(`{"tar":%q}`, base64.StdEncoding.EncodeToString(good)),
 		"an empty signature":   `{"signature":"","tar":""}`,
@@ -634,7 +634,7 @@ func TestSlowUploads(t *testing.T) {
 	}
 	defer conn.Close()
 	fmt.Fprintf(conn, "POST /build HTTP/1.1\r\nHost: x\r\nX-Build-Signature: %s\r\nContent-Length: 1000\r\n\r\nfew", signature.Sign(nil, "", nil))
-	// While it trickles, the one build slot is free.
+	// The body trickles in, and the only build slot stays free.
 	if a := f.do(t, f.request(t, pack(t, config))); a.status != 200 {
 		t.Errorf("beside a slow upload: %d %s", a.status, a.body)
 	}
@@ -651,8 +651,8 @@ func TestSlowUploads(t *testing.T) {
 	}
 }
 
-// upload opens a connection that sends the beginning of a body, so much that it needs a
-// slot, and no more.
+// upload opens a connection, and sends the beginning of a body: enough to need a slot, and
+// then nothing.
 func (f *fixture) upload(t *testing.T, method, path string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", f.Listener.Addr().String())
@@ -668,7 +668,7 @@ func (f *fixture) upload(t *testing.T, method, path string) net.Conn {
 	return conn
 }
 
-// answered reads what a connection is answered.
+// answered reads the answer on a connection.
 func answered(t *testing.T, conn net.Conn) (status int, body string) {
 	t.Helper()
 	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -683,13 +683,13 @@ func answered(t *testing.T, conn net.Conn) (status int, body string) {
 	return res.StatusCode, string(b)
 }
 
-// receiving says that all of n upload slots are taken.
+// receiving waits until n upload slots are taken.
 func (f *fixture) receiving(t *testing.T, n int) {
 	t.Helper()
 	eventually(t, "every upload slot is taken", func() bool { return f.s.Uploading() == n })
 }
 
-// TestSmallBodiesNeedNoSlot: what is small is received beside a body that has every slot.
+// TestSmallBodiesNeedNoSlot: a small body is received while another has the only slot.
 func TestSmallBodiesNeedNoSlot(t *testing.T) {
 	f := start(t, &scripted{}, func(c *server.Config) { c.MaxUploads = 1; c.Limits.Body = 16 << 20 })
 	f.upload(t, "POST", "/build")
@@ -701,7 +701,7 @@ func TestSmallBodiesNeedNoSlot(t *testing.T) {
 	}
 }
 
-// TestUploadsWait: a body that is larger waits, and the one that sends nothing makes room.
+// TestUploadsWait: a large body waits for a slot, and a body that sends nothing is ended for it.
 func TestUploadsWait(t *testing.T) {
 	f := start(t, &scripted{}, func(c *server.Config) {
 		c.MaxUploads = 1
@@ -754,7 +754,7 @@ func TestUnsignedUploadIsRefusedBeforeItsBody(t *testing.T) {
 	f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{} })
 	for _, begin := range []struct{ route, body string }{
 		{"POST /build", "c"},
-		// There it is no text envelope.
+		// On this route a body is no text envelope.
 		{"PUT /contexts/sha256:" + strings.Repeat("0", 64), "{"},
 	} {
 		conn, err := net.Dial("tcp", f.Listener.Addr().String())
@@ -775,7 +775,7 @@ func TestUnsignedUploadIsRefusedBeforeItsBody(t *testing.T) {
 	}
 }
 
-// TestDescription has the keys of GET / and no other: it is for everybody.
+// TestDescription checks that GET / has these keys and no others: everybody can see it.
 func TestDescription(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL, nil)
