@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"net/http"
+	"strings"
 	"testing"
 )
 
@@ -75,4 +76,45 @@ func (c *Client) MustVerdict(t testing.TB, ctx context.Context, callID string) A
 		t.Fatal(err)
 	}
 	return a
+}
+
+// HTTPStatus is the contract's for a failure in one piece, by its code.
+var HTTPStatus = map[string]int{
+	"bad_context": 400, "slow_upload": 400, "unauthorized": 401,
+	"build_failed": 422, "registry_denied": 422, "deadline": 422,
+	"busy":      429,
+	"no_daemon": 503, "daemon_lost": 503, "daemon_full": 503, "registry_failed": 503, "registry_timeout": 503,
+	"no_space": 503, "shutting_down": 503, "stalled": 503, "queue_timeout": 503,
+}
+
+// WantFailed checks a failure's code, its HTTP status where the answer is in one piece,
+// and that its error contains all of the texts. It ends the test where the code is
+// another.
+func (a Answer) WantFailed(t testing.TB, code string, texts ...string) {
+	t.Helper()
+	if a.Status != "failed" || a.Code != code {
+		t.Fatalf("want failed %s, got %v", code, a)
+	}
+	for _, text := range texts {
+		if !strings.Contains(a.Error, text) {
+			t.Errorf("the error lacks %q: %v", text, a)
+		}
+	}
+	if a.IsStream() {
+		return
+	}
+	if want := HTTPStatus[code]; want == 0 || a.StatusCode != want {
+		t.Errorf("%s came with HTTP %d, want %d", code, a.StatusCode, want)
+	}
+	if retry := a.StatusCode == 429 || a.StatusCode == 503; retry != (a.Header.Get("Retry-After") != "") {
+		t.Errorf("HTTP %d came with Retry-After %q", a.StatusCode, a.Header.Get("Retry-After"))
+	}
+}
+
+// WantSuccess ends the test where the build did not succeed.
+func (a Answer) WantSuccess(t testing.TB) {
+	t.Helper()
+	if a.Status != "success" || a.Code != "" || a.Error != "" {
+		t.Fatalf("want success, got %v", a)
+	}
 }
