@@ -1,6 +1,7 @@
 package buildkit
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -15,21 +16,36 @@ import (
 	"handler/function/buildkit/report"
 )
 
+// attempt is one solve of a plan on one daemon. It owns its seat, its Ref and its credentials,
+// and gives the seat up.
+//
+// The Ref is new for each attempt. BuildKit takes none twice, and answers a second solve of a
+// Ref out of its history.
+type attempt struct {
+	*run
+	seat  *pool.Seat
+	ref   string
+	built bool // the daemon has built everything in an earlier attempt
+	auths *authServer
+	git   *gitSource // nil for a context that is sent
+}
+
 // attempt finds a daemon and has it solve the plan. Where the daemon knows the build's name,
 // the attempt takes the result from its history, or follows the build that runs.
-func (r *run) attempt(ctx context.Context, avoid *pool.Daemon) verdict {
-	seat, err := r.pool.Place(ctx, r.plan.key(), r.holder(ctx), avoid)
+func (r *run) attempt(ctx context.Context, e earlier) verdict {
+	prefer := cmp.Or(r.findHolder(ctx), e.prefer)
+	seat, err := r.pool.Place(ctx, r.plan.key(), prefer, e.avoid)
 	if err != nil {
 		return verdict{err: api.AsError(err)}
 	}
 	r.stats.Daemon, r.stats.Choice = seat.Daemon.Addr(), seat.Choice
-	r.stats.Moved = avoid != nil && avoid != seat.Daemon
+	r.stats.Moved = e.avoid != nil && e.avoid != seat.Daemon
 	ref := identity.NewID()
 	if r.plan.named() {
 		known, next, err := recall(ctx, seat, r.plan.name)
 		switch {
 		case err != nil:
-			return lost(ctx, seat, err)
+			return brokenOff(ctx, seat, err)
 		case known == nil:
 			ref = next
 		case known.Running():
@@ -43,21 +59,22 @@ func (r *run) attempt(ctx context.Context, avoid *pool.Daemon) verdict {
 		r.warnEmulated(seat.Daemon)
 	}
 	r.newProgress()
-	a := &attempt{run: r, seat: seat, ref: ref, auths: newAuthServer(r.cfg.Credentials.Grant(r.plan.repositories()))}
+	a := &attempt{run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.cfg.Credentials.Grant(r.plan.repositories()))}
 	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
 		a.git = &gitSource{Git: git, secret: identity.NewID()}
 	}
 	return a.solve(ctx)
 }
 
-// newProgress is for what comes now. The last attempt's transfers stay counted.
+// newProgress is for the solve that begins. The transfers of the last one stay counted.
 func (r *run) newProgress() {
 	r.stats.Transfer += r.progress.Transfer()
 	r.progress = report.NewProgress(r.log, r.plan.mask, r.limits)
 }
 
-// lost is the verdict of an attempt whose daemon cannot be asked any more.
-func lost(ctx context.Context, seat *pool.Seat, cause error) verdict {
+// brokenOff gives the seat up: its daemon no longer answers. If ctx has ended, the daemon is
+// not to blame, and nobody looks at the verdict.
+func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 	if ctx.Err() != nil {
 		seat.Leave()
 		return verdict{err: api.AsError(cause), daemon: seat.Daemon}
@@ -78,24 +95,11 @@ func (r *run) follow(ctx context.Context, seat *pool.Seat, ref string) verdict {
 	err := seat.Watch(ctx, ref, updates)
 	drained.Wait()
 	if err != nil {
-		return lost(ctx, seat, err)
+		return brokenOff(ctx, seat, err)
 	}
 	seat.Leave()
-	r.limits.again()
+	r.limits.restart()
 	return verdict{kind: follow, daemon: seat.Daemon}
-}
-
-// attempt is one solve of a plan on one daemon. It owns its seat, its Ref and its
-// credentials.
-//
-// The Ref is new for each attempt. BuildKit takes none twice, and answers a second solve of a
-// Ref out of its history.
-type attempt struct {
-	*run
-	seat  *pool.Seat
-	ref   string
-	auths *authServer
-	git   *gitSource // nil for a context that is sent
 }
 
 func (a *attempt) solve(ctx context.Context) verdict {
@@ -113,7 +117,7 @@ func (a *attempt) solve(ctx context.Context) verdict {
 		}
 		return verdict{kind: done, outcome: outcome, daemon: a.seat.Daemon}
 	case ctx.Err() != nil, a.seat.Broke(err):
-		return lost(ctx, a.seat, err)
+		return brokenOff(ctx, a.seat, err)
 	}
 	return a.failed(ctx, err)
 }
@@ -133,10 +137,15 @@ func (a *attempt) put(ctx context.Context, status chan *client.SolveStatus) (*cl
 
 func (a *attempt) solveOpt() client.SolveOpt {
 	opt := a.plan.solveOpt(a.ref, a.auths)
-	// In the daemon's history, build arguments stay in the clear for two days, and the
-	// record takes a quarter of a cached build's time. But a named build has to be found
-	// there, and in a pool the replicas count each daemon's builds by its records.
+	// Internal keeps a build out of the daemon's history, where its build arguments would
+	// stay in the clear for two days. The record takes a quarter of a cached build's time,
+	// too. But a named build has to be found there, and in a pool the replicas count each
+	// daemon's builds by its records.
 	opt.Internal = !a.plan.named() && !a.pool.Several()
+	if a.built {
+		// noCache asks for new results. The daemon has them, from the attempt before.
+		delete(opt.FrontendAttrs, "no-cache")
+	}
 	if a.git != nil {
 		opt.LocalMounts = nil
 		opt.Session = []session.Attachable{a.auths, a.plan.secrets(a.git.secret)}
@@ -147,11 +156,11 @@ func (a *attempt) solveOpt() client.SolveOpt {
 // failed is the verdict of a solve that ended with err, while its daemon stayed reachable.
 func (a *attempt) failed(ctx context.Context, err error) verdict {
 	f := &report.Failure{
-		Err: err, Progress: a.progress, Mask: a.plan.mask, Pushing: a.limits.isPushing(),
+		Err: err, Progress: a.progress, Mask: a.plan.mask, Pushing: a.progress.Pushing() || a.plan.joins != nil,
 		Refused: a.auths.failed(), Anonymous: a.auths.grant.Anonymous(), Hints: a.auths.grant.Hints(),
 	}
 	if a.progress.MayBeFull(err) {
-		f.Full = a.seat.Full(ctx)
+		f.Full = a.seat.CannotWrite(ctx)
 	}
 	a.seat.Worked()
 	v := verdict{daemon: a.seat.Daemon}
@@ -163,15 +172,15 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		v.err = a.git.failure(a.plan.mask.Line)
 		return v
 	}
-	var again bool
-	v.err, again = f.Classify()
+	var registryBusy bool
+	v.err, registryBusy = f.Classify()
 	if f.Full {
 		a.pool.Fill(a.seat.Daemon, a.plan.masked(v.err))
 	}
 	switch {
-	case again:
+	case registryBusy:
 		v.kind = later
-	case v.err.Code == api.DaemonFull && a.pool.HasRoom(ctx):
+	case v.err.Code == api.DaemonFull && a.pool.HasRoom(ctx, a.plan.key(), a.seat.Daemon):
 		v.kind = elsewhere
 	}
 	return v
@@ -184,7 +193,7 @@ func (r *run) warnEmulated(d *pool.Daemon) {
 		return
 	}
 	for _, p := range r.plan.platforms {
-		if !runs(native, p) {
+		if !runsNatively(native, p) {
 			r.warn(fmt.Sprintf("%s is built under emulation, by a buildkitd of %s", p, native))
 		}
 	}

@@ -87,7 +87,7 @@ func New(cfg Config) (*Solver, error) {
 // Close closes each connection after the last Solve that uses it.
 func (s *Solver) Close() error { return s.pool.Close() }
 
-// Daemons counts the daemons. It takes a few seconds when a daemon no longer answers.
+// Daemons counts the daemons. It takes up to 9 s when a daemon no longer answers.
 func (s *Solver) Daemons(ctx context.Context) solve.Daemons { return s.pool.Count(ctx) }
 
 // Solve builds req and pushes it. It returns when ctx ends, and reads nothing from
@@ -106,10 +106,7 @@ func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (
 }
 
 func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextfs.FS, log solve.Log) (solve.Outcome, solve.Stats, error) {
-	checking, stop := context.WithTimeout(ctx, s.cfg.BuildTimeout)
-	err := files.CheckSent(checking, req.Config.Dockerfile)
-	stop()
-	if err != nil {
+	if err := s.checkSent(ctx, req, files); err != nil {
 		return solve.Outcome{}, solve.Stats{}, err
 	}
 	p := s.newPlan(req, files)
@@ -127,12 +124,26 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextfs
 	return outcome, stats, nil
 }
 
+// checkSent refuses what BuildKit cannot be given, within the build's time.
+func (s *Solver) checkSent(ctx context.Context, req *solve.Request, files *contextfs.FS) error {
+	l := s.newLimits()
+	ctx, stop := l.start(ctx)
+	defer stop()
+	if err := files.CheckSent(ctx, req.Config.Dockerfile); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return l.ended(ctx, "")
+	}
+	return nil
+}
+
 // warner returns a function that logs a warning of the builder's own.
 func warner(log solve.Log, mask *redact.Redactor) func(string) {
 	return func(text string) { log("w: " + mask.Line(text)) }
 }
 
-// warnings are known before anything is built.
+// warnings returns those that are known before the build.
 func (s *Solver) warnings(p *plan) []string {
 	syntax := p.files.Syntax(p.req.Config.Dockerfile)
 	if syntax == "" || s.cfg.AllowSyntax {
@@ -156,8 +167,8 @@ func (s *Solver) build(ctx context.Context, p *plan, log solve.Log, say func(str
 	return s.attemptAll(ctx, parts[0], log)
 }
 
-// prepare has the repositories made that the build pushes to, where the settings say so. A
-// build goes on without its cache repository. Its errors are package registry's.
+// prepare creates missing repositories, if create_repositories is set. A build goes on without
+// its cache repository. The errors are package registry's.
 func (s *Solver) prepare(ctx context.Context, p *plan) error {
 	if p.cache != nil {
 		if err := s.cfg.Credentials.Prepare(ctx, []reference.Named{p.cache}); err != nil && ctx.Err() == nil {

@@ -114,6 +114,10 @@ func TestAttributes(t *testing.T) {
 			if opt.Ref != "ref" || !opt.Internal {
 				t.Errorf("ref %q, kept out of the history: %v", opt.Ref, opt.Internal)
 			}
+			a.built = true
+			if _, again := a.solveOpt().FrontendAttrs["no-cache"]; again {
+				t.Error("everything is built again")
+			}
 			a.plan.name = solve.Name{Call: "c", Body: "b"}
 			if a.solveOpt().Internal {
 				t.Error("a build with a name is kept out of the history")
@@ -175,10 +179,12 @@ func TestSyntaxWarning(t *testing.T) {
 
 // TestSolveRefusesOdd has the context refused before any daemon is asked.
 func TestSolveRefusesOdd(t *testing.T) {
-	s := mustNew(t, Config{BuildTimeout: time.Second})
-	_, _, err := s.solve(t.Context(), &solve.Request{Config: new(buildconfig.Config)}, contextfs.New(files{"\xff": ""}), func(...string) {})
-	if err == nil || api.AsError(err).Code != api.BadTar {
-		t.Errorf("%v", err)
+	for timeout, want := range map[time.Duration]api.Code{0: api.BadTar, time.Minute: api.BadTar} {
+		s := mustNew(t, Config{BuildTimeout: timeout})
+		_, _, err := s.solve(t.Context(), &solve.Request{Config: new(buildconfig.Config)}, contextfs.New(files{"\xff": ""}), func(...string) {})
+		if err == nil || api.AsError(err).Code != want {
+			t.Errorf("build_timeout %v: %v, want %s", timeout, err, want)
+		}
 	}
 }
 

@@ -19,14 +19,13 @@ import (
 
 // A build with a name has a Ref that is made of it. So another replica, or this one after a
 // restart, finds the build in the daemon's history, with its result or running. BuildKit
-// takes no Ref twice: the first attempt at the name a, b has the Ref axbx0, the next axbx1.
+// takes no Ref twice: the first attempt at a build of the call 1f and the body 2e has the Ref
+// 1fx2ex0, the next one 1fx2ex1. Both are hex digits, so that x separates them.
 
 // maxRefs is how many attempts at one name are looked for.
 const maxRefs = 20
 
-func refOf(name solve.Name, attempt int) string {
-	return refPrefix(name) + strconv.Itoa(attempt)
-}
+func refOf(name solve.Name, n int) string { return refPrefix(name) + strconv.Itoa(n) }
 
 func refPrefix(name solve.Name) string { return callPrefix(name.Call) + name.Body + "x" }
 
@@ -47,13 +46,13 @@ func recall(ctx context.Context, seat *pool.Seat, name solve.Name) (*pool.Record
 			return record, "", nil
 		}
 	}
-	// A queue that tries more often than this gets each of its attempts.
+	// All of these attempts have failed. This one gets a Ref that no replica looks for.
 	return nil, identity.NewID(), nil
 }
 
-// holder is the daemon of a pool that knows the build's name: the one that runs the build, or
-// else one that has built it. It is nil for a build without a name.
-func (r *run) holder(ctx context.Context) *pool.Daemon {
+// findHolder asks all daemons of a pool for the build's name, for historyTimeout at most. It
+// returns the daemon that runs the build, or else one that has built it, or nil.
+func (r *run) findHolder(ctx context.Context) *pool.Daemon {
 	if !r.plan.named() || !r.pool.Several() {
 		return nil
 	}
@@ -71,8 +70,9 @@ func (r *run) holder(ctx context.Context) *pool.Daemon {
 	return holder
 }
 
-// Find returns what the daemons remember of the last build of the call, or nil. Its error is
-// an *api.Error, no_daemon: a daemon that may know of the build cannot be asked.
+// Find returns what the daemons remember of the last build of the call, which is a Name.Call.
+// It returns nil if they remember none, or if it was canceled. Its error is an *api.Error,
+// no_daemon: a daemon that may know of the build cannot be asked.
 func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
 	found, err := s.pool.Search(ctx, callPrefix(call))
 	var last *pool.Record

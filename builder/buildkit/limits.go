@@ -10,16 +10,17 @@ import (
 	"handler/function/api"
 )
 
-// limits end the attempts at a plan that take too long. The push has a limit of its own,
-// because a slow registry is not the build's fault. limits are a report.Watch.
+// limits cancel a plan's context when its build, its push or the daemon's silence takes too
+// long. The push has a limit of its own, because a slow registry is not the build's fault.
+// limits are a report.Watch.
 type limits struct {
 	build, push, stall time.Duration // zero is no limit
 
 	mu     sync.Mutex
 	cancel context.CancelCauseFunc
 	timer  *time.Timer // of the build, later of the push; nil without a limit
-	silent *time.Timer
-	began  time.Time // when the push began
+	silent *time.Timer // runs while a message is waited for; nil without a limit
+	began  time.Time   // when the push began
 }
 
 func (s *Solver) newLimits() *limits {
@@ -42,6 +43,7 @@ func (l *limits) start(ctx context.Context) (limited context.Context, stop func(
 	l.building()
 	if l.stall > 0 {
 		l.silent = time.AfterFunc(l.stall, func() { cancel(errStalled) })
+		l.silent.Stop()
 	}
 	return ctx, func() {
 		l.mu.Lock()
@@ -63,20 +65,17 @@ func (l *limits) building() {
 	}
 }
 
-// again gives the next attempt all of the time.
-func (l *limits) again() {
+// restart gives the next attempt all of the time.
+func (l *limits) restart() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.timer != nil {
 		l.timer.Stop()
 	}
 	l.building()
-	if l.silent != nil {
-		l.silent.Reset(l.stall)
-	}
 }
 
-// Listening starts the stall timer while the daemon's next message is waited for.
+// Listening has the stall timer run while the daemon's next message is waited for.
 func (l *limits) Listening(yes bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -103,12 +102,6 @@ func (l *limits) Pushing() {
 	if l.push > 0 {
 		l.timer = time.AfterFunc(l.push, func() { l.cancel(errPushTimeout) })
 	}
-}
-
-func (l *limits) isPushing() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return !l.began.IsZero()
 }
 
 // pushed is how long the push has taken so far. It is 0 before the push.

@@ -32,9 +32,7 @@ func TestLimits(t *testing.T) {
 					tt.l.Pushing()
 					tt.l.Pushing()
 				}
-				if tt.l.isPushing() != tt.push {
-					t.Errorf("pushing: %v", tt.l.isPushing())
-				}
+				tt.l.Listening(true)
 				time.Sleep(time.Second)
 				synctest.Wait()
 				if !errors.Is(context.Cause(ctx), tt.want) {
@@ -46,6 +44,30 @@ func TestLimits(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestSilence counts the silence of a daemon only while its next message is waited for.
+func TestSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &limits{stall: time.Second}
+		ctx, stop := l.start(t.Context())
+		defer stop()
+		time.Sleep(time.Minute)
+		for range 10 {
+			l.Listening(true)
+			time.Sleep(900 * time.Millisecond)
+			l.Listening(false)
+			time.Sleep(time.Minute)
+		}
+		if synctest.Wait(); ctx.Err() != nil {
+			t.Errorf("ended: %v", context.Cause(ctx))
+		}
+		l.Listening(true)
+		time.Sleep(1100 * time.Millisecond)
+		if synctest.Wait(); context.Cause(ctx) != errStalled {
+			t.Errorf("silent for more than a second: %v", context.Cause(ctx))
+		}
+	})
 }
 
 // TestLimitsAgain gives the second attempt all of the time, and forgets the first one's push.
@@ -68,8 +90,9 @@ func TestLimitsAgain(t *testing.T) {
 				defer stop()
 				tt.l.Pushing()
 				time.Sleep(600 * time.Millisecond)
-				tt.l.again()
-				if tt.l.isPushing() || tt.l.pushed() != 0 {
+				tt.l.restart()
+				tt.l.Listening(true)
+				if tt.l.pushed() != 0 {
 					t.Error("the push is still on")
 				}
 				if tt.push {

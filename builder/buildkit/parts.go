@@ -25,13 +25,13 @@ import (
 	"handler/function/solve"
 )
 
-// A pool may have daemons of several architectures. Then the platforms of an image are parted
-// by them. Each part is built by daemons of its own architecture and pushed without a tag.
-// At last one daemon makes an index of the parts, out of the registry, and the index gets the
-// tags.
+// A pool may have daemons of several architectures. Then the platforms of an image are split by
+// architecture. Each part is built by daemons of its own architecture and pushed without a tag.
+// Finally one daemon makes an index of the parts in the registry, and the index gets the tags.
 
-// runs says whether a daemon of the native platform runs programs of p without emulation.
-func runs(native, p string) bool {
+// runsNatively says whether a daemon of the native platform runs programs of p without
+// emulation.
+func runsNatively(native, p string) bool {
 	n, err := platforms.Parse(native)
 	if err != nil {
 		return false
@@ -51,9 +51,9 @@ func (s *Solver) split(ctx context.Context, p *plan, say func(string)) []*plan {
 		return []*plan{p}
 	}
 	if len(p.platforms) == 0 {
-		// Without it, the platform would be that of the daemon on which the image
+		// If no platform were set, it would be that of the daemon on which the image
 		// happens to be placed.
-		i := slices.IndexFunc(natives, func(n string) bool { return runs(n, "linux/"+runtime.GOARCH) })
+		i := slices.IndexFunc(natives, func(n string) bool { return runsNatively(n, "linux/"+runtime.GOARCH) })
 		native := natives[max(i, 0)]
 		return []*plan{p.on(native, []string{native})}
 	}
@@ -61,7 +61,7 @@ func (s *Solver) split(ctx context.Context, p *plan, say func(string)) []*plan {
 	wanted := make(map[string][]string)
 	for _, platform := range p.platforms {
 		native := ""
-		if i := slices.IndexFunc(natives, func(n string) bool { return runs(n, platform) }); i >= 0 {
+		if i := slices.IndexFunc(natives, func(n string) bool { return runsNatively(n, platform) }); i >= 0 {
 			native = natives[i]
 			say(platform + " is built by a buildkitd of its own architecture")
 		}
@@ -84,9 +84,9 @@ func (s *Solver) split(ctx context.Context, p *plan, say func(string)) []*plan {
 }
 
 // on is p for some platforms, on daemons of the native platform.
-func (p *plan) on(native string, platforms []string) *plan {
+func (p *plan) on(native string, wanted []string) *plan {
 	part := *p
-	part.native, part.platforms = native, platforms
+	part.native, part.platforms = native, wanted
 	return &part
 }
 
@@ -100,14 +100,15 @@ type pushedPart struct {
 }
 
 // solveParts builds all parts at once, and joins them if all succeed. whole is the plan of
-// the image.
+// the image. If the image is not pushed, there is nothing to join: the Outcome has a warning
+// and no digest.
 func (s *Solver) solveParts(ctx context.Context, whole *plan, parts []*plan, log solve.Log) (outcome solve.Outcome, stats solve.Stats, err error) {
 	building, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var mu sync.Mutex // guards all of these, and log
+	var mu sync.Mutex // guards failed, commit and log
 	var failed error
 	var commit string
-	pushed := make([]pushedPart, len(parts))
+	pushed, partStats := make([]pushedPart, len(parts)), make([]solve.Stats, len(parts))
 	locked := func(lines ...string) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -116,11 +117,10 @@ func (s *Solver) solveParts(ctx context.Context, whole *plan, parts []*plan, log
 	var all sync.WaitGroup
 	for i, part := range parts {
 		all.Go(func() {
-			outcome, partStats, err := s.attemptAll(building, part, locked)
+			outcome, stats, err := s.attemptAll(building, part, locked)
+			pushed[i], partStats[i] = pushedPart{part.platforms, outcome.Digest}, stats
 			mu.Lock()
 			defer mu.Unlock()
-			stats.Add(partStats)
-			pushed[i] = pushedPart{part.platforms, outcome.Digest}
 			if err == nil && commit != "" && outcome.Commit != commit {
 				err = &api.Error{Code: api.ContextFailed, Msg: "the git ref moved while it was built"}
 			}
@@ -132,6 +132,9 @@ func (s *Solver) solveParts(ctx context.Context, whole *plan, parts []*plan, log
 		})
 	}
 	all.Wait()
+	for _, part := range partStats {
+		stats.Add(part)
+	}
 	switch {
 	case failed != nil:
 		return solve.Outcome{}, stats, failed

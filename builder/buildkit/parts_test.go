@@ -16,7 +16,7 @@ func TestRuns(t *testing.T) {
 		{"linux/amd64", "windows/amd64", false},
 		{"", "linux/amd64", false},
 	} {
-		if got := runs(tt.native, tt.platform); got != tt.want {
+		if got := runsNatively(tt.native, tt.platform); got != tt.want {
 			t.Errorf("%q runs %q: %v", tt.native, tt.platform, got)
 		}
 	}

@@ -18,15 +18,15 @@ import (
 	"handler/function/solve"
 )
 
-// plan is what is asked of a daemon, on whichever daemon and however often it is attempted.
-// It does not change.
+// plan is one build as any daemon would be asked for it. It does not change, so that attempts
+// share it.
 type plan struct {
 	req   *solve.Request
 	name  solve.Name // by which daemons remember the build; zero is none
 	mask  *redact.Redactor
 	files *contextfs.FS
 
-	native    string   // the own platform of the daemons that may build it; empty is any
+	native    string   // only daemons of this own platform may build it; empty is any
 	platforms []string // to build; none is the daemon's own
 
 	// part says that other parts of the image are built beside it. Its images are pushed
@@ -41,7 +41,7 @@ type plan struct {
 	allowSyntax bool
 }
 
-// newPlan is of the whole request.
+// newPlan returns the plan for the whole request, before it is split.
 func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 	p := &plan{
 		req:         req,
@@ -168,7 +168,7 @@ func (p *plan) frontendAttrs() map[string]string {
 		attrs["platform"] = strings.Join(p.platforms, ",")
 	}
 	if p.part {
-		attrs["multi-platform"] = "true" // has the steps named with their platform
+		attrs["multi-platform"] = "true" // puts the platform into the names of steps
 	}
 	if cfg.NoCache {
 		attrs["no-cache"] = ""
@@ -190,8 +190,8 @@ func (p *plan) frontendAttrs() map[string]string {
 	return attrs
 }
 
-// exporterAttrs name no image that is not pushed: the daemon then keeps nothing of it but its
-// cache. It is exported all the same, for its digest.
+// exporterAttrs names the image only if it is pushed. Otherwise the image is exported for its
+// digest, and the daemon keeps nothing of it but the cache.
 func (p *plan) exporterAttrs() map[string]string {
 	attrs := p.compression.attrs()
 	for k, v := range p.req.Config.Annotations {
@@ -213,7 +213,7 @@ func (p *plan) exporterAttrs() map[string]string {
 	return attrs
 }
 
-// names are the name of each reference, each once.
+// names returns name(ref) for each reference, without duplicates.
 func (p *plan) names(name func(reference.Named) string) []string {
 	var list []string
 	for _, ref := range p.req.Config.References {

@@ -13,23 +13,23 @@ import (
 	"handler/function/solve"
 )
 
-// verdict is what one attempt came to.
+// verdict is the end of one attempt.
 type verdict struct {
-	kind    kind
-	outcome solve.Outcome // of done
-	err     *api.Error    // nil of done and follow
+	kind    verdictKind
+	outcome solve.Outcome // only with done
+	err     *api.Error    // nil for done and follow
 	daemon  *pool.Daemon  // nil if the attempt found none
 }
 
-// kind says what a verdict means for the build.
-type kind int
+// verdictKind says what an attempt's end means for the build.
+type verdictKind int
 
 const (
-	failed    kind = iota // another attempt would come to the same
-	done                  // it is built, or was found in a daemon's history
-	elsewhere             // the daemon was lost, or its disk is full and another's is not
-	later                 // the registry takes no more requests for now
-	follow                // another replica runs the build, or has just ended it
+	failed    verdictKind = iota // another attempt would fail too
+	done                         // the image is built, or was found in a daemon's history
+	elsewhere                    // the daemon was lost, or its disk is full and another's is not
+	later                        // the registry takes no more requests for now
+	follow                       // another replica ran the build, or has just taken its Ref
 )
 
 // policy says how often a build is attempted again after a verdict of each kind, and how long
@@ -39,13 +39,22 @@ const (
 // For example, a build finds the registry busy, loses its daemon, and finds the registry busy
 // again. It waits for 2 s, goes to another daemon at once, and waits for 5 s. If that daemon
 // is lost too, the build has failed.
-var policy = map[kind][]time.Duration{
-	// The push comes last, so that no attempt does anything twice.
+var policy = map[verdictKind][]time.Duration{
+	// Building again is safe: the push comes last, and pushing the same image twice
+	// changes nothing.
 	elsewhere: {0},
 	// BuildKit does not pass on a registry's Retry-After.
 	later: {2 * time.Second, 5 * time.Second, 15 * time.Second},
-	// The next attempt follows the other replica's build, or finds its result.
-	follow: slices.Repeat([]time.Duration{0}, maxRefs),
+	// The next attempt follows the build of another replica, or finds its result. Each of
+	// maxRefs Refs can be taken by another replica, and then be followed.
+	follow: slices.Repeat([]time.Duration{0}, 2*maxRefs),
+}
+
+// earlier is what the attempts before leave to the next one.
+type earlier struct {
+	prefer *pool.Daemon // has the build's results or its record; nil is none
+	avoid  *pool.Daemon // was lost or full; nil is none
+	built  *pool.Daemon // has built everything, and waits to push; nil is none
 }
 
 // run is all attempts at one plan.
@@ -57,46 +66,55 @@ type run struct {
 	limits *limits
 
 	stats    solve.Stats
-	progress *report.Progress // of the last attempt that had any
+	progress *report.Progress // of the last attempt that reached a daemon
 }
 
-// attemptAll attempts p until a verdict is final. Its Stats are also set beside an error.
+// attemptAll attempts p until a verdict is final. It sets the Stats beside an error too.
 func (s *Solver) attemptAll(ctx context.Context, p *plan, log solve.Log) (solve.Outcome, solve.Stats, error) {
 	r := &run{Solver: s, plan: p, log: log, warn: warner(log, p.mask), limits: s.newLimits()}
 	r.progress = report.NewProgress(log, p.mask, r.limits)
 	ctx, stop := r.limits.start(ctx)
 	defer stop()
-	outcome, err := r.all(ctx, r.attempt)
+	outcome, err := r.repeat(ctx, r.attempt)
 	r.stats.Steps, r.stats.Cached = r.progress.Counts()
 	r.stats.Transfer += r.progress.Transfer()
 	r.stats.Push = r.limits.pushed()
 	return outcome, r.stats, err
 }
 
-// all calls attempt until its verdict is final. attempt gets the daemon to avoid, or nil.
-func (r *run) all(ctx context.Context, attempt func(context.Context, *pool.Daemon) verdict) (solve.Outcome, error) {
-	var avoid *pool.Daemon
-	again := make(map[kind]int) // attempts after a verdict of the kind
+// repeat calls try until its verdict is final.
+func (r *run) repeat(ctx context.Context, try func(context.Context, earlier) verdict) (solve.Outcome, error) {
+	var e earlier
+	var moved api.Code // why the build went to another daemon
+	used := make(map[verdictKind]int)
 	for {
-		v := attempt(ctx, avoid)
+		v := try(ctx, e)
 		if v.kind == done {
 			return v.outcome, nil
 		}
 		if ctx.Err() != nil {
 			return solve.Outcome{}, r.ended(ctx, v.daemon)
 		}
-		n, waits := again[v.kind], policy[v.kind]
+		n, waits := used[v.kind], policy[v.kind]
 		if n == len(waits) {
-			return solve.Outcome{}, final(v, avoid)
+			return solve.Outcome{}, final(v, moved)
 		}
-		again[v.kind]++
-		if v.kind == elsewhere {
-			avoid = v.daemon
-			r.limits.again()
-			r.cfg.Log.Warn().Err(r.plan.masked(v.err.Err)).Str("call_id", r.plan.req.ID).Str("daemon", avoid.Addr()).Str("code", string(v.err.Code)).Msg("solving again")
+		used[v.kind]++
+		switch v.kind {
+		case elsewhere:
+			e = earlier{avoid: v.daemon}
+			moved = v.err.Code
+			r.cfg.Log.Warn().Err(r.plan.masked(v.err.Err)).Str("call_id", r.plan.req.ID).Str("daemon", v.daemon.Addr()).Str("code", string(moved)).Msg("solving again")
+		case later:
+			e.prefer, e.built = v.daemon, v.daemon
+		case follow:
+			e.prefer = v.daemon
 		}
 		if text := announcement(v, waits[n]); text != "" {
 			r.warn(text)
+		}
+		if v.kind == elsewhere {
+			r.limits.restart()
 		}
 		select {
 		case <-ctx.Done():
@@ -120,14 +138,16 @@ func announcement(v verdict, wait time.Duration) string {
 	return ""
 }
 
-// final is the error of the last verdict. lost is the daemon that an earlier attempt was
-// lost on, or nil.
-func final(v verdict, lost *pool.Daemon) error {
+// final is the error of the last verdict. moved is why the build went to another daemon before,
+// or empty.
+func final(v verdict, moved api.Code) error {
 	switch {
 	case v.kind == follow:
-		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: errors.New("every Ref is taken")}
-	case v.err.Code == api.NoDaemon && lost != nil:
+		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: fmt.Errorf("followed %d builds", len(policy[follow]))}
+	case v.err.Code == api.NoDaemon && moved == api.DaemonLost:
 		return &api.Error{Code: api.NoDaemon, Msg: "buildkitd was lost while building, and cannot be reached again", Err: v.err.Err}
+	case v.err.Code == api.NoDaemon && moved == api.DaemonFull:
+		return &api.Error{Code: api.NoDaemon, Msg: "buildkitd has no space left on its disk, and no other can be reached", Err: v.err.Err}
 	}
 	return v.err
 }

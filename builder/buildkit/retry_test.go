@@ -21,12 +21,13 @@ import (
 // TestPolicy has attempts come to verdicts, and looks at when and where the next one is made.
 func TestPolicy(t *testing.T) {
 	one, two := new(pool.Daemon), new(pool.Daemon)
-	fail := func(k kind, code api.Code, at *pool.Daemon) verdict {
+	fail := func(k verdictKind, code api.Code, at *pool.Daemon) verdict {
 		return verdict{kind: k, daemon: at, err: &api.Error{Code: code, Msg: string(code), Err: errors.New("cause")}}
 	}
 	lost, full := fail(elsewhere, api.DaemonLost, one), fail(elsewhere, api.DaemonFull, one)
 	busy := fail(later, api.RegistryFailed, two)
 	denied := fail(failed, api.RegistryDenied, one)
+	nowhere := fail(failed, api.NoDaemon, nil)
 	built := verdict{kind: done, outcome: solve.Outcome{Digest: "d"}}
 	another := verdict{kind: follow, daemon: one}
 	const (
@@ -37,22 +38,23 @@ func TestPolicy(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		verdicts []verdict
-		at       []int // seconds of each attempt
-		avoid    *pool.Daemon
+		at       []int   // seconds of each attempt
+		last     earlier // what the last attempt is told
 		lines    []string
 		code     api.Code // "" for success
 	}{
-		{"built", []verdict{built}, []int{0}, nil, nil, ""},
-		{"failed", []verdict{denied}, []int{0}, nil, nil, api.RegistryDenied},
-		{"lost once", []verdict{lost, built}, []int{0, 0}, one, []string{lostLine}, ""},
-		{"lost twice", []verdict{lost, fail(elsewhere, api.DaemonLost, two)}, []int{0, 0}, one, []string{lostLine}, api.DaemonLost},
-		{"full, then lost", []verdict{full, fail(elsewhere, api.DaemonLost, two)}, []int{0, 0}, one, []string{fullLine}, api.DaemonLost},
-		{"lost, then nowhere", []verdict{lost, fail(failed, api.NoDaemon, nil)}, []int{0, 0}, one, []string{lostLine}, api.NoDaemon},
-		{"busy", []verdict{busy, busy, busy, built}, []int{0, 2, 7, 22}, nil, []string{busyLine + "2s", busyLine + "5s", busyLine + "15s"}, ""},
-		{"busy too often", []verdict{busy, busy, busy, busy}, []int{0, 2, 7, 22}, nil, []string{busyLine + "2s", busyLine + "5s", busyLine + "15s"}, api.RegistryFailed},
-		{"busy, lost, busy", []verdict{busy, lost, busy, built}, []int{0, 2, 2, 7}, one, []string{busyLine + "2s", lostLine, busyLine + "5s"}, ""},
-		{"followed", []verdict{another, another, built}, []int{0, 0, 0}, nil, nil, ""},
-		{"followed too often", slices.Repeat([]verdict{another}, maxRefs+1), slices.Repeat([]int{0}, maxRefs+1), nil, nil, api.Internal},
+		{"built", []verdict{built}, []int{0}, earlier{}, nil, ""},
+		{"failed", []verdict{denied}, []int{0}, earlier{}, nil, api.RegistryDenied},
+		{"lost once", []verdict{lost, built}, []int{0, 0}, earlier{avoid: one}, []string{lostLine}, ""},
+		{"lost twice", []verdict{lost, fail(elsewhere, api.DaemonLost, two)}, []int{0, 0}, earlier{avoid: one}, []string{lostLine}, api.DaemonLost},
+		{"full, then lost", []verdict{full, fail(elsewhere, api.DaemonLost, two)}, []int{0, 0}, earlier{avoid: one}, []string{fullLine}, api.DaemonLost},
+		{"lost, then nowhere", []verdict{lost, nowhere}, []int{0, 0}, earlier{avoid: one}, []string{lostLine}, api.NoDaemon},
+		{"busy", []verdict{busy, busy, busy, built}, []int{0, 2, 7, 22}, earlier{prefer: two, built: two}, []string{busyLine + "2s", busyLine + "5s", busyLine + "15s"}, ""},
+		{"busy too often", []verdict{busy, busy, busy, busy}, []int{0, 2, 7, 22}, earlier{prefer: two, built: two}, []string{busyLine + "2s", busyLine + "5s", busyLine + "15s"}, api.RegistryFailed},
+		{"busy, lost", []verdict{busy, lost, built}, []int{0, 2, 2}, earlier{avoid: one}, []string{busyLine + "2s", lostLine}, ""},
+		{"busy, lost, busy", []verdict{busy, lost, busy, built}, []int{0, 2, 2, 7}, earlier{avoid: one, prefer: two, built: two}, []string{busyLine + "2s", lostLine, busyLine + "5s"}, ""},
+		{"followed", []verdict{another, another, built}, []int{0, 0, 0}, earlier{prefer: one}, nil, ""},
+		{"followed too often", slices.Repeat([]verdict{another}, 2*maxRefs+1), slices.Repeat([]int{0}, 2*maxRefs+1), earlier{prefer: one}, nil, api.Internal},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -60,15 +62,15 @@ func TestPolicy(t *testing.T) {
 				r := newTestRun(func(l ...string) { lines = append(lines, l...) })
 				start := time.Now()
 				var at []int
-				var avoided *pool.Daemon
-				outcome, err := r.all(t.Context(), func(_ context.Context, avoid *pool.Daemon) verdict {
-					at, avoided = append(at, int(time.Since(start).Seconds())), avoid
+				var last earlier
+				outcome, err := r.repeat(t.Context(), func(_ context.Context, e earlier) verdict {
+					at, last = append(at, int(time.Since(start).Seconds())), e
 					if len(at) > len(tt.verdicts) {
 						t.Fatalf("attempt %d", len(at))
 					}
 					return tt.verdicts[len(at)-1]
 				})
-				if !slices.Equal(at, tt.at) || avoided != tt.avoid || !slices.Equal(lines, tt.lines) {
+				if !slices.Equal(at, tt.at) || last != tt.last || !slices.Equal(lines, tt.lines) {
 					t.Errorf("attempts at %v, lines %q", at, lines)
 				}
 				switch {
@@ -81,6 +83,16 @@ func TestPolicy(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestNowhereElse tells why a build had to move when no other daemon can be reached.
+func TestNowhereElse(t *testing.T) {
+	none := verdict{err: &api.Error{Code: api.NoDaemon, Msg: "none"}}
+	for moved, want := range map[api.Code]string{"": "none", api.DaemonLost: "lost while building", api.DaemonFull: "no space left"} {
+		if err := final(none, moved); !strings.Contains(api.AsError(err).Msg, want) {
+			t.Errorf("after %q: %v", moved, err)
+		}
 	}
 }
 
@@ -98,7 +110,7 @@ func TestPolicyEnds(t *testing.T) {
 		for _, tt := range []struct {
 			after time.Duration
 			took  time.Duration // by each attempt
-			kind  kind
+			kind  verdictKind
 			want  time.Duration
 		}{
 			{time.Second, 3 * time.Second, failed, 3 * time.Second},
@@ -107,7 +119,7 @@ func TestPolicyEnds(t *testing.T) {
 			ctx, cancel := context.WithCancelCause(t.Context())
 			time.AfterFunc(tt.after, func() { cancel(gone) })
 			start := time.Now()
-			_, err := newTestRun(func(...string) {}).all(ctx, func(context.Context, *pool.Daemon) verdict {
+			_, err := newTestRun(func(...string) {}).repeat(ctx, func(context.Context, earlier) verdict {
 				time.Sleep(tt.took)
 				return verdict{kind: tt.kind, err: &api.Error{Code: api.RegistryFailed, Msg: "busy"}}
 			})

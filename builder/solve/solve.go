@@ -3,6 +3,7 @@
 package solve
 
 import (
+	"cmp"
 	"time"
 
 	"handler/function/buildconfig"
@@ -73,7 +74,7 @@ type Choice string
 
 const (
 	First Choice = "first" // where its cache is
-	Full  Choice = "full"  // the first had its share of builds
+	Busy  Choice = "full"  // the first had its share of builds
 	Down  Choice = "down"  // the first could not be reached, or its disk was full
 )
 
@@ -89,7 +90,7 @@ type Daemons struct {
 type Stats struct {
 	Steps    int           // of the Dockerfile that were reached
 	Cached   int           // of Steps
-	Attempts int           // solves started: 2 when a daemon was lost on the way
+	Attempts int           // solves started: 2 when a daemon was lost, or the registry had the push wait
 	Daemon   string        // the address of the last attempt's daemon
 	Choice   Choice        // of the last attempt's daemon
 	Moved    bool          // to another daemon, on the way
@@ -98,12 +99,13 @@ type Stats struct {
 	Push     time.Duration
 }
 
-// Add counts another part of the same build. Daemon and Choice become the part's.
+// Add counts another part of the same build. Daemon and Choice become the part's, if it was on
+// a daemon. Push and Sent stay: the pushes of parts overlap, and all parts send one context.
 func (s *Stats) Add(part Stats) {
 	s.Steps += part.Steps
 	s.Cached += part.Cached
 	s.Attempts += part.Attempts
 	s.Transfer += part.Transfer
-	s.Daemon, s.Choice = part.Daemon, part.Choice
+	s.Daemon, s.Choice = cmp.Or(part.Daemon, s.Daemon), cmp.Or(part.Choice, s.Choice)
 	s.Moved = s.Moved || part.Moved
 }

@@ -65,7 +65,8 @@ func newDaemon(addr string, cfg *Config) *Daemon {
 	}
 }
 
-// Addr is the daemon's address, as Config.Addrs has it.
+// Addr is the daemon's address: an entry of Config.Addrs, or an address that its name was
+// looked up to.
 func (d *Daemon) Addr() string { return d.addr }
 
 // Native is the daemon's own platform, as it said last. It is empty if the daemon has never
@@ -83,7 +84,7 @@ type conn struct {
 	sum    [sha256.Size]byte // of the TLS files it was made from
 	ends   *connEnds
 
-	refs    int  // builds that use it; guarded by Daemon.mu
+	refs    int  // users that have not released it; guarded by Daemon.mu
 	dropped bool // guarded by Daemon.mu
 
 	answered atomic.Bool // at least once
@@ -199,10 +200,10 @@ func (d *Daemon) release(c *conn, failed bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c.refs--
-	if failed {
+	switch {
+	case failed && !c.dropped:
 		d.drop(c)
-	}
-	if c.dropped && c.refs == 0 {
+	case c.dropped && c.refs == 0:
 		c.client.Close()
 	}
 }

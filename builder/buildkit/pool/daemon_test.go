@@ -46,6 +46,7 @@ type control struct {
 	stuck   bool // nothing can be pruned
 	full    bool // also after a prune
 	frozen  bool // no RPC is answered
+	slow    bool // no solve ends
 }
 
 func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
@@ -76,7 +77,13 @@ func (c *control) Prune(req *controlapi.PruneRequest, stream grpc.ServerStreamin
 	return stream.Send(&controlapi.UsageRecord{Size: 600})
 }
 
-func (c *control) Solve(context.Context, *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
+func (c *control) Solve(ctx context.Context, _ *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
+	c.mu.Lock()
+	slow := c.slow
+	c.mu.Unlock()
+	if slow {
+		<-ctx.Done()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.full {

@@ -10,7 +10,7 @@ const (
 	loadAge = time.Second
 
 	// probeMin and probeMax are how long a daemon that was lost is left alone. The time
-	// doubles with each loss in turn: 1 s, 2 s, 4 s, …, 60 s.
+	// doubles with each loss in a row: 1 s, 2 s, 4 s, …, 60 s.
 	probeMin = time.Second
 	probeMax = time.Minute
 )
@@ -19,10 +19,10 @@ const (
 type health struct {
 	mu     sync.Mutex
 	out    bool // it was lost, or a build stalled there; a probe brings it back
-	losses int  // in turn
-	full   bool // its disk was, and has not been pruned since
+	losses int  // in a row
+	full   bool // its disk was full, and has not been pruned since
 
-	mine   int       // builds that this process has there
+	mine   int       // seats that this process has there
 	others int       // builds of others when the daemon was last asked
 	asked  time.Time // when that was
 
@@ -48,12 +48,18 @@ func (h *health) isFull() bool {
 	return h.full
 }
 
-// lost counts a loss. It returns how long to leave the daemon alone.
-func (h *health) lost() time.Duration {
+// lose takes the daemon out, and returns how long to leave it alone. However many builds lose
+// a daemon that goes away once, it is one loss: a daemon that is out already stays as it is,
+// and before is true.
+func (h *health) lose() (rest time.Duration, before bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.out {
+		return 0, true
+	}
+	h.out = true
 	h.losses++
-	return min(probeMin<<min(h.losses-1, 10), probeMax)
+	return min(probeMin<<min(h.losses-1, 10), probeMax), false
 }
 
 // worked forgets the losses: a build has ended there in an orderly way.
@@ -99,15 +105,23 @@ func (h *health) give() {
 }
 
 // builds is how many builds the daemon has: the last count of others, and this process's
-// own. stale says that the last count is older than loadAge.
-func (h *health) builds() (total, mine int, stale bool) {
+// own.
+func (h *health) builds() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.others + h.mine, h.mine, time.Since(h.asked) > loadAge
+	return h.others + h.mine
 }
 
-// counted notes the daemon's own count of its builds. mine of them were this process's when
-// it was asked.
+// stale says whether the last count is older than loadAge. mine is for counted.
+func (h *health) stale() (stale bool, mine int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return time.Since(h.asked) > loadAge, h.mine
+}
+
+// counted notes the daemon's own count of its builds. mine is how many seats this process had
+// when the daemon was asked. A build that has a seat and has not begun is in mine and not in
+// active: others is then too low by one, for loadAge at most.
 func (h *health) counted(active, mine int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -24,7 +24,7 @@ const (
 
 // Record is a build in a daemon's history.
 type Record struct {
-	Ref    string // that the build was solved with
+	Ref    string // by which the build was solved
 	Image  string // the first reference that it was to push, normalised
 	Digest string // of its result; empty without one
 
@@ -41,14 +41,15 @@ func (r *Record) Succeeded() bool { return !r.Running() && r.Err == nil && r.Dig
 
 func recordOf(r *controlapi.BuildHistoryRecord) *Record {
 	record := &Record{Ref: r.Ref, Began: r.CreatedAt.AsTime()}
-	for _, e := range r.Exporters {
-		record.Image, _, _ = strings.Cut(e.Attrs["name"], ",")
+	if len(r.Exporters) > 0 {
+		record.Image, _, _ = strings.Cut(r.Exporters[0].Attrs["name"], ",")
 	}
 	if r.CompletedAt == nil {
 		return record
 	}
 	record.Ended = r.CompletedAt.AsTime()
-	// The history keeps the descriptor of what the exporter made, and not its response.
+	// The history keeps the descriptor of what the exporter made, and not its response. The
+	// results are a map: without a result, the digest is empty.
 	record.Digest = r.GetResult().GetResults()[0].GetDigest()
 	if r.Error != nil {
 		record.Err = grpcerrors.FromGRPC(status.FromProto(r.Error).Err())
@@ -68,7 +69,8 @@ func (s *Seat) Record(ctx context.Context, ref string) (*Record, error) {
 }
 
 // Watch sends the progress of a build that another process began to updates, and returns
-// when the daemon has recorded its end. It closes updates.
+// when the daemon has recorded its end. It closes updates. It fails if the daemon goes away
+// before.
 func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus) error {
 	// The record of the end ends the stream of statuses, which may be the slower one.
 	watching, stop := context.WithCancel(ctx)
@@ -92,8 +94,11 @@ func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.Sol
 		}
 		return ended
 	})
-	if errors.Is(err, ended) {
+	switch {
+	case errors.Is(err, ended):
 		return nil
+	case err == nil:
+		return errors.New("reading the build history: it ended before the build")
 	}
 	return err
 }
@@ -130,7 +135,7 @@ func (p *Pool) Search(ctx context.Context, prefix string) ([]Found, error) {
 
 // load is how many builds d has. It asks the daemon if the last count is stale.
 func (d *Daemon) load(ctx context.Context, c *conn) (int, error) {
-	if _, mine, stale := d.health.builds(); stale {
+	if stale, mine := d.health.stale(); stale {
 		ctx, cancel := context.WithTimeout(ctx, loadTimeout)
 		defer cancel()
 		active := 0
@@ -140,8 +145,7 @@ func (d *Daemon) load(ctx context.Context, c *conn) (int, error) {
 		}
 		d.health.counted(active, mine)
 	}
-	total, _, _ := d.health.builds()
-	return total, nil
+	return d.health.builds(), nil
 }
 
 // history calls f for each record that matches req, those of running builds included.

@@ -18,7 +18,7 @@ import (
 const (
 	// lookupAge is how long the result of a look-up is taken as current, about as long as
 	// Kubernetes' DNS caches an answer. A build waits for a new look-up only if the last
-	// one is older than lookupWait.
+	// one is older than lookupWait. lookupTimeout bounds the look-up of all names.
 	lookupAge     = 5 * time.Second
 	lookupWait    = time.Minute
 	lookupTimeout = 2 * time.Second
@@ -67,11 +67,11 @@ func parseTarget(addr string) (target, error) {
 // pod, and the pod's cache stays with its name. Without SRV records each address of the name
 // is a daemon. A name with a single address stays a name, because the address may change.
 //
-// had says that there were SRV records before. lookup then fails if the name server does not
+// hadSRV says that there were SRV records before. lookup then fails if the name server does not
 // answer the question for them: the addresses in their place would give every daemon a new
 // name. For example "tcp://pool:1234" was pool-0 and pool-1 by SRV records. When only the
 // question for addresses is answered, the daemons stay pool-0 and pool-1.
-func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string, srv bool, err error) {
+func (t target) lookup(ctx context.Context, r resolver, hadSRV bool) (list []string, srv bool, err error) {
 	if t.host == "" {
 		return []string{t.addr}, false, nil
 	}
@@ -81,14 +81,14 @@ func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string
 	asked.Go(func() { ips, err = r.LookupHost(ctx, t.host) })
 	_, records, srvErr := r.LookupSRV(ctx, service, "tcp", t.host)
 	asked.Wait()
-	for _, r := range records {
-		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(r.Target, "."), fmt.Sprint(r.Port)))
+	for _, record := range records {
+		list = append(list, "tcp://"+net.JoinHostPort(strings.TrimSuffix(record.Target, "."), fmt.Sprint(record.Port)))
 	}
 	srv = len(list) > 0
 	switch {
 	case srv:
-	case err != nil, had && temporary(srvErr) != nil:
-		return nil, false, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, temporary(srvErr)))
+	case err != nil, hadSRV && unlessNotFound(srvErr) != nil:
+		return nil, false, fmt.Errorf("looking %q up: %w", t.host, errors.Join(err, unlessNotFound(srvErr)))
 	case len(ips) == 1:
 		return []string{t.addr}, false, nil
 	default:
@@ -100,8 +100,8 @@ func (t target) lookup(ctx context.Context, r resolver, had bool) (list []string
 	return slices.Compact(list), srv, nil
 }
 
-// temporary is err, or nil if err says that there is no such record.
-func temporary(err error) error {
+// unlessNotFound is err, or nil if err says that there is no such record.
+func unlessNotFound(err error) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 		return nil
 	}

@@ -42,8 +42,11 @@ func (s *Seat) Client() *client.Client { return s.conn.client }
 // second.
 func (s *Seat) Broke(err error) bool { return report.ConnectionLost(err, s.end) }
 
-// Full asks the daemon to write a file, and says whether its disk is full.
-func (s *Seat) Full(ctx context.Context) bool { return s.conn.isFull(ctx) }
+// CannotWrite has the daemon write a file, and says whether its disk is too full for it.
+func (s *Seat) CannotWrite(ctx context.Context) bool {
+	err := s.conn.tryWrite(ctx)
+	return err != nil && report.SaysFull(err)
+}
 
 // Leave gives the seat up.
 func (s *Seat) Leave() { s.give(false) }
@@ -75,9 +78,12 @@ func noDaemon(cause error) error {
 // Place finds a seat for a build. prefer, unless it is nil, is tried before all others,
 // however many builds it has. avoid is tried after all others.
 //
-// Where no daemon answers, all of them are tried again for as long as a restart takes. That
-// is 19 s at most, however many of them hang. With an avoid it is 7 s at most, because the
-// build has waited for keepalive already.
+// Where no daemon answers, all of them are tried again for as long as a restart takes. A
+// daemon that hangs takes 7 s the first time: keptTimeout for its kept connection, then
+// checkTimeout for a new one. Place waits for the first daemon alone, then for the others at
+// once, and then once more: 7 + 7 + 5 = 19 s at most, however many hang. With an avoid it
+// asks all at once from the beginning, because the build has waited for keepalive already:
+// 7 s, or 10 s if daemons begin to hang meanwhile. A look-up adds 2 s, a prefer that hangs 7 s.
 //
 // # Errors
 //
@@ -92,14 +98,20 @@ func (p *Pool) Place(ctx context.Context, key Key, prefer, avoid *Daemon) (*Seat
 	since := time.Now()
 	for again := avoid != nil; ; again = true {
 		fit, rest := candidates(order, avoid)
-		s, err := p.offer(ctx, order, fit, rest, again)
+		var s *Seat
+		var err error
+		if len(fit)+len(rest) > 0 {
+			s, err = p.offer(ctx, order, fit, rest, again)
+		} else {
+			s, err = p.prunedSeat(ctx, order)
+		}
 		switch {
 		case s != nil:
 			return s, nil
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
-		case len(order) > 0 && len(fit)+len(rest) == 0:
-			return p.prunedSeat(ctx, order)
+		case err == errDaemonFull:
+			return nil, err
 		case again && time.Since(since) > dialWindow-dialInterval:
 			return nil, noDaemon(err)
 		}
@@ -179,9 +191,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 		}
 		if a.err != nil {
 			err, q.atOnce = a.err, true
-			if !errors.Is(err, errClosed) {
-				p.lose(d, err)
-			}
+			p.lose(d, err)
 			continue
 		}
 		// A lone daemon takes every build.
@@ -198,7 +208,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 	}
 	c, err := least.acquire(ctx)
 	if err != nil {
-		return nil, err
+		return nil, err // it has just gone; Place asks again
 	}
 	least.health.take(0)
 	return p.newSeat(least, c, order), nil
@@ -269,26 +279,29 @@ func choiceOf(d *Daemon, order []*Daemon) solve.Choice {
 	case len(order) == 0 || d == order[0]:
 		return solve.First
 	case order[0].health.isFit():
-		return solve.Full
+		return solve.Busy
 	}
 	return solve.Down
 }
 
 // prunedSeat is a seat on the first daemon whose disk has room after a prune. All disks in
-// order were full.
-func (p *Pool) prunedSeat(ctx context.Context, order []*Daemon) (*Seat, error) {
+// order were full. Its error is errDaemonFull if one of the daemons answered and has no room.
+func (p *Pool) prunedSeat(ctx context.Context, order []*Daemon) (s *Seat, err error) {
 	waiting, cancel := context.WithTimeout(ctx, pruneWait)
 	defer cancel()
+	full := false
 	for _, d := range order {
-		if p.prune(waiting, d) != nil {
-			continue
+		if err = p.prune(waiting, d); err == nil {
+			s, err = p.offer(ctx, order, []*Daemon{d}, nil, false)
 		}
-		if s, _ := p.offer(ctx, order, []*Daemon{d}, nil, false); s != nil {
+		if s != nil {
 			return s, nil
 		}
+		_, down := errors.AsType[*downError](err)
+		full = full || !down
 	}
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
+	if full {
+		return nil, errDaemonFull
 	}
-	return nil, errDaemonFull
+	return nil, err
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -64,9 +65,9 @@ func TestPlace(t *testing.T) {
 		at     int
 		choice solve.Choice
 	}{
-		{0, solve.First}, {0, solve.First}, {1, solve.Full}, {1, solve.Full}, {2, solve.Full}, {2, solve.Full},
+		{0, solve.First}, {0, solve.First}, {1, solve.Busy}, {1, solve.Busy}, {2, solve.Busy}, {2, solve.Busy},
 		// All have their limit: the one with the fewest.
-		{0, solve.First}, {1, solve.Full},
+		{0, solve.First}, {1, solve.Busy},
 	} {
 		at, s := tr.placed(nil, nil)
 		if at != want.at || s.Choice != want.choice {
@@ -236,29 +237,24 @@ func TestSearch(t *testing.T) {
 	}
 }
 
-// TestRest leaves a daemon alone for longer, the more often it is lost in turn.
-func TestRest(t *testing.T) {
-	t.Parallel()
-	tr := newTrio(t, 2)
-	d := tr.order()[0]
-	for range 3 {
-		tr.lose(d, errors.New("lost"))
+// TestLosses leaves a daemon alone for longer, the more often it is lost in a row. Many builds
+// lose a daemon that goes away once.
+func TestLosses(t *testing.T) {
+	var h health
+	for i, want := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
+		if rest, already := h.lose(); rest != want*time.Second || already {
+			t.Errorf("loss %d: left alone for %v, already out %v", i, rest, already)
+		}
+		for range 3 {
+			if rest, already := h.lose(); rest != 0 || !already {
+				t.Errorf("loss %d, another build: left alone for %v, already out %v", i, rest, already)
+			}
+		}
+		h.setOut(false)
 	}
-	start := time.Now()
-	for !d.health.isFit() {
-		time.Sleep(20 * time.Millisecond)
-	}
-	if took := time.Since(start); took > 3*probeMin {
-		t.Errorf("the first loss counts, it came back after %v", took)
-	}
-	tr.lose(d, errors.New("lost"))
-	time.Sleep(4 * probeMin)
-	if d.health.isFit() {
-		t.Error("lost four times in turn, and back after four seconds")
-	}
-	d.health.worked()
-	if d.health.losses != 0 {
-		t.Error("a build that ended well does not count")
+	h.worked()
+	if rest, _ := h.lose(); rest != probeMin {
+		t.Errorf("after a build that ended well, left alone for %v", rest)
 	}
 }
 
@@ -274,11 +270,14 @@ func TestFull(t *testing.T) {
 	if at != 1 || s.Choice != solve.Down || tr.Count(t.Context()).Full != 1 {
 		t.Errorf("at %d, %s", at, s.Choice)
 	}
+	if !tr.HasRoom(t.Context(), Key{}, nil) || !tr.HasRoom(t.Context(), Key{}, tr.order()[1]) {
+		t.Error("two have room")
+	}
 	for _, d := range tr.order()[1:] {
 		tr.ctl[d.addr].stuck = true
 		tr.Fill(d, errors.New("no space"))
 	}
-	if tr.HasRoom(t.Context()) {
+	if tr.HasRoom(t.Context(), Key{}, nil) {
 		t.Error("there is said to be room")
 	}
 	if _, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, nil); api.AsError(err).Code != api.DaemonFull {
@@ -300,15 +299,62 @@ func TestFull(t *testing.T) {
 	}
 }
 
+// TestLoneHasRoom finds no room on another daemon where there is none.
+func TestLoneHasRoom(t *testing.T) {
+	p := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}})
+	if lone := p.list(t.Context())[0]; p.HasRoom(t.Context(), Key{}, lone) || !p.HasRoom(t.Context(), Key{}, nil) {
+		t.Error("the daemon that is full counts as another")
+	}
+}
+
+// TestPruneUnanswered does not take a daemon for pruned that has not answered.
+func TestPruneUnanswered(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	d := tr.order()[0]
+	tr.ctl[d.addr].slow = true
+	d.health.setFull(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := tr.prune(ctx, d); err == nil || !d.health.isFull() {
+		t.Errorf("pruned: %v", err)
+	}
+}
+
+// TestFullAndDown waits for a lone daemon that is full and restarts.
+func TestFullAndDown(t *testing.T) {
+	t.Parallel()
+	ctl := &control{}
+	socket := filepath.Join(t.TempDir(), "s")
+	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}})
+	p.list(t.Context())[0].health.setFull(true)
+	time.AfterFunc(time.Second, func() { listen(t, ctl, "unix", socket, nil) })
+	s, err := p.Place(t.Context(), Key{Cache: "key"}, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Leave()
+	ctl.mu.Lock()
+	defer ctl.mu.Unlock()
+	if ctl.prunes != 1 {
+		t.Errorf("pruned %d times", ctl.prunes)
+	}
+}
+
 // records is a fake of the resolver.
 type records struct {
 	mu     sync.Mutex
 	srv    map[string][]string
 	silent bool // no answer about SRV
+	hangs  bool // until the question about SRV is given up
 	hosts  map[string][]string
 }
 
-func (r *records) LookupSRV(_ context.Context, service, proto, name string) (string, []*net.SRV, error) {
+func (r *records) LookupSRV(ctx context.Context, service, proto, name string) (string, []*net.SRV, error) {
+	if r.hangs {
+		<-ctx.Done()
+		return "", nil, ctx.Err()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var list []*net.SRV
@@ -321,7 +367,10 @@ func (r *records) LookupSRV(_ context.Context, service, proto, name string) (str
 	return "", list, nil
 }
 
-func (r *records) LookupHost(_ context.Context, host string) ([]string, error) {
+func (r *records) LookupHost(ctx context.Context, host string) ([]string, error) {
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if list := r.hosts[host]; list != nil {
@@ -424,4 +473,20 @@ func TestServiceDoesNotAnswer(t *testing.T) {
 	if got := look(); !slices.Equal(got, addresses) {
 		t.Errorf("without an answer, where there were none: %q", got)
 	}
+}
+
+// TestNamesHang looks up several names while the questions about SRV records go unanswered.
+func TestNamesHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, err := New(Config{Addrs: []string{"tcp://one:1", "tcp://two:2"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.resolver = &records{hangs: true, hosts: map[string][]string{"one": {"10.0.0.1", "10.0.0.2"}, "two": {"10.0.0.3", "10.0.0.4"}}}
+		start := time.Now()
+		p.look()
+		if took := time.Since(start); len(p.daemons) != 4 || took > lookupTimeout {
+			t.Errorf("%d daemons after %v", len(p.daemons), took)
+		}
+	})
 }

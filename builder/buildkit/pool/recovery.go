@@ -9,13 +9,15 @@ import (
 
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
-
-	"handler/function/buildkit/report"
 )
 
 const (
 	// stallRest is how long a daemon whose build stalled is left alone.
 	stallRest = 5 * time.Minute
+
+	// probeInterval is the longest time between two probes: a daemon that is back is soon
+	// used again, however long it was first left alone.
+	probeInterval = 5 * time.Second
 
 	// pruneTimeout bounds one prune. pruneWait is how long a build waits for one where
 	// there is no other daemon.
@@ -48,17 +50,25 @@ func (p *Pool) sleep(d time.Duration) bool {
 }
 
 // lose takes a daemon out that does not answer, or that broke a build off. It gets no builds
-// until it answers a probe.
-func (p *Pool) lose(d *Daemon, cause error) { p.takeOut(d, d.health.lost(), cause) }
-
-// Stalled takes a daemon out for a few minutes: one of its builds made no progress.
-func (p *Pool) Stalled(d *Daemon, cause error) { p.takeOut(d, stallRest, cause) }
-
-// takeOut takes d out, and probes it after rest until it answers.
-func (p *Pool) takeOut(d *Daemon, rest time.Duration, cause error) {
-	if d.health.setOut(true) {
+// until it answers a probe. A daemon that has left the pool is not lost.
+func (p *Pool) lose(d *Daemon, cause error) {
+	if errors.Is(cause, errClosed) {
 		return
 	}
+	if rest, already := d.health.lose(); !already {
+		p.probe(d, rest, cause)
+	}
+}
+
+// Stalled takes a daemon out for a few minutes: one of its builds made no progress.
+func (p *Pool) Stalled(d *Daemon, cause error) {
+	if already := d.health.setOut(true); !already {
+		p.probe(d, stallRest, cause)
+	}
+}
+
+// probe asks d, which is out, after rest, and then again until it answers.
+func (p *Pool) probe(d *Daemon, rest time.Duration, cause error) {
 	p.cfg.Log.Warn().Err(cause).Str("daemon", d.addr).Stringer("rest", rest).Msg("buildkitd taken out")
 	p.start(func() {
 		for p.sleep(rest) {
@@ -72,7 +82,7 @@ func (p *Pool) takeOut(d *Daemon, rest time.Duration, cause error) {
 			if errors.Is(err, errClosed) {
 				return
 			}
-			rest = min(max(rest, probeMin), 5*probeMin)
+			rest = min(rest, probeInterval)
 		}
 	})
 }
@@ -97,8 +107,12 @@ func (p *Pool) Fill(d *Daemon, cause error) {
 	})
 }
 
+// downError is of a daemon that could not be asked to prune.
+type downError struct{ error }
+
 // prune removes half of d's cache, the part that was used longest ago. BuildKit does not
-// tell how much room is missing. prune fails while the disk stays full.
+// tell how much room is missing. prune fails unless the daemon can write afterwards. Its
+// error is a *downError if the daemon does not answer.
 func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 	ctx, cancel := context.WithTimeout(ctx, pruneTimeout)
 	defer cancel()
@@ -113,7 +127,7 @@ func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 	}
 	c, err := d.acquire(ctx)
 	if err != nil {
-		return err
+		return &downError{err}
 	}
 	defer d.release(c, false)
 	used, freed, err := c.pruneHalf(ctx)
@@ -121,8 +135,8 @@ func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 		return err
 	}
 	// Running builds keep what they use, and other programs may fill the disk too.
-	if c.isFull(ctx) {
-		return fmt.Errorf("its disk is full after %d of %d bytes were removed", freed, used)
+	if err := c.tryWrite(ctx); err != nil {
+		return fmt.Errorf("writing after %d of %d bytes were removed: %w", freed, used, err)
 	}
 	d.health.setFull(false)
 	p.cfg.Log.Info().Str("daemon", d.addr).Int64("used_bytes", used).Int64("freed_bytes", freed).Msg("buildkitd pruned")
@@ -153,18 +167,18 @@ func (c *conn) pruneHalf(ctx context.Context) (used, freed int64, err error) {
 	return used, freed, err
 }
 
-// isFull says whether the daemon's disk is full. Where runc has no room to start a step, the
-// step's output says so, and any step can print the same words. So the daemon has to write a
-// file.
-func (c *conn) isFull(ctx context.Context) bool {
+// tryWrite has the daemon write a file of roomBytes. It tells whether the disk is full. Where
+// runc has no room to start a step, the step's output says so, but any step can print the
+// same words.
+func (c *conn) tryWrite(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, roomTimeout)
 	defer cancel()
 	data := make([]byte, roomBytes)
 	rand.Read(data) // no cache has it, and no file system compresses it
 	def, err := llb.Scratch().File(llb.Mkfile("room", 0o600, data), llb.WithCustomName("[internal] write a file")).Marshal(ctx)
 	if err != nil {
-		return false
+		return err
 	}
 	_, err = c.client.Solve(ctx, def, client.SolveOpt{Internal: true}, nil)
-	return err != nil && report.SaysFull(err)
+	return err
 }

@@ -3,8 +3,10 @@ package report
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 
 	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
@@ -63,12 +65,12 @@ func (f *Failure) daemonFull() *api.Error {
 	return &api.Error{Code: api.DaemonFull, Msg: "buildkitd has no space left on its disk", Err: f.Err}
 }
 
-func exitText(code uint32, noSpace bool) string {
+func exitText(code uint32, diskFull bool) string {
 	text := fmt.Sprintf("exit code %d", code)
 	switch {
 	case code == 137:
 		text += ": killed, probably because memory ran out"
-	case noSpace:
+	case diskFull:
 		text += ": buildkitd's disk is full, or the step needs more than it has"
 	}
 	return text
@@ -111,8 +113,8 @@ func (f *Failure) buildFailed(what string) *api.Error {
 
 // Forms of containerd's resolver and of BuildKit's push and pull.
 var (
-	pushed          = regexp.MustCompile(`failed to push (\S+): `)
-	answered        = regexp.MustCompile(`^(?:rpc error: code = Unknown desc = )?failed to push \S+: (?:errors:\s|(?:unknown|unsupported|unauthorized|denied|unavailable)(?:: |$))`) // with a body of the specification's form, in place of its status
+	failedPush      = regexp.MustCompile(`failed to push (\S+): `)
+	answeredInBody  = regexp.MustCompile(`^(?:rpc error: code = Unknown desc = )?failed to push \S+: (?:errors:\s|(?:unknown|unsupported|unauthorized|denied|unavailable)(?:: |$))`) // with a body of the specification's form, in place of its status
 	registryContext = regexp.MustCompile(`failed to push \S+: |failed to resolve source metadata for \S+: |failed to (?:do request|authorize|fetch \w+ token|resolve reference)\b|httpReadSeeker`)
 	tooManyRequests = regexp.MustCompile(`(?::\s|\n)toomanyrequests\b|(?i:too many requests|rate limit)`) // instead of a status, where the answer has a body
 	denied          = regexp.MustCompile(`insufficient_scope|\bunauthorized\b|\bdenied\b|authorization failed|no basic auth credentials|failed to find supported auth scheme|name unknown|: not found$|missing username or secret|invalid authorization`)
@@ -121,7 +123,7 @@ var (
 )
 
 // IsPush says whether err is about a push.
-func IsPush(err error) bool { return pushed.MatchString(Unquoted(err.Error())) }
+func IsPush(err error) bool { return failedPush.MatchString(Unquoted(err.Error())) }
 
 func (f *Failure) aboutRegistry(said string) bool {
 	return f.Pushing || registryContext.MatchString(said)
@@ -153,7 +155,7 @@ func (f *Failure) registryTrouble(said, text string) *api.Error {
 	switch {
 	case !f.aboutRegistry(said):
 		return nil
-	case f.Pushing && f.Progress != nil && answered.MatchString(said):
+	case f.Pushing && f.Progress != nil && answeredInBody.MatchString(said):
 		// BuildKit repeats a push after a 5xx, and prints a line about it. Without such
 		// a line the answer was a 4xx.
 		if f.Progress.answered5xx(text) {
@@ -171,7 +173,7 @@ func (f *Failure) registryTrouble(said, text string) *api.Error {
 func (f *Failure) registryError(code api.Code, text string) *api.Error {
 	// The text about a pull begins with the image's name.
 	what := "pulling "
-	if m := pushed.FindStringSubmatch(text); m != nil {
+	if m := failedPush.FindStringSubmatch(text); m != nil {
 		what = "pushing " + m[1] + ": "
 	} else if f.Pushing {
 		what = "pushing: "
@@ -192,15 +194,16 @@ func (f *Failure) advice(text string) string {
 			break
 		}
 	}
-	for host, hint := range f.Hints {
+	for _, host := range slices.Sorted(maps.Keys(f.Hints)) {
 		if f.Pushing && strings.Contains(strings.ToLower(text), host) {
-			advice += hint
+			advice += f.Hints[host]
 		}
 	}
 	return advice
 }
 
-// noise is what BuildKit puts around the words that help.
+// noise is what BuildKit puts around the words that help. The last is the address of the name
+// server, where a name could not be looked up.
 var noise = regexp.MustCompile(`^rpc error: code = Unknown desc = |` +
 	`failed to compute cache key: |failed to load cache key: |failed to calculate checksum of ref \S+: |` +
 	`failed to resolve source metadata for \S+: |^failed to push \S+: | on \S+:53\b`)

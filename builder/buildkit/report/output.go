@@ -11,8 +11,8 @@ import (
 	"handler/function/redact"
 )
 
-// drawEvery is the time between two states of a step that draws over a line. It makes fewer
-// than four a second, even where they come a little late.
+// drawEvery is the time between two states of a step that draws over a line. At most four
+// fall into one second, as the contract says.
 const drawEvery = 300 * time.Millisecond
 
 // settleAfter is how long a drawn line without an end stands before it is shown as it is.
@@ -98,7 +98,7 @@ func (p *Progress) newStream(key streamKey) *stream {
 			v.unstarted = v.unstarted || strings.HasPrefix(line, "runc run failed: ")
 		}
 		if v != nil && isExport(v.name) {
-			v.pushed(line)
+			v.pushLine(line)
 		}
 	})}
 }
@@ -160,14 +160,14 @@ const maxAnswers = 64
 // severalErrors begins what BuildKit makes of an answer with more than one error.
 const severalErrors = "errors:"
 
-// pushed takes in a line that v, an exporter, printed.
-func (v *vertex) pushed(line string) {
+// pushLine takes in a line that v, an exporter, printed.
+func (v *vertex) pushLine(line string) {
 	switch n := len(v.answers); {
 	case strings.HasPrefix(line, "error: "):
 		if n < maxAnswers {
 			v.answers = append(v.answers, answer{status: statusIn(line)})
 		}
-	case n == 0, strings.HasPrefix(line, "retrying in "), line == severalErrors:
+	case n == 0, line == "", strings.HasPrefix(line, "retrying in "), line == severalErrors:
 	default:
 		v.answers[n-1].words = append(v.answers[n-1].words, line)
 	}

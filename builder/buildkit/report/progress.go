@@ -20,8 +20,7 @@ import (
 
 // Watch is told of the signs that a Progress sees.
 type Watch interface {
-	// Listening is called around each message. It says whether the daemon's next message
-	// is waited for.
+	// Listening says whether the daemon's next message is waited for, or not any more.
 	Listening(yes bool)
 	// Pushing is called for each message about a push, before its lines are logged.
 	Pushing()
@@ -43,6 +42,7 @@ type Progress struct {
 	drawing  []*stream // streams that have, or may have, a state to draw
 
 	transfer time.Duration
+	pushing  bool     // a push has begun
 	lines    []string // of the current message
 }
 
@@ -54,8 +54,8 @@ type vertex struct {
 	completed *time.Time
 	cached    bool
 	canceled  bool
-	noSpace   bool // its output said so, in the words of the C library or of Go
-	unstarted bool // its output said so in runc's words: there was no room to start it
+	noSpace   bool // its output said that the disk is full, in words of the C library or of Go
+	unstarted bool // its output said in runc's words that there was no room to start it
 	streams   []streamKey
 	answers   []answer // of a registry to a push that BuildKit then repeated
 }
@@ -89,6 +89,7 @@ func (p *Progress) Drain(ctx context.Context, ch <-chan *client.SolveStatus) {
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
+	p.watch.Listening(true)
 	for open := true; open; {
 		var s *client.SolveStatus
 		select {
@@ -114,7 +115,7 @@ func (p *Progress) Drain(ctx context.Context, ch <-chan *client.SolveStatus) {
 			timer.Reset(wait)
 		}
 		p.send()
-		p.watch.Listening(true)
+		p.watch.Listening(open)
 	}
 }
 
@@ -133,6 +134,7 @@ func (p *Progress) line(format string, args ...any) {
 // came with it.
 func (p *Progress) handle(s *client.SolveStatus) {
 	if slices.ContainsFunc(s.Statuses, func(st *client.VertexStatus) bool { return isPush(st.ID) }) {
+		p.pushing = true
 		p.watch.Pushing()
 	}
 	var ends []end
@@ -277,6 +279,9 @@ func (p *Progress) Counts() (steps, cached int) {
 
 // Transfer is how long the daemon took to receive local sources.
 func (p *Progress) Transfer() time.Duration { return p.transfer }
+
+// Pushing says whether a push has begun.
+func (p *Progress) Pushing() bool { return p.pushing }
 
 // Running is the name of the vertex that had not ended by itself and began last, or empty.
 // A step of the Dockerfile comes before a vertex that BuildKit adds.

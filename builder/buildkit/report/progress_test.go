@@ -348,7 +348,8 @@ func TestDrainEnded(t *testing.T) {
 			cancel()
 		}
 		var lines []string
-		p := NewProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(nil), &watch{})
+		w := &watch{}
+		p := NewProgress(func(l ...string) { lines = append(lines, l...) }, redact.New(nil), w)
 		ch := make(chan *client.SolveStatus)
 		go func() {
 			defer close(ch)
@@ -358,6 +359,9 @@ func TestDrainEnded(t *testing.T) {
 		}()
 		p.Drain(ctx, ch)
 		cancel()
+		if w.listening {
+			t.Error("the daemon's silence counts after the last message")
+		}
 		if want := map[bool]int{false: 10, true: 0}[ended]; len(lines) != want {
 			t.Errorf("ended %v: %d lines, want %d", ended, len(lines), want)
 		}
