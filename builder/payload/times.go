@@ -24,8 +24,8 @@ const (
 	maxSecond = math.MaxInt64/second - 1
 )
 
-// contentSum is a keyed hash of a regular file's content. It has more bits than a time can
-// carry.
+// contentSum is a keyed hash of a regular file's content. Two contents get the same time by
+// chance long before they get the same contentSum.
 type contentSum [highwayhash.Size128]byte
 
 // SetTimes makes the times of regular files depend on their contents. BuildKit compares no
@@ -48,14 +48,14 @@ type contentSum [highwayhash.Size128]byte
 //	c      5 = 0101    250,000,000 … 499,999,999    431,258,557
 //	d     12 = 1100    500,000,000 … 999,999,999    838,916,568
 //
-// If the content of b changes, the hash of the group of a and b chooses another time, and
-// BuildKit is sent a and b. c and d keep their times. appendGroups says how the second is
-// divided.
+// If the content of b changes, the hash of the group of a and b almost certainly chooses
+// another time, and BuildKit is sent a and b. c and d keep their times. appendGroups says how
+// the second is divided. The new times depend on the key; these are TestExampleTimes's.
 //
 // key must be the key of the builds that share a synced directory on the daemon, and of no
-// other builds. A RUN step can read the times of its files. With a key for everybody, somebody
-// who has found two contents with the same time in one repository could use these two in
-// another.
+// other builds. A RUN step can read the times of its files, and so find two contents that get
+// the same time. With one key for everybody, these two would get the same time in every
+// repository, and one could be put in the place of the other unnoticed.
 func (c *Context) SetTimes(key [32]byte) {
 	if c.sums == nil {
 		return
@@ -73,7 +73,7 @@ func (c *Context) SetTimes(key [32]byte) {
 // group is the files of one time, and the slot for their new time.
 type group struct {
 	files    []timedFile // in the order of their paths
-	from, to int64       // the slot, in ns since 1970, without to
+	from, to int64       // the slot: from ≤ time < to, in ns since 1970
 }
 
 // timedFile is a regular file that is not a hard link to an earlier one.
@@ -106,9 +106,10 @@ func groupsOf(entries []Entry) []group {
 	return groups
 }
 
-// leastWidth is what every file of a second has for its slot at least, in ns, if the second
-// has n files. All of them together need a sixteenth of the second at most. n is rounded up to
-// a power of two, so that one file more or less seldom changes the width:
+// leastWidth is the least width of a slot, in ns for each of its files, in a second that holds
+// n ≥ 1 files. It is never less than 1. Together, the least widths take a sixteenth of the
+// second at most. n is rounded up to a power of two, so that one file more or less seldom
+// changes the width:
 //
 //	3 or 4 files      1,000,000,000 / (16 * 4)  = 15,625,000 ns
 //	9 to 16 files     1,000,000,000 / (16 * 16) =  3,906,250 ns
@@ -121,7 +122,7 @@ func leastWidth(n int) int64 {
 // must be sorted by time and be of one second.
 //
 // It parts the files by the highest bit in which their times differ. The files where this bit
-// is 0 get the first half of the slots, and the files where it is 1 get the second half. Each
+// is 0 get the first half of the range, and the files where it is 1 get the second half. Each
 // half is parted again in the same way, until all files of a part have the same time. In the
 // example of SetTimes:
 //
@@ -163,7 +164,7 @@ func appendGroups(groups []group, files []timedFile, from, to, least int64) []gr
 	return appendGroups(groups, files[zeros:], middle, to, least)
 }
 
-// newTimes returns the new times, by inode.
+// newTimes returns the new times, in ns since 1970, by inode.
 func newTimes(key *[32]byte, groups []group, entries []Entry, sums []contentSum) []int64 {
 	times := make([]int64, len(sums))
 	// If every file has a time of its own, the hashes take longer than everything else, so
@@ -187,8 +188,8 @@ func newTimes(key *[32]byte, groups []group, entries []Entry, sums []contentSum)
 	return times
 }
 
-// hash appends the hash of the group's paths and contents to buf. The length before each path
-// keeps path and content apart.
+// hash returns the hash of the group's paths and contents. It uses buf as scratch space, and the
+// result shares it. The length before each path keeps path and content apart.
 func (g *group) hash(mac hash.Hash, buf []byte, entries []Entry, sums []contentSum) []byte {
 	mac.Reset()
 	for _, f := range g.files {
@@ -201,7 +202,7 @@ func (g *group) hash(mac hash.Hash, buf []byte, entries []Entry, sums []contentS
 	return mac.Sum(buf[:0])
 }
 
-// floorSecond is the second that contains ns. It rounds down also before 1970.
+// floorSecond is the second that contains ns, in s since 1970. It rounds down before 1970 too.
 func floorSecond(ns int64) int64 {
 	s := ns / second
 	if ns%second < 0 {

@@ -168,8 +168,8 @@ func (f *FS) file(p string) (*payload.Entry, error) {
 	return nil, &fs.PathError{Op: "open", Path: p, Err: fs.ErrNotExist}
 }
 
-// maxLinks is how many symlinks a file's name may lead through. It is the number of
-// containerd, which resolves names for the frontend.
+// maxLinks is how many symlinks a file's name may lead through. containerd, which resolves
+// names for the frontend, has the same limit.
 const maxLinks = 255
 
 // follow opens the regular file that name leads to. Symlinks are followed, and none of

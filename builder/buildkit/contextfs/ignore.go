@@ -58,9 +58,9 @@ func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
 	return refused
 }
 
-// ignoreFile opens the file that names what is not sent, and returns its name: the
-// Dockerfile's own before that of the context, even if it is empty. Where there is none,
-// it is an empty .dockerignore.
+// ignoreFile opens the file that names what is not sent, and returns its name. The
+// Dockerfile's own comes before the context's, even if it is empty. Where there is neither, it
+// is an empty .dockerignore.
 func (f *FS) ignoreFile(dockerfile string) (name string, r io.Reader) {
 	if dockerfile == "" {
 		dockerfile = defaultDockerfile
