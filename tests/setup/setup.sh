@@ -76,7 +76,7 @@ problem() { # TEXT
 }
 
 need_modules() {
-	has go || problem 'go is not on the PATH: get it from https://go.dev/dl/'
+	has go || problem 'go is not on the PATH, which sudo replaces: get it from https://go.dev/dl/'
 	certificates || need ca-certificates
 }
 
@@ -88,7 +88,7 @@ need_compiler() {
 }
 
 need_stack() { # TARGET
-	[ "$(id -u)" = 0 ] || problem "$1 needs root, for buildkitd and runc: sudo -E make $1"
+	[ "$(id -u)" = 0 ] || problem "make $1 needs root, for buildkitd and runc: sudo -E make $1"
 	need_compiler
 	has pkg-config || need pkg-config
 	seccomp || need libseccomp-dev

@@ -170,7 +170,7 @@ func TestNoInstall(t *testing.T) {
 	user := newMachine(t, "openssl", "shellcheck")
 	user.program("id", "echo 1000")
 	printed, uses, ok := user.setup("run")
-	want := "setup: run needs root, for buildkitd and runc: sudo -E make run\nsetup: missing: apt-get install --no-install-recommends openssl\n"
+	want := "setup: make run needs root, for buildkitd and runc: sudo -E make run\nsetup: missing: apt-get install --no-install-recommends openssl\n"
 	if ok || printed != want || uses[0] != "" {
 		t.Errorf("run without root: printed %q, success %t, apt-get %q", printed, ok, uses)
 	}
