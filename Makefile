@@ -16,12 +16,10 @@ OPENFAAS ?= true
 DIR ?= buildkit/certs
 FUZZTIME ?= 20s
 
-bin := $(CURDIR)/.cache/bin
-
 # Where make was called from, so that FUNCTION and the like can be relative.
 abs = $(if $(1),$(abspath $(1)))
 # Not go run, which would not pass SIGTERM on.
-stack = go -C tests build -o $(bin)/stack ./cmd/stack && exec $(bin)/stack
+stack = go -C tests build -o ../.cache/bin/stack ./cmd/stack && exec .cache/bin/stack
 flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(call abs,$(REGISTRY_CONFIG)))
 
 .PHONY: help
@@ -110,18 +108,18 @@ lint: setup vuln ## gofmt, shellcheck, go vet, staticcheck, go mod tidy and govu
 	go -C builder vet ./...
 	go -C tests vet -tags k8s ./...
 	go -C template/golang-middleware vet ./... ./function/...
-	go -C tests/tools/staticcheck build -o $(bin)/staticcheck honnef.co/go/tools/cmd/staticcheck
-	cd builder && $(bin)/staticcheck ./...
-	cd tests && $(bin)/staticcheck -tags k8s ./...
-	cd template/golang-middleware && $(bin)/staticcheck ./... ./function/...
+	go -C tests/tools/staticcheck build -o ../../../.cache/bin/staticcheck honnef.co/go/tools/cmd/staticcheck
+	cd builder && ../.cache/bin/staticcheck ./...
+	cd tests && ../.cache/bin/staticcheck -tags k8s ./...
+	cd template/golang-middleware && ../../.cache/bin/staticcheck ./... ./function/...
 	@for mod in $$(git ls-files '*go.mod'); do echo "go mod tidy -diff of $$mod"; GOWORK=off go -C $$(dirname $$mod) mod tidy -diff; done
 
 # govulncheck asks vuln.go.dev for what is known of each module.
 .PHONY: vuln
 vuln: setup ## govulncheck alone
 	@if curl -sSf -m 20 -o /dev/null https://vuln.go.dev/index/db.json; then \
-		go -C tests/tools/govulncheck build -o $(bin)/govulncheck golang.org/x/vuln/cmd/govulncheck; \
-		for module in builder tests; do echo "govulncheck of $$module"; (cd $$module && $(bin)/govulncheck ./...); done; \
+		go -C tests/tools/govulncheck build -o ../../../.cache/bin/govulncheck golang.org/x/vuln/cmd/govulncheck; \
+		for module in builder tests; do echo "govulncheck of $$module"; (cd $$module && ../.cache/bin/govulncheck ./...); done; \
 	else echo 'NOT CHECKED for vulnerabilities: vuln.go.dev cannot be reached'; fi
 
 .PHONY: clean
