@@ -95,7 +95,8 @@ func traces(secrets ...string) map[string]string {
 // TestNoise builds with a step that prints all of it and looks at the answer in
 // each form, the function's log, and the image.
 func TestNoise(t *testing.T) {
-	// One that clips leaves some out, of a step that was held up and prints all at once.
+	// A daemon that clips leaves output out when a step has been held up and prints all of it
+	// at once.
 	daemon, err := stack.Shared(t).NewBuildkitd(t.Context(), stack.BuildkitdConfig{Env: stack.WholeLogs})
 	if err != nil {
 		t.Fatal(err)

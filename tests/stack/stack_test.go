@@ -176,7 +176,7 @@ func TestDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	label := func() (string, error) {
-		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
 		c, err := b.Client(ctx)
 		if err != nil {
