@@ -59,7 +59,6 @@ test-unit: setup ## the function's and the template's own tests: no root, no net
 # not see what lies outside their module.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
-	go -C tests test -race -c -o /dev/null ./...
 	go -C tests test -race -count=1 -p 2 -timeout 40m $$(go -C tests list ./... | grep -v '/faults$$')
 	go -C tests test -race -count=1 -timeout 40m ./faults
 
