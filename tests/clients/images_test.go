@@ -24,8 +24,8 @@ func reference(t *testing.T, ref string) name.Reference {
 	return r
 }
 
-// imagesOf returns the images that a reference names, by platform: those of its
-// index, or the one that it is. Attestations are none.
+// imagesOf returns the images that a reference names, by platform. A reference names an
+// index of images, or one image. An index must have no attestations.
 func imagesOf(t *testing.T, ctx context.Context, ref, digest string) map[string]v1.Image {
 	t.Helper()
 	desc, err := remote.Get(reference(t, ref), remote.WithContext(ctx))
@@ -87,7 +87,7 @@ func isNotFound(err error) bool {
 	return errors.As(err, &e) && e.StatusCode == http.StatusNotFound
 }
 
-// pull returns an image and checks that its digest is the one that was told.
+// pull returns an image and compares its digest with that of the answer.
 func pull(t *testing.T, ctx context.Context, ref, digest string) v1.Image {
 	t.Helper()
 	img := stack.MustPull(t, ctx, ref)

@@ -43,8 +43,8 @@ func logged(text, call string) (all []map[string]any) {
 	return all
 }
 
-// TestLog reads what an operator is told of builds: a line when one starts and a
-// line when it ends, and one for a request that is none.
+// TestLog reads the log as an operator does. Each build has a line for its start and a
+// line for its end. A request that is refused before it is a build has one line.
 func TestLog(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"allowed_images": stack.Shared(t).Registry.Image("log")}})
 	image := s.Registry.Image("log/app:1")
@@ -78,7 +78,7 @@ func TestLog(t *testing.T) {
 		"unsigned":  {{"message": "request refused", "level": "warn", "code": "unauthorized"}},
 	} {
 		t.Run(call, func(t *testing.T) {
-			// Debug lines are of other matters.
+			// Lines of the level debug are not tested here.
 			got := slices.DeleteFunc(logged(text, call), func(line map[string]any) bool { return line["level"] == "debug" })
 			if len(got) != len(want) {
 				t.Fatalf("%d lines, want %d: %v", len(got), len(want), got)
@@ -117,7 +117,7 @@ func checkLine(t *testing.T, line, want map[string]any) {
 	if !ok || len(now) != len("2006-01-02T15:04:05.000Z") {
 		t.Errorf("the time is %v", line["time"])
 	}
-	// In the form of the time, so that text compares.
+	// Both times have the same form, so that their texts can be compared.
 	if began, ok := line["started"].(string); ok != (line["message"] == "build started") || ok && began > now {
 		t.Errorf("it started at %v", line["started"])
 	}

@@ -27,7 +27,7 @@ func start(t *testing.T, c stack.FunctionConfig) (context.Context, *stack.Stack,
 	return stack.Within(t, 10*time.Minute), s, f
 }
 
-// within says which of want does not stand in text.
+// within returns an error that names the first of want that text lacks.
 func within(text string, want ...string) error {
 	for _, w := range want {
 		if !strings.Contains(text, w) {

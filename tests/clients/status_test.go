@@ -20,7 +20,7 @@ import (
 	"handler/function/tests/stack"
 )
 
-// refusal is what a client is told of a request that failed.
+// refusal is the answer that a failed request must have.
 type refusal struct {
 	status int
 	code   string
@@ -30,7 +30,7 @@ type refusal struct {
 	retry  bool   // there is a Retry-After
 }
 
-// check sends a request twice, for both forms of an error.
+// check sends a request twice: the error must come as JSON, and as text.
 func (want refusal) check(t *testing.T, send func(t *testing.T, contentType string) client.Answer) {
 	t.Helper()
 	got := send(t, "application/octet-stream")
@@ -61,7 +61,8 @@ func (want refusal) check(t *testing.T, send func(t *testing.T, contentType stri
 
 func checkHeaders(t *testing.T, got client.Answer) {
 	t.Helper()
-	// The queue worker retries whatever carries this one up to a hundred times.
+	// The queue worker sends a request again, up to a hundred times, if the answer has
+	// this header.
 	if v, ok := got.Header["X-Openfaas-Internal"]; ok {
 		t.Errorf("the answer carries X-OpenFaaS-Internal: %q", v)
 	}
@@ -74,8 +75,7 @@ func posting(f *stack.Function, body []byte, changes ...client.Change) func(*tes
 	}
 }
 
-// Not here: the failures of a registry and a daemon under way, which are told by the
-// package that breaks those.
+// Package faults tests the failures of registries and daemons while a build runs.
 
 func TestRefusals(t *testing.T) {
 	_, s, f := start(t, stack.FunctionConfig{Env: map[string]string{
@@ -143,7 +143,7 @@ func TestRefusals(t *testing.T) {
 			test.want.check(t, posting(f, nil, func(req *http.Request) { req.Method, req.URL.Path = test.method, test.path }))
 		})
 	}
-	// What is not refused.
+	// The same limits let this request pass.
 	t.Run("200", func(t *testing.T) {
 		got := f.MustPost(t, t.Context(), with(config{}, copyOnly))
 		if got.StatusCode != http.StatusOK || got.Status != "success" {
@@ -162,7 +162,7 @@ func TestBusy(t *testing.T) {
 		t.Errorf("a busy function is not ready: %v", err)
 	}
 
-	// The same is built once the other caller has gone.
+	// The function builds the same body after the other caller has gone.
 	running.Close()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		got := f.MustPost(t, ctx, short)
@@ -229,7 +229,7 @@ func TestNoSpace(t *testing.T) {
 	if err != nil || len(entries) > 0 {
 		t.Errorf("files are left: %v, %v", entries, err)
 	}
-	// Not all is lost: what was spooled has made room.
+	// The refused body is deleted, and a smaller one has room.
 	f.MustBuild(t, ctx, body(512<<10))
 }
 
@@ -242,7 +242,7 @@ func TestNotReady(t *testing.T) {
 	refusal{status: 503, code: "not_ready", text: "payload secret", retry: true}.check(t, posting(f, body))
 }
 
-// TestInternal has a private key that cannot be read, which no client can mend.
+// TestInternal has a private key that cannot be read. No client can mend that.
 func TestInternal(t *testing.T) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
 	key := filepath.Join(f.SecretsDir, "build-secrets-key")
@@ -259,7 +259,7 @@ func TestInternal(t *testing.T) {
 	if log, err := f.Log(); err != nil || !strings.Contains(log, `"level":"error"`) || !strings.Contains(log, key) {
 		t.Errorf("the log does not have the cause, %v", err)
 	}
-	// Who sends none is not concerned.
+	// A build without secrets does not need the key.
 	f.MustBuild(t, ctx, body)
 }
 

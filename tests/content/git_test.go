@@ -28,7 +28,7 @@ type gitServer struct {
 	requests []string
 }
 
-// newGitServer serves repositories; with a login, only to who has that.
+// newGitServer serves repositories. If login is not empty, a client needs it.
 func newGitServer(t *testing.T, login string) *gitServer {
 	t.Helper()
 	path, err := exec.Command("git", "--exec-path").Output()
@@ -74,7 +74,7 @@ func git(t *testing.T, dir string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// repository makes one with a commit of files, and returns its work tree, from
+// repository makes a repository with one commit of files. It returns a work tree, from
 // which git push publishes.
 func (g *gitServer) repository(t *testing.T, name string, files map[string]string) (work string) {
 	t.Helper()
@@ -165,7 +165,7 @@ func TestGit(t *testing.T) {
 	check("directory of the default branch", url+"#:sub/", first, "in sub", nil)
 	check("dockerfile", url+"#main:sub", first, "FROM scratch\nCOPY Other /file\n", map[string]any{"dockerfile": "Other"})
 
-	// What is pushed is built.
+	// A build sees a push that was made before it.
 	git(t, work, "checkout", "-q", "main")
 	second := commit(t, work, map[string]string{"file": "second"})
 	check("after a push", url+"#main", second, "second", nil)
@@ -191,7 +191,8 @@ func TestGit(t *testing.T) {
 	}
 }
 
-// TestGitHosts: what is not listed is not asked, nor reached by way of what is.
+// TestGitHosts: the builder asks no host that is not in context_hosts, and a listed host
+// cannot lead it to another one.
 func TestGitHosts(t *testing.T) {
 	listed, other := newGitServer(t, ""), newGitServer(t, "")
 	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_hosts": listed.URL + ",http://127.0.0.1:1"}})
@@ -266,7 +267,7 @@ func TestGitCredentials(t *testing.T) {
 	}
 	with.Secrets = nil
 	_, f = stack.Test(t, with)
-	// What another build has fetched is not given to one without credentials.
+	// A build without credentials does not get what another build has fetched.
 	for _, ref := range []string{"", "#" + git(t, work, "rev-parse", "HEAD"), "#" + strings.Repeat("1", 40)} {
 		if a := f.MustPost(t, t.Context(), fromGit(t, image, g.URL+"/private.git"+ref, nil)); a.StatusCode != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
 			t.Errorf("%q without credentials: HTTP %d %s: %s", ref, a.StatusCode, a.Code, a.Error)

@@ -1,7 +1,6 @@
-// Package content_test holds the builder to what it says about content: that an
-// image has the bytes, times, links and modes that were sent and nobody else's,
-// that hostile archives are refused at no cost, and that secrets and credentials
-// are in nothing that comes out.
+// Package content_test tests what the builder promises about content. An image has the
+// bytes, times, links and modes of its own context, and of no other. Hostile archives are
+// refused and cost nothing. No answer, log or image contains a secret or a credential.
 package content_test
 
 import (
@@ -38,8 +37,8 @@ func start(t *testing.T, c stack.FunctionConfig) (context.Context, *stack.Stack,
 // config is com.openfaas.docker.config.
 type config map[string]any
 
-// entry is one of a tar. A name that ends with a slash is a directory, one with
-// a link a symlink.
+// entry is one entry of a tar. It is a directory if its name ends with a slash, and a
+// symlink if it has a link.
 type entry struct {
 	name string
 	text string
@@ -104,8 +103,8 @@ func sealFor(t testing.TB, s *stack.Stack, secrets map[string]string) []byte {
 	return b
 }
 
-// pull returns the image that a build says it pushed, and not what the tag
-// names by now.
+// pull returns the image with the digest that a build's answer names. The tag may name
+// another image by now.
 func pull(ctx context.Context, built client.Record) (v1.Image, error) {
 	repository := built.Image
 	if i := strings.LastIndexByte(repository, ':'); i > strings.LastIndexByte(repository, '/') {
@@ -151,8 +150,8 @@ func printed(log []string) []string {
 	return lines
 }
 
-// everything of an image: manifest, config and its layers unpacked, in one text
-// to search.
+// everything is the manifest, the config and the unpacked layers of an image in one
+// text, to be searched.
 func everything(t testing.TB, img v1.Image) []byte {
 	t.Helper()
 	manifest, err := img.RawManifest()
@@ -183,8 +182,8 @@ func everything(t testing.TB, img v1.Image) []byte {
 	return all
 }
 
-// ended is what the function logs when the build of a body has ended, which may
-// be after its answer.
+// ended returns the line that the function logs at the end of a body's build. The line
+// may come after the answer.
 func ended(t testing.TB, f *stack.Function, body []byte) (line struct {
 	Sent   int64 `json:"context_sent_bytes"`
 	Steps  int   `json:"steps"`
@@ -211,8 +210,8 @@ func ended(t testing.TB, f *stack.Function, body []byte) (line struct {
 	return line
 }
 
-// checkTempDir looks for what uploads have left. A body is closed after its
-// answer, so it looks for a while.
+// checkTempDir wants uploads to leave no file behind. The function closes a body after
+// the answer, so checkTempDir waits for up to five seconds.
 func checkTempDir(t testing.TB, f *stack.Function) {
 	t.Helper()
 	var names []string

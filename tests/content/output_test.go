@@ -193,7 +193,8 @@ func TestSecretInError(t *testing.T) {
 	checkTraces(t, "the function's log", log, token)
 }
 
-// checkAnswer holds the texts of an answer to what a terminal can bear.
+// checkAnswer wants the form that was asked for, and texts that are safe to print on a
+// terminal.
 func checkAnswer(t *testing.T, a client.Answer, accept string) {
 	t.Helper()
 	if form := a.Header.Get("Content-Type"); form != cmp.Or(accept, client.JSON) {

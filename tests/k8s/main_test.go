@@ -27,8 +27,8 @@ import (
 
 func TestMain(m *testing.M) { stack.Main(m) }
 
-// images builds with the function on this machine, into the registry that the
-// cluster pulls from, what the cluster runs.
+// images builds the images that the cluster runs, with the function on this machine, and
+// pushes them to the registry from which the cluster pulls.
 func images(t *testing.T, s *stack.Stack) {
 	t.Helper()
 	_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Env: map[string]string{"build_timeout": "30m"}})
@@ -208,9 +208,9 @@ func (c *cluster) input(t *testing.T, stdin []byte, args ...string) string {
 	return out
 }
 
-// overlay writes one of one's own over a directory of buildkit/, as README.md there
-// says, for what this cluster has: two processors, and a registry in plain HTTP that is
-// a mirror of docker.io too. It returns its directory.
+// overlay writes an overlay over a directory of buildkit/, as buildkit/README.md says, and
+// returns the overlay's directory. The overlay suits this cluster, which has two
+// processors and one registry in plain HTTP that also mirrors docker.io.
 func (c *cluster) overlay(t *testing.T, variant string) string {
 	t.Helper()
 	dir := filepath.Join(c.dir, "my-"+variant)

@@ -42,7 +42,7 @@ func TestSecretNames(t *testing.T) {
 	}
 }
 
-// fakeCLI is a stand-in for kubectl or faas-cli that writes down how it is called.
+// fakeCLI is a stand-in for kubectl or faas-cli that logs its arguments.
 func fakeCLI(t *testing.T, name string) (path, log string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -54,8 +54,8 @@ func fakeCLI(t *testing.T, name string) (path, log string) {
 	return dir, log
 }
 
-// TestMakeSecrets: every secret of stack.yml is created from what is on disk, or
-// none and what is missing is named.
+// TestMakeSecrets: secrets.sh creates every secret of stack.yml from files. If a file is
+// missing, secrets.sh names it and creates no secret.
 func TestMakeSecrets(t *testing.T) {
 	dir := checkout(t)
 	config := filepath.Join(t.TempDir(), "config.json")

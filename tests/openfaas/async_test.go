@@ -52,7 +52,7 @@ func TestCallback(t *testing.T) {
 			if c.Header.Get("X-Build-Signature") != client.Sign(f.Secret, []byte(c.Body)) {
 				t.Error("the callback's signature is wrong")
 			}
-			// What a caller who waits gets has the same keys and the same verdict.
+			// A caller who waits gets the same keys and the same verdict.
 			sync := post(t, o, "/function/builder", body)
 			if sync.StatusCode != tt.status || sync.Error != c.Error || sync.Digest != c.Digest || !slices.Equal(keysOf(sync.Body), keysOf(c.Body)) {
 				t.Errorf("a sync caller got %v\nthe callback %v", sync, c)
@@ -64,8 +64,8 @@ func TestCallback(t *testing.T) {
 	}
 }
 
-// TestClassedForTheQueue: what the worker tells of a failure, from which a queue
-// that retries decides.
+// TestClassedForTheQueue checks the status with which the worker reports a failure. A
+// queue that sends calls again decides by this status.
 func TestClassedForTheQueue(t *testing.T) {
 	s, _, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{
 		"buildkit_addr": "tcp://127.0.0.1:1", "allowed_images": stack.Shared(t).Registry.Image("allowed"), "max_config_bytes": "100",
@@ -99,7 +99,7 @@ func TestClassedForTheQueue(t *testing.T) {
 	}
 }
 
-// keysOf are the top level's of an indented object.
+// keysOf returns the keys of the top level of an indented object.
 func keysOf(body string) []string {
 	return regexp.MustCompile(`(?m)^  "(\w+)":`).FindAllString(body, -1)
 }
@@ -113,8 +113,8 @@ func TestTooLargeForTheQueue(t *testing.T) {
 	}
 }
 
-// TestQueuedCallWaits: a build from the queue is not answered 429, which the
-// worker would take for its end.
+// TestQueuedCallWaits: a build from the queue waits for a slot and never gets status
+// 429. The worker would drop the build after a 429.
 func TestQueuedCallWaits(t *testing.T) {
 	s, _, o := around(t, stack.OpenFaaSConfig{}, stack.FunctionConfig{Watchdog: true, Env: map[string]string{"max_builds": "1"}})
 	r := newReceiver(t)
@@ -158,8 +158,8 @@ func deliveries(t *testing.T, o *stack.OpenFaaS, id string) int {
 	return n
 }
 
-// TestDeliveredTwice has builds that outlast ack_wait, so that the queue
-// delivers them again, to a second worker meanwhile and to the first afterwards.
+// TestDeliveredTwice has a build that takes longer than ack_wait. The queue delivers it
+// again: to a second worker while it runs, and to the first worker afterwards.
 func TestDeliveredTwice(t *testing.T) {
 	s, f, o := around(t, stack.OpenFaaSConfig{AckWait: time.Second, Workers: 2}, stack.FunctionConfig{Watchdog: true})
 	r := newReceiver(t)

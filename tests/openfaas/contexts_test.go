@@ -61,7 +61,7 @@ func ahead(t *testing.T, c *client.Client, method, digest string, body []byte) *
 func sendAhead(t *testing.T, c *client.Client, method, digest string, body []byte) int {
 	t.Helper()
 	a := c.MustFetch(t, ahead(t, c, method, digest, body))
-	// What follows a signature that has passed is signed.
+	// The function signs the answer to a request whose signature is right.
 	if want := client.Sign(c.Secret, []byte(a.Body)); method == http.MethodPut && a.Header.Get("X-Build-Signature") != want {
 		t.Errorf("%v is signed %q, want %q", a, a.Header.Get("X-Build-Signature"), want)
 	}
@@ -155,8 +155,8 @@ func blobs(t *testing.T, r *stack.Registry, digest string) []string {
 	return files
 }
 
-// TestContextRefused has a registry that lacks a context, or holds a wrong one,
-// and requests that must not reach it.
+// TestContextRefused builds from contexts that the registry lacks or holds changed, and
+// sends a context that must not reach the registry.
 func TestContextRefused(t *testing.T) {
 	s := stack.Shared(t)
 	registry, err := s.NewRegistry(t.Context(), nil)
@@ -203,14 +203,14 @@ func TestContextRefused(t *testing.T) {
 	}
 }
 
-// TestContextExpires deletes what is too old, and takes it again.
+// TestContextExpires: the function deletes a context that is too old, and takes it again.
 func TestContextExpires(t *testing.T) {
 	s := stack.Shared(t)
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
 		"context_repository": s.Registry.Image("builder/expiring"), "context_max_age": "14s",
 	}})
-	// What others put there does not keep contexts from being deleted: a signature
-	// as cosign names it, and an image whose age nobody can tell.
+	// Others put a signature, as cosign names it, and an image without an age there. The
+	// function deletes its own contexts all the same.
 	odd := "sha256-" + strings.Repeat("0", 64)
 	for _, tag := range []string{odd + ".sig", odd} {
 		ref, err := name.NewTag(s.Registry.Image("builder/expiring:" + tag))

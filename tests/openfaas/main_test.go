@@ -23,8 +23,8 @@ import (
 
 func TestMain(m *testing.M) { stack.Main(m) }
 
-// both is what a client of the CE gateway asks for: the gateway flushes an answer to
-// this header line by line.
+// both is the Accept header for the CE gateway. The gateway passes on each line at once
+// if the header names SSE, and the function answers with NDJSON.
 const both = client.SSE + ", " + client.NDJSON
 
 // around starts OpenFaaS in front of a function of the test's own.
@@ -72,11 +72,11 @@ func post(t *testing.T, o *stack.OpenFaaS, path string, body []byte, changes ...
 	return o.MustPost(t, t.Context(), body, append([]client.Change{at(path)}, changes...)...)
 }
 
-// callbackTo has the queue worker post what came of a call to a receiver.
+// callbackTo has the queue worker post the answer to a call to a receiver.
 func callbackTo(r *receiver) client.Change { return client.Header("X-Callback-Url", r.URL) }
 
-// receiver takes callbacks on loopback: the function's answers, as a queue worker posts
-// them. The worker tells their HTTP status in X-Function-Status.
+// receiver takes callbacks on loopback. A queue worker posts the function's answer there,
+// with its HTTP status in the header X-Function-Status.
 type receiver struct {
 	URL string
 
@@ -100,7 +100,7 @@ func newReceiver(t *testing.T) *receiver {
 		}
 		c := client.Answer{Header: req.Header, Body: string(body)}
 		c.StatusCode, _ = strconv.Atoi(req.Header.Get("X-Function-Status"))
-		// Left zero by a body that is no record, which the test then sees.
+		// A body that is no record leaves the zero Record, and the test fails by that.
 		c.Record, _ = client.Decode(c.Body)
 		r.mu.Lock()
 		r.got = append(r.got, c)
@@ -112,7 +112,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// next waits for the callback after the one that it returned before.
+// next waits for the first callback that it has not yet returned.
 func (r *receiver) next(t *testing.T) client.Answer {
 	t.Helper()
 	select {
@@ -148,7 +148,7 @@ func verdict(t *testing.T, o *stack.OpenFaaS, id string) client.Answer {
 	return function(o).MustVerdict(t, t.Context(), id)
 }
 
-// function is the builder through the gateway, for what has a path of its own.
+// function returns a client that reaches the builder's own paths through the gateway.
 func function(o *stack.OpenFaaS) *client.Client {
 	c := o.Client
 	c.URL += "/function/builder"

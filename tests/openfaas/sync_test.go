@@ -54,7 +54,7 @@ func TestSync(t *testing.T) {
 		}
 	})
 	t.Run("large", func(t *testing.T) {
-		// A sync call carries what a queued one cannot.
+		// This body is too large for the queue.
 		m := mark()
 		dir := stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY large /\n", "large": strings.Repeat(m, 1<<20)})
 		body := stack.MustTar(t, dir, map[string]any{"skipPush": true})
@@ -109,8 +109,8 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// TestTooLong has a build that outlasts the gateway's timeout: what its caller
-// sees, and that nobody goes on building for nobody.
+// TestTooLong has a build that takes longer than the gateway's timeout. It checks what
+// the caller sees, and that the function cancels the build.
 func TestTooLong(t *testing.T) {
 	s, f, o := around(t, stack.OpenFaaSConfig{Timeout: 4 * time.Second}, stack.FunctionConfig{Watchdog: true})
 	for _, accept := range []string{"", both} {
