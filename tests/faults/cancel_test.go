@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/http/httputil"
 	"os"
 	"os/exec"
@@ -20,13 +19,14 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
 // TestDisconnect closes the client's connection while a step runs. It runs
 // before the others, which would be in its figures.
 func TestDisconnect(t *testing.T) {
-	for _, form := range []string{jsonForm, ndjson, sse} {
+	for _, form := range []string{jsonForm, client.NDJSON, client.SSE} {
 		t.Run(forms[form], func(t *testing.T) {
 			s, b, f := start(t, stack.FunctionConfig{})
 			var took []time.Duration
@@ -37,10 +37,10 @@ func TestDisconnect(t *testing.T) {
 				ctx, cancel := context.WithCancel(testContext(t))
 				ended := make(chan error, 1)
 				go func() {
-					_, err := send(ctx, f, body, form)
+					_, err := f.Post(ctx, body, client.Accept(form))
 					ended <- err
 				}()
-				waitStep(t, b, m)
+				b.WaitStep(t, m)
 				cancel()
 				took = append(took, waitGone(t, b, m, 2*time.Second))
 				if err := <-ended; !errors.Is(err, context.Canceled) {
@@ -68,14 +68,14 @@ const frozenLimit = 30 * time.Second
 // TestFrozenWhileBuilding stops buildkitd under a running step.
 func TestFrozenWhileBuilding(t *testing.T) {
 	t.Parallel()
-	for _, form := range []string{jsonForm, ndjson} {
+	for _, form := range []string{jsonForm, client.NDJSON} {
 		t.Run(forms[form], func(t *testing.T) {
 			t.Parallel()
 			b := newBuildkitd(t, stack.BuildkitdConfig{})
 			_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
 			m := mark()
 			wait := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), form)
-			waitStep(t, b, m)
+			b.WaitStep(t, m)
 			freeze(t, b)
 			start := time.Now()
 			a := wait()
@@ -84,13 +84,13 @@ func TestFrozenWhileBuilding(t *testing.T) {
 			if took > patience(frozenLimit) {
 				t.Errorf("the verdict took %v, want %v at most", took, patience(frozenLimit))
 			}
-			a.wantFailed(t, "no_daemon")
+			a.WantFailed(t, "no_daemon")
 
 			if err := b.Resume(); err != nil {
 				t.Fatal(err)
 			}
 			waitGone(t, b, m, 5*time.Second)
-			mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+			mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
 		})
 	}
 }
@@ -106,11 +106,11 @@ func TestFrozenBefore(t *testing.T) {
 			_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
 			body := request(t, local(), "FROM busybox", "RUN : "+mark())
 			if kept {
-				mustSend(t, f, body, jsonForm).wantSuccess(t)
+				mustSend(t, f, body, jsonForm).WantSuccess(t)
 			}
 			freeze(t, b)
 			start := time.Now()
-			mustSend(t, f, body, jsonForm).wantFailed(t, "no_daemon")
+			mustSend(t, f, body, jsonForm).WantFailed(t, "no_daemon")
 			took := time.Since(start)
 			t.Logf("verdict after %v", took)
 			if took > patience(frozenLimit) {
@@ -122,7 +122,7 @@ func TestFrozenBefore(t *testing.T) {
 			if err := b.Resume(); err != nil {
 				t.Fatal(err)
 			}
-			mustSend(t, f, body, jsonForm).wantSuccess(t)
+			mustSend(t, f, body, jsonForm).WantSuccess(t)
 		})
 	}
 }
@@ -143,8 +143,8 @@ func TestDaemonRestartedBetween(t *testing.T) {
 	build := func() time.Duration {
 		t.Helper()
 		a := mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
-		a.wantSuccess(t)
-		return a.took
+		a.WantSuccess(t)
+		return a.Took
 	}
 	build()
 	var took []time.Duration
@@ -164,10 +164,10 @@ func TestDaemonRestartedBetween(t *testing.T) {
 	// And without one: the callers are told at once, and the next build works.
 	b.Kill()
 	a := mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
-	a.wantFailed(t, "no_daemon")
-	t.Logf("no daemon at all: verdict after %v", a.took)
-	if a.took > patience(10*time.Second) {
-		t.Errorf("took %v to say that there is no daemon", a.took)
+	a.WantFailed(t, "no_daemon")
+	t.Logf("no daemon at all: verdict after %v", a.Took)
+	if a.Took > patience(10*time.Second) {
+		t.Errorf("took %v to say that there is no daemon", a.Took)
 	}
 	if err := b.Start(testContext(t)); err != nil {
 		t.Fatal(err)
@@ -183,18 +183,18 @@ func TestDaemonKilledAndBack(t *testing.T) {
 	s, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
 	m := mark()
 	ref := s.Registry.Image("killed-and-back:latest")
-	wait := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 5*time.Minute)), ndjson)
-	waitStep(t, b, m)
+	wait := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(m, 5*time.Minute)), client.NDJSON)
+	b.WaitStep(t, m)
 	start := time.Now()
 	b.Kill()
 	if err := b.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the daemon was back after %v", time.Since(start))
-	waitStep(t, b, m)
+	b.WaitStep(t, m)
 	release(t, m)
 	a := wait()
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	if !slices.ContainsFunc(a.Log, func(l string) bool { return strings.Contains(l, "building again") }) {
 		t.Errorf("nothing in the log tells of the second attempt: %q", a.Log)
 	}
@@ -215,18 +215,18 @@ func TestCertificateReplaced(t *testing.T) {
 	certs := copyCerts(t, s.Certs)
 	b := newBuildkitd(t, stack.BuildkitdConfig{Certs: certs})
 	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
-	build := func() answer {
+	build := func() client.Answer {
 		t.Helper()
 		return mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
 	}
-	build().wantSuccess(t)
+	build().WantSuccess(t)
 
 	// One of another CA must be noticed, or the kept connection still serves.
 	foreign := filepath.Join(t.TempDir(), "certs")
 	makeCerts(t, s, foreign)
 	install(t, f, foreign, "buildkit-cert", "buildkit-key")
 	a := build()
-	a.wantFailed(t, "no_daemon")
+	a.WantFailed(t, "no_daemon")
 	t.Logf("a certificate of a foreign CA: %v", a)
 
 	// A new one of the same CA; meanwhile a build runs on the old connection.
@@ -234,20 +234,20 @@ func TestCertificateReplaced(t *testing.T) {
 	renewed := copyCerts(t, certs)
 	makeCerts(t, s, renewed)
 	m := mark()
-	long := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), ndjson)
-	waitStep(t, b, m)
+	long := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), client.NDJSON)
+	b.WaitStep(t, m)
 	before := connections(t, b)
 	install(t, f, renewed, "buildkit-cert", "buildkit-key")
-	build().wantSuccess(t)
+	build().WantSuccess(t)
 	if now := connections(t, b); now != before+1 {
 		t.Errorf("%d connections to buildkitd before the certificate changed and %d after, want one more", before, now)
 	}
-	if !runs(t, b, m) {
+	if !b.Runs(t, m) {
 		t.Error("the running build ended with the old certificate")
 	}
 	release(t, m)
-	long().wantSuccess(t)
-	eventually(t, patience(5*time.Second), func() error {
+	long().WantSuccess(t)
+	stack.Eventually(t, patience(5*time.Second), func() error {
 		if n := connections(t, b); n != 1 {
 			return fmt.Errorf("%d connections to buildkitd after the last build on the old one, want 1", n)
 		}
@@ -264,7 +264,7 @@ func TestCertificateReplaced(t *testing.T) {
 	if err := b.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	build().wantSuccess(t)
+	build().WantSuccess(t)
 }
 
 func copyCerts(t *testing.T, certs string) string {
@@ -376,7 +376,7 @@ func TestReaderStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("Accept", ndjson)
+	req.Header.Set("Accept", client.NDJSON)
 	raw, err := httputil.DumpRequestOut(req, true)
 	if err != nil {
 		t.Fatal(err)
@@ -395,10 +395,10 @@ func TestReaderStops(t *testing.T) {
 	if _, err := conn.Write(raw); err != nil {
 		t.Fatal(err)
 	}
-	waitStep(t, b, m)
+	b.WaitStep(t, m)
 	var full time.Time
 	var most int64
-	for end := time.Now().Add(testTimeout); runs(t, b, m); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(testTimeout); b.Runs(t, m); time.Sleep(20 * time.Millisecond) {
 		if n := underway(t, conn.RemoteAddr(), conn.LocalAddr()); n > most {
 			most, full = n, time.Now()
 		}
@@ -413,7 +413,7 @@ func TestReaderStops(t *testing.T) {
 		t.Errorf("the build was held for %v, want 30s and a little", took)
 	}
 	waitIdle(t, f)
-	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
 	if ends := logged(t, f); len(ends) == 0 || ends[0]["code"] != "canceled" {
 		t.Errorf("the log has %v, want canceled first", ends)
 	}
@@ -449,14 +449,14 @@ func TestReaderSlow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("Accept", ndjson)
-	resp, err := http.DefaultClient.Do(req)
+	req.Header.Set("Accept", client.NDJSON)
+	resp, err := f.Send(req)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
 	bytes := 0
-	a, err := read(resp, func(r stack.Record) {
+	a, err := client.Read(resp, func(r client.Record) {
 		for _, line := range r.Log {
 			bytes += len(line)
 		}
@@ -465,7 +465,7 @@ func TestReaderSlow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	t.Logf("read %d bytes in %v", bytes, a.Duration)
 	if bytes < 11<<20 {
 		t.Errorf("%d bytes came, of the 12 MB that were printed", bytes)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -42,11 +43,11 @@ func TestTempDirFull(t *testing.T) {
 	tmpfs(t, f.TempDir, "16m")
 	large := layered(t, local(), 40<<20)
 	small := layered(t, local(), 8<<20) // more than spool_memory_bytes
-	for _, form := range []string{jsonForm, ndjson, sse} {
-		mustSend(t, f, small, form).wantSuccess(t)
-		mustSend(t, f, large, form).wantFailed(t, "no_space")
+	for _, form := range []string{jsonForm, client.NDJSON, client.SSE} {
+		mustSend(t, f, small, form).WantSuccess(t)
+		mustSend(t, f, large, form).WantFailed(t, "no_space")
 		wantNoTempFiles(t, f)
-		mustSend(t, f, small, form).wantSuccess(t)
+		mustSend(t, f, small, form).WantSuccess(t)
 		wantNoTempFiles(t, f)
 	}
 
@@ -58,7 +59,7 @@ func TestTempDirFull(t *testing.T) {
 func wantNoTempFiles(t *testing.T, f *stack.Function) {
 	t.Helper()
 	// The client may have the answer a moment before the handler has returned.
-	eventually(t, patience(2*time.Second), func() error {
+	stack.Eventually(t, patience(2*time.Second), func() error {
 		names, unlinked, err := f.TempFiles()
 		if err != nil || len(names) != 0 || unlinked != 0 {
 			return fmt.Errorf("the temporary directory holds %q and %d unlinked bytes, %v, want nothing", names, unlinked, err)
@@ -74,35 +75,35 @@ func TestDaemonFull(t *testing.T) {
 	tmpfs(t, dir, "160m")
 	b := newBuildkitd(t, stack.BuildkitdConfig{Args: []string{"--root", filepath.Join(dir, "root")}})
 	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b})
-	small := func() answer {
+	small := func() client.Answer {
 		t.Helper()
 		return mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm)
 	}
-	small().wantSuccess(t)
+	small().WantSuccess(t)
 
 	// What others take, buildkitd has again when they give it back.
 	ballast := filepath.Join(dir, "ballast")
 	fill(t, ballast)
-	small().wantFailed(t, "daemon_full")
-	mustSend(t, f, layered(t, local(), 8<<20), ndjson).wantFailed(t, "daemon_full")
+	small().WantFailed(t, "daemon_full")
+	mustSend(t, f, layered(t, local(), 8<<20), client.NDJSON).WantFailed(t, "daemon_full")
 	if err := os.Truncate(ballast, 4<<20); err != nil {
 		t.Fatal(err)
 	}
-	small().wantSuccess(t)
-	mustSend(t, f, layered(t, local(), 8<<20), ndjson).wantSuccess(t)
+	small().WantSuccess(t)
+	mustSend(t, f, layered(t, local(), 8<<20), client.NDJSON).WantSuccess(t)
 
 	// A step that fills the disk fails by its own exit code. buildkitd keeps what
 	// it wrote, and often cannot even prune it: that has to be written down as well.
-	mustSend(t, f, request(t, local(), "FROM busybox", "RUN dd if=/dev/zero of=/fill bs=1M; : "+mark()+"; false"), jsonForm).wantFailed(t, "build_failed")
-	small().wantFailed(t, "daemon_full")
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN dd if=/dev/zero of=/fill bs=1M; : "+mark()+"; false"), jsonForm).WantFailed(t, "build_failed")
+	small().WantFailed(t, "daemon_full")
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := b.Buildctl(testContext(t), "prune").CombinedOutput(); err != nil {
 		t.Errorf("pruning with a little space again: %v\n%s", err, out)
 	}
-	small().wantSuccess(t)
-	mustSend(t, f, layered(t, local(), 8<<20), ndjson).wantSuccess(t)
+	small().WantSuccess(t)
+	mustSend(t, f, layered(t, local(), 8<<20), client.NDJSON).WantSuccess(t)
 }
 
 // TestClientsWords has builds fail with words of a client's that mean much where
@@ -115,10 +116,10 @@ func TestClientsWords(t *testing.T) {
 		"no space left on device", `a \" no space left on device`, "failed to push x: toomanyrequests: x",
 	} {
 		config := map[string]any{"skipPush": true, "target": words}
-		mustSend(t, f, request(t, config, "FROM busybox", "RUN : "+mark()), jsonForm).wantFailed(t, "build_failed", "target stage")
+		mustSend(t, f, request(t, config, "FROM busybox", "RUN : "+mark()), jsonForm).WantFailed(t, "build_failed", "target stage")
 		quoted := strconv.Quote(words)
-		mustSend(t, f, request(t, local(), "FROM busybox", "COPY ["+quoted+`, "/"]`), jsonForm).wantFailed(t, "build_failed")
-		mustSend(t, f, request(t, local(), "FROM busybox", "RUN echo "+quoted+"; : "+mark()+"; false"), jsonForm).wantFailed(t, "build_failed")
+		mustSend(t, f, request(t, local(), "FROM busybox", "COPY ["+quoted+`, "/"]`), jsonForm).WantFailed(t, "build_failed")
+		mustSend(t, f, request(t, local(), "FROM busybox", "RUN echo "+quoted+"; : "+mark()+"; false"), jsonForm).WantFailed(t, "build_failed")
 	}
 	for _, end := range logged(t, f) {
 		if end["attempts"] != 1.0 {
@@ -155,7 +156,8 @@ func TestNothingGrows(t *testing.T) {
 	t.Parallel()
 	builds := *soak
 	s, f := stack.Test(t, stack.FunctionConfig{Plain: true, Env: map[string]string{"max_builds": "4"}})
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	c := f.Client
+	c.HTTP = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	fixed := layered(t, &builder.BuildConfig{Image: s.Registry.Image("soak:fixed")}, 64<<10)
 	spooled := layered(t, local(), 5<<20)
 	failing := request(t, local(), "FROM busybox", "RUN echo soak; exit 3")
@@ -163,7 +165,7 @@ func TestNothingGrows(t *testing.T) {
 	// What runs a step, or has megabytes, comes less often than the rest.
 	mix := []int{0, 4, 1, 0, 5, 2, 0, 6, 3, 0, 4, 7}
 	one := func(ctx context.Context, kind int) error {
-		form := []string{jsonForm, ndjson, sse}[mathrand.IntN(3)]
+		form := []string{jsonForm, client.NDJSON, client.SSE}[mathrand.IntN(3)]
 		body, code := fixed, ""
 		switch kind {
 		case 0: // cached
@@ -181,24 +183,17 @@ func TestNothingGrows(t *testing.T) {
 			code = "unauthorized"
 		case 7:
 			if form == jsonForm {
-				form = ndjson
+				form = client.NDJSON
 			}
-			return abort(ctx, client, f, request(t, local(), "FROM busybox", sleep(mark(), time.Minute)), form)
-		}
-		req, err := f.Request(ctx, body)
-		if err != nil {
-			return err
-		}
-		if form != jsonForm {
-			req.Header.Set("Accept", form)
+			return abort(ctx, &c, request(t, local(), "FROM busybox", sleep(mark(), time.Minute)), form)
 		}
 		// Waits for a slot in every form.
-		req.Header.Set("X-Callback-Url", "http://127.0.0.1:1/")
+		changes := []client.Change{client.Accept(form), client.Header("X-Callback-Url", "http://127.0.0.1:1/")}
 		if code == "unauthorized" {
-			req.Header.Set("X-Build-Signature", stack.Sign("not the secret", body))
+			changes = append(changes, client.Signature(client.Sign("not the secret", body)))
 		}
-		a, err := do(client, req)
-		if err == nil && a.Code != code {
+		a, err := c.Post(ctx, body, changes...)
+		if err == nil && (a.Code != code || (a.Status == "success") != (code == "")) {
 			err = fmt.Errorf("want code %q, got %v", code, a)
 		}
 		return err
@@ -232,7 +227,7 @@ func TestNothingGrows(t *testing.T) {
 	took := time.Since(start)
 	var after holdings
 	// What has ended may take a moment to go.
-	eventually(t, patience(20*time.Second), func() error {
+	stack.Eventually(t, patience(20*time.Second), func() error {
 		after = held(t, f)
 		switch {
 		case after.goroutines > before.goroutines+5:

@@ -5,12 +5,9 @@
 package faults
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -31,6 +28,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -47,33 +45,23 @@ var (
 	timing = flag.Bool("timing", false, "hold waits to what they are on a machine that does nothing else")
 )
 
-const (
-	jsonForm = ""
-	ndjson   = "application/x-ndjson"
-	sse      = "text/event-stream"
-)
+// jsonForm is what a client gets that asks for no form.
+const jsonForm = ""
 
 // forms names them in tests.
-var forms = map[string]string{jsonForm: "json", ndjson: "ndjson", sse: "sse"}
+var forms = map[string]string{jsonForm: "json", client.NDJSON: "ndjson", client.SSE: "sse"}
 
 // testTimeout bounds whatever a test waits for that has no limit of its own.
 const testTimeout = 3 * time.Minute
 
 func testContext(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
-	t.Cleanup(cancel)
-	return ctx
+	return stack.Within(t, testTimeout)
 }
 
 // request is a tar with one Dockerfile.
 func request(t *testing.T, config any, dockerfile ...string) []byte {
 	t.Helper()
-	dir := stack.Context(t, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
-	body, err := stack.Tar(dir, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return body
+	return stack.Body(t, config, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
 }
 
 // local is the config of a build that pushes nothing.
@@ -88,180 +76,27 @@ func sleep(m string, d time.Duration) string {
 	return fmt.Sprintf("RUN sleep %g; : %s", d.Seconds(), m)
 }
 
-// answer is all that came of one request.
-type answer struct {
-	stack.Record
-	code   int // HTTP status
-	header http.Header
-	took   time.Duration
-	beats  int // heartbeats
-}
-
-func (a answer) String() string {
-	return fmt.Sprintf("HTTP %d, %s %s after %v: %s\nlog: %q", a.code, a.Status, a.Code, a.took.Round(time.Millisecond), a.Error, a.Log)
-}
-
-// maxLine is the longest line that a stream may have, in bytes.
-const maxLine = 60 << 10
-
-// send posts a signed body and reads the answer to its end, which must be as
-// the contract says for that form.
-func send(ctx context.Context, f *stack.Function, body []byte, form string) (answer, error) {
-	req, err := f.Request(ctx, body)
-	if err != nil {
-		return answer{}, err
-	}
-	if form != jsonForm {
-		req.Header.Set("Accept", form)
-	}
-	return do(http.DefaultClient, req)
-}
-
-func do(client *http.Client, req *http.Request) (answer, error) {
-	start := time.Now()
-	resp, err := client.Do(req)
-	if err != nil {
-		return answer{}, err
-	}
-	defer resp.Body.Close()
-	a, err := read(resp, nil)
-	a.took = time.Since(start)
-	return a, err
-}
-
-// read takes an answer apart and calls each, if not nil, for every record.
-func read(resp *http.Response, each func(stack.Record)) (answer, error) {
-	a := answer{code: resp.StatusCode, header: resp.Header}
-	form := resp.Header.Get("Content-Type")
-	if form != ndjson && form != sse {
-		text, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
-		if err != nil {
-			return a, err
-		}
-		if err := json.Unmarshal(text, &a.Record); err != nil {
-			return a, fmt.Errorf("the answer is not JSON: %w: %.300q", err, text)
-		}
-		if (a.code == http.StatusOK) != (a.Status == "success") {
-			return a, fmt.Errorf("HTTP %d has status %q", a.code, a.Status)
-		}
-		return a, nil
-	}
-	var log []string
-	lines := bufio.NewReader(resp.Body)
-	for {
-		line, err := lines.ReadBytes('\n')
-		if err == io.EOF && len(line) == 0 {
-			break
-		}
-		if err != nil {
-			return a, fmt.Errorf("the stream broke off at %.100q: %w", line, err)
-		}
-		if len(line) > maxLine {
-			return a, fmt.Errorf("a line of %d bytes: %.200q", len(line), line)
-		}
-		text := bytes.TrimSuffix(line, []byte("\n"))
-		if form == sse {
-			var ok bool
-			if len(text) == 0 {
-				continue
-			}
-			if text[0] == ':' {
-				a.beats++
-				continue
-			}
-			if text, ok = bytes.CutPrefix(text, []byte("data: ")); !ok {
-				return a, fmt.Errorf("not an event: %.200q", line)
-			}
-		}
-		if a.Status == "success" || a.Status == "failed" {
-			return a, fmt.Errorf("after the last record came %.200q", line)
-		}
-		a.Record = stack.Record{}
-		if err := json.Unmarshal(text, &a.Record); err != nil {
-			return a, fmt.Errorf("not a record: %w: %.200q", err, line)
-		}
-		if !slices.Contains([]string{"in_progress", "success", "failed"}, a.Status) {
-			return a, fmt.Errorf("a record of status %q", a.Status)
-		}
-		if a.Status == "in_progress" && len(a.Log) == 0 {
-			a.beats++
-		}
-		log = append(log, a.Log...)
-		if each != nil {
-			each(a.Record)
-		}
-	}
-	if a.Status != "success" && a.Status != "failed" {
-		return a, fmt.Errorf("the stream ended without a verdict, after %.500q", log)
-	}
-	a.Log = log
-	return a, nil
-}
-
-// mustSend is send for a test's own goroutine.
-func mustSend(t *testing.T, f *stack.Function, body []byte, form string) answer {
+// mustSend sends a signed body and reads the answer in a form.
+func mustSend(t *testing.T, f *stack.Function, body []byte, form string) client.Answer {
 	t.Helper()
-	a, err := send(testContext(t), f, body, form)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
+	return f.MustPost(t, testContext(t), body, client.Accept(form))
 }
 
-// background is send in a goroutine. wait returns what came of it.
-func background(t *testing.T, f *stack.Function, body []byte, form string) (wait func() answer) {
+// background is mustSend in a goroutine. wait returns what came of it.
+func background(t *testing.T, f *stack.Function, body []byte, form string) (wait func() client.Answer) {
 	ctx := testContext(t)
-	var a answer
+	var a client.Answer
 	var err error
 	var done sync.WaitGroup
-	done.Go(func() { a, err = send(ctx, f, body, form) })
+	done.Go(func() { a, err = f.Post(ctx, body, client.Accept(form)) })
 	t.Cleanup(done.Wait)
-	return func() answer {
+	return func() client.Answer {
 		t.Helper()
 		done.Wait()
 		if err != nil {
 			t.Fatal(err)
 		}
 		return a
-	}
-}
-
-// httpStatus is the contract's, by code.
-var httpStatus = map[string]int{
-	"build_failed": 422, "registry_denied": 422, "deadline": 422,
-	"busy": 429, "slow_upload": 400, "unauthorized": 401,
-	"no_daemon": 503, "daemon_lost": 503, "daemon_full": 503, "registry_failed": 503, "registry_timeout": 503,
-	"no_space": 503, "shutting_down": 503, "stalled": 503, "queue_timeout": 503,
-}
-
-// wantFailed checks a failure's code, its HTTP status, and that its error
-// contains all of the texts.
-func (a answer) wantFailed(t *testing.T, code string, texts ...string) {
-	t.Helper()
-	if a.Status != "failed" || a.Code != code {
-		t.Fatalf("want failed %s, got %v", code, a)
-	}
-	for _, text := range texts {
-		if !strings.Contains(a.Error, text) {
-			t.Errorf("the error lacks %q: %v", text, a)
-		}
-	}
-	form := a.header.Get("Content-Type")
-	if form == ndjson || form == sse {
-		return
-	}
-	if want := httpStatus[code]; want == 0 || a.code != want {
-		t.Errorf("%s came with HTTP %d, want %d", code, a.code, want)
-	}
-	if retry := a.code == 429 || a.code == 503; retry != (a.header.Get("Retry-After") != "") {
-		t.Errorf("HTTP %d came with Retry-After %q", a.code, a.header.Get("Retry-After"))
-	}
-}
-
-func (a answer) wantSuccess(t *testing.T) {
-	t.Helper()
-	if a.Status != "success" || a.Code != "" || a.Error != "" {
-		t.Fatalf("want success, got %v", a)
 	}
 }
 
@@ -275,43 +110,10 @@ func patience(d time.Duration) time.Duration {
 	return d + 30*time.Second
 }
 
-// eventually polls until check is nil, and returns how long that took.
-func eventually(t *testing.T, limit time.Duration, check func() error) time.Duration {
-	t.Helper()
-	start := time.Now()
-	for {
-		err := check()
-		took := time.Since(start)
-		if err == nil {
-			return took
-		}
-		if took > limit {
-			t.Fatalf("still after %v: %v", limit, err)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-}
-
-// waitStep returns once the RUN step with m in its command line runs.
-func waitStep(t *testing.T, b *stack.Buildkitd, m string) {
-	t.Helper()
-	eventually(t, time.Minute, func() error {
-		if runs(t, b, m) {
-			return nil
-		}
-		return errors.New("the RUN step has not begun")
-	})
-}
-
 // waitGone returns once the RUN step has no process any more.
 func waitGone(t *testing.T, b *stack.Buildkitd, m string, limit time.Duration) time.Duration {
 	t.Helper()
-	return eventually(t, patience(limit), func() error {
-		if !runs(t, b, m) {
-			return nil
-		}
-		return errors.New("the RUN step's process is still there")
-	})
+	return b.WaitGone(t, m, patience(limit))
 }
 
 // sleepers are the processes that sleep in the steps that sleep made with the mark m,
@@ -347,7 +149,7 @@ func sleepers(t *testing.T, m string) (pids []int) {
 func release(t *testing.T, m string) {
 	t.Helper()
 	// A shell that has begun has its child soon.
-	eventually(t, patience(time.Second), func() error {
+	stack.Eventually(t, patience(time.Second), func() error {
 		pids := sleepers(t, m)
 		if len(pids) == 0 {
 			return fmt.Errorf("no step with %s sleeps", m)
@@ -359,15 +161,6 @@ func release(t *testing.T, m string) {
 		}
 		return nil
 	})
-}
-
-func runs(t *testing.T, b *stack.Buildkitd, m string) bool {
-	t.Helper()
-	steps, err := b.Steps()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.ContainsFunc(steps, func(line string) bool { return strings.Contains(line, m) })
 }
 
 // roomy is a daemon for all tests whose steps sleep: the shipped configuration
@@ -442,7 +235,7 @@ func metric(f *stack.Function, metric string, labels ...string) (float64, error)
 // waitIdle returns once no build holds a slot or waits for one.
 func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 	t.Helper()
-	return eventually(t, patience(15*time.Second), func() error {
+	return stack.Eventually(t, patience(15*time.Second), func() error {
 		for _, name := range []string{"builder_builds_in_flight", "builder_builds_waiting"} {
 			if n, err := metric(f, name); err != nil || n != 0 {
 				return fmt.Errorf("%s is %v, %v", name, n, err)

@@ -14,9 +14,10 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/moby/buildkit/client"
+	buildkit "github.com/moby/buildkit/client"
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -122,8 +123,8 @@ func TestPlatformsOfTheirOwn(t *testing.T) {
 		"image": ref, "tags": []string{second}, "platforms": []string{"linux/arm64", "linux/amd64"},
 		"annotations": map[string]string{"note": "kept"},
 	}
-	got := mustSend(t, f, perArch(t, config, "other"), ndjson)
-	got.wantSuccess(t)
+	got := mustSend(t, f, perArch(t, config, "other"), client.NDJSON)
+	got.WantSuccess(t)
 	// Of what was pushed nothing but the configs is fetched for the index.
 	if text, err := os.ReadFile(s.Registry.LogFile()); err != nil || strings.Count(string(text), `"GET /v2/`+repository+`/blobs/`) > 2 {
 		t.Errorf("%d blobs were pulled to join them, %v", strings.Count(string(text), `"GET /v2/`+repository+`/blobs/`), err)
@@ -156,9 +157,9 @@ func TestPlatformsOfTheirOwn(t *testing.T) {
 	}
 
 	// What has been built is in each daemon's cache.
-	mustSend(t, f, body, jsonForm).wantSuccess(t)
+	mustSend(t, f, body, jsonForm).WantSuccess(t)
 	again := mustSend(t, f, body, jsonForm)
-	again.wantSuccess(t)
+	again.WantSuccess(t)
 	if _, line := (app{image: ref}).placed(t, f); line["cached_steps"] != 4.0 {
 		t.Errorf("%v of %v steps cached", line["cached_steps"], line["steps"])
 	}
@@ -166,7 +167,7 @@ func TestPlatformsOfTheirOwn(t *testing.T) {
 	// A platform of neither: emulated, beside the others.
 	body = request(t, &builder.BuildConfig{Image: ref, Platforms: []string{"linux/amd64", "linux/s390x"}}, "FROM scratch", "COPY Dockerfile /")
 	three := mustSend(t, f, body, jsonForm)
-	three.wantSuccess(t)
+	three.WantSuccess(t)
 	if log := strings.Join(three.Log, "\n"); !strings.Contains(log, "linux/s390x is built under emulation") {
 		t.Errorf("the log does not tell of emulation:\n%s", log)
 	}
@@ -175,7 +176,7 @@ func TestPlatformsOfTheirOwn(t *testing.T) {
 	for range 4 {
 		a := apps(s, 1)[0]
 		one := mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image}, "FROM busybox", "RUN : "+a.mark), jsonForm)
-		one.wantSuccess(t)
+		one.WantSuccess(t)
 		if !slices.Equal(one.Platforms, []string{"linux/amd64"}) {
 			t.Errorf("platforms %q", one.Platforms)
 		}
@@ -183,7 +184,7 @@ func TestPlatformsOfTheirOwn(t *testing.T) {
 
 	// Without a push there is nothing to join.
 	dry := mustSend(t, f, perArch(t, map[string]any{"skipPush": true, "platforms": []string{"linux/amd64", "linux/arm64"}}, "other"), jsonForm)
-	dry.wantSuccess(t)
+	dry.WantSuccess(t)
 	if dry.Digest != "" || !strings.Contains(fmt.Sprint(dry.Warnings), "only when they are pushed") {
 		t.Errorf("digest %q, warnings %q", dry.Digest, dry.Warnings)
 	}
@@ -197,7 +198,7 @@ func layersKept(t *testing.T, b *stack.Buildkitd) int {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	all, err := c.DiskUsage(testContext(t), client.WithFilter([]string{"type==regular"}))
+	all, err := c.DiskUsage(testContext(t), buildkit.WithFilter([]string{"type==regular"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -250,10 +251,10 @@ func TestRegistryFailsPart(t *testing.T) {
 			}
 			want := ""
 			if tt.code == "" {
-				got.wantSuccess(t)
+				got.WantSuccess(t)
 				want = got.Digest
 			} else {
-				got.wantFailed(t, tt.code)
+				got.WantFailed(t, tt.code)
 			}
 			if d := digest(t, s.Registry.Image(repository+":v1")); d != want {
 				t.Errorf("the tag is %q, want %q", d, want)
@@ -271,9 +272,9 @@ func TestOnePlatformFails(t *testing.T) {
 	ref := s.Registry.Image(repository + ":v1")
 	config := map[string]any{"image": ref, "platforms": []string{"linux/amd64", "linux/arm64"}}
 	before := mustSend(t, f, perArch(t, config, "other"), jsonForm)
-	before.wantSuccess(t)
-	mustSend(t, f, perArch(t, config, "absent"), jsonForm).wantFailed(t, "build_failed", "absent")
-	mustSend(t, f, perArch(t, config, "absent"), sse).wantFailed(t, "build_failed", "absent")
+	before.WantSuccess(t)
+	mustSend(t, f, perArch(t, config, "absent"), jsonForm).WantFailed(t, "build_failed", "absent")
+	mustSend(t, f, perArch(t, config, "absent"), client.SSE).WantFailed(t, "build_failed", "absent")
 	if got := digest(t, ref); got != before.Digest {
 		t.Errorf("the tag moved from %s to %s", before.Digest, got)
 	}
@@ -284,7 +285,7 @@ func TestOnePlatformFails(t *testing.T) {
 	list[1].Kill()
 	body := request(t, &builder.BuildConfig{Image: ref, Platforms: []string{"linux/amd64", "linux/arm64"}}, "FROM scratch", "COPY Dockerfile /")
 	got := mustSend(t, f, body, jsonForm)
-	got.wantFailed(t, "no_daemon")
+	got.WantFailed(t, "no_daemon")
 	if got := digest(t, ref); got != before.Digest {
 		t.Errorf("the tag moved from %s to %s", before.Digest, got)
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	poolbench "handler/function/tests/pool"
 	"handler/function/tests/stack"
 )
@@ -112,7 +113,7 @@ func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
 		all.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			got, err := send(testContext(t), f, body, jsonForm)
+			got, err := f.Post(testContext(t), body, client.Accept(jsonForm))
 			if err != nil || got.Status != "success" {
 				t.Errorf("%v, %v", got, err)
 			}
@@ -130,7 +131,7 @@ func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
 func running(t *testing.T, list []*stack.Buildkitd, images []app) map[*stack.Buildkitd][]app {
 	t.Helper()
 	var at map[*stack.Buildkitd][]app
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		at = make(map[*stack.Buildkitd][]app)
 		n := 0
 		for _, b := range list {
@@ -154,7 +155,7 @@ func running(t *testing.T, list []*stack.Buildkitd, images []app) map[*stack.Bui
 }
 
 // saysMoved says whether the log tells of a daemon that was lost.
-func (a answer) saysMoved() bool {
+func saysMoved(a client.Answer) bool {
 	return slices.ContainsFunc(a.Log, func(l string) bool {
 		return strings.HasPrefix(l, "w: ") && strings.Contains(l, "was lost: building again")
 	})
@@ -167,9 +168,9 @@ func TestDaemonKilled(t *testing.T) {
 	list := daemons(t, 3)
 	s, f := pool(t, list, nil)
 	images := apps(s, 20)
-	var waits []func() answer
+	var waits []func() client.Answer
 	for _, a := range images {
-		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), sse))
+		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), client.SSE))
 	}
 	at := running(t, list, images)
 	victim := slices.MaxFunc(list, func(a, b *stack.Buildkitd) int { return len(at[a]) - len(at[b]) })
@@ -180,11 +181,11 @@ func TestDaemonKilled(t *testing.T) {
 	}
 	for i, wait := range waits {
 		got := wait()
-		got.wantSuccess(t)
-		if moved := slices.Contains(at[victim], images[i]); got.saysMoved() != moved {
+		got.WantSuccess(t)
+		if moved := slices.Contains(at[victim], images[i]); saysMoved(got) != moved {
 			t.Errorf("moved: %v; the log says %q", moved, got.Log)
 		}
-		if n := pushes(t, s, images[i].repository); n != 1 {
+		if n := s.Registry.Pushes(t, images[i].repository); n != 1 {
 			t.Errorf("%d pushes of one image", n)
 		}
 	}
@@ -204,7 +205,7 @@ func TestDaemonKilled(t *testing.T) {
 	if err := victim.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, patience(30*time.Second), func() error {
+	stack.Eventually(t, patience(30*time.Second), func() error {
 		if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 3 {
 			return fmt.Errorf("%v reachable, %v", n, err)
 		}
@@ -258,12 +259,12 @@ func TestKilledWhilePushing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wait := background(t, f, body, sse)
+			wait := background(t, f, body, client.SSE)
 			var victim *stack.Buildkitd
 			for b := range running(t, list, []app{{mark: m}}) {
 				victim = b
 			}
-			eventually(t, time.Minute, func() error {
+			stack.Eventually(t, time.Minute, func() error {
 				if n, _ := proxy.broken(); n == 0 {
 					return errors.New("nothing is pushed")
 				}
@@ -272,8 +273,8 @@ func TestKilledWhilePushing(t *testing.T) {
 			time.Sleep(time.Second)
 			victim.Kill()
 			got := wait()
-			got.wantSuccess(t)
-			if !got.saysMoved() {
+			got.WantSuccess(t)
+			if !saysMoved(got) {
 				t.Errorf("the log does not say that it moved: %q", got.Log)
 			}
 			ends := logged(t, f)
@@ -286,7 +287,7 @@ func TestKilledWhilePushing(t *testing.T) {
 			if tags := wantWhole(t, s.Registry.Image(repository)); len(tags) != 1 {
 				t.Errorf("the repository has the tags %q, want v1 alone", tags)
 			}
-			if n := pushes(t, s, repository); n != tt.manifests {
+			if n := s.Registry.Pushes(t, repository); n != tt.manifests {
 				t.Errorf("the registry took %d manifests, want %d", n, tt.manifests)
 			}
 		})
@@ -364,9 +365,9 @@ func TestDaemonUnwell(t *testing.T) {
 			s, f := pool(t, list, nil)
 			images := apps(s, 12)
 			everywhere(t, f, images) // so that there are connections
-			var waits []func() answer
+			var waits []func() client.Answer
 			for _, a := range images {
-				waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), ndjson))
+				waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), client.NDJSON))
 			}
 			at := running(t, list, images)
 			// Where most builds run.
@@ -378,7 +379,7 @@ func TestDaemonUnwell(t *testing.T) {
 			}
 			more := apps(s, 12)
 			for _, a := range more {
-				waits = append(waits, background(t, f, a.body(t, "RUN : "+a.mark), ndjson))
+				waits = append(waits, background(t, f, a.body(t, "RUN : "+a.mark), client.NDJSON))
 			}
 			// Each runs again on another, where its own is too ill for it to end there.
 			var able []*stack.Buildkitd
@@ -397,7 +398,7 @@ func TestDaemonUnwell(t *testing.T) {
 				release(t, a.mark)
 			}
 			for _, wait := range waits {
-				wait().wantSuccess(t)
+				wait().WantSuccess(t)
 			}
 			for _, a := range more {
 				addr, _ := a.placed(t, f)
@@ -429,7 +430,7 @@ func TestAllFrozen(t *testing.T) {
 	s, f := pool(t, list, nil)
 	everywhere(t, f, apps(s, 12)) // so that there are connections
 	images := apps(s, 2)
-	wait := background(t, f, images[0].body(t, sleep(images[0].mark, 5*time.Minute)), ndjson)
+	wait := background(t, f, images[0].body(t, sleep(images[0].mark, 5*time.Minute)), client.NDJSON)
 	running(t, list, images[:1])
 	for _, b := range list {
 		freeze(t, b)
@@ -437,24 +438,24 @@ func TestAllFrozen(t *testing.T) {
 	}
 	start := time.Now()
 	got := mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm)
-	got.wantFailed(t, "no_daemon")
+	got.WantFailed(t, "no_daemon")
 	limit := patience(frozenLimit)
-	if got.took > limit {
-		t.Errorf("the verdict took %v, want %v at most", got.took, limit)
+	if got.Took > limit {
+		t.Errorf("the verdict took %v, want %v at most", got.Took, limit)
 	}
 	lost := wait()
 	took := time.Since(start)
-	lost.wantFailed(t, "no_daemon")
+	lost.WantFailed(t, "no_daemon")
 	if took > limit {
 		t.Errorf("the verdict of the build that ran took %v, want %v at most", took, limit)
 	}
-	t.Logf("verdicts after %v, and %v for the build that ran", got.took, took)
+	t.Logf("verdicts after %v, and %v for the build that ran", got.Took, took)
 	for _, b := range list {
 		if err := b.Resume(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm).wantSuccess(t)
+	mustSend(t, f, images[1].body(t, "RUN : "+images[1].mark), jsonForm).WantSuccess(t)
 }
 
 // TestDaemonJoins: about a quarter of the images move to a fourth daemon, and
@@ -491,7 +492,7 @@ func TestStalled(t *testing.T) {
 	s, f := pool(t, list, map[string]string{"stall_timeout": "10s"})
 	a := apps(s, 1)[0]
 	start := time.Now()
-	mustSend(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), jsonForm).wantFailed(t, "stalled", "10s (stall_timeout)", a.mark)
+	mustSend(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), jsonForm).WantFailed(t, "stalled", "10s (stall_timeout)", a.mark)
 	if took := time.Since(start); took > patience(20*time.Second) {
 		t.Errorf("ended after %v", took)
 	}
@@ -499,7 +500,7 @@ func TestStalled(t *testing.T) {
 		waitGone(t, b, a.mark, 5*time.Second)
 	}
 	first, _ := a.placed(t, f)
-	mustSend(t, f, a.body(t, "RUN for i in $(seq 12); do echo $i; sleep 1; done; : "+a.mark), jsonForm).wantSuccess(t)
+	mustSend(t, f, a.body(t, "RUN for i in $(seq 12); do echo $i; sleep 1; done; : "+a.mark), jsonForm).WantSuccess(t)
 	if second, line := a.placed(t, f); second == first || line["choice"] != "down" {
 		t.Errorf("built on %s and then on %s, %v", first, second, line["choice"])
 	}
@@ -575,7 +576,7 @@ func TestHeadlessService(t *testing.T) {
 	})
 	reachable := func(want float64) {
 		t.Helper()
-		eventually(t, patience(30*time.Second), func() error {
+		stack.Eventually(t, patience(30*time.Second), func() error {
 			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != want {
 				return fmt.Errorf("%v reachable, want %v; %v", n, want, err)
 			}
@@ -618,10 +619,10 @@ func TestHeadlessService(t *testing.T) {
 			running = a
 		}
 	}
-	wait := background(t, f, running.body(t, sleep(running.mark, 5*time.Minute)), sse)
-	eventually(t, time.Minute, func() error {
+	wait := background(t, f, running.body(t, sleep(running.mark, 5*time.Minute)), client.SSE)
+	stack.Eventually(t, time.Minute, func() error {
 		for _, b := range list {
-			if runs(t, b, running.mark) {
+			if b.Runs(t, running.mark) {
 				return nil
 			}
 		}
@@ -630,7 +631,7 @@ func TestHeadlessService(t *testing.T) {
 	z.set(map[string]*stack.Buildkitd{"buildkitd-1": list[1]})
 	reachable(1)
 	release(t, running.mark)
-	wait().wantSuccess(t)
+	wait().WantSuccess(t)
 	if _, line := running.placed(t, f); line["attempts"] != 1.0 {
 		t.Errorf("%v attempts", line["attempts"])
 	}
@@ -656,9 +657,9 @@ func TestColdDaemon(t *testing.T) {
 	body := request(t, &builder.BuildConfig{Image: a.image},
 		"FROM busybox AS one", "RUN sleep 1; echo "+a.mark+" > /one", "FROM busybox", "COPY --from=one /one /", "RUN echo "+a.mark+" > /two")
 	first := mustSend(t, warm, body, jsonForm)
-	first.wantSuccess(t)
+	first.WantSuccess(t)
 	second := mustSend(t, cold, body, jsonForm)
-	second.wantSuccess(t)
+	second.WantSuccess(t)
 	cached := 0
 	for _, l := range second.Log {
 		if strings.Contains(l, "] RUN ") || strings.Contains(l, "] COPY ") {
@@ -674,10 +675,10 @@ func TestColdDaemon(t *testing.T) {
 
 	// A repository that cannot be written to fails no build.
 	_, f := pool(t, list[:1], map[string]string{"cache_repository": "127.0.0.1:1/cache"})
-	mustSend(t, f, a.body(t, "RUN : "+a.mark), jsonForm).wantSuccess(t)
+	mustSend(t, f, a.body(t, "RUN : "+a.mark), jsonForm).WantSuccess(t)
 	// Nor has a build without one any of it.
 	other := apps(s, 1)[0]
-	mustSend(t, without, other.body(t, "RUN : "+other.mark), jsonForm).wantSuccess(t)
+	mustSend(t, without, other.body(t, "RUN : "+other.mark), jsonForm).WantSuccess(t)
 	if tags := wantWhole(t, s.Registry.Image("cache/"+repository)); len(tags) != 1 {
 		t.Errorf("%d images have a cache", len(tags))
 	}
@@ -736,7 +737,7 @@ func TestCertificatesRotated(t *testing.T) {
 				case <-time.After(100 * time.Millisecond):
 				}
 				body := a.body(t, sleep(fmt.Sprint(a.mark, i), time.Second))
-				if got, err := send(testContext(t), f, body, ndjson); err != nil || got.Status != "success" {
+				if got, err := f.Post(testContext(t), body, client.Accept(client.NDJSON)); err != nil || got.Status != "success" {
 					t.Errorf("%v, %v", got, err)
 				}
 				built.Add(1)
@@ -775,7 +776,7 @@ func TestCertificatesRotated(t *testing.T) {
 	write(secret("buildkit-ca"), read(next, "ca.pem"))
 	restart()
 	before := built.Load()
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		if built.Load() < before+8 {
 			return fmt.Errorf("%d builds since the last restart", built.Load()-before)
 		}
@@ -824,27 +825,27 @@ func TestVolumeFull(t *testing.T) {
 	}
 	// Something that a prune can remove, and something that it cannot.
 	a := home[0]
-	mustSend(t, f, a.body(t, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark), jsonForm).wantSuccess(t)
+	mustSend(t, f, a.body(t, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark), jsonForm).WantSuccess(t)
 	ballast := filepath.Join(mount, "ballast")
 	m := mark()
 	// What runc says when it has no room to start a step, which it seldom is the
 	// first to find: the step says so in its stead.
 	const unstarted = "echo runc run failed: unable to start container process: no space left on device; false"
 	wait := background(t, f, home[1].body(t, sleep(m, 5*time.Minute)+"; "+unstarted), jsonForm)
-	waitStep(t, small, m)
+	small.WaitStep(t, m)
 	fill(t, ballast)
 
 	start := time.Now()
 	release(t, m)
-	waitStep(t, large, m)
+	large.WaitStep(t, m)
 	release(t, m)
 	late := wait()
-	late.wantFailed(t, "build_failed", "disk is full")
+	late.WantFailed(t, "build_failed", "disk is full")
 	if !slices.Contains(late.Log, "w: buildkitd has no space left on its disk: building on another") {
 		t.Errorf("not moved from the full volume: %v", late)
 	}
 	for _, a := range home {
-		mustSend(t, f, a.body(t, "RUN : again "+a.mark), jsonForm).wantSuccess(t)
+		mustSend(t, f, a.body(t, "RUN : again "+a.mark), jsonForm).WantSuccess(t)
 	}
 	moved, err := metric(f, "builder_builds_moved_total")
 	if err != nil || moved == 0 {
@@ -857,7 +858,7 @@ func TestVolumeFull(t *testing.T) {
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		if n, err := metric(f, "builder_daemons_full"); err != nil || n != 0 {
 			return fmt.Errorf("%v full, %v", n, err)
 		}
@@ -867,7 +868,7 @@ func TestVolumeFull(t *testing.T) {
 		t.Errorf("nothing was pruned: %v", err)
 	}
 	for _, a := range home {
-		mustSend(t, f, a.body(t, "RUN : and again "+a.mark), jsonForm).wantSuccess(t)
+		mustSend(t, f, a.body(t, "RUN : and again "+a.mark), jsonForm).WantSuccess(t)
 		if addr, line := a.placed(t, f); addr != small.Addr || line["choice"] != "first" {
 			t.Errorf("with room again, on %s: %v", addr, line["choice"])
 		}
@@ -876,7 +877,7 @@ func TestVolumeFull(t *testing.T) {
 	// What a step itself writes is the build's own failure, wherever it runs, and
 	// so is what it only says.
 	for _, step := range []string{unstarted, "dd if=/dev/zero of=/blob bs=1M; false"} {
-		mustSend(t, f, a.body(t, "RUN : "+a.mark+"; "+step), jsonForm).wantFailed(t, "build_failed", "disk is full")
+		mustSend(t, f, a.body(t, "RUN : "+a.mark+"; "+step), jsonForm).WantFailed(t, "build_failed", "disk is full")
 		if addr, line := a.placed(t, f); addr != small.Addr || line["attempts"] != 1.0 {
 			t.Errorf("%s: %v attempts, the last on %s", step, line["attempts"], addr)
 		}

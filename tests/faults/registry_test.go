@@ -307,7 +307,7 @@ func TestRegistryFaults(t *testing.T) {
 			repository := "faults/" + strings.NewReplacer(" ", "-", "_", "-", ",", "").Replace(name)
 			config := &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v"}
 			old := mustSend(t, f, layered(t, config, 2<<20), jsonForm)
-			old.wantSuccess(t)
+			old.WantSuccess(t)
 
 			proxy.set(test.fault)
 			next := layered(t, config, 2<<20)
@@ -322,12 +322,12 @@ func TestRegistryFaults(t *testing.T) {
 				t.Errorf("the verdict took %v, want %v at most", took, patience(test.within))
 			}
 			if test.code == "" {
-				a.wantSuccess(t)
+				a.WantSuccess(t)
 				if d := digest(t, s.Registry.Image(repository+":v")); d != a.Digest {
 					t.Errorf("the tag is %s, the answer %s", d, a.Digest)
 				}
 			} else {
-				a.wantFailed(t, test.code, test.texts...)
+				a.WantFailed(t, test.code, test.texts...)
 				if d := digest(t, s.Registry.Image(repository+":v")); d != old.Digest {
 					t.Errorf("the tag is %s after a failed push, and was %s", d, old.Digest)
 				}
@@ -338,7 +338,7 @@ func TestRegistryFaults(t *testing.T) {
 			waitIdle(t, f)
 			proxy.set(nil)
 			again := mustSend(t, f, next, jsonForm)
-			again.wantSuccess(t)
+			again.WantSuccess(t)
 			if d := digest(t, s.Registry.Image(repository+":v")); d != again.Digest || d == old.Digest {
 				t.Errorf("the tag is %s after the fault, want %s", d, again.Digest)
 			}
@@ -472,8 +472,8 @@ func TestTokenExpires(t *testing.T) {
 			repository := fmt.Sprintf("token-expires-%v", early)
 			a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v"}, 2<<20), jsonForm)
 			fetched, refused := tokens.counts()
-			t.Logf("%d tokens fetched, %d requests with an old one, %v", fetched, refused, a.took)
-			a.wantSuccess(t)
+			t.Logf("%d tokens fetched, %d requests with an old one, %v", fetched, refused, a.Took)
+			a.WantSuccess(t)
 			if fetched < 2 {
 				t.Errorf("%d tokens were fetched: none expired in mid-push", fetched)
 			}
@@ -493,7 +493,7 @@ func TestTokenExpires(t *testing.T) {
 		})
 		proxy.set(&fault{anything, tokens.ask})
 		a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/never-valid:v"}, 1<<20), jsonForm)
-		a.wantFailed(t, "registry_denied")
+		a.WantFailed(t, "registry_denied")
 		if tags := wantWhole(t, s.Registry.Image("never-valid")); len(tags) != 0 {
 			t.Errorf("the repository has the tags %q", tags)
 		}
@@ -552,7 +552,7 @@ func TestRealmOnPrivateAddress(t *testing.T) {
 				others := fmt.Sprintf("%s,registry.example.com=%[1]s,127.0.0.1=%[1]s,%s", c.addr, proxy.addr)
 				_, f := stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": others}})
 				a := mustSend(t, f, body, jsonForm)
-				a.wantFailed(t, "registry_denied", "token_hosts", proxy.addr+"="+c.addr)
+				a.WantFailed(t, "registry_denied", "token_hosts", proxy.addr+"="+c.addr)
 				if n, _ := proxy.broken(); n == 0 {
 					t.Error("the registry was never asked")
 				}
@@ -562,7 +562,7 @@ func TestRealmOnPrivateAddress(t *testing.T) {
 
 				// It is the address that was refused, and the canary does sing.
 				_, f = stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": proxy.addr + "=" + c.addr}})
-				mustSend(t, f, body, jsonForm).wantFailed(t, "registry_failed")
+				mustSend(t, f, body, jsonForm).WantFailed(t, "registry_failed")
 				if c.n.Load() == 0 {
 					t.Error("the token service was not asked with token_hosts either: the test looks at the wrong thing")
 				}
@@ -584,7 +584,7 @@ func TestRealmRedirects(t *testing.T) {
 		"WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="registry"`, service.URL)))
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"token_hosts": proxy.addr + "=" + service.Listener.Addr().String()}})
 	a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/redirect:v"}, 1<<10), jsonForm)
-	a.wantFailed(t, "registry_denied", "307")
+	a.WantFailed(t, "registry_denied", "307")
 	if n := c.n.Load(); n != 0 {
 		t.Errorf("the redirect was followed %d times", n)
 	}
@@ -667,13 +667,13 @@ func TestCredentials(t *testing.T) {
 			body := layered(t, &builder.BuildConfig{Image: closed.Image(repository + ":v")}, 100<<10)
 			a := mustSend(t, f, body, jsonForm)
 			if test.code == "" {
-				a.wantSuccess(t)
+				a.WantSuccess(t)
 				if d := digest(t, closed.Image(repository+":v"), basic("user", password)); d != a.Digest {
 					t.Errorf("the tag is %q, the answer %q", d, a.Digest)
 				}
 				wantWhole(t, closed.Image(repository), basic("user", password))
 			} else {
-				a.wantFailed(t, test.code, test.texts...)
+				a.WantFailed(t, test.code, test.texts...)
 				if tags := wantWhole(t, closed.Image(repository), basic("user", password)); len(tags) != 0 {
 					t.Errorf("the repository has the tags %q", tags)
 				}
@@ -705,12 +705,12 @@ func TestCredentialsReplaced(t *testing.T) {
 	_, f := stack.Test(t, stack.FunctionConfig{Secrets: map[string][]byte{"registry-config": config("wrong")}})
 	body := layered(t, &builder.BuildConfig{Image: closed.Image("replaced:v")}, 100<<10)
 	for range 2 {
-		mustSend(t, f, body, jsonForm).wantFailed(t, "registry_denied")
+		mustSend(t, f, body, jsonForm).WantFailed(t, "registry_denied")
 		replace(t, f, "registry-config", config("password"))
-		mustSend(t, f, body, jsonForm).wantSuccess(t)
+		mustSend(t, f, body, jsonForm).WantSuccess(t)
 		replace(t, f, "registry-config", config("wrong again"))
 	}
-	mustSend(t, f, body, jsonForm).wantFailed(t, "registry_denied")
+	mustSend(t, f, body, jsonForm).WantFailed(t, "registry_denied")
 	wantWhole(t, closed.Image("replaced"), basic("user", "password"))
 }
 
@@ -754,13 +754,13 @@ func TestCredentialsByPath(t *testing.T) {
 	for i := range 6 {
 		repository := []string{"org-b/app", "org-c/deep/app"}[i%2]
 		a := mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v"}, 1<<10), jsonForm)
-		a.wantSuccess(t)
+		a.WantSuccess(t)
 		if d := digest(t, s.Registry.Image(repository+":v")); d != a.Digest {
 			t.Errorf("the tag is %s, the answer %s", d, a.Digest)
 		}
 	}
 	mustSend(t, f, layered(t, &builder.BuildConfig{Image: proxy.addr + "/org-d/app:v"}, 1<<10), jsonForm).
-		wantFailed(t, "registry_denied", "no credentials are configured")
+		WantFailed(t, "registry_denied", "no credentials are configured")
 }
 
 // TestTokenPath pushes to a registry whose token service names repositories with
@@ -810,14 +810,14 @@ func TestTokenPath(t *testing.T) {
 	body := layered(t, &builder.BuildConfig{Image: proxy.addr + "/team/paths:v"}, 1<<10)
 
 	_, f := stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": hosts}})
-	mustSend(t, f, body, jsonForm).wantFailed(t, "registry_denied", `"upstream/team/paths"`, `"team/paths"`, fmt.Sprintf("token_paths needs %q", proxy.addr+"=upstream"))
+	mustSend(t, f, body, jsonForm).WantFailed(t, "registry_denied", `"upstream/team/paths"`, `"team/paths"`, fmt.Sprintf("token_paths needs %q", proxy.addr+"=upstream"))
 	if got, _ := asked.Load().(string); strings.Contains(got, "upstream/team/paths:pull,push") {
 		t.Errorf("it asked for a right that no setting gives: %s", got)
 	}
 
 	_, f = stack.Test(t, stack.FunctionConfig{Secrets: secrets, Env: map[string]string{"token_hosts": hosts, "token_paths": proxy.addr + "=upstream"}})
 	a := mustSend(t, f, body, jsonForm)
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	if d := digest(t, s.Registry.Image("team/paths:v")); d != a.Digest {
 		t.Errorf("the tag is %s, the answer %s", d, a.Digest)
 	}

@@ -1,11 +1,9 @@
 package faults
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -14,61 +12,56 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
 // delivery is a body as a queue sends it.
 func delivery(t *testing.T, f *stack.Function, body []byte, callID string) *http.Request {
 	t.Helper()
-	req, err := f.Request(testContext(t), body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Call-Id", callID)
-	req.Header.Set("X-Callback-Url", "http://127.0.0.1/")
-	return req
+	return f.MustRequest(t, testContext(t), body, client.Queued(callID))
 }
 
 // deliver sends a delivery in a goroutine. wait returns what came of it.
-func deliver(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() answer) {
+func deliver(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() client.Answer) {
 	req := delivery(t, f, body, callID)
 	type result struct {
-		answer
+		client.Answer
 		err error
 	}
 	ch := make(chan result, 1)
 	go func() {
-		a, err := do(http.DefaultClient, req)
+		a, err := f.Do(req)
 		ch <- result{a, err}
 	}()
-	return func() answer {
+	return func() client.Answer {
 		t.Helper()
 		r := <-ch
 		if r.err != nil {
 			t.Fatal(r.err)
 		}
-		return r.answer
+		return r.Answer
 	}
 }
 
 // follow is deliver to a replica that finds the build running, and returns when it has
 // found it.
-func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() answer) {
+func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() client.Answer) {
 	t.Helper()
 	req := delivery(t, f, body, callID)
-	req.Header.Set("Accept", ndjson)
+	req.Header.Set("Accept", client.NDJSON)
 	following, ended := make(chan struct{}), make(chan struct{})
 	found := sync.OnceFunc(func() { close(following) })
-	var a answer
+	var a client.Answer
 	var err error
 	go func() {
 		defer close(ended)
 		var resp *http.Response
-		if resp, err = http.DefaultClient.Do(req); err != nil {
+		if resp, err = f.Send(req); err != nil {
 			return
 		}
 		defer resp.Body.Close()
-		a, err = read(resp, func(r stack.Record) {
+		a, err = client.Read(resp, func(r client.Record) {
 			if strings.Contains(strings.Join(r.Log, "\n"), "following it") {
 				found()
 			}
@@ -79,7 +72,7 @@ func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait f
 	case <-ended:
 		t.Fatalf("it followed nothing: %v, %v", a, err)
 	}
-	return func() answer {
+	return func() client.Answer {
 		t.Helper()
 		<-ended
 		if err != nil {
@@ -87,36 +80,6 @@ func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait f
 		}
 		return a
 	}
-}
-
-// verdict asks GET /builds.
-func verdict(t *testing.T, f *stack.Function, callID string) (status int, rec stack.Record) {
-	t.Helper()
-	path := "/builds/" + callID
-	req, err := http.NewRequestWithContext(testContext(t), http.MethodGet, f.URL+path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Build-Signature", stack.Sign(f.Secret, []byte("GET "+path)))
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&rec); err != nil {
-		t.Fatal(err)
-	}
-	return resp.StatusCode, rec
-}
-
-// pushes counts the manifests that the registry took for a repository.
-func pushes(t *testing.T, s *stack.Stack, repository string) int {
-	t.Helper()
-	log, err := os.ReadFile(s.Registry.LogFile())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.Count(string(log), `"PUT /v2/`+repository+`/manifests/`)
 }
 
 // replicas are two functions that know nothing of each other.
@@ -140,21 +103,21 @@ func TestReplicaFollows(t *testing.T) {
 	t.Parallel()
 	s, b, one, two := replicas(t)
 	body, repository, m := queued(t, s, 5*time.Minute)
-	if status, rec := verdict(t, two, m); status != http.StatusNotFound || rec.Code != "not_found" {
-		t.Errorf("before: HTTP %d, %+v", status, rec)
+	if v := two.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusNotFound || v.Code != "not_found" {
+		t.Errorf("before: got %v", v)
 	}
 	first := deliver(t, one, body, m)
-	waitStep(t, b, m)
+	b.WaitStep(t, m)
 	second := follow(t, two, body, m)
 	for _, f := range []*stack.Function{one, two} {
-		if status, rec := verdict(t, f, m); status != http.StatusAccepted || rec.Status != "in_progress" {
-			t.Errorf("meanwhile: HTTP %d, %+v", status, rec)
+		if v := f.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusAccepted || v.Status != "in_progress" {
+			t.Errorf("meanwhile: got %v", v)
 		}
 	}
 	release(t, m)
 	a, other := first(), second()
-	a.wantSuccess(t)
-	other.wantSuccess(t)
+	a.WantSuccess(t)
+	other.WantSuccess(t)
 	if a.Digest != other.Digest || a.Digest == "" {
 		t.Errorf("digests %s and %s", a.Digest, other.Digest)
 	}
@@ -166,7 +129,7 @@ func TestReplicaFollows(t *testing.T) {
 	_, _, three := start(t, stack.FunctionConfig{})
 	for _, f := range []*stack.Function{one, two, three} {
 		again := deliver(t, f, body, m)()
-		again.wantSuccess(t)
+		again.WantSuccess(t)
 		if again.Digest != a.Digest {
 			t.Errorf("delivered again: %s, want %s", again.Digest, a.Digest)
 		}
@@ -174,7 +137,7 @@ func TestReplicaFollows(t *testing.T) {
 	if ends := logged(t, three); len(ends) != 1 || ends[0]["attempts"] != 0.0 {
 		t.Errorf("the third replica built: %v", ends)
 	}
-	if n := pushes(t, s, repository); n != 1 {
+	if n := s.Registry.Pushes(t, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
 	}
 }
@@ -187,12 +150,12 @@ func TestReplicasAtOnce(t *testing.T) {
 		body, repository, m := queued(t, s, time.Second)
 		first, second := deliver(t, one, body, m), deliver(t, two, body, m)
 		a, other := first(), second()
-		a.wantSuccess(t)
-		other.wantSuccess(t)
+		a.WantSuccess(t)
+		other.WantSuccess(t)
 		if a.Digest != other.Digest {
 			t.Errorf("digests %s and %s", a.Digest, other.Digest)
 		}
-		if n := pushes(t, s, repository); n != 1 {
+		if n := s.Registry.Pushes(t, repository); n != 1 {
 			t.Errorf("%d pushes, want 1", n)
 		}
 	}
@@ -205,15 +168,15 @@ func TestReplicaTakesOver(t *testing.T) {
 	s, b, one, two := replicas(t)
 	body, repository, m := queued(t, s, 5*time.Minute)
 	go func() {
-		if resp, err := http.DefaultClient.Do(delivery(t, one, body, m)); err == nil {
+		if resp, err := one.Send(delivery(t, one, body, m)); err == nil {
 			resp.Body.Close()
 		}
 	}()
-	waitStep(t, b, m)
+	b.WaitStep(t, m)
 	second := follow(t, two, body, m)
 	before := sleepers(t, m)
 	one.Kill()
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		if now := sleepers(t, m); len(now) != 1 || slices.Equal(now, before) {
 			return fmt.Errorf("the other does not build: %v slept, and %v sleep", before, now)
 		}
@@ -221,8 +184,8 @@ func TestReplicaTakesOver(t *testing.T) {
 	})
 	release(t, m)
 	a := second()
-	a.wantSuccess(t)
-	if n := pushes(t, s, repository); n != 1 {
+	a.WantSuccess(t)
+	if n := s.Registry.Pushes(t, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
 	}
 }
@@ -243,11 +206,11 @@ func TestReplicaTakesOverPush(t *testing.T) {
 	repository := strings.ToLower(m)
 	body := layered(t, &builder.BuildConfig{Image: proxy.addr + "/" + repository + ":v1"}, 1<<20)
 	go func() {
-		if resp, err := http.DefaultClient.Do(delivery(t, one, body, m)); err == nil {
+		if resp, err := one.Send(delivery(t, one, body, m)); err == nil {
 			resp.Body.Close()
 		}
 	}()
-	eventually(t, time.Minute, func() error {
+	stack.Eventually(t, time.Minute, func() error {
 		if n, _ := proxy.broken(); n == 0 {
 			return errors.New("nothing is pushed")
 		}
@@ -257,7 +220,7 @@ func TestReplicaTakesOverPush(t *testing.T) {
 	time.Sleep(10 * time.Second) // half of push_timeout, and not yet all of the blob
 	one.Kill()
 	a := second()
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	if log := strings.Join(a.Log, "\n"); !strings.Contains(log, "following it") {
 		t.Errorf("it followed nothing: %s", log)
 	}
@@ -286,15 +249,15 @@ func TestReplicasOfPool(t *testing.T) {
 	elsewhere := func(f *stack.Function) {
 		t.Helper()
 		a := app{image: s.Registry.Image(repository + ":other"), mark: mark()}
-		mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image, SkipPush: true}, "FROM busybox", "RUN : "+a.mark), jsonForm).wantSuccess(t)
+		mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image, SkipPush: true}, "FROM busybox", "RUN : "+a.mark), jsonForm).WantSuccess(t)
 		if addr, line := a.placed(t, f); addr == home.Addr || line["choice"] != "full" {
 			t.Errorf("a build without a name is on %s, %v; the first runs on %s", addr, line["choice"], home.Addr)
 		}
 	}
 	// found checks what the last delivery to f came to.
-	found := func(f *stack.Function, got, want answer) {
+	found := func(f *stack.Function, got, want client.Answer) {
 		t.Helper()
-		got.wantSuccess(t)
+		got.WantSuccess(t)
 		if got.Digest != want.Digest || got.Digest == "" {
 			t.Errorf("digests %s and %s", got.Digest, want.Digest)
 		}
@@ -307,7 +270,7 @@ func TestReplicasOfPool(t *testing.T) {
 	second := follow(t, two, body, m)
 	release(t, m)
 	a := first()
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	followed := second()
 	found(two, followed, a)
 	if log := strings.Join(followed.Log, "\n"); !strings.Contains(log, "following it") {
@@ -323,32 +286,32 @@ func TestReplicasOfPool(t *testing.T) {
 	elsewhere(three)
 	found(three, deliver(t, three, body, m)(), a)
 	release(t, busy.mark)
-	wait().wantSuccess(t)
-	if n := pushes(t, s, repository); n != 1 {
+	wait().WantSuccess(t)
+	if n := s.Registry.Pushes(t, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)
 	}
 
 	// While the one that knows is away, nobody can say that it never was.
-	if status, rec := verdict(t, four, m); status != http.StatusOK || rec.Digest != a.Digest {
-		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
+	if v := four.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusOK || v.Digest != a.Digest {
+		t.Errorf("got %v, want %s", v, a.Digest)
 	}
 	home.Kill()
 	for range 2 {
-		if status, rec := verdict(t, four, m); status != http.StatusServiceUnavailable || rec.Code != "no_daemon" {
-			t.Errorf("with its daemon gone: HTTP %d, %+v", status, rec)
+		if v := four.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusServiceUnavailable || v.Code != "no_daemon" {
+			t.Errorf("with its daemon gone: got %v", v)
 		}
 	}
 	if err := home.Start(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, patience(30*time.Second), func() error {
-		if status, rec := verdict(t, four, m); status != http.StatusOK || rec.Digest != a.Digest {
-			return fmt.Errorf("back again: HTTP %d, %+v", status, rec)
+	stack.Eventually(t, patience(30*time.Second), func() error {
+		if v := four.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusOK || v.Digest != a.Digest {
+			return fmt.Errorf("back again: got %v", v)
 		}
 		return nil
 	})
-	if status, rec := verdict(t, four, "never-"+m); status != http.StatusNotFound || rec.Code != "not_found" {
-		t.Errorf("of no build: HTTP %d, %+v", status, rec)
+	if v := four.MustVerdict(t, testContext(t), "never-"+m); v.StatusCode != http.StatusNotFound || v.Code != "not_found" {
+		t.Errorf("of no build: got %v", v)
 	}
 }
 
@@ -358,21 +321,21 @@ func TestVerdictAfterRestart(t *testing.T) {
 	s, _, one, two := replicas(t)
 	body, repository, m := queued(t, s, 0)
 	a := deliver(t, one, body, m)()
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	failing := "failing-" + m
 	// What the command holds, or prints, could be a secret, which nothing masks later.
-	deliver(t, one, request(t, local(), "FROM busybox", `RUN : "quoted-in-the-command"; printf '%s-by-it\\n' printed; exit 3`), failing)().wantFailed(t, "build_failed", "quoted-in-the-command", "printed-by-it")
+	deliver(t, one, request(t, local(), "FROM busybox", `RUN : "quoted-in-the-command"; printf '%s-by-it\\n' printed; exit 3`), failing)().WantFailed(t, "build_failed", "quoted-in-the-command", "printed-by-it")
 	one.Kill()
-	if status, rec := verdict(t, two, m); status != http.StatusOK || rec.Status != "success" || rec.Digest != a.Digest || !strings.Contains(rec.Image, repository) {
-		t.Errorf("HTTP %d, %+v, want %s", status, rec, a.Digest)
+	if v := two.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusOK || v.Status != "success" || v.Digest != a.Digest || !strings.Contains(v.Image, repository) {
+		t.Errorf("got %v, want %s", v, a.Digest)
 	}
-	if status, rec := verdict(t, two, failing); status != http.StatusOK || rec.Status != "failed" || rec.Code != "build_failed" || !strings.Contains(rec.Error, "exit code: 3") || strings.Contains(rec.Error, "quoted") || strings.Contains(rec.Error, "printed") {
-		t.Errorf("of a failure: HTTP %d, %+v", status, rec)
+	if v := two.MustVerdict(t, testContext(t), failing); v.StatusCode != http.StatusOK || v.Status != "failed" || v.Code != "build_failed" || !strings.Contains(v.Error, "exit code: 3") || strings.Contains(v.Error, "quoted") || strings.Contains(v.Error, "printed") {
+		t.Errorf("of a failure: got %v", v)
 	}
 	// A call id is of whoever has the key.
 	two.Secret = "another"
-	if status, rec := verdict(t, two, m); status != http.StatusUnauthorized {
-		t.Errorf("with another key: HTTP %d, %+v", status, rec)
+	if v := two.MustVerdict(t, testContext(t), m); v.StatusCode != http.StatusUnauthorized {
+		t.Errorf("with another key: got %v", v)
 	}
 }
 
@@ -384,9 +347,9 @@ func TestFailedPushIsNoSuccess(t *testing.T) {
 	m := mark()
 	config := &builder.BuildConfig{Image: "127.0.0.1:1/" + strings.ToLower(m) + ":v1"}
 	body := request(t, config, "FROM busybox", "RUN : "+m)
-	deliver(t, one, body, m)().wantFailed(t, "registry_failed")
-	if status, rec := verdict(t, two, m); rec.Status == "success" {
-		t.Errorf("HTTP %d, %+v", status, rec)
+	deliver(t, one, body, m)().WantFailed(t, "registry_failed")
+	if v := two.MustVerdict(t, testContext(t), m); v.Status == "success" {
+		t.Errorf("got %v", v)
 	}
-	deliver(t, two, body, m)().wantFailed(t, "registry_failed")
+	deliver(t, two, body, m)().WantFailed(t, "registry_failed")
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -25,11 +26,11 @@ func TestShutdown(t *testing.T) {
 	short, long, waiting := mark(), mark(), mark()
 	ref := s.Registry.Image("shutdown:latest")
 	ends := background(t, f, request(t, &builder.BuildConfig{Image: ref}, "FROM busybox", sleep(short, 5*time.Minute)), jsonForm)
-	lasts := background(t, f, request(t, local(), "FROM busybox", sleep(long, 5*time.Minute)), ndjson)
-	waitStep(t, b, short)
-	waitStep(t, b, long)
-	wait := background(t, f, request(t, local(), "FROM busybox", sleep(waiting, 5*time.Minute)), sse)
-	eventually(t, patience(5*time.Second), func() error {
+	lasts := background(t, f, request(t, local(), "FROM busybox", sleep(long, 5*time.Minute)), client.NDJSON)
+	b.WaitStep(t, short)
+	b.WaitStep(t, long)
+	wait := background(t, f, request(t, local(), "FROM busybox", sleep(waiting, 5*time.Minute)), client.SSE)
+	stack.Eventually(t, patience(5*time.Second), func() error {
 		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 1 {
 			return fmt.Errorf("%v builds wait, want 1: %v", n, err)
 		}
@@ -42,16 +43,16 @@ func TestShutdown(t *testing.T) {
 	}
 	// Those that wait are told at once.
 	a := wait()
-	a.wantFailed(t, "shutting_down")
+	a.WantFailed(t, "shutting_down")
 	// Not only when shutdown_timeout is over.
 	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("a build that waited was told %v after SIGTERM", took)
 	}
-	for _, form := range []string{jsonForm, ndjson} {
+	for _, form := range []string{jsonForm, client.NDJSON} {
 		a = mustSend(t, f, request(t, local(), "FROM busybox"), form)
-		a.wantFailed(t, "shutting_down")
-		if a.code != http.StatusServiceUnavailable {
-			t.Errorf("a new request was answered with HTTP %d, want 503", a.code)
+		a.WantFailed(t, "shutting_down")
+		if a.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("a new request was answered with HTTP %d, want 503", a.StatusCode)
 		}
 	}
 	for path, want := range map[string]int{"/ready": 503, "/healthz": 200} {
@@ -66,11 +67,11 @@ func TestShutdown(t *testing.T) {
 	}
 	release(t, short)
 	a = ends()
-	a.wantSuccess(t)
+	a.WantSuccess(t)
 	if d := digest(t, ref); d != a.Digest {
 		t.Errorf("the registry has %q, the answer %q", d, a.Digest)
 	}
-	lasts().wantFailed(t, "shutting_down")
+	lasts().WantFailed(t, "shutting_down")
 	took := time.Since(began)
 	if took < 19*time.Second || took > patience(23*time.Second) {
 		t.Errorf("the build was cancelled %v after SIGTERM, want shutdown_timeout, 20s", took)
@@ -84,7 +85,7 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("the function ended with %v", state)
 	}
 	t.Logf("the last verdict came %v after SIGTERM, the end of the process %v after", took, time.Since(began))
-	if runs(t, b, waiting) {
+	if b.Runs(t, waiting) {
 		t.Error("the build that waited was begun")
 	}
 }
@@ -101,13 +102,13 @@ func TestShutdownUploads(t *testing.T) {
 		"a build":   startUpload(t, f, "POST", "/build"),
 		"a context": startUpload(t, f, "PUT", "/contexts/sha256:"+strings.Repeat("0", 64)),
 	}
-	waits := background(t, f, layered(t, local(), 2<<20), ndjson)
+	waits := background(t, f, layered(t, local(), 2<<20), client.NDJSON)
 	// It has come, and not all of it is read.
 	addr, err := net.ResolveTCPAddr("tcp", strings.TrimPrefix(f.URL, "http://"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, patience(5*time.Second), func() error {
+	stack.Eventually(t, patience(5*time.Second), func() error {
 		if n := underway(t, nil, addr); n < 256<<10 {
 			return fmt.Errorf("%d bytes wait for a slot", n)
 		}
@@ -118,7 +119,7 @@ func TestShutdownUploads(t *testing.T) {
 	if err := f.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	waits().wantFailed(t, "shutting_down")
+	waits().WantFailed(t, "shutting_down")
 	if took := time.Since(began); took >= shutdown {
 		t.Errorf("a body that waited for its slot was told %v after SIGTERM", took)
 	}
@@ -128,11 +129,11 @@ func TestShutdownUploads(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		defer resp.Body.Close()
-		a, err := read(resp, nil)
+		a, err := client.Read(resp, nil)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		a.wantFailed(t, "shutting_down")
+		a.WantFailed(t, "shutting_down")
 		if took := time.Since(began); took < shutdown || took > patience(shutdown+2*time.Second) {
 			t.Errorf("%s was ended %v after SIGTERM, want shutdown_timeout, %v", name, took, shutdown)
 		}

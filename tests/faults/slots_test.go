@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -25,10 +26,10 @@ func TestAllSlotsTaken(t *testing.T) {
 	_, b, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
 	quick := func() []byte { return request(t, local(), "FROM busybox", "RUN : "+mark()) }
 	m := mark()
-	holds := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), ndjson)
-	waitStep(t, b, m)
+	holds := background(t, f, request(t, local(), "FROM busybox", sleep(m, 5*time.Minute)), client.NDJSON)
+	b.WaitStep(t, m)
 
-	mustSend(t, f, quick(), jsonForm).wantFailed(t, "busy")
+	mustSend(t, f, quick(), jsonForm).WantFailed(t, "busy")
 
 	const heldFor = 11 * time.Second // one heartbeat at least
 	type kind struct {
@@ -37,31 +38,27 @@ func TestAllSlotsTaken(t *testing.T) {
 	}
 	var waits sync.WaitGroup
 	for _, k := range []kind{
-		{"ndjson", "Accept", ndjson},
-		{"sse", "Accept", sse},
+		{"ndjson", "Accept", client.NDJSON},
+		{"sse", "Accept", client.SSE},
 		{"queue worker", "User-Agent", "openfaas-ce/queue-worker"},
 		{"callback", "X-Callback-Url", "http://127.0.0.1:1/"},
 	} {
-		req, err := f.Request(testContext(t), quick())
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set(k.header, k.value)
+		req := f.MustRequest(t, testContext(t), quick(), client.Header(k.header, k.value))
 		waits.Go(func() {
-			a, err := do(http.DefaultClient, req)
+			a, err := f.Do(req)
 			if err != nil {
 				t.Errorf("%s: %v", k.name, err)
 				return
 			}
-			if a.Status != "success" || a.took < heldFor {
+			if a.Status != "success" || a.Took < heldFor {
 				t.Errorf("%s: want success after a wait, got %v", k.name, a)
 			}
-			if k.header == "Accept" && a.beats == 0 {
-				t.Errorf("%s: waited %v without a heartbeat", k.name, a.took)
+			if k.header == "Accept" && a.Heartbeats == 0 {
+				t.Errorf("%s: waited %v without a heartbeat", k.name, a.Took)
 			}
 		})
 	}
-	eventually(t, patience(5*time.Second), func() error {
+	stack.Eventually(t, patience(5*time.Second), func() error {
 		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 4 {
 			return fmt.Errorf("%v builds wait, want 4: %v", n, err)
 		}
@@ -69,7 +66,7 @@ func TestAllSlotsTaken(t *testing.T) {
 	})
 	time.Sleep(heldFor)
 	release(t, m)
-	holds().wantSuccess(t)
+	holds().WantSuccess(t)
 	waits.Wait()
 	waitIdle(t, f)
 }
@@ -82,35 +79,27 @@ func TestQueueWait(t *testing.T) {
 	m := mark()
 	long := request(t, local(), "FROM busybox", sleep(m, 5*time.Minute))
 	var holds sync.WaitGroup
-	holds.Go(func() { send(ctx, f, long, ndjson) })
-	waitStep(t, b, m)
+	holds.Go(func() { f.Post(ctx, long, client.Accept(client.NDJSON)) })
+	b.WaitStep(t, m)
 	body := request(t, local(), "FROM busybox", "RUN : "+mark())
-	for _, header := range [][2]string{{"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}} {
-		req, err := f.Request(testContext(t), body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set(header[0], header[1])
-		a, err := do(http.DefaultClient, req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		a.wantFailed(t, "queue_timeout")
-		if a.took < 5*time.Second || a.took > patience(30*time.Second) {
-			t.Errorf("%v waited %v, want queue_wait, 5s", header, a.took)
+	for _, header := range [][2]string{{"Accept", client.NDJSON}, {"Accept", client.SSE}, {"X-Callback-Url", "http://127.0.0.1:1/"}} {
+		a := f.MustPost(t, testContext(t), body, client.Header(header[0], header[1]))
+		a.WantFailed(t, "queue_timeout")
+		if a.Took < 5*time.Second || a.Took > patience(30*time.Second) {
+			t.Errorf("%v waited %v, want queue_wait, 5s", header, a.Took)
 		}
 	}
 
 	// One who leaves the queue takes nothing from it.
 	left, leave := context.WithTimeout(testContext(t), 500*time.Millisecond)
 	defer leave()
-	if a, err := send(left, f, body, ndjson); !errors.Is(err, context.DeadlineExceeded) {
+	if a, err := f.Post(left, body, client.Accept(client.NDJSON)); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v, %v while the slot was taken", a, err)
 	}
 	cancel()
 	holds.Wait()
 	waitIdle(t, f)
-	mustSend(t, f, body, jsonForm).wantSuccess(t)
+	mustSend(t, f, body, jsonForm).WantSuccess(t)
 }
 
 // TestUploadWait has one stranger take the only slot for bodies, with an upload that
@@ -122,34 +111,31 @@ func TestUploadWait(t *testing.T) {
 		"max_uploads": "1", "queue_wait": "2m",
 	}})
 	small, large := request(t, local(), "FROM busybox", "RUN : "+mark()), layered(t, local(), 2<<20)
-	mustSend(t, f, small, jsonForm).wantSuccess(t)
+	mustSend(t, f, small, jsonForm).WantSuccess(t)
 	ctx, leave := context.WithCancel(testContext(t))
 	defer leave()
 	strangers(ctx, t, f, 1, 512<<10)
 
-	ways := [][2]string{{}, {"Accept", ndjson}, {"Accept", sse}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}}
-	post := func(way [2]string, body []byte, signature string) (answer, error) {
-		req, err := f.Request(testContext(t), body)
-		if err != nil {
-			return answer{}, err
-		}
+	ways := [][2]string{{}, {"Accept", client.NDJSON}, {"Accept", client.SSE}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}}
+	post := func(way [2]string, body []byte, signature string) (client.Answer, error) {
+		var changes []client.Change
 		if way[0] != "" {
-			req.Header.Set(way[0], way[1])
+			changes = append(changes, client.Header(way[0], way[1]))
 		}
 		if signature != "" {
-			req.Header.Set("X-Build-Signature", signature)
+			changes = append(changes, client.Signature(signature))
 		}
-		return do(http.DefaultClient, req)
+		return f.Post(testContext(t), body, changes...)
 	}
 	for _, way := range ways {
 		a, err := post(way, small, "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		a.wantSuccess(t)
+		a.WantSuccess(t)
 		// A slot for it would be waited for for 30 s.
-		if a.took > 15*time.Second {
-			t.Errorf("%v: a small body waited %v for a slot that it does not need", way, a.took)
+		if a.Took > 15*time.Second {
+			t.Errorf("%v: a small body waited %v for a slot that it does not need", way, a.Took)
 		}
 	}
 	// Whether the signature is right is not known yet.
@@ -162,7 +148,7 @@ func TestUploadWait(t *testing.T) {
 					t.Errorf("%v: %v", way, err)
 					return
 				}
-				if a.Code != "busy" || a.code != http.StatusTooManyRequests || a.took < 25*time.Second || a.took > patience(40*time.Second) {
+				if a.Code != "busy" || a.StatusCode != http.StatusTooManyRequests || a.Took < 25*time.Second || a.Took > patience(40*time.Second) {
 					t.Errorf("%v: want busy after 30s, got %v", way, a)
 				}
 			})
@@ -170,13 +156,13 @@ func TestUploadWait(t *testing.T) {
 	}
 	waits.Wait()
 
-	wait := background(t, f, large, ndjson)
+	wait := background(t, f, large, client.NDJSON)
 	time.Sleep(time.Second)
 	leave()
 	a := wait()
-	a.wantSuccess(t)
-	if a.took < time.Second {
-		t.Errorf("built after %v, while the slot was taken", a.took)
+	a.WantSuccess(t)
+	if a.Took < time.Second {
+		t.Errorf("built after %v, while the slot was taken", a.Took)
 	}
 }
 
@@ -200,7 +186,7 @@ func strangers(ctx context.Context, t *testing.T, f *stack.Function, n, rate int
 // and is more than is read without a slot.
 func waitSlot(t *testing.T, conn net.Conn) {
 	t.Helper()
-	eventually(t, patience(10*time.Second), func() error {
+	stack.Eventually(t, patience(10*time.Second), func() error {
 		if n := underway(t, conn.LocalAddr(), conn.RemoteAddr()); n > 0 {
 			return fmt.Errorf("an upload has no slot: %d bytes are not read", n)
 		}
@@ -214,16 +200,16 @@ func TestSlowStrangers(t *testing.T) {
 	t.Parallel()
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"max_uploads": "16"}})
 	large := layered(t, local(), 20<<20)
-	mustSend(t, f, large, jsonForm).wantSuccess(t)
-	for _, form := range []string{jsonForm, ndjson} {
+	mustSend(t, f, large, jsonForm).WantSuccess(t)
+	for _, form := range []string{jsonForm, client.NDJSON} {
 		ctx, leave := context.WithCancel(testContext(t))
 		defer leave()
 		strangers(ctx, t, f, 16, 100<<10)
 		a := mustSend(t, f, large, form)
-		a.wantSuccess(t)
-		t.Logf("%q: 20 MB beside 16 slow strangers took %v", form, a.took.Round(time.Millisecond))
-		if a.took > patience(10*time.Second) {
-			t.Errorf("%q: 20 MB beside 16 slow strangers took %v", form, a.took)
+		a.WantSuccess(t)
+		t.Logf("%q: 20 MB beside 16 slow strangers took %v", form, a.Took.Round(time.Millisecond))
+		if a.Took > patience(10*time.Second) {
+			t.Errorf("%q: 20 MB beside 16 slow strangers took %v", form, a.Took)
 		}
 		leave()
 		waitIdle(t, f)
@@ -253,13 +239,14 @@ func startUpload(t *testing.T, f *stack.Function, method, path string) net.Conn 
 func TestAbortedStreams(t *testing.T) {
 	t.Parallel()
 	_, _, f := start(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1", "queue_wait": "60s"}})
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	c := f.Client
+	c.HTTP = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	all := time.Now()
 	var longest time.Duration
 	for i := range 100 {
 		body := request(t, local(), "FROM busybox", sleep(mark(), 5*time.Minute))
 		began := time.Now()
-		if err := abort(testContext(t), client, f, body, []string{ndjson, sse}[i%2]); err != nil {
+		if err := abort(testContext(t), &c, body, []string{client.NDJSON, client.SSE}[i%2]); err != nil {
 			t.Fatalf("stream %d: %v", i, err)
 		}
 		longest = max(longest, time.Since(began))
@@ -267,20 +254,19 @@ func TestAbortedStreams(t *testing.T) {
 	t.Logf("100 aborted streams in %v; the longest wait for a first line was %v", time.Since(all), longest)
 	idle := waitIdle(t, f)
 	t.Logf("idle %v after the last", idle)
-	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).wantSuccess(t)
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
 	if n, err := metric(f, "builder_builds_total", `code="canceled"`); err != nil || n != 100 {
 		t.Errorf("%v builds were canceled, want 100: %v", n, err)
 	}
 }
 
 // abort goes away when the first log line has come.
-func abort(ctx context.Context, client *http.Client, f *stack.Function, body []byte, form string) error {
-	req, err := f.Request(ctx, body)
+func abort(ctx context.Context, c *client.Client, body []byte, form string) error {
+	req, err := c.Request(ctx, body, client.Accept(form))
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Accept", form)
-	resp, err := client.Do(req)
+	resp, err := c.Send(req)
 	if err != nil {
 		return err
 	}
@@ -289,7 +275,7 @@ func abort(ctx context.Context, client *http.Client, f *stack.Function, body []b
 		return errors.New(resp.Status)
 	}
 	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
-		var rec stack.Record
+		var rec client.Record
 		if json.Unmarshal(bytes.TrimPrefix(lines.Bytes(), []byte("data: ")), &rec) != nil {
 			continue
 		}
@@ -328,7 +314,7 @@ func TestSlowUploads(t *testing.T) {
 				"max_builds": "1", "max_uploads": "2", "upload_grace": grace.String(), "upload_min_rate": "1MiB",
 			}})
 			body := request(t, local(), "FROM busybox", "RUN : "+mark())
-			mustSend(t, f, body, jsonForm).wantSuccess(t)
+			mustSend(t, f, body, jsonForm).WantSuccess(t)
 
 			addr := strings.TrimPrefix(f.URL, "http://")
 			var strangers sync.WaitGroup
@@ -368,12 +354,12 @@ func TestSlowUploads(t *testing.T) {
 						return
 					}
 					defer resp.Body.Close()
-					a, err := read(resp, nil)
+					a, err := client.Read(resp, nil)
 					if err != nil {
 						t.Error(err)
 						return
 					}
-					if a.Code != test.code || a.code != httpStatus[test.code] {
+					if a.Code != test.code || a.StatusCode != client.HTTPStatus[test.code] {
 						t.Errorf("want %s, got %v", test.code, a)
 					}
 				})
@@ -385,10 +371,10 @@ func TestSlowUploads(t *testing.T) {
 			// bodies.
 			start := time.Now()
 			a := mustSend(t, f, body, jsonForm)
-			a.wantSuccess(t)
+			a.WantSuccess(t)
 			t.Logf("a build beside %d of them took %v", n, time.Since(start))
-			if limit := patience(2 * grace); a.took > limit {
-				t.Errorf("a build took %v beside %d slow uploads, want %v at most", a.took, n, limit)
+			if limit := patience(2 * grace); a.Took > limit {
+				t.Errorf("a build took %v beside %d slow uploads, want %v at most", a.Took, n, limit)
 			}
 			if n, err := metric(f, "builder_builds_total"); err != nil || n != 2 {
 				t.Errorf("%v builds were counted, want 2: %v", n, err)

@@ -22,6 +22,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/resource"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -270,11 +271,11 @@ func (h hostile) sendOne(ctx context.Context, f *stack.Function) (end string) {
 		return "cut off"
 	}
 	defer resp.Body.Close()
-	a, err := read(resp, nil)
+	a, err := client.Read(resp, nil)
 	if err != nil {
 		return "cut off"
 	}
-	return fmt.Sprintf("%d %s", a.code, a.Code)
+	return fmt.Sprintf("%d %s", a.StatusCode, a.Code)
 }
 
 // TestStrangers has strangers send requests of every kind, as many at once as
@@ -328,7 +329,7 @@ func TestStrangers(t *testing.T) {
 // endurance is a function that strangers try, and what it is without them.
 type endurance struct {
 	f      *stack.Function
-	client *http.Client  // of those who build
+	client client.Client // of those who build
 	body   []byte        // what they build
 	usual  time.Duration // what that takes at most
 	before holdings
@@ -336,16 +337,17 @@ type endurance struct {
 
 func newEndurance(t *testing.T, f *stack.Function, body []byte) *endurance {
 	t.Helper()
-	e := &endurance{f: f, body: body, client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(waysToBuild)}}}
+	e := &endurance{f: f, body: body, client: f.Client}
+	e.client.HTTP = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(waysToBuild)}}
 	for i := range 3 {
 		for way := range waysToBuild {
-			a, err := buildAs(t.Context(), e.client, f, way, body)
+			a, err := buildAs(t.Context(), &e.client, way, body)
 			if err != nil {
 				t.Fatal(err)
 			}
-			a.wantSuccess(t)
+			a.WantSuccess(t)
 			if i > 0 { // the first is not cached
-				e.usual = max(e.usual, a.took)
+				e.usual = max(e.usual, a.Took)
 			}
 		}
 	}
@@ -356,7 +358,7 @@ func newEndurance(t *testing.T, f *stack.Function, body []byte) *endurance {
 // idle is what the function has when nobody is connected.
 func (e *endurance) idle(t *testing.T) holdings {
 	t.Helper()
-	e.client.CloseIdleConnections()
+	e.client.HTTP.CloseIdleConnections()
 	http.DefaultClient.CloseIdleConnections()
 	return held(t, e.f)
 }
@@ -370,7 +372,7 @@ func (e *endurance) endure(t *testing.T, h hostile, last bool) {
 	built := builds{enough: make(chan struct{})}
 	var peak peaks
 	for way := range waysToBuild {
-		beside.Go(func() { built.every(ctx, 500*time.Millisecond, e.client, f, way, e.body) })
+		beside.Go(func() { built.every(ctx, 500*time.Millisecond, &e.client, way, e.body) })
 	}
 	beside.Go(func() { peak.watch(ctx, f) })
 
@@ -403,7 +405,7 @@ func (e *endurance) endure(t *testing.T, h hostile, last bool) {
 	}
 	// One whose stranger left while it waited for a slot learns of it when its 30 s
 	// are over.
-	rested := eventually(t, time.Minute, func() error {
+	rested := stack.Eventually(t, time.Minute, func() error {
 		after := e.idle(t)
 		anonymous, err := f.Anonymous()
 		if err != nil {
@@ -477,23 +479,20 @@ func alive(f *stack.Function) error {
 // waysToBuild are the callers by their headers, beside the signature.
 var waysToBuild = []http.Header{
 	{},
-	{"Accept": {ndjson}},
+	{"Accept": {client.NDJSON}},
 	{"X-Callback-Url": {"http://127.0.0.1:1/"}, "User-Agent": {"nats-queue-worker"}},
 }
 
 // buildAs sends a signed body the given way. A queue gives each call an id.
-func buildAs(ctx context.Context, client *http.Client, f *stack.Function, way int, body []byte) (answer, error) {
+func buildAs(ctx context.Context, c *client.Client, way int, body []byte) (client.Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, testTimeout)
 	defer cancel()
-	req, err := f.Request(ctx, body)
-	if err != nil {
-		return answer{}, err
-	}
-	maps.Copy(req.Header, waysToBuild[way])
-	if req.Header.Get("X-Callback-Url") != "" {
-		req.Header.Set("X-Call-Id", mark())
-	}
-	return do(client, req)
+	return c.Post(ctx, body, func(req *http.Request) {
+		maps.Copy(req.Header, waysToBuild[way])
+		if req.Header.Get("X-Callback-Url") != "" {
+			req.Header.Set("X-Call-Id", mark())
+		}
+	})
 }
 
 // enoughBuilds are so many that a round says something of those who build.
@@ -509,14 +508,14 @@ type builds struct {
 	longest      time.Duration
 }
 
-func (b *builds) every(ctx context.Context, pause time.Duration, client *http.Client, f *stack.Function, way int, body []byte) {
+func (b *builds) every(ctx context.Context, pause time.Duration, c *client.Client, way int, body []byte) {
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	time.Sleep(pause / time.Duration(len(waysToBuild)) * time.Duration(way))
 	for ctx.Err() == nil {
 		// Each is seen to its end.
 		start := time.Now()
-		a, err := buildAs(context.WithoutCancel(ctx), client, f, way, body)
+		a, err := buildAs(context.WithoutCancel(ctx), c, way, body)
 		took := time.Since(start)
 		if err == nil && a.Status != "success" {
 			err = errors.New(a.String())
@@ -568,7 +567,7 @@ func (p *peaks) watch(ctx context.Context, f *stack.Function) {
 func wantAccount(t *testing.T, f *stack.Function) {
 	t.Helper()
 	lines, most := 0, 0
-	eventually(t, 15*time.Second, func() error {
+	stack.Eventually(t, 15*time.Second, func() error {
 		counted, err := metric(f, "builder_requests_refused_total")
 		if err != nil {
 			return err

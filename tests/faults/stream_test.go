@@ -8,6 +8,7 @@ import (
 
 	"github.com/openfaas/go-sdk/builder"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -58,7 +59,7 @@ func TestEndings(t *testing.T) {
 			env:        map[string]string{"build_timeout": "20s"},
 			dockerfile: []string{"FROM busybox", "RUN sleep 300; : MARK"},
 			meanwhile: func(t *testing.T, f *stack.Function, b *stack.Buildkitd, mark string) {
-				waitStep(t, b, mark)
+				b.WaitStep(t, mark)
 			},
 			code:   "deadline",
 			texts:  []string{"20s", "RUN sleep 300"},
@@ -68,7 +69,7 @@ func TestEndings(t *testing.T) {
 			own:        true,
 			dockerfile: []string{"FROM busybox", "RUN sleep 300; : MARK"},
 			meanwhile: func(t *testing.T, f *stack.Function, b *stack.Buildkitd, mark string) {
-				waitStep(t, b, mark)
+				b.WaitStep(t, mark)
 				b.Kill()
 			},
 			code:   "no_daemon",
@@ -78,12 +79,12 @@ func TestEndings(t *testing.T) {
 			own:        true,
 			dockerfile: []string{"FROM busybox", "RUN sleep 300; : MARK"},
 			meanwhile: func(t *testing.T, f *stack.Function, b *stack.Buildkitd, mark string) {
-				waitStep(t, b, mark)
+				b.WaitStep(t, mark)
 				if err := b.Restart(testContext(t)); err != nil {
 					t.Error(err)
 					return
 				}
-				waitStep(t, b, mark)
+				b.WaitStep(t, mark)
 				b.Kill()
 			},
 			code:   "daemon_lost",
@@ -93,7 +94,7 @@ func TestEndings(t *testing.T) {
 			env:        map[string]string{"shutdown_timeout": "2s"},
 			dockerfile: []string{"FROM busybox", "RUN sleep 300; : MARK"},
 			meanwhile: func(t *testing.T, f *stack.Function, b *stack.Buildkitd, mark string) {
-				waitStep(t, b, mark)
+				b.WaitStep(t, mark)
 				if err := f.Signal(syscall.SIGTERM); err != nil {
 					t.Error(err)
 				}
@@ -112,7 +113,7 @@ func TestEndings(t *testing.T) {
 			texts: []string{"exit code 1", "bytes cut"},
 		},
 	} {
-		for _, form := range []string{ndjson, sse, jsonForm} {
+		for _, form := range []string{client.NDJSON, client.SSE, jsonForm} {
 			t.Run(name+"/"+forms[form], func(t *testing.T) {
 				t.Parallel()
 				var own *stack.Buildkitd
@@ -129,10 +130,7 @@ func TestEndings(t *testing.T) {
 				if test.dockerfile != nil {
 					files["Dockerfile"] = strings.ReplaceAll(strings.Join(test.dockerfile, "\n")+"\n", "MARK", m)
 				}
-				body, err := stack.Tar(stack.Context(t, files), config)
-				if err != nil {
-					t.Fatal(err)
-				}
+				body := stack.Body(t, config, files)
 				wait := background(t, f, body, form)
 				began := time.Now()
 				if test.meanwhile != nil {
@@ -143,12 +141,12 @@ func TestEndings(t *testing.T) {
 					t.Errorf("took %v, want %v at most", took, patience(test.within))
 				}
 				if test.code == "" {
-					a.wantSuccess(t)
+					a.WantSuccess(t)
 					if a.Digest == "" || a.Digest != digest(t, config.Image) {
 						t.Errorf("the digest is %q, the registry's %q", a.Digest, digest(t, config.Image))
 					}
 				} else {
-					a.wantFailed(t, test.code, test.texts...)
+					a.WantFailed(t, test.code, test.texts...)
 				}
 				if a.Image != config.Image || a.ImageName != config.Image {
 					t.Errorf("the answer names %q and %q, want %q", a.Image, a.ImageName, config.Image)

@@ -13,8 +13,6 @@ import (
 	"strings"
 
 	"github.com/openfaas/go-sdk/builder"
-
-	"handler/function/tests/client"
 )
 
 // WriteContext writes files, named by slashed paths, into dir. A file that
@@ -118,9 +116,3 @@ func Tar(contextDir string, config any) ([]byte, error) {
 	}
 	return b.Bytes(), nil
 }
-
-// Record is client.Record.
-type Record = client.Record
-
-// Sign is client.Sign.
-func Sign(secret string, body []byte) string { return client.Sign(secret, body) }
