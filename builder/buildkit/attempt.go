@@ -19,8 +19,8 @@ import (
 // attempt is one solve of a plan on one daemon. It owns its seat, its Ref and its credentials,
 // and gives the seat up.
 //
-// The Ref is new for each attempt. BuildKit takes none twice, and answers a second solve of a
-// Ref out of its history.
+// The Ref is new for each attempt. BuildKit refuses a Ref while a build with it runs. For a Ref
+// whose build has ended, it would show that build's progress again.
 type attempt struct {
 	*run
 	seat  *pool.Seat
@@ -81,7 +81,7 @@ func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 	}
 	seat.Lost(cause)
 	return verdict{kind: elsewhere, daemon: seat.Daemon, err: &api.Error{
-		Code: api.DaemonLost, Msg: "buildkitd was lost while building, and the build had been moved once already", Err: cause,
+		Code: api.DaemonLost, Msg: "buildkitd was lost while building, and the build had been begun again once already", Err: cause,
 	}}
 }
 
@@ -138,8 +138,8 @@ func (a *attempt) put(ctx context.Context, status chan *client.SolveStatus) (*cl
 func (a *attempt) solveOpt() client.SolveOpt {
 	opt := a.plan.solveOpt(a.ref, a.auths)
 	// Internal keeps a build out of the daemon's history, where its build arguments would
-	// stay in the clear for two days. The record takes a quarter of a cached build's time,
-	// too. But a named build has to be found there, and in a pool the replicas count each
+	// stay in the clear as long as the record. The record takes a quarter of a cached
+	// build's time, too. But a named build has to be found there, and in a pool the replicas count each
 	// daemon's builds by its records.
 	opt.Internal = !a.plan.named() && !a.pool.Several()
 	if a.built {
@@ -175,7 +175,7 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 	var registryBusy bool
 	v.err, registryBusy = f.Classify()
 	if f.Full {
-		a.pool.Fill(a.seat.Daemon, a.plan.masked(v.err))
+		a.pool.MarkFull(a.seat.Daemon, a.plan.masked(v.err))
 	}
 	switch {
 	case registryBusy:

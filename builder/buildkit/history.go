@@ -18,8 +18,8 @@ import (
 )
 
 // A build with a name has a Ref that is made of it. So another replica, or this one after a
-// restart, finds the build in the daemon's history, with its result or running. BuildKit
-// takes no Ref twice: the first attempt at a build of the call 1f and the body 2e has the Ref
+// restart, finds the build in the daemon's history, with its result or running. Each attempt
+// has a Ref of its own: the first attempt at a build of the call 1f and the body 2e has the Ref
 // 1fx2ex0, the next one 1fx2ex1. Both are hex digits, so that x separates them.
 
 // maxRefs is how many attempts at one name are looked for.

@@ -152,11 +152,11 @@ func final(v verdict, moved api.Code) error {
 	return v.err
 }
 
-// ended is the error of a build whose ctx has ended. A daemon that made no progress gets no
-// builds for a while.
+// ended is the error of a build whose ctx has ended. A daemon that made no progress gets
+// builds for a while only where no other takes them.
 func (r *run) ended(ctx context.Context, at *pool.Daemon) error {
 	if cause := context.Cause(ctx); errors.Is(cause, errStalled) && at != nil {
-		r.pool.Stalled(at, cause)
+		r.pool.MarkStalled(at, cause)
 	}
 	return r.limits.ended(ctx, r.progress.Running())
 }

@@ -1,6 +1,7 @@
 // Package isolation makes the values that keep builds apart on a daemon that they share.
-// Each is an HMAC under a key that no client has, so that a client can neither guess one
-// nor choose a collision.
+// Each is an HMAC under a key that is derived from the payload secret. RUN steps and strangers
+// do not have it, so they can neither guess a value nor choose a collision. Everybody who has
+// the secret can compute all values.
 //
 // They are needed because of what BuildKit compares. It takes a context's file for unchanged
 // if its path, size, time and mode are. It takes a RUN step for the same if its command is,

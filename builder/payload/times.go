@@ -10,6 +10,7 @@ import (
 	"math/bits"
 	"runtime"
 	"slices"
+	"sort"
 	"sync"
 
 	"github.com/minio/highwayhash"
@@ -155,7 +156,7 @@ func appendGroups(groups []group, files []timedFile, from, to, least int64) []gr
 		return append(groups, group{files, from, to})
 	}
 	bit := bits.Len64(uint64(first^last)) - 1
-	zeros, _ := slices.BinarySearchFunc(files, 1, func(f timedFile, _ int) int { return int(f.time>>bit&1) - 1 })
+	zeros := sort.Search(len(files), func(i int) bool { return files[i].time>>bit&1 == 1 })
 	ones := len(files) - zeros
 	middle := from + (to-from)/2
 	middle = max(middle, from+least*int64(zeros))

@@ -57,8 +57,8 @@ func (s *Seat) Worked() {
 	s.Daemon.health.worked()
 }
 
-// Lost gives the seat up with its connection. No build goes to the daemon until it answers
-// again.
+// Lost gives the seat up with its connection. Until the daemon answers again, it gets builds
+// only where no other takes them.
 func (s *Seat) Lost(cause error) {
 	s.give(true)
 	s.pool.lose(s.Daemon, cause)
@@ -78,12 +78,14 @@ func noDaemon(cause error) error {
 // Place finds a seat for a build. prefer, unless it is nil, is tried before all others,
 // however many builds it has. avoid is tried after all others.
 //
-// Where no daemon answers, all of them are tried again for as long as a restart takes. A
-// daemon that hangs takes 7 s the first time: keptTimeout for its kept connection, then
-// checkTimeout for a new one. Place waits for the first daemon alone, then for the others at
-// once, and then once more: 7 + 7 + 5 = 19 s at most, however many hang. With an avoid it
-// asks all at once from the beginning, because the build has waited for keepalive already:
-// 7 s, or 10 s if daemons begin to hang meanwhile. A look-up adds 2 s, a prefer that hangs 7 s.
+// Where no daemon answers, Place tries all of them again for as long as a restart takes. It
+// waits for this long at most, however many daemons hang:
+//
+//   - for one that hangs: keptTimeout + checkTimeout = 7 s the first time, then checkTimeout
+//   - without an avoid: 7 s for the first daemon, 7 s for all others, 5 s for all again: 19 s
+//   - with an avoid: 7 s for all at once, since the build has waited for keepalive already;
+//     10 s if daemons begin to hang meanwhile
+//   - in addition: 2 s for a look-up, 7 s for a prefer that hangs
 //
 // # Errors
 //
@@ -238,7 +240,11 @@ func (a answer) release() {
 
 // answer waits for the daemon at i. It comes soon after ctx has ended at the latest.
 func (q *inquiry) answer(ctx context.Context, i int) answer {
-	for j := i; j == i || j < len(q.daemons) && q.atOnce; j++ {
+	last := i
+	if q.atOnce {
+		last = len(q.daemons) - 1
+	}
+	for j := i; j <= last; j++ {
 		if q.answers[j] == nil {
 			q.answers[j] = q.daemons[j].ask(ctx, q.count)
 		}

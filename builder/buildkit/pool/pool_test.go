@@ -264,7 +264,7 @@ func TestFull(t *testing.T) {
 	first := tr.order()[0]
 	ctl := tr.ctl[first.addr]
 	ctl.stuck = true
-	tr.Fill(first, errors.New("no space"))
+	tr.MarkFull(first, errors.New("no space"))
 	at, s := tr.placed(nil, nil)
 	s.Leave()
 	if at != 1 || s.Choice != solve.Down || tr.Count(t.Context()).Full != 1 {
@@ -275,7 +275,7 @@ func TestFull(t *testing.T) {
 	}
 	for _, d := range tr.order()[1:] {
 		tr.ctl[d.addr].stuck = true
-		tr.Fill(d, errors.New("no space"))
+		tr.MarkFull(d, errors.New("no space"))
 	}
 	if tr.HasRoom(t.Context(), Key{}, nil) {
 		t.Error("there is said to be room")

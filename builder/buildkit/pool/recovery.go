@@ -49,8 +49,9 @@ func (p *Pool) sleep(d time.Duration) bool {
 	}
 }
 
-// lose takes a daemon out that does not answer, or that broke a build off. It gets no builds
-// until it answers a probe. A daemon that has left the pool is not lost.
+// lose takes a daemon out that does not answer, or that broke a build off. Until it answers a
+// probe, it gets builds only where no other daemon takes them. A daemon that has left the pool
+// is not lost.
 func (p *Pool) lose(d *Daemon, cause error) {
 	if errors.Is(cause, errClosed) {
 		return
@@ -60,8 +61,8 @@ func (p *Pool) lose(d *Daemon, cause error) {
 	}
 }
 
-// Stalled takes a daemon out for a few minutes: one of its builds made no progress.
-func (p *Pool) Stalled(d *Daemon, cause error) {
+// MarkStalled takes a daemon out for a few minutes: one of its builds made no progress.
+func (p *Pool) MarkStalled(d *Daemon, cause error) {
 	if already := d.health.setOut(true); !already {
 		p.probe(d, stallRest, cause)
 	}
@@ -87,8 +88,9 @@ func (p *Pool) probe(d *Daemon, rest time.Duration, cause error) {
 	})
 }
 
-// Fill takes a daemon out whose disk is full. It gets no builds until a prune has made room.
-func (p *Pool) Fill(d *Daemon, cause error) {
+// MarkFull takes a daemon out whose disk is full. It gets no builds until a prune has made
+// room.
+func (p *Pool) MarkFull(d *Daemon, cause error) {
 	if d.health.setFull(true) {
 		return
 	}
@@ -167,9 +169,9 @@ func (c *conn) pruneHalf(ctx context.Context) (used, freed int64, err error) {
 	return used, freed, err
 }
 
-// tryWrite has the daemon write a file of roomBytes. It tells whether the disk is full. Where
-// runc has no room to start a step, the step's output says so, but any step can print the
-// same words.
+// tryWrite has the daemon write a file of roomBytes, to find out whether its disk is full. A
+// failed step does not prove it: runc's message about a full disk is in the step's output,
+// where any step can print it.
 func (c *conn) tryWrite(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, roomTimeout)
 	defer cancel()
