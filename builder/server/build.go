@@ -24,7 +24,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuseUnsigned(w, r, errShuttingDown, c.answer())
+		s.refuseUnverified(w, r, errShuttingDown, c.answer())
 		return
 	}
 	defer end()
@@ -35,7 +35,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	}
 	body, err := s.receive(w, r, purpose)
 	if err != nil {
-		s.refuseUnsigned(w, r, err, c.answer())
+		s.refuseUnverified(w, r, err, c.answer())
 		return
 	}
 	opts := c.answer()

@@ -64,13 +64,13 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
-		s.refuseUnsigned(w, r, errShuttingDown, c.answer())
+		s.refuseUnverified(w, r, errShuttingDown, c.answer())
 		return
 	}
 	defer end()
 	body, err := s.receive(w, r, toStore)
 	if err != nil {
-		s.refuseUnsigned(w, r, err, c.answer())
+		s.refuseUnverified(w, r, err, c.answer())
 		return
 	}
 	defer body.Close()

@@ -75,8 +75,9 @@ type intake struct {
 	judged   map[bool]time.Time // the last judgement of bodies with a slot (true) and without one (false)
 }
 
-// newIntake makes an intake with the given number of slots. Unsigned bodies have at most
-// spool bytes of disk; a quarter of that is for heads.
+// newIntake makes an intake with the given number of slots. The bodies whose
+// signatures have not been checked have at most spool bytes of disk together; a quarter of
+// that is for heads.
 func newIntake(draining context.Context, slots int, rate int64, grace time.Duration, disk *budget.Budget, spool int64) *intake {
 	return &intake{
 		draining: draining,

@@ -101,7 +101,7 @@ func (s *Server) signedBy(r *http.Request, id string) (signer, error) {
 	}
 	by, err := s.verify(r)
 	if err != nil {
-		s.countUnsigned(api.AsError(err), id)
+		s.countUnverified(api.AsError(err), id)
 	}
 	return by, err
 }

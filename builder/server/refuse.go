@@ -35,17 +35,17 @@ func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, c *call, b
 	writeRefusal(w, r, e, opts)
 }
 
-// refuseUnsigned answers, counts and logs a request whose signature has not passed, or
+// refuseUnverified answers, counts and logs a request whose signature has not passed, or
 // that needs none.
-func (s *Server) refuseUnsigned(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
+func (s *Server) refuseUnverified(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
 	e := api.AsError(err)
-	s.countUnsigned(e, opts.ID)
+	s.countUnverified(e, opts.ID)
 	writeRefusal(w, r, e, opts)
 }
 
-// countUnsigned counts a refusal of an unsigned request, and logs it if there is room in
-// the log.
-func (s *Server) countUnsigned(e *api.Error, id string) {
+// countUnverified counts a refusal of a request whose signature has not passed, and logs it
+// if there is room in the log.
+func (s *Server) countUnverified(e *api.Error, id string) {
 	id = strings.ToValidUTF8(id[:min(len(id), maxCallID)], "")
 	s.metrics.Refused(e.Code)
 	lines := &s.refusals
@@ -97,14 +97,14 @@ func because(ctx context.Context, err error) error {
 	return &api.Error{Code: why.Code, Msg: why.Msg, Err: err}
 }
 
-// The log has at most this many lines about unsigned requests: anybody can send such
-// requests, as fast as they like. The metrics count each.
+// The log has at most this many lines about requests whose signature has not passed: anybody
+// can send such requests, as fast as they like. The metrics count each.
 const (
 	refusalsLogged = 10 // in refusalPeriod
 	refusalPeriod  = 5 * time.Second
 )
 
-// refusals bounds the log lines about unsigned requests.
+// refusals bounds the log lines about requests whose signature has not passed.
 type refusals struct {
 	mu     sync.Mutex
 	until  time.Time // the end of the period

@@ -82,7 +82,7 @@ type Config struct {
 	Limits      payload.Limits
 	SpoolMemory int64  // bytes of one body in memory
 	TempDir     string // for the bytes of a body over SpoolMemory; empty is the system's
-	SpoolBytes  int64  // bytes of all bodies in TempDir; unsigned bodies have half of it
+	SpoolBytes  int64  // bytes of all bodies in TempDir; bodies whose signature has not been checked have half of it
 
 	MaxBuilds       int           // at once
 	MaxUploads      int           // at once; a small body does not count
@@ -189,7 +189,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	methods, rest := s.route(path)
 	if methods == nil {
-		s.refuseUnsigned(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
+		s.refuseUnverified(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
 		return
 	}
 	r.SetPathValue(segment, rest)
@@ -201,7 +201,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		s.refuseUnsigned(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
+		s.refuseUnverified(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
 		return
 	}
 	h.ServeHTTP(w, r)
