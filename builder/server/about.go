@@ -18,14 +18,14 @@ import (
 
 // adapt makes an http.Handler of an OpenFaaS FunctionHandler. All of this file's handlers
 // answer small questions about the builder, without a body and a signature.
-func adapt(h handler.FunctionHandler) http.Handler {
+func (s *Server) adapt(h handler.FunctionHandler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		req := handler.Request{Header: r.Header, QueryString: r.URL.RawQuery, Method: r.Method, Host: r.Host}
 		req.WithContext(r.Context())
 		res, err := h.Handle(req)
 		if err != nil {
 			id, _ := nameCall(w, r)
-			writeRefusal(w, r, api.AsError(err), reply.Options{ID: id})
+			s.refuseUnverified(w, r, err, reply.Options{ID: id})
 			return
 		}
 		for key, values := range res.Header {

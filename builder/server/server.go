@@ -151,7 +151,7 @@ func New(cfg Config) *Server {
 	s.routes = map[string]methods{
 		"/": {
 			http.MethodPost: http.HandlerFunc(s.serveBuild),
-			http.MethodGet:  page.Or(adapt(description{s})),
+			http.MethodGet:  page.Or(s.adapt(description{s})),
 		},
 		"/build":   {http.MethodPost: http.HandlerFunc(s.serveBuild)},
 		"/builds/": {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
@@ -159,9 +159,9 @@ func New(cfg Config) *Server {
 			http.MethodHead: http.HandlerFunc(s.serveHasContext),
 			http.MethodPut:  http.HandlerFunc(s.servePutContext),
 		},
-		"/publickey": {http.MethodGet: adapt(publicKey{s})},
-		"/healthz":   {http.MethodGet: adapt(health{})},
-		"/ready":     {http.MethodGet: adapt(readiness{s})},
+		"/publickey": {http.MethodGet: s.adapt(publicKey{s})},
+		"/healthz":   {http.MethodGet: s.adapt(health{})},
+		"/ready":     {http.MethodGet: s.adapt(readiness{s})},
 		"/metrics":   {http.MethodGet: s.metrics.Handler()},
 	}
 	return s

@@ -282,6 +282,48 @@ func TestPublicKey(t *testing.T) {
 	}
 }
 
+// TestUnreadablePublicKey: the log has the cause, because the answer refers to it.
+func TestUnreadablePublicKey(t *testing.T) {
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.BuildSecretsKey = func() ([]byte, error) { return nil, errors.New("the disk fails") }
+	})
+	r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/publickey", nil)
+	r.Header.Set(api.CallIDHeader, "call-1")
+	a := f.do(t, r)
+	if a.status != 500 || a.rec.Code != api.Internal || strings.Contains(a.body, "disk") {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	f.wantRefusal(t, "call-1", api.Internal, "error", "the disk fails")
+}
+
+// wantRefusal wants one line about a refused call in the log, and one refusal with its code in
+// the metrics.
+func (f *fixture) wantRefusal(t *testing.T, id string, code api.Code, level, cause string) {
+	t.Helper()
+	var lines []string
+	for line := range strings.Lines(f.log.String()) {
+		if strings.Contains(line, `"request refused"`) && strings.Contains(line, fmt.Sprintf(`"call_id":%q`, id)) {
+			lines = append(lines, line)
+		}
+	}
+	if len(lines) != 1 || !strings.Contains(lines[0], fmt.Sprintf(`"code":%q`, code)) ||
+		!strings.Contains(lines[0], fmt.Sprintf(`"level":%q`, level)) || !strings.Contains(lines[0], cause) {
+		t.Errorf("%s is in the log as %q, want one line with level %s, code %s and %q", id, lines, level, code, cause)
+	}
+	if series := fmt.Sprintf("builder_requests_refused_total{code=%q} 1\n", code); !strings.Contains(f.metrics(t), series) {
+		t.Errorf("the metrics lack %q", series)
+	}
+}
+
+func (f *fixture) metrics(t *testing.T) string {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f.do(t, r).body
+}
+
 func TestBuild(t *testing.T) {
 	solver := &scripted{solve: func(_ context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
 		log("v: one", "l: two")
