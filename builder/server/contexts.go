@@ -24,6 +24,8 @@ type Contexts interface {
 	Open(ctx context.Context, digest string) (io.ReadCloser, error)
 }
 
+var errNoContext = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
+
 // contextDigest returns the digest in the path of a request.
 func (s *Server) contextDigest(r *http.Request) (string, error) {
 	if s.Contexts == nil {
@@ -39,23 +41,30 @@ func (s *Server) contextDigest(r *http.Request) (string, error) {
 // serveHasContext says with 200 or 404 whether a context is there.
 func (s *Server) serveHasContext(w http.ResponseWriter, r *http.Request) {
 	id, _ := nameCall(w, r)
-	by, err := s.signedBy(r, id)
-	var digest string
-	if err == nil {
-		digest, err = s.contextDigest(r)
-	}
-	var there bool
-	if err == nil {
-		there, err = s.Contexts.Has(r.Context(), digest)
-	}
-	if err == nil && !there {
-		err = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
-	}
+	opts := reply.Options{ID: id}
+	by, err := s.signedBy(r)
 	if err != nil {
-		writeRefusal(w, r, api.AsError(err), reply.Options{ID: id, Sign: by.sign})
+		s.refuseUnverified(w, r, err, opts)
 		return
 	}
-	w.WriteHeader(http.StatusOK)
+	opts.Sign = by.sign
+	there, err := s.hasContext(r)
+	switch {
+	case err != nil:
+		s.refuseSigned(w, r, because(r.Context(), err), opts)
+	case !there:
+		writeRefusal(w, r, errNoContext, opts) // an answer like any other
+	default:
+		w.WriteHeader(http.StatusOK)
+	}
+}
+
+func (s *Server) hasContext(r *http.Request) (bool, error) {
+	digest, err := s.contextDigest(r)
+	if err != nil {
+		return false, err
+	}
+	return s.Contexts.Has(r.Context(), digest)
 }
 
 // servePutContext stores a context: 201, or 200 if it was there already. The context is
@@ -83,7 +92,9 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 		there, err = s.storeContext(ctx, digest, body)
 	}
 	if err != nil {
-		s.refuseSigned(w, r, c, body, because(ctx, err))
+		opts := c.answer()
+		opts.Sign, opts.Request = body.signer.sign, body.request()
+		s.refuseSigned(w, r, because(ctx, err), opts)
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")

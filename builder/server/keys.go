@@ -94,19 +94,11 @@ func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 
 // signedBy checks the signature of a request without a body. Such a request signs its
 // method, a space, and its path with the query: "GET /builds/42". Without HMAC there is no
-// signer. signedBy counts and logs a refusal, with id; the caller answers it.
-func (s *Server) signedBy(r *http.Request, id string) (signer, error) {
+// signer.
+func (s *Server) signedBy(r *http.Request) (signer, error) {
 	if s.DisableHMAC {
 		return signer{}, nil
 	}
-	by, err := s.verify(r)
-	if err != nil {
-		s.countUnverified(api.AsError(err), id)
-	}
-	return by, err
-}
-
-func (s *Server) verify(r *http.Request) (signer, error) {
 	keys, err := s.keys.now()
 	if err != nil {
 		return signer{}, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
@@ -25,39 +24,31 @@ func Refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
 	writeRefusal(w, r, err, reply.Options{ID: id})
 }
 
-// refuseSigned answers, counts and logs a request whose signature has passed.
-func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, c *call, body *upload, err error) {
+// refuseSigned answers, counts and logs a request whose signature has passed. The log has no
+// bound here: only somebody with a key can add to it.
+func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
 	e := api.AsError(err)
 	s.metrics.Refused(e.Code)
-	c.log.WithLevel(levelOf(e)).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
-	opts := c.answer()
-	opts.Sign, opts.Request = body.signer.sign, body.request()
+	s.Log.WithLevel(levelOf(e)).Str("call_id", opts.ID).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	writeRefusal(w, r, e, opts)
 }
 
-// refuseUnverified answers, counts and logs a request whose signature has not passed, or
-// that needs none.
+// refuseUnverified answers and counts a request whose signature has not passed, or that needs
+// none. It logs the request if there is room in the log.
 func (s *Server) refuseUnverified(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
 	e := api.AsError(err)
-	s.countUnverified(e, opts.ID)
-	writeRefusal(w, r, e, opts)
-}
-
-// countUnverified counts a refusal of a request whose signature has not passed, and logs it
-// if there is room in the log.
-func (s *Server) countUnverified(e *api.Error, id string) {
-	id = strings.ToValidUTF8(id[:min(len(id), maxCallID)], "")
 	s.metrics.Refused(e.Code)
 	lines := &s.refusals
 	if e.Code == api.Internal {
 		lines = &s.defects // strangers' refusals must not crowd out a defect
 	}
 	if lines.allow(s.Log) {
-		s.Log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
+		s.Log.WithLevel(levelOf(e)).Str("call_id", opts.ID).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	}
+	writeRefusal(w, r, e, opts)
 }
 
-// writeRefusal writes the answer and nothing else: the caller counts and logs.
+// writeRefusal writes the answer, and neither counts nor logs it.
 func writeRefusal(w http.ResponseWriter, r *http.Request, err *api.Error, opts reply.Options) {
 	opts.Text = isText(r)
 	if r.Body != http.NoBody {

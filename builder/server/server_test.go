@@ -315,6 +315,46 @@ func (f *fixture) wantRefusal(t *testing.T, id string, code api.Code, level, cau
 	}
 }
 
+// TestSignedRefusals: a signed request that is refused is logged and counted. The answer that a
+// build or a context is not there is no refusal.
+func TestSignedRefusals(t *testing.T) {
+	trouble := &api.Error{Code: api.RegistryFailed, Msg: "503"}
+	solver := &scripted{find: func(string) (*solve.Past, error) { return nil, nil }}
+	store := &inMemory{}
+	f := start(t, solver, func(c *server.Config) { c.Contexts = store })
+	ask := func(r *http.Request, id string, status int) {
+		t.Helper()
+		r.Header.Set(api.CallIDHeader, id)
+		if a := f.do(t, r); a.status != status {
+			t.Errorf("%s: %d %s, want %d", id, a.status, a.body, status)
+		}
+	}
+	ask(f.bodiless(t, "GET", "/builds/none"), "none", 404)
+	ask(f.bodiless(t, "HEAD", "/contexts/"+digestOf(nil)), "no-context", 404)
+	if log := f.log.String(); strings.Contains(log, "refused") || strings.Contains(f.metrics(t), `builder_requests_refused_total{code="not_found"}`) {
+		t.Errorf("what is not there is a refusal: %s", log)
+	}
+	solver.find = func(string) (*solve.Past, error) {
+		return nil, &api.Error{Code: api.NoDaemon, Msg: "none", Err: errors.New("detail")}
+	}
+	ask(f.bodiless(t, "GET", "/builds/lost"), "x", 503)
+	f.wantRefusal(t, "lost", api.NoDaemon, "warn", "detail")
+	solver.find = func(string) (*solve.Past, error) { return nil, errors.New("a defect") }
+	ask(f.bodiless(t, "GET", "/builds/defect"), "x", 500)
+	f.wantRefusal(t, "defect", api.Internal, "error", "a defect")
+	store.err = trouble
+	ask(f.bodiless(t, "HEAD", "/contexts/"+digestOf(nil)), "registry", 503)
+	f.wantRefusal(t, "registry", api.RegistryFailed, "warn", "503")
+	ask(f.bodiless(t, "HEAD", "/contexts/sha256:abc"), "digest", 400)
+	f.wantRefusal(t, "digest", api.BadContext, "warn", "abc")
+
+	// What a daemon said to a client that has left is no defect.
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	f.s.ServeHTTP(httptest.NewRecorder(), f.bodiless(t, "GET", "/builds/gone").WithContext(gone))
+	f.wantRefusal(t, "gone", api.Canceled, "warn", "a defect")
+}
+
 func (f *fixture) metrics(t *testing.T) string {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/metrics", nil)

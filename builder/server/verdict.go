@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"time"
 
@@ -24,10 +25,19 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	if !validCallID(opts.ID) {
 		opts.ID, _ = nameCall(w, r)
 	}
-	rec, by, err := s.verdict(r)
-	opts.Sign = by.sign
+	by, err := s.signedBy(r)
 	if err != nil {
-		writeRefusal(w, r, api.AsError(err), opts)
+		s.refuseUnverified(w, r, err, opts)
+		return
+	}
+	opts.Sign = by.sign
+	rec, err := s.verdict(r, by)
+	if errors.Is(err, errNoBuild) {
+		writeRefusal(w, r, errNoBuild, opts) // an answer like any other: clients ask until there is a build
+		return
+	}
+	if err != nil {
+		s.refuseSigned(w, r, because(r.Context(), err), opts)
 		return
 	}
 	status := http.StatusOK
@@ -39,33 +49,29 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// verdict returns the signer of the request beside an error too.
-func (s *Server) verdict(r *http.Request) (rec api.Record, by signer, err error) {
-	by, err = s.signedBy(r, r.PathValue(segment))
-	if err != nil {
-		return rec, by, err
-	}
+// verdict returns the verdict that a request asks for. Its error is errNoBuild if there is none.
+func (s *Server) verdict(r *http.Request, by signer) (api.Record, error) {
 	id := r.PathValue(segment)
 	if !validCallID(id) {
-		return rec, by, errNoBuild
+		return api.Record{}, errNoBuild
 	}
 	if f := s.flights.find(by.key, id); f != nil {
-		return f.now(), by, nil
+		return f.now(), nil
 	}
 	keys, err := s.keys.now()
 	if err != nil && !s.DisableHMAC {
-		return rec, by, err
+		return api.Record{}, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
 	defer cancel()
 	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, by.key, id))
 	if err != nil {
-		return rec, by, err
+		return api.Record{}, err
 	}
 	if past == nil {
-		return rec, by, errNoBuild
+		return api.Record{}, errNoBuild
 	}
-	return recordOf(past), by, nil
+	return recordOf(past), nil
 }
 
 // record is the verdict. Its text is masked.
