@@ -1,6 +1,6 @@
-# For a Debian or Ubuntu with Go, git, gcc and make. Each target first installs the
-# packages that it needs and that are missing, which takes root; SETUP=no only prints
-# them. Targets that start daemons need root in any case, for buildkitd and runc.
+# For a Debian or Ubuntu with Go, git, gcc and make. Each target first installs the missing
+# packages that it needs. To install them takes root. SETUP=no only prints them, and stops.
+# A target that starts daemons always needs root, for buildkitd and runc.
 
 SHELL := /bin/bash -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -16,11 +16,9 @@ OPENFAAS ?= true
 DIR ?= buildkit/certs
 FUZZTIME ?= 20s
 
-# Where make was called from, so that FUNCTION and the like can be relative.
-abs = $(if $(1),$(abspath $(1)))
 # Not go run, which would not pass SIGTERM on.
 stack = go -C tests build -o ../.cache/bin/stack ./cmd/stack && exec .cache/bin/stack
-flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(call abs,$(REGISTRY_CONFIG)))
+flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(REGISTRY_CONFIG))
 
 .PHONY: help
 help: ## this list
@@ -28,7 +26,7 @@ help: ## this list
 
 .PHONY: run
 run: setup ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
-	@$(stack) run $(flags) $(if $(FUNCTION),-function=$(call abs,$(FUNCTION))) $(if $(IMAGE),-image=$(IMAGE))
+	@$(stack) run $(flags) $(if $(FUNCTION),-function=$(FUNCTION)) $(if $(IMAGE),-image=$(IMAGE))
 
 .PHONY: up
 up: setup ## leave the builder running with its daemons behind OpenFaaS until Ctrl-C; OPENFAAS=false leaves OpenFaaS out
@@ -40,39 +38,40 @@ publish: setup ## build the builder's own image with itself and push it: IMAGE=r
 
 .PHONY: envelope
 envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [IMAGE=ref] [PAYLOAD_SECRET=file]
-	@tests/envelope.sh $(or $(call abs,$(FUNCTION)),tests/testdata/hello) $(call abs,$(PAYLOAD_SECRET)) $(IMAGE)
+	@tests/envelope.sh $(or $(FUNCTION),tests/testdata/hello) $(PAYLOAD_SECRET) $(IMAGE)
 
 .PHONY: test
-test: setup test-unit test-e2e ## every test but the fuzz targets
+test: setup test-unit test-e2e ## all tests but test-timing, test-k8s and test-fuzz
 
-# Without cgo, as in the image build, and with the race detector, whose memory is
-# not the function's and whose time is ten times as long: -short leaves out what
-# measures memory, and makes the largest inputs smaller.
+# First without cgo, as in the image. Then with the race detector: it needs other memory
+# and ten times the time, so -short leaves out the tests that measure memory and shrinks
+# the largest inputs.
 .PHONY: test-unit
 test-unit: setup ## the function's and the template's own tests: no root, no network, no daemon
 	CGO_ENABLED=0 go -C builder test -timeout 20m ./...
 	go -C builder test -race -short -timeout 20m ./...
 	go -C template/golang-middleware test -race -timeout 20m ./... ./function/...
 
-# Each package has a stack of its own. Two at a time run that bear with another one,
-# and alone faults, where limits of the function's are waited for. The test cache does
-# not see what lies outside their module.
+# Each package starts its own stack. Two packages run at a time, except faults: it measures
+# time limits, so it runs alone. -count=1: the test cache would not notice a change of the
+# function, which is another module.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
 	go -C tests test -race -count=1 -p 2 -timeout 40m $$(go -C tests list ./... | grep -v '/faults$$')
 	go -C tests test -race -count=1 -timeout 40m ./faults
 
-# What a busy machine cannot keep, and what takes longer: no part of make test.
+# This takes long, and needs a machine that does nothing else, so make test leaves it out.
 .PHONY: test-timing
 test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds; on a machine that does nothing else
 	go -C tests test -race -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
 
-# Half an hour on a fresh machine, half of it compiling Kubernetes: no part of make test.
+# This takes half an hour on a fresh machine, half of it to compile Kubernetes, so make test
+# leaves it out.
 .PHONY: test-k8s
 test-k8s: setup ## the manifests and the function on a real Kubernetes of one node, made here
 	go -C tests test -tags k8s -count=1 -timeout 90m -v ./k8s
 
-# Without a bound go test spends the time on making inputs smaller.
+# Without -fuzzminimizetime, go test spends the time on making inputs smaller.
 .PHONY: test-fuzz
 test-fuzz: setup ## every fuzz target for FUZZTIME each
 	@found=0; for pkg in $$(go -C builder list ./...); do \
@@ -97,7 +96,7 @@ certs: ## the CA and both certificates for buildkitd and the function: DIR=build
 
 .PHONY: secrets
 secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=
-	@PAYLOAD_SECRET=$(call abs,$(PAYLOAD_SECRET)) REGISTRY_CONFIG=$(call abs,$(REGISTRY_CONFIG)) BUILD_SECRETS_KEY=$(call abs,$(BUILD_SECRETS_KEY)) buildkit/secrets.sh $(VIA)
+	@PAYLOAD_SECRET=$(PAYLOAD_SECRET) REGISTRY_CONFIG=$(REGISTRY_CONFIG) BUILD_SECRETS_KEY=$(BUILD_SECRETS_KEY) buildkit/secrets.sh $(VIA)
 
 # go vet and staticcheck read the tests on Kubernetes too, which need a tag.
 .PHONY: lint
@@ -125,7 +124,7 @@ vuln: setup ## govulncheck alone
 clean: ## remove what was built; the next run takes minutes again
 	rm -rf .cache
 
-# Once for all that make was asked for, and before any of it.
+# It runs once for all targets that make was called with, and before them.
 .PHONY: setup
 setup:
 	@tests/setup/setup.sh $(MAKECMDGOALS)
