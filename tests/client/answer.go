@@ -34,8 +34,8 @@ func (r Record) ended() bool { return r.Status == "success" || r.Status == "fail
 
 // Answer is a response that has been read to its end.
 type Answer struct {
-	// Record is the verdict, with the log of all records. It is zero where the answer
-	// is neither JSON nor a stream.
+	// Record is the last record, with the log of all. It is zero where the answer is
+	// neither JSON nor a stream. Beside an error it is the last record that came.
 	Record
 
 	StatusCode int // HTTP's
@@ -88,15 +88,15 @@ func Decode(text string) (Record, error) {
 	return r, nil
 }
 
-// ErrNoVerdict is Read's for a stream that ends, whole in its form, before its build.
+// Read returns ErrNoVerdict for a well-formed stream that ends without success or failed.
 var ErrNoVerdict = errors.New("the stream ended without a verdict")
 
-// maxLine is what every line of a stream is shorter than, in bytes.
+// maxLine bounds a line of a stream with its newline, in bytes.
 const maxLine = 60 << 10
 
 // Read reads an answer to its end and takes it apart: a JSON object as one record, a
 // stream line by line. Text is not taken apart. Read calls each, if not nil, for every
-// record of a stream as it arrives. Beside an error stands what had come until then.
+// record of a stream as it arrives. Beside an error it returns what had come until then.
 func Read(resp *http.Response, each func(Record)) (Answer, error) {
 	a := Answer{StatusCode: resp.StatusCode, Header: resp.Header}
 	if a.IsStream() {
@@ -116,8 +116,8 @@ func Read(resp *http.Response, each func(Record)) (Answer, error) {
 
 func (a *Answer) readStream(r io.Reader, each func(Record)) error {
 	var body strings.Builder
-	defer func() { a.Body = body.String() }()
 	var log []string
+	defer func() { a.Body, a.Log = body.String(), log }()
 	events := a.Header.Get("Content-Type") == SSE
 	for lines := bufio.NewReader(r); ; {
 		line, err := lines.ReadString('\n')
@@ -161,7 +161,6 @@ func (a *Answer) readStream(r io.Reader, each func(Record)) error {
 	if !a.ended() {
 		return fmt.Errorf("%w, after %.500q", ErrNoVerdict, log)
 	}
-	a.Log = log
 	return nil
 }
 

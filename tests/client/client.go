@@ -2,8 +2,12 @@
 // answers apart without the function's own types. An answer that breaks the contract
 // is an error, so that every test that builds also tests the form of its answer.
 //
-// Methods that begin with Must fail the test where the others return an error. Only
-// the test's own goroutine may call them.
+// Build is for a test that needs the build to succeed. Post is for one that looks at the
+// whole answer, of a success or a failure. PostEach also shows each record as it arrives.
+// Do, Fetch and Send are for requests that a test makes itself.
+//
+// Methods that begin with Must end the test where the others return an error. Only the
+// test's own goroutine may call them.
 package client
 
 import (
@@ -122,12 +126,12 @@ func (c *Client) Fetch(req *http.Request) (Answer, error) {
 
 // Post sends a signed body and reads the answer with Read.
 func (c *Client) Post(ctx context.Context, body []byte, changes ...Change) (Answer, error) {
-	return c.Stream(ctx, body, nil, changes...)
+	return c.PostEach(ctx, body, nil, changes...)
 }
 
-// Stream is Post, and calls each, if not nil, for every record as it arrives. The
-// form is the function's choice unless a change asks for another.
-func (c *Client) Stream(ctx context.Context, body []byte, each func(Record), changes ...Change) (Answer, error) {
+// PostEach is Post, and calls each, if not nil, for every record of a stream as it arrives.
+// The answer is a stream only if a change asks for one, such as Accept(NDJSON).
+func (c *Client) PostEach(ctx context.Context, body []byte, each func(Record), changes ...Change) (Answer, error) {
 	req, err := c.Request(ctx, body, changes...)
 	if err != nil {
 		return Answer{}, err

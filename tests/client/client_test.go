@@ -78,7 +78,7 @@ func TestBrokenAnswers(t *testing.T) {
 		"a blank line":            {NDJSON, 200, running + "\n\n" + success + "\n", "reading a record"},
 		"a line after the last":   {NDJSON, 200, success + "\n" + running + "\n", "after the last record"},
 		"no newline at the end":   {NDJSON, 200, running + "\n" + success, "broke off"},
-		"no verdict":              {NDJSON, 200, running + "\n", ErrNoVerdict.Error()},
+		"no verdict":              {NDJSON, 200, running + "\n" + beat + "\n", ErrNoVerdict.Error()},
 		"nothing":                 {NDJSON, 200, "", ErrNoVerdict.Error()},
 		"a long line":             {NDJSON, 200, `{"log":["` + strings.Repeat("x", maxLine) + `"],"status":"success"}` + "\n", "bytes"},
 		"an event of two lines":   {SSE, 200, "data: " + running + "\ndata: " + success + "\n\n", "second line"},
@@ -90,6 +90,9 @@ func TestBrokenAnswers(t *testing.T) {
 			a, err := answered(t, test.form, test.status, test.body)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, %v, want an error with %q", a, err, test.want)
+			}
+			if strings.HasPrefix(test.body, running+"\n") && strings.Join(a.Log, " ") != "l: hello" {
+				t.Errorf("the log of what had come is %q", a.Log)
 			}
 			if noVerdict := test.want == ErrNoVerdict.Error(); errors.Is(err, ErrNoVerdict) != noVerdict {
 				t.Errorf("that the error is ErrNoVerdict is %t: %v", !noVerdict, err)

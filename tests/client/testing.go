@@ -57,13 +57,12 @@ func (c *Client) MustBuild(t testing.TB, ctx context.Context, body []byte) Recor
 	return r
 }
 
-// MustFail builds and expects a failure with a code. The test goes on where the code
-// is another.
+// MustFail builds: the build must fail with the code.
 func (c *Client) MustFail(t testing.TB, ctx context.Context, body []byte, code string) Record {
 	t.Helper()
 	a := c.MustPost(t, ctx, body, Accept(NDJSON))
 	if a.Status != "failed" || a.Code != code {
-		t.Errorf("want failed %s, got %v", code, a)
+		t.Fatalf("want failed %s, got %v", code, a)
 	}
 	return a.Record
 }
@@ -78,18 +77,25 @@ func (c *Client) MustVerdict(t testing.TB, ctx context.Context, callID string) A
 	return a
 }
 
-// HTTPStatus is the contract's for a failure in one piece, by its code.
+// HTTPStatus is the contract's status of a failure that is no stream, by its code.
 var HTTPStatus = map[string]int{
-	"bad_context": 400, "slow_upload": 400, "unauthorized": 401,
-	"build_failed": 422, "registry_denied": 422, "deadline": 422,
-	"busy":      429,
-	"no_daemon": 503, "daemon_lost": 503, "daemon_full": 503, "registry_failed": 503, "registry_timeout": 503,
-	"no_space": 503, "shutting_down": 503, "stalled": 503, "queue_timeout": 503,
+	"bad_tar": 400, "bad_config": 400, "bad_secrets": 400, "bad_envelope": 400, "bad_context": 400, "bad_body": 400,
+	"slow_upload":     400,
+	"unauthorized":    401,
+	"image_forbidden": 403, "context_forbidden": 403,
+	"not_found":          404,
+	"method_not_allowed": 405,
+	"too_large":          413,
+	"build_failed":       422, "registry_denied": 422, "deadline": 422,
+	"busy":     429,
+	"internal": 500,
+	"stalled":  503, "queue_timeout": 503, "no_daemon": 503, "daemon_lost": 503, "daemon_full": 503,
+	"registry_failed": 503, "registry_timeout": 503, "context_failed": 503,
+	"no_space": 503, "not_ready": 503, "shutting_down": 503,
 }
 
-// WantFailed checks a failure's code, its HTTP status where the answer is in one piece,
-// and that its error contains all of the texts. It ends the test where the code is
-// another.
+// WantFailed checks a failure's code, its HTTP status if the answer is no stream, and that
+// its error contains all of the texts. It ends the test if the code is another.
 func (a Answer) WantFailed(t testing.TB, code string, texts ...string) {
 	t.Helper()
 	if a.Status != "failed" || a.Code != code {
@@ -103,7 +109,9 @@ func (a Answer) WantFailed(t testing.TB, code string, texts ...string) {
 	if a.IsStream() {
 		return
 	}
-	if want := HTTPStatus[code]; want == 0 || a.StatusCode != want {
+	if want, ok := HTTPStatus[code]; !ok {
+		t.Errorf("no status is known for %s", code)
+	} else if a.StatusCode != want {
 		t.Errorf("%s came with HTTP %d, want %d", code, a.StatusCode, want)
 	}
 	if retry := a.StatusCode == 429 || a.StatusCode == 503; retry != (a.Header.Get("Retry-After") != "") {
@@ -111,7 +119,7 @@ func (a Answer) WantFailed(t testing.TB, code string, texts ...string) {
 	}
 }
 
-// WantSuccess ends the test where the build did not succeed.
+// WantSuccess ends the test if the build did not succeed.
 func (a Answer) WantSuccess(t testing.TB) {
 	t.Helper()
 	if a.Status != "success" || a.Code != "" || a.Error != "" {

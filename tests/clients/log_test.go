@@ -218,7 +218,7 @@ type arrival struct {
 func arrivals(t *testing.T, ctx context.Context, f *stack.Function, body []byte) ([]arrival, client.Record) {
 	t.Helper()
 	var all []arrival
-	last, err := f.Stream(ctx, body, func(r client.Record) {
+	last, err := f.PostEach(ctx, body, func(r client.Record) {
 		for _, l := range r.Log {
 			all = append(all, arrival{l, time.Now()})
 		}

@@ -106,7 +106,7 @@ func scraped(t *testing.T) (series exported, faults []string) {
 	}
 	left, leave := context.WithCancel(ctx)
 	defer leave()
-	if _, err := f.Stream(left, body("sleep 60"), func(client.Record) { leave() }, client.Accept(client.NDJSON)); !errors.Is(err, context.Canceled) {
+	if _, err := f.PostEach(left, body("sleep 60"), func(client.Record) { leave() }, client.Accept(client.NDJSON)); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
 	f.MustPost(t, ctx, []byte("unsigned"), client.Signature(""))

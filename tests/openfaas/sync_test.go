@@ -71,7 +71,7 @@ func arrivals(t *testing.T, s *stack.Stack, o *stack.OpenFaaS, accept string) []
 	body := request(t, s, "live", "FROM busybox", "RUN for i in 1 2 3 4; do echo line-$i; sleep 2; done; : "+mark())
 	var times []time.Duration
 	var first time.Time
-	a, err := o.Stream(t.Context(), body, func(r client.Record) {
+	a, err := o.PostEach(t.Context(), body, func(r client.Record) {
 		for _, line := range r.Log {
 			if strings.HasPrefix(line, "l: ") && strings.Contains(line, "line-") {
 				if first.IsZero() {

@@ -13,6 +13,7 @@ import (
 	"handler/function"
 	"handler/function/api"
 	"handler/function/buildconfig"
+	"handler/function/tests/client"
 )
 
 // parsed is the source of a part of the repository.
@@ -168,6 +169,9 @@ func TestCodes(t *testing.T) {
 		status := api.Code(words[0]).HTTPStatus()
 		if row[0] != fmt.Sprint(status) {
 			t.Errorf("%s: %s is %s there, and is %d", apiPage, words[0], row[0], status)
+		}
+		if got := client.HTTPStatus[words[0]]; got != status {
+			t.Errorf("the tests' client takes %s for %d, want %d", words[0], got, status)
 		}
 		retry := "no"
 		if status == 429 || status >= 500 {

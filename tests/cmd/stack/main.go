@@ -175,7 +175,7 @@ func build(ctx context.Context, f *stack.Function, dir, image string, args map[s
 		return client.Record{}, err
 	}
 	fmt.Printf("building %s from %s, %d bytes packed\n", image, dir, len(body))
-	got, err := f.Stream(ctx, body, func(r client.Record) {
+	got, err := f.PostEach(ctx, body, func(r client.Record) {
 		for _, line := range r.Log {
 			fmt.Println(" ", line)
 		}
