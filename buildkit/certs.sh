@@ -3,12 +3,13 @@
 #
 #   certs.sh DIR [NAME-OR-ADDRESS...]
 #
-#   DIR/ca-key.pem                      signs both; belongs in no Secret
-#   DIR/daemon/{ca.pem,cert.pem,key.pem}   for buildkitd, valid for the names below
-#   DIR/client/{ca.pem,cert.pem,key.pem}   for the function
+#   DIR/ca.pem                            the CA's certificate
+#   DIR/ca-key.pem                        the CA's key; put it into no Secret
+#   DIR/daemon/{ca.pem,cert.pem,key.pem}  for buildkitd, with the names below
+#   DIR/client/{ca.pem,cert.pem,key.pem}  for the function
 #
-# A CA that is in DIR already is kept. Certificates that are there are only
-# replaced with FORCE=1. DAYS is how long they are valid (365), CA_DAYS the CA (3650).
+# It keeps a CA that is in DIR. It replaces certificates only with FORCE=1. They are valid
+# for DAYS days (365), and the CA for CA_DAYS days (3650).
 set -eu
 umask 077
 
@@ -25,8 +26,8 @@ for side in daemon client; do
 	fi
 done
 
-# The function asks for the name buildkitd wherever it dials to; the others are
-# for buildctl and for clients that ask for the address.
+# The function expects the name buildkitd at every address that it dials. The other names
+# are for buildctl and for clients that expect the address.
 names="DNS:buildkitd,DNS:buildkitd.openfaas,DNS:buildkitd.openfaas.svc,DNS:buildkitd.openfaas.svc.cluster.local,DNS:localhost,IP:127.0.0.1,IP:::1"
 for name; do
 	case $name in
@@ -99,7 +100,7 @@ for side in daemon client; do
 	cp "$tmp/ca.pem" "$tmp/$side/ca.pem"
 done
 
-# Only now, when everything has been made: a failure leaves DIR as it was.
+# DIR is changed only now, after everything has been made: a failure leaves it as it was.
 mv "$tmp/ca-key.pem" "$tmp/ca.pem" "$dir/"
 for side in daemon client; do
 	mv "$tmp/$side/ca.pem" "$tmp/$side/key.pem" "$tmp/$side/cert.pem" "$dir/$side/"

@@ -1,15 +1,17 @@
 #!/bin/sh
-# Creates the Secrets that stack.yml names, or replaces them, from what is on disk.
+# Creates the Secrets that stack.yml names from files, or replaces them.
 #
 #   secrets.sh kubectl|faas-cli
 #
-# payload-secret     PAYLOAD_SECRET   (payload-secret)
-# buildkit-ca, buildkit-cert, buildkit-key
-#                    CERTS/client     (buildkit/certs/client)
-# registry-config    REGISTRY_CONFIG  (~/.docker/config.json)
-# build-secrets-key  BUILD_SECRETS_KEY; left out when it is not set
+#   payload-secret     from PAYLOAD_SECRET     (payload-secret)
+#   buildkit-ca        from CERTS/client       (buildkit/certs/client)
+#   buildkit-cert      from CERTS/client
+#   buildkit-key       from CERTS/client
+#   registry-config    from REGISTRY_CONFIG    (~/.docker/config.json)
+#   build-secrets-key  from BUILD_SECRETS_KEY  (none: without it there is no such Secret)
 #
-# NAMESPACE is the functions' (openfaas-fn). OPENFAAS_URL and a login are faas-cli's.
+# NAMESPACE is the namespace of the functions (openfaas-fn). faas-cli needs a login, and
+# reads OPENFAAS_URL.
 set -eu
 
 via=${1:-}
@@ -29,13 +31,13 @@ set -- \
 	registry-config "${REGISTRY_CONFIG:-$HOME/.docker/config.json}"
 [ -z "${BUILD_SECRETS_KEY:-}" ] || set -- "$@" build-secrets-key "$BUILD_SECRETS_KEY"
 
-# All of them are there before the first is created.
+# No Secret is created unless all files are there.
 missing=0
 want() { # NAME FILE
 	[ -s "$2" ] && return
 	missing=1
 	case $1 in
-	payload-secret) how='openssl rand -hex 32 > payload-secret, or PAYLOAD_SECRET=file' ;;
+	payload-secret) how='faas-cli secret generate -o payload-secret, or openssl rand -hex 32 > payload-secret, or PAYLOAD_SECRET=file' ;;
 	buildkit-*) how='make certs' ;;
 	registry-config) how='REGISTRY_CONFIG=config.json' ;;
 	*) how='BUILD_SECRETS_KEY=file' ;;
