@@ -4,20 +4,19 @@
 #	setup.sh TARGET...
 #
 # It is for a Debian or Ubuntu that has Go, git, gcc and make. It prints the missing
-# packages and installs them with apt-get, as root. It only prints them, and fails,
-# without root, without apt-get and with SETUP=no. It prints nothing if nothing is
-# missing.
+# packages and installs them with apt-get, as root. Without root, without apt-get or with
+# SETUP=no it only prints them, and exits with 1. It prints nothing if nothing is missing.
 set -euo pipefail
 
-# How many seconds another apt-get may hold a lock.
+# Another apt-get may hold a lock for this many seconds.
 patience=600
 
 say() {
 	echo "setup: $*" >&2
 }
 
-# The checks below look for files and not for packages: they are right also where a
-# program was not installed by apt-get.
+# The checks below look for files and not for packages: a program need not have been
+# installed by apt-get.
 has() {
 	type -P "$1" >/dev/null
 }
@@ -25,7 +24,9 @@ has() {
 certificates() {
 	local file
 	for file in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem; do
-		[ ! -s "$file" ] || return 0
+		if [ -s "$file" ]; then
+			return 0
+		fi
 	done
 	return 1
 }
@@ -50,7 +51,9 @@ static_busybox() {
 browser() {
 	local name
 	for name in headless_shell headless-shell chromium chromium-browser google-chrome google-chrome-stable; do
-		! "$name" --version >/dev/null 2>&1 || return 0
+		if "$name" --version >/dev/null 2>&1; then
+			return 0
+		fi
 	done
 	return 1
 }
@@ -59,7 +62,7 @@ ubuntu() {
 	[[ -e /etc/os-release && $'\n'$(</etc/os-release)$'\n' == *$'\nID=ubuntu\n'* ]]
 }
 
-# What is missing: packages, and what the user has to do.
+# The missing packages, and the problems that the user has to solve.
 packages=()
 problems=()
 
@@ -70,19 +73,21 @@ need() { # PACKAGE
 problem() { # TEXT
 	local text
 	for text in "${problems[@]}"; do
-		[ "$text" != "$1" ] || return 0
+		if [ "$text" = "$1" ]; then
+			return 0
+		fi
 	done
 	problems+=("$1")
 }
 
-need_modules() {
+need_go() {
 	has go || problem 'go is not on the PATH, which sudo replaces: get it from https://go.dev/dl/'
 	certificates || need ca-certificates
 }
 
 # The race detector is linked with gcc.
 need_compiler() {
-	need_modules
+	need_go
 	has gcc || need gcc
 	links || need libc6-dev
 }
@@ -131,7 +136,7 @@ need_kubernetes() { # TARGET
 }
 
 need_vuln() {
-	need_modules
+	need_go
 	has curl || need curl
 }
 
@@ -142,7 +147,8 @@ need_lint() {
 	has shellcheck || need shellcheck
 }
 
-look() { # TARGET...
+# find_missing sets packages and problems.
+find_missing() { # TARGET...
 	local target
 	packages=() problems=()
 	for target; do
@@ -152,7 +158,7 @@ look() { # TARGET...
 		test | test-e2e | test-timing) need_end_to_end "$target" ;;
 		test-unit) need_compiler ;;
 		test-k8s) need_kubernetes "$target" ;;
-		test-fuzz) need_modules ;;
+		test-fuzz) need_go ;;
 		lint) need_lint ;;
 		vuln) need_vuln ;;
 		*) problem "no packages are listed for the target $target" ;;
@@ -174,7 +180,7 @@ apt_get() {
 	done
 }
 
-look "$@"
+find_missing "$@"
 if [ ${#packages[@]} -gt 0 ]; then
 	if ! has apt-get; then
 		problem "missing, by the names of Debian's packages: ${packages[*]}"
@@ -184,7 +190,7 @@ if [ ${#packages[@]} -gt 0 ]; then
 		say "installing ${packages[*]}"
 		apt_get update || say 'going on with the lists of packages that are there'
 		apt_get install -y --no-upgrade --no-install-recommends "${packages[@]}"
-		look "$@"
+		find_missing "$@"
 		[ ${#packages[@]} = 0 ] || problem "installed, but not found: ${packages[*]}"
 	fi
 fi
