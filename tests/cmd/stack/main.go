@@ -292,7 +292,7 @@ func up(ctx context.Context, s *stack.Stack, f *stack.Function, openfaas bool) e
   logs            %[5]s
                   %[6]s
 
-For the commands of README.md and builder/API.md:
+For the commands of the pages:
 
   export BUILDER=%[1]s GATEWAY=http://127.0.0.1:8080 REGISTRY=%[2]s PAYLOAD_SECRET=%[4]s
 
