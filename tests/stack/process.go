@@ -53,6 +53,10 @@ func startProcess(name, log string, cmd *exec.Cmd) (*process, error) {
 		}
 	}()
 	if err := <-started; err != nil {
+		// In a bare chroot os/exec cannot make the mounts private, and says only EINVAL.
+		if errors.Is(err, syscall.EINVAL) && cmd.SysProcAttr.Unshareflags&syscall.CLONE_NEWNS != 0 {
+			err = fmt.Errorf("making its mounts private: the root directory must be a mount point, so run mount --bind DIR DIR before chroot DIR: %w", err)
+		}
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
 	return p, nil
