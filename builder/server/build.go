@@ -136,16 +136,16 @@ func (s *Server) build(j *job) (res result) {
 // there is room, the index; everything else is read again after the wait.
 func (s *Server) admit(j *job) error {
 	start := time.Now()
-	if s.builds.acquire(j.ctx, 0) == nil {
+	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
+	if err := s.take(j.ctx, s.builds, 0, full); !errors.Is(err, full) {
 		s.metrics.Waited(time.Since(start))
-		return nil
+		return err
 	}
 	if j.body.Index() {
 		if _, err := s.check(j); err != nil {
 			return err
 		}
 	}
-	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
 	var wait time.Duration
 	if j.call.waits() {
 		wait, full.Code = s.QueueWait, api.QueueTimeout

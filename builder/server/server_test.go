@@ -832,6 +832,56 @@ func TestShutdownEndsUploads(t *testing.T) {
 	}
 }
 
+// TestShutdownBeginsNoBuild: a body that ends during a shutdown is not built, though a slot is
+// free. Its call had begun before.
+func TestShutdownBeginsNoBuild(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	body := pack(t, config)
+	began, rest := make(chan struct{}), make(chan struct{})
+	r := f.request(t, nil)
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", body))
+	r.ContentLength = int64(len(body))
+	r.Body = io.NopCloser(io.MultiReader(bytes.NewReader(body[:1]), readerFunc(func([]byte) (int, error) {
+		close(began)
+		<-rest
+		return 0, io.EOF
+	}), bytes.NewReader(body[1:])))
+	answers := make(chan answer)
+	// Without the network: a client's transport reads a body ahead.
+	go func() {
+		w := httptest.NewRecorder()
+		f.s.ServeHTTP(deadlines{w}, r)
+		a := answer{status: w.Code, body: w.Body.String()}
+		json.Unmarshal(w.Body.Bytes(), &a.rec)
+		answers <- a
+	}()
+	<-began
+	down := make(chan struct{})
+	go func() { f.s.Shutdown(); close(down) }()
+	eventually(t, "it shuts down", func() bool {
+		r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, f.URL+"/ready", nil)
+		return f.do(t, r).status == 503
+	})
+	close(rest)
+	if a := <-answers; a.status != 503 || a.rec.Code != api.ShuttingDown {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if n := f.solver.calls.Load(); n != 0 {
+		t.Errorf("%d builds", n)
+	}
+	<-down
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// deadlines is a ResponseWriter that takes deadlines and does nothing with them.
+type deadlines struct{ *httptest.ResponseRecorder }
+
+func (deadlines) SetReadDeadline(time.Time) error  { return nil }
+func (deadlines) SetWriteDeadline(time.Time) error { return nil }
+
 func TestUnsignedUploadIsRefusedBeforeItsBody(t *testing.T) {
 	f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{} })
 	for _, begin := range []struct{ route, body string }{
