@@ -20,14 +20,14 @@ const (
 	maxLines = maxRecord - 3*maxWord - maxKeys
 
 	maxError = 24 << 10
-	maxWord  = 1 << 10 // each of id, image (twice), code, digest, request
+	maxWord  = 1 << 10 // each of id, image (twice), code, digest, commit, request
 	maxList  = 8 << 10 // each of tags, platforms, warnings
 	maxKeys  = 1 << 10 // all keys of a record, with its status and duration
 )
 
 // The last record of a stream has no log. This does not compile if its parts together can be
 // larger than maxRecord.
-const _ uint = maxRecord - maxError - 6*maxWord - 3*maxList - maxKeys
+const _ uint = maxRecord - maxError - 7*maxWord - 3*maxList - maxKeys
 
 // encode appends v to b as one line of JSON.
 func encode(b *bytes.Buffer, v any, indent string) {
@@ -138,6 +138,8 @@ func bounded(rec api.Record) api.Record {
 	rec.ImageName = rec.Image
 	rec.Code = api.Code(shorten(string(rec.Code), maxWord))
 	rec.Digest = shorten(rec.Digest, maxWord)
+	rec.Commit = shorten(rec.Commit, maxWord)
+	rec.Request = shorten(rec.Request, maxWord)
 	rec.Error = shorten(rec.Error, maxError)
 	rec.Tags = shortenList(rec.Tags, maxList)
 	rec.Platforms = shortenList(rec.Platforms, maxList)

@@ -201,7 +201,7 @@ func TestStreamBounds(t *testing.T) {
 		_, body := answer(t, form, Options{Image: big}, func(w *Writer) {
 			w.Log(t.Context(), "a line with the image")
 			w.Finish(api.Record{
-				Status: api.Failed, Code: api.BuildFailed, Error: "the start" + big + "the end", Digest: big,
+				Status: api.Failed, Code: api.BuildFailed, Error: "the start" + big + "the end", Digest: big, Commit: big, Request: big,
 				Tags: list, Platforms: []string{big}, Warnings: slices.Repeat([]string{big}, 10),
 			})
 		})
