@@ -164,7 +164,7 @@ func (e *environment) number(name string, fallback int64) int64 {
 	}
 	n, err := strconv.ParseInt(v, 10, 32)
 	if err != nil || n < 1 {
-		e.fail(name, v, "a whole number above 0")
+		e.fail(name, v, "a whole number from 1 to 2147483647")
 	}
 	return n
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -103,6 +104,18 @@ func TestLoadConfigPorts(t *testing.T) {
 			if (err == nil) != ok || err != nil && !strings.Contains(err.Error(), name+": ") {
 				t.Errorf("%s=%q: %v", name, value, err)
 			}
+		}
+	}
+}
+
+func TestNumbersHaveTwoBounds(t *testing.T) {
+	for value, ok := range map[string]bool{"1": true, "2147483647": true, "2147483648": false, "3000000000": false, "0": false, "-1": false, "x": false} {
+		c, err := LoadConfig(env("max_entries", value))
+		if ok && (err != nil || strconv.Itoa(c.Server.Limits.Entries) != value) {
+			t.Errorf("%s: %+v %v", value, c, err)
+		}
+		if !ok && (err == nil || !strings.Contains(err.Error(), "max_entries") || !strings.Contains(err.Error(), "from 1 to 2147483647")) {
+			t.Errorf("%s: %v", value, err)
 		}
 	}
 }
