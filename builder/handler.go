@@ -142,12 +142,14 @@ func logStart(cfg *Config, log zerolog.Logger) {
 	}
 	for _, name := range shorterTimeouts(cfg.Server.BuildTimeout, os.Getenv) {
 		log.Warn().Str("variable", name).Str("value", os.Getenv(name)).Stringer("build_timeout", cfg.Server.BuildTimeout).
-			Msg("of-watchdog would cut a long build off before its verdict: set it above build_timeout")
+			Msg("of-watchdog would cut a long build off before its verdict: set it above the sum of timeouts that stack.yml explains")
 	}
 }
 
 // shorterTimeouts returns the variables of of-watchdog and the template whose timeouts would
-// end a build before buildTimeout does. Their defaults of 30 s would.
+// end a build before buildTimeout does. Their defaults of 30 s would. A timeout a little above
+// buildTimeout is not named, though a build that waits for a slot, or moves to another daemon,
+// takes longer: stack.yml has the sum.
 func shorterTimeouts(buildTimeout time.Duration, getenv func(string) string) []string {
 	var short []string
 	for _, name := range []string{"write_timeout", "exec_timeout"} {

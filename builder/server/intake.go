@@ -28,8 +28,8 @@ const (
 	// body from a queue is smaller.
 	headSize = 1 << 20
 
-	// maxArrivals bounds the bodies that are being received. A body that sends nothing
-	// counts too.
+	// At maxArrivals bodies, each new body ends an old one: the body that has been silent
+	// the longest, or else the slowest. At twice maxArrivals, new bodies are refused.
 	maxArrivals = 1024
 
 	// slowRate is in bytes per second. An upload below it can be ended, if another body

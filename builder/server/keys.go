@@ -128,7 +128,8 @@ var bodiless = regexp.MustCompile(`^[A-Z]+ /`)
 // ambiguous says whether a signed body may also be something else that is signed: a request
 // without a body, an answer of the builder, or another body with a timestamp before it.
 // Whoever has seen the signature of the other thing could send it as a body. message is the
-// beginning of the signed bytes, 1 KiB or all.
+// beginning of the body, 1 KiB or all; for a text envelope, of the tar in it. A timestamp that
+// was sent beside the body is not in message.
 func ambiguous(message []byte) bool {
 	rest, stamped := signature.CutTimestamp(message)
 	return bodiless.Match(rest) || reply.IsAnswer(rest) || stamped && payload.IsBody(rest)
