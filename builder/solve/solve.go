@@ -75,7 +75,7 @@ type Choice string
 const (
 	First Choice = "first" // where its cache is
 	Busy  Choice = "full"  // the first had its share of builds
-	Down  Choice = "down"  // the first could not be reached, or its disk was full
+	Down  Choice = "down"  // the first could not be reached, its disk was full, or a build had stalled there
 )
 
 // Daemons counts the daemons of the pool.
