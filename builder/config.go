@@ -123,7 +123,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		BuildkitCert:    e.text("buildkit_cert_file", "buildkit-cert"),
 		BuildkitKey:     e.text("buildkit_key_file", "buildkit-key"),
 		RegistryConfig:  e.text("registry_config_file", "registry-config"),
-		RegistryCA:      e.pairs("registry_ca"),
+		RegistryCA:      e.secretsByHost("registry_ca"),
 		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
 		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
 
@@ -142,11 +142,11 @@ type environment struct {
 	errs   []error
 }
 
-func (e *environment) fail(name, value, want string) {
+func (e *environment) wrong(name, value, want string) {
 	e.errs = append(e.errs, fmt.Errorf("%s: %q is not %s", name, value, want))
 }
 
-func (e *environment) failed(name, value string, err error) {
+func (e *environment) unreadable(name, value string, err error) {
 	e.errs = append(e.errs, fmt.Errorf("%s: reading %q: %w", name, value, err))
 }
 
@@ -164,7 +164,7 @@ func (e *environment) number(name string, fallback int64) int64 {
 	}
 	n, err := strconv.ParseInt(v, 10, 32)
 	if err != nil || n < 1 {
-		e.fail(name, v, "a whole number from 1 to 2147483647")
+		e.wrong(name, v, "a whole number from 1 to 2147483647")
 	}
 	return n
 }
@@ -177,7 +177,7 @@ func (e *environment) size(name string, fallback int64) int64 {
 	}
 	n, err := units.RAMInBytes(v)
 	if err != nil || n < 1 {
-		e.fail(name, v, `a size such as "512MiB"`)
+		e.wrong(name, v, `a size such as "512MiB"`)
 	}
 	return n
 }
@@ -190,7 +190,7 @@ func (e *environment) duration(name string, fallback time.Duration) time.Duratio
 	}
 	d, err := parseDuration(v)
 	if err != nil || d <= 0 {
-		e.fail(name, v, `a duration such as "15m"`)
+		e.wrong(name, v, `a duration such as "15m"`)
 	}
 	return d
 }
@@ -209,7 +209,7 @@ func (e *environment) boolean(name string, fallback bool) bool {
 	}
 	b, err := strconv.ParseBool(v)
 	if err != nil {
-		e.fail(name, v, "true or false")
+		e.wrong(name, v, "true or false")
 	}
 	return b
 }
@@ -227,22 +227,22 @@ func (e *environment) list(name string, fallback ...string) []string {
 	return list
 }
 
-// pairs reads "host=value,host=value".
-func (e *environment) pairs(name string) map[string]string {
+// secretsByHost reads "host=name,host=name", with names of secrets.
+func (e *environment) secretsByHost(name string) map[string]string {
 	m := make(map[string]string)
 	for _, v := range e.list(name) {
 		key, value, ok := strings.Cut(v, "=")
 		if !ok || key == "" || value == "" || value != filepath.Base(value) {
-			e.fail(name, v, "host=name of a secret")
+			e.wrong(name, v, "host=name of a secret")
 			continue
 		}
 		host, err := hosts.Parse(key)
 		if err != nil {
-			e.failed(name, v, err)
+			e.unreadable(name, v, err)
 			continue
 		}
 		if m[host.String()] != "" {
-			e.fail(name, v, "the only entry of its host")
+			e.wrong(name, v, "the only entry of its host")
 		}
 		m[host.String()] = value
 	}
@@ -255,7 +255,7 @@ func parsed[T any](e *environment, name string, parse func(string) (T, error)) [
 	for _, v := range e.list(name) {
 		one, err := parse(v)
 		if err != nil {
-			e.failed(name, v, err)
+			e.unreadable(name, v, err)
 			continue
 		}
 		list = append(list, one)
@@ -267,7 +267,7 @@ func (e *environment) contextHosts(name string) []string {
 	list := e.list(name)
 	for _, v := range list {
 		if _, _, err := buildconfig.ContextHost(v); err != nil {
-			e.failed(name, v, err)
+			e.unreadable(name, v, err)
 		}
 	}
 	return list
@@ -281,18 +281,18 @@ func (e *environment) repositories(name string) []string {
 		trimmed := strings.TrimSuffix(v, "/")
 		if !strings.Contains(trimmed, "/") && (strings.ContainsAny(trimmed, ".:") || trimmed == "localhost") {
 			if _, err := hosts.Parse(trimmed); err != nil {
-				e.failed(name, v, err)
+				e.unreadable(name, v, err)
 			}
 			list = append(list, trimmed)
 			continue
 		}
 		named, err := reference.ParseNormalizedNamed(trimmed)
 		if err != nil || !reference.IsNameOnly(named) {
-			e.fail(name, v, `a repository prefix such as "ghcr.io/acme"`)
+			e.wrong(name, v, `a repository prefix such as "ghcr.io/acme"`)
 			continue
 		}
 		if _, err := hosts.Parse(reference.Domain(named)); err != nil {
-			e.failed(name, v, err)
+			e.unreadable(name, v, err)
 		}
 		prefix := named.Name()
 		if !strings.Contains(trimmed, "/") {
@@ -313,11 +313,11 @@ func (e *environment) repository(name string) reference.Named {
 	}
 	named, err := reference.ParseNormalizedNamed(v)
 	if err != nil || !reference.IsNameOnly(named) {
-		e.fail(name, v, `a repository such as "ghcr.io/acme/cache"`)
+		e.wrong(name, v, `a repository such as "ghcr.io/acme/cache"`)
 		return nil
 	}
 	if _, err := hosts.Parse(reference.Domain(named)); err != nil {
-		e.failed(name, v, err)
+		e.unreadable(name, v, err)
 	}
 	return named
 }
@@ -328,7 +328,7 @@ func (e *environment) contextRepository(name string) string {
 	v := e.text(name, "")
 	if host, _, ok := strings.Cut(strings.TrimPrefix(v, "http://"), "/"); ok {
 		if _, err := hosts.Parse(host); err != nil {
-			e.failed(name, v, err)
+			e.unreadable(name, v, err)
 		}
 	}
 	return v
@@ -338,7 +338,7 @@ func (e *environment) compression(name, fallback string) buildkit.Compression {
 	v := e.text(name, fallback)
 	c, err := buildkit.ParseCompression(v)
 	if err != nil {
-		e.fail(name, v, `gzip or zstd, or with a level, such as "gzip:6"`)
+		e.wrong(name, v, `gzip or zstd, or with a level, such as "gzip:6"`)
 	}
 	return c
 }
@@ -350,7 +350,7 @@ func (e *environment) level(name string, fallback zerolog.Level) zerolog.Level {
 	}
 	level, err := zerolog.ParseLevel(v)
 	if err != nil {
-		e.fail(name, v, "a level such as info")
+		e.wrong(name, v, "a level such as info")
 	}
 	return level
 }
