@@ -17,10 +17,12 @@ const maxQueued = 256 << 10
 // stream is an answer that is written while the build runs. log and finish add to a queue,
 // and one goroutine, run, writes the queue to the client.
 type stream struct {
-	conn       *conn
-	form       Form // NDJSON or SSE
-	opts       Options
-	inProgress func() api.Record // takes Writer.mu, so Writer.mu must not be held for mu
+	conn *conn
+	form Form // NDJSON or SSE
+	opts Options
+	// inProgress locks Writer.mu. It is called while mu is held, so nothing may lock mu while
+	// it holds Writer.mu.
+	inProgress func() api.Record
 
 	mu       sync.Mutex
 	queue    []string      // lines that wait for run
