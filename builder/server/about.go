@@ -55,7 +55,7 @@ func (h readiness) Handle(handler.Request) (handler.Response, error) {
 	if h.s.DisableHMAC {
 		return text(http.StatusOK, "ready"), nil
 	}
-	keys, err := h.s.keys.now()
+	keys, err := h.s.keys.current()
 	if err != nil {
 		if h.s.refusals.allow(h.s.Log) { // anybody can ask
 			h.s.Log.Warn().Err(err).Msg("not ready: reading the payload secret")

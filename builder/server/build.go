@@ -80,7 +80,7 @@ func (s *Server) build(j *job) (res result) {
 	res.mask = redact.New(nil)
 	defer func() {
 		if p := recover(); p != nil {
-			// A stream without a verdict reads as a success.
+			// faas-cli takes a stream without a verdict for a success.
 			res.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()

@@ -25,9 +25,8 @@ type call struct {
 
 func (s *Server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{
-		start: time.Now(),
-		form:  reply.Accept(r.Header),
-		// The CE worker takes a 429 for the build's answer and drops it.
+		start:  time.Now(),
+		form:   reply.Accept(r.Header),
 		queued: r.Header.Get(api.CallbackHeader) != "" || strings.Contains(r.UserAgent(), "queue-worker"),
 	}
 	c.id, c.named = nameCall(w, r)
@@ -35,7 +34,8 @@ func (s *Server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	return c
 }
 
-// waits says whether the caller waits for a slot, because it would not come back later.
+// waits says whether the caller waits for a slot, because it would not come back later: the
+// CE queue worker takes a 429 for the build's answer, and does not deliver the request again.
 // Anybody can claim to be such a caller, so the answer counts only once the signature has
 // passed.
 func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
@@ -55,7 +55,8 @@ func validCallID(id string) bool {
 }
 
 // nameCall returns the id of a request: the X-Call-Id that came with it, or an id made
-// here. It sets the X-Call-Id of the answer.
+// here. It sets the X-Call-Id of the answer. ServeHTTP names each request before its handler
+// does; the second call finds a made id in that header, and returns it again.
 func nameCall(w http.ResponseWriter, r *http.Request) (id string, came bool) {
 	id = r.Header.Get(api.CallIDHeader)
 	if came = validCallID(id); !came {

@@ -29,7 +29,7 @@ const (
 	headSize = 1 << 20
 
 	// At maxArrivals bodies, each new body ends an old one: the body that has been silent
-	// the longest, or else the slowest. At twice maxArrivals, new bodies are refused.
+	// the longest, or else the slowest below slowRate. At twice maxArrivals, new bodies are refused.
 	maxArrivals = 1024
 
 	// slowRate is in bytes per second. An upload below it can be ended, if another body
@@ -71,8 +71,10 @@ type intake struct {
 	mu       sync.Mutex
 	free     int // slots
 	arrivals map[*arrival]struct{}
-	waiting  []chan struct{}    // for a slot, the first to come first
-	judged   map[bool]time.Time // the last judgement of bodies with a slot (true) and without one (false)
+	waiting  []chan struct{} // for a slot, the first to come first
+
+	// The last judgements for room on the disk: of bodies with a slot, and of those without.
+	judgedUploads, judgedHeads time.Time
 }
 
 // newIntake makes an intake with the given number of slots. The bodies whose
@@ -89,7 +91,6 @@ func newIntake(draining context.Context, slots int, rate int64, grace time.Durat
 		// With a smaller gate, a single upload would wait for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
-		judged:   make(map[bool]time.Time),
 	}
 }
 
@@ -135,6 +136,7 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.arrivals) >= maxArrivals {
+		// Every body counts the same here: the longest silence ends one, or else the lowest rate.
 		in.endFor(func(*arrival) int64 { return 1 }, 0)
 	}
 	if len(in.arrivals) >= 2*maxArrivals {
@@ -267,10 +269,14 @@ func (a *arrival) makeRoom() error {
 // without one. It ends one body every roomEvery at most, however many bodies wait. The
 // caller must hold in.mu.
 func (in *intake) judge(slot bool) {
-	if time.Since(in.judged[slot]) < roomEvery {
+	last := &in.judgedHeads
+	if slot {
+		last = &in.judgedUploads
+	}
+	if time.Since(*last) < roomEvery {
 		return
 	}
-	in.judged[slot] = time.Now()
+	*last = time.Now()
 	in.endFor(func(other *arrival) int64 {
 		switch {
 		case other.slot != slot:

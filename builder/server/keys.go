@@ -28,8 +28,8 @@ type keyring struct {
 	keys signature.Keys
 }
 
-// now reads the file. A file without a key is no error.
-func (k *keyring) now() (signature.Keys, error) {
+// current reads the file. A file without a key is no error.
+func (k *keyring) current() (signature.Keys, error) {
 	file, err := k.read()
 	if err != nil {
 		return nil, &api.Error{Code: api.NotReady, Msg: "the payload secret cannot be read", Err: err}
@@ -54,7 +54,7 @@ func (k *keyring) now() (signature.Keys, error) {
 	return keys, nil
 }
 
-// noKey is said by the log and by /ready.
+// noKey is in the log and in the answer of /ready.
 const noKey = "the payload secret holds no key: one has 16 bytes or more"
 
 // signer is who signed a request. The answer is signed in the same way. The zero signer
@@ -99,7 +99,7 @@ func (s *Server) signedBy(r *http.Request) (signer, error) {
 	if s.DisableHMAC {
 		return signer{}, nil
 	}
-	keys, err := s.keys.now()
+	keys, err := s.keys.current()
 	if err != nil {
 		return signer{}, err
 	}

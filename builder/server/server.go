@@ -102,6 +102,12 @@ type Config struct {
 const waitingMemory = 32 << 20
 
 // Server is the builder's http.Handler.
+//
+// # Errors
+//
+// The answer to a failed request is an api.Record, or plain text if the Content-Type of
+// the request was text/plain. api.Code.HTTPStatus decides the status. A stream has the
+// status 200 whatever happens later: its last record says how the build ended.
 type Server struct {
 	Config
 	metrics           *metrics.Metrics
@@ -125,12 +131,6 @@ type Server struct {
 }
 
 // New makes a Server. It starts nothing.
-//
-// # Errors
-//
-// The answer to a failed request is an api.Record, or plain text if the Content-Type of
-// the request was text/plain. api.Code.HTTPStatus decides the status. A stream has the
-// status 200 whatever happens later: its last record says how the build ended.
 func New(cfg Config) *Server {
 	s := &Server{
 		Config:       cfg,
@@ -167,8 +167,9 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// route finds the handlers of a path, by method. A route that ends in a slash serves
-// every single segment below it, and rest is that segment.
+// route finds the handlers of a path, by method. A route that ends in a slash serves the
+// paths with exactly one more segment, and rest is that segment: "/builds/" serves
+// /builds/42, and neither /builds/ nor /builds/4/2.
 func (s *Server) route(path string) (methods map[string]http.Handler, rest string) {
 	if i := strings.LastIndexByte(path, '/') + 1; i > 1 {
 		if i == len(path) {

@@ -125,8 +125,10 @@ type claim struct {
 }
 
 func (s *Server) readClaim(r *http.Request, why purpose) (c claim, err error) {
-	c.keys, err = s.keys.now()
+	c.keys, err = s.keys.current()
 	if s.DisableHMAC {
+		// The keys only isolate builds, and FallbackSecret takes the place of keys that
+		// cannot be read.
 		return c, nil
 	}
 	if err != nil {

@@ -58,7 +58,7 @@ func (s *Server) verdict(r *http.Request, by signer) (api.Record, error) {
 	if f := s.flights.find(by.key, id); f != nil {
 		return f.now(), nil
 	}
-	keys, err := s.keys.now()
+	keys, err := s.keys.current()
 	if err != nil && !s.DisableHMAC {
 		return api.Record{}, err
 	}
