@@ -45,16 +45,16 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	// wrong: go-sdk shows no body of a status other than 200.
 	out.Begin()
 
-	f, p, first := s.flights.begin(newFlight(c, body), out)
+	f, me, first := s.flights.begin(newFlight(c, body), out)
 	if first {
 		s.active.Add(1)
-		go s.fly(f, body)
+		go s.run(f, body)
 	} else {
 		body.Close()
 		c.log.Info().Msg("build joined")
 		s.metrics.Joined.Inc()
 	}
-	if err := out.Finish(f.wait(r.Context(), p)); err != nil {
+	if err := out.Finish(f.wait(r.Context(), me)); err != nil {
 		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }

@@ -21,11 +21,11 @@ type flight struct {
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed once verdict is set
 
-	mu         sync.Mutex
-	image      string
-	passengers []*passenger
-	spoken     reply.Excerpt // the log for later calls; kept only for a named flight
-	deserted   bool          // the last passenger has left, and the build is being cancelled
+	mu        sync.Mutex
+	image     string
+	waiters   []*waiter
+	excerpt   reply.Excerpt // the log for later calls; kept only for a named flight
+	abandoned bool          // the last waiter has left, and the build is being cancelled
 
 	// Set before done is closed, and not changed after it.
 	verdict api.Record
@@ -40,12 +40,12 @@ type flightID struct {
 	body [sha256.Size]byte
 }
 
-// passenger is one call that waits for a flight.
-type passenger struct {
-	out  *reply.Writer
-	late bool          // it came after the end
-	lost chan struct{} // closed when out takes no more
-	last bool          // nobody else was left; set before lost is closed
+// waiter is one call that waits for a flight.
+type waiter struct {
+	out      *reply.Writer
+	afterEnd bool          // it came after the end
+	gone     chan struct{} // closed when out takes no more
+	wasLast  bool          // nobody else was left; set before gone is closed
 }
 
 func newFlight(c *call, body *upload) *flight {
@@ -65,8 +65,8 @@ func newFlight(c *call, body *upload) *flight {
 // named says whether a later call can join the flight.
 func (f *flight) named() bool { return f.id != flightID{} }
 
-// fly builds, and gives the flight its verdict. It returns soon after the verdict.
-func (s *Server) fly(f *flight, body *upload) {
+// run builds, and gives the flight its verdict. It returns soon after the verdict.
+func (s *Server) run(f *flight, body *upload) {
 	defer s.active.Done()
 	defer f.cancel(nil)
 	j := &job{flight: f, body: body, log: f.call.log.With().Int64("bytes", body.Size()).Logger()}
@@ -85,62 +85,62 @@ func (s *Server) fly(f *flight, body *upload) {
 	j.logEnd(rec, res, took)
 }
 
-// board adds a call, and gives it the log so far. It fails once the last passenger has
+// join adds a call, and gives it the log so far. It fails once the last waiter has
 // left.
-func (f *flight) board(out *reply.Writer) (*passenger, bool) {
-	p := &passenger{out: out, lost: make(chan struct{})}
+func (f *flight) join(out *reply.Writer) (*waiter, bool) {
+	w := &waiter{out: out, gone: make(chan struct{})}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.deserted {
+	if f.abandoned {
 		return nil, false
 	}
 	out.SetImage(f.image)
 	select {
 	case <-f.done:
-		p.late = true
-		return p, true
+		w.afterEnd = true
+		return w, true
 	default:
 	}
-	f.passengers = append(f.passengers, p)
+	f.waiters = append(f.waiters, w)
 	// This does not block: a new Writer has room.
-	if lines := f.spoken.Lines(); len(lines) > 0 {
+	if lines := f.excerpt.Lines(); len(lines) > 0 {
 		out.Log(f.ctx, lines...)
 	}
-	return p, true
+	return w, true
 }
 
-// leave removes a passenger. If no other is left, leave cancels the build.
-func (f *flight) leave(p *passenger, cause error) (last bool) {
+// leave removes a waiter. If no other is left, leave cancels the build.
+func (f *flight) leave(w *waiter, cause error) (last bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	i := slices.Index(f.passengers, p)
+	i := slices.Index(f.waiters, w)
 	if i < 0 {
 		return false
 	}
-	f.passengers = slices.Delete(f.passengers, i, i+1)
-	if len(f.passengers) > 0 {
+	f.waiters = slices.Delete(f.waiters, i, i+1)
+	if len(f.waiters) > 0 {
 		return false
 	}
-	f.deserted = true
+	f.abandoned = true
 	f.cancel(canceled(cause))
 	return true
 }
 
 // wait returns the flight's verdict, or the reason why this call does not see it. The last
-// passenger to leave waits until the build has ended, so that a build never outlives its
+// waiter to leave waits until the build has ended, so that a build never outlives its
 // calls.
-func (f *flight) wait(ctx context.Context, p *passenger) api.Record {
+func (f *flight) wait(ctx context.Context, w *waiter) api.Record {
 	last := false
 	select {
 	case <-f.done:
-		if p.late {
-			return f.past()
+		if w.afterEnd {
+			return f.replay()
 		}
 		return f.verdict
 	case <-ctx.Done():
-		last = f.leave(p, context.Cause(ctx))
-	case <-p.lost:
-		last = p.last
+		last = f.leave(w, context.Cause(ctx))
+	case <-w.gone:
+		last = w.wasLast
 	}
 	if !last {
 		return failedRecord(api.AsError(canceled(context.Cause(ctx))), "")
@@ -149,20 +149,20 @@ func (f *flight) wait(ctx context.Context, p *passenger) api.Record {
 	return f.verdict
 }
 
-// say passes log lines on to every passenger. Only the goroutine that builds calls it.
+// say passes log lines on to every waiter. Only the goroutine that builds calls it.
 func (f *flight) say(lines ...string) {
 	f.mu.Lock()
 	if f.named() {
 		for _, line := range lines {
-			f.spoken.Add(line)
+			f.excerpt.Add(line)
 		}
 	}
-	passengers := slices.Clone(f.passengers)
+	waiters := slices.Clone(f.waiters)
 	f.mu.Unlock()
-	for _, p := range passengers {
-		if err := p.out.Log(f.ctx, lines...); err != nil && f.ctx.Err() == nil {
-			p.last = f.leave(p, err)
-			close(p.lost)
+	for _, w := range waiters {
+		if err := w.out.Log(f.ctx, lines...); err != nil && f.ctx.Err() == nil {
+			w.wasLast = f.leave(w, err)
+			close(w.gone)
 		}
 	}
 }
@@ -171,26 +171,26 @@ func (f *flight) setImage(image string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.image = image
-	for _, p := range f.passengers {
-		p.out.SetImage(image)
+	for _, w := range f.waiters {
+		w.out.SetImage(image)
 	}
 }
 
-// end gives the flight its verdict, which has no log: the passengers have seen the log,
-// and past adds it for later calls.
+// end gives the flight its verdict, which has no log: the waiters have seen the log,
+// and replay adds it for later calls.
 func (f *flight) end(verdict api.Record) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.verdict, f.ended = verdict, time.Now()
-	f.passengers = nil
+	f.waiters = nil
 	close(f.done)
 }
 
-// now is the verdict for a call that only asks, or a record of a build that still runs.
-func (f *flight) now() api.Record {
+// current is the verdict for a call that only asks, or a record of a build that still runs.
+func (f *flight) current() api.Record {
 	select {
 	case <-f.done:
-		return f.past()
+		return f.replay()
 	default:
 	}
 	f.mu.Lock()
@@ -198,17 +198,17 @@ func (f *flight) now() api.Record {
 	return api.Record{Status: api.InProgress, Image: f.image, ImageName: f.image, Duration: time.Since(f.call.start).Seconds()}
 }
 
-// past is the verdict for a call that came after the end.
-func (f *flight) past() api.Record {
+// replay is the verdict for a call that came after the end.
+func (f *flight) replay() api.Record {
 	rec := f.verdict
-	rec.Log = f.spoken.Lines()
+	rec.Log = f.excerpt.Lines()
 	rec.Duration = f.ended.Sub(f.call.start).Seconds()
 	return rec
 }
 
 // size is what an ended flight takes of keepBytes.
 func (f *flight) size() int {
-	n := f.spoken.Size() + len(f.verdict.Error)
+	n := f.excerpt.Size() + len(f.verdict.Error)
 	for _, w := range f.verdict.Warnings {
 		n += len(w)
 	}

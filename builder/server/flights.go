@@ -11,7 +11,7 @@ import (
 )
 
 // A flight is kept after its end: a queue may deliver its request again, and clients ask
-// for it with GET /builds/<id>. The Pro queue gives up after hours.
+// for it with GET /builds/<id>. The Pro queue stops delivering after hours, so a day is enough.
 const (
 	keepFlights = 1000
 	keepBytes   = 16 << 20 // of logs, errors and warnings
@@ -29,7 +29,7 @@ type flights struct {
 
 // begin adds a call to the flight that it can join, or else to f. If first is true, the
 // caller has to build f. A flight that was joined may have ended already.
-func (fs *flights) begin(f *flight, out *reply.Writer) (_ *flight, p *passenger, first bool) {
+func (fs *flights) begin(f *flight, out *reply.Writer) (_ *flight, w *waiter, first bool) {
 	if f.named() {
 		fs.mu.Lock()
 		defer fs.mu.Unlock()
@@ -42,16 +42,16 @@ func (fs *flights) begin(f *flight, out *reply.Writer) (_ *flight, p *passenger,
 			default:
 			}
 			if !ended || final(before.verdict) {
-				if p, ok := before.board(out); ok {
-					return before, p, false
+				if w, ok := before.join(out); ok {
+					return before, w, false
 				}
 			}
 			fs.forget(before)
 		}
 		fs.all[f.id] = f
 	}
-	p, _ = f.board(out)
-	return f, p, true
+	w, _ = f.join(out)
+	return f, w, true
 }
 
 // final says whether a further attempt would have the same verdict.
@@ -74,7 +74,7 @@ func (fs *flights) end(f *flight) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	if fs.all[f.id] != f {
-		return // it was deserted, and another has taken its place
+		return // it was abandoned, and another has taken its place
 	}
 	fs.ended = append(fs.ended, f)
 	fs.bytes += f.size()

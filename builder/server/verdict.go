@@ -56,7 +56,7 @@ func (s *Server) verdict(r *http.Request, by signer) (api.Record, error) {
 		return api.Record{}, errNoBuild
 	}
 	if f := s.flights.find(by.key, id); f != nil {
-		return f.now(), nil
+		return f.current(), nil
 	}
 	keys, err := s.keys.current()
 	if err != nil && !s.DisableHMAC {
