@@ -4,5 +4,5 @@ package server
 func (s *Server) Uploading() int {
 	s.intake.mu.Lock()
 	defer s.intake.mu.Unlock()
-	return s.intake.slots - s.intake.free
+	return s.intake.limits.uploads - s.intake.free
 }

@@ -59,10 +59,8 @@ const (
 type intake struct {
 	draining context.Context // its end ends every wait
 
-	rate  int64         // bytes per second that a body needs
-	grace time.Duration // before the rate counts
-	slots int           // taken or free
-	line  int           // bodies that may wait for a slot
+	limits intakeLimits
+	line   int // bodies that may wait for a slot
 
 	heads, uploads         *budget.Budget // of memory
 	headsDisk, uploadsDisk *budget.Budget // parts of the disk
@@ -77,13 +75,20 @@ type intake struct {
 	judgedUploads, judgedHeads time.Time
 }
 
-// newIntake makes an intake with the given number of slots. The bodies whose
-// signatures have not been checked have at most spool bytes of disk together; a quarter of
-// that is for heads.
-func newIntake(draining context.Context, slots int, rate int64, grace time.Duration, disk *budget.Budget, spool int64) *intake {
+// intakeLimits are the operator's limits of an intake.
+type intakeLimits struct {
+	uploads int           // slots, taken or free
+	rate    int64         // bytes per second that a body needs
+	grace   time.Duration // before the rate counts
+	spool   int64         // bytes of disk for all bodies together; a quarter is for heads
+}
+
+// newIntake makes an intake whose bodies draw on disk. Its waits end with draining.
+func newIntake(draining context.Context, disk *budget.Budget, limits intakeLimits) *intake {
+	spool := limits.spool
 	return &intake{
 		draining: draining,
-		rate:     rate, grace: grace, slots: slots, free: slots,
+		limits:   limits, free: limits.uploads,
 		// Each body in line keeps a whole head. They may fill half of the room for heads.
 		line:  max(int((headMemory+spool/4)/headSize/2), 1),
 		heads: budget.New(headMemory), uploads: budget.New(uploadMemory),
@@ -99,29 +104,29 @@ var errEvicted = &api.Error{Code: api.Busy, Msg: "this body came slowly or not a
 
 // arrival is one body that is being received.
 type arrival struct {
-	in   *intake
-	body io.Reader
-	rc   *http.ResponseController
-	ctx  context.Context // its end ends the reading
-	end  context.CancelCauseFunc
+	in     *intake
+	body   io.Reader
+	rc     *http.ResponseController
+	ctx    context.Context // its end ends the reading
+	cancel context.CancelCauseFunc
 
 	headDisk, uploadDisk *budget.Account // room on the disk, before it has a slot and after
 	waited               time.Duration   // for room on the disk, so far
 
 	// Guarded by in.mu.
-	slot  bool // it has a slot
-	wants bool // it waits for room
-	over  bool // it has been read, or has left; it cannot be ended any more
+	slot      bool // it has a slot
+	wantsRoom bool // it waits for room on the disk
+	finished  bool // it has been read, or has left; it cannot be ended any more
 
-	stopped chan struct{} // closed once the end of ctx has set a read deadline
-	keep    func() bool   // keeps the end of ctx from setting a read deadline
-	set     time.Time     // the read deadline that Read has set
+	stopped       chan struct{} // closed once the end of ctx has set a read deadline
+	stopAfterFunc func() bool   // keeps the end of ctx from setting a read deadline
+	set           time.Time     // the read deadline that Read has set
 
-	mu    sync.Mutex
-	start time.Time // moved on by the time between two Reads
-	asked time.Time // the beginning of the last Read
-	left  time.Time // the end of the last Read; zero during a Read
-	n     int64     // bytes read
+	mu        sync.Mutex
+	start     time.Time // moved on by the time between two Reads
+	readBegan time.Time // the beginning of the last Read
+	readEnded time.Time // the end of the last Read; zero during a Read
+	n         int64     // bytes read
 
 	recent float64       // the rate in the last period of burstCounts or more
 	markN  int64         // n at the end of that period
@@ -132,7 +137,7 @@ type arrival struct {
 // reading. The caller must call leave.
 func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseController) (*arrival, error) {
 	now := time.Now()
-	a := &arrival{in: in, body: body, rc: rc, headDisk: in.headsDisk.Open(), uploadDisk: in.uploadsDisk.Open(), start: now, left: now, recent: math.Inf(1), stopped: make(chan struct{})}
+	a := &arrival{in: in, body: body, rc: rc, headDisk: in.headsDisk.Open(), uploadDisk: in.uploadsDisk.Open(), start: now, readEnded: now, recent: math.Inf(1), stopped: make(chan struct{})}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.arrivals) >= maxArrivals {
@@ -143,8 +148,8 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 		// So many bodies have been ended, and have not left yet.
 		return nil, &api.Error{Code: api.NoSpace, Msg: "too many requests are being received"}
 	}
-	a.ctx, a.end = context.WithCancelCause(ctx)
-	a.keep = context.AfterFunc(a.ctx, func() {
+	a.ctx, a.cancel = context.WithCancelCause(ctx)
+	a.stopAfterFunc = context.AfterFunc(a.ctx, func() {
 		defer close(a.stopped)
 		rc.SetReadDeadline(time.Unix(0, 0))
 	})
@@ -157,13 +162,13 @@ func (in *intake) arrive(ctx context.Context, body io.Reader, rc *http.ResponseC
 // does not set another.
 func (a *arrival) finish() bool {
 	a.in.mu.Lock()
-	was := a.over
-	a.over = true
+	was := a.finished
+	a.finished = true
 	a.in.mu.Unlock()
 	if was {
 		return true
 	}
-	if !a.keep() {
+	if !a.stopAfterFunc() {
 		<-a.stopped
 		return false
 	}
@@ -173,7 +178,7 @@ func (a *arrival) finish() bool {
 // leave gives back the slot. After it, nothing of a sets a read deadline.
 func (a *arrival) leave() {
 	a.finish()
-	a.end(nil)
+	a.cancel(nil)
 	in := a.in
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -233,7 +238,7 @@ func (a *arrival) takeSlot() error {
 }
 
 func (in *intake) busy() error {
-	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, and max_uploads allows no more", in.slots)}
+	return &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d bodies are being received, and max_uploads allows no more", in.limits.uploads)}
 }
 
 // makeRoom ends another body that takes room on the disk from the same budget as a, and
@@ -247,13 +252,13 @@ func (a *arrival) makeRoom() error {
 	}
 	in := a.in
 	in.mu.Lock()
-	a.wants = true
+	a.wantsRoom = true
 	in.judge(a.slot)
 	in.mu.Unlock()
 	defer func() {
 		in.mu.Lock()
 		defer in.mu.Unlock()
-		a.wants = false
+		a.wantsRoom = false
 	}()
 	select {
 	case <-time.After(roomEvery):
@@ -309,13 +314,13 @@ func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 		if a.ctx.Err() != nil {
 			return // a is about to leave, and gives its room back
 		}
-		if a.over {
+		if a.finished {
 			continue
 		}
 		if d := a.silence(); d > longest {
 			silent, longest = a, d
 		}
-		if !a.wants {
+		if !a.wantsRoom {
 			others++
 			continue
 		}
@@ -324,11 +329,11 @@ func (in *intake) endFor(takes func(*arrival) int64, atLeast time.Duration) {
 		}
 	}
 	if silent != nil {
-		silent.end(errEvicted)
+		silent.cancel(errEvicted)
 		return
 	}
 	if !in.endSlowest(func(a *arrival) bool { return takes(a) > 0 }) && waiting > 1 && others == 0 {
-		largest.end(errEvicted)
+		largest.cancel(errEvicted)
 	}
 }
 
@@ -356,7 +361,7 @@ func (in *intake) endSlowest(among func(*arrival) bool) bool {
 		if a.ctx.Err() != nil {
 			return true
 		}
-		if a.over {
+		if a.finished {
 			continue
 		}
 		if speed := a.speed(); speed < least {
@@ -364,7 +369,7 @@ func (in *intake) endSlowest(among func(*arrival) bool) bool {
 		}
 	}
 	if slowest != nil {
-		slowest.end(errEvicted)
+		slowest.cancel(errEvicted)
 	}
 	return slowest != nil
 }
@@ -374,7 +379,7 @@ func (in *intake) endSlowest(among func(*arrival) bool) bool {
 func (a *arrival) speed() float64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	now := a.left
+	now := a.readEnded
 	if now.IsZero() {
 		now = time.Now()
 	}
@@ -389,10 +394,10 @@ func (a *arrival) speed() float64 {
 func (a *arrival) silence() time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.left.IsZero() {
+	if !a.readEnded.IsZero() {
 		return 0
 	}
-	return time.Since(a.asked)
+	return time.Since(a.readBegan)
 }
 
 func rate(bytes int64, took time.Duration) float64 {
@@ -407,14 +412,14 @@ func rate(bytes int64, took time.Duration) float64 {
 func (a *arrival) Read(b []byte) (int, error) {
 	a.mu.Lock()
 	now := time.Now()
-	a.start = a.start.Add(now.Sub(a.left))
-	a.asked, a.left = now, time.Time{}
-	deadline := a.start.Add(a.in.grace + time.Duration(float64(a.n)/float64(a.in.rate)*float64(time.Second)))
+	a.start = a.start.Add(now.Sub(a.readEnded))
+	a.readBegan, a.readEnded = now, time.Time{}
+	deadline := a.start.Add(a.in.limits.grace + time.Duration(float64(a.n)/float64(a.in.limits.rate)*float64(time.Second)))
 	a.mu.Unlock()
 	n, err := a.read(b, now, deadline)
 	a.mu.Lock()
 	a.n += int64(n)
-	a.left = time.Now()
+	a.readEnded = time.Now()
 	a.mu.Unlock()
 	return n, err
 }
@@ -423,7 +428,7 @@ func (a *arrival) read(b []byte, now, deadline time.Time) (int, error) {
 	// To set a deadline takes time, so it is set only when it has moved by enough.
 	if now.After(deadline) {
 		return 0, os.ErrDeadlineExceeded
-	} else if deadline.Sub(a.set) > a.in.grace/8 {
+	} else if deadline.Sub(a.set) > a.in.limits.grace/8 {
 		if err := a.rc.SetReadDeadline(deadline); err != nil {
 			return 0, err
 		}

@@ -119,7 +119,7 @@ type discard struct{}
 func (discard) Write(b []byte) (int, error) { return len(b), nil }
 
 func testIntake(slots int) *intake {
-	return newIntake(context.Background(), slots, 64<<10, 10*time.Second, budget.New(1<<40), 1<<39)
+	return newIntake(context.Background(), budget.New(1<<40), intakeLimits{uploads: slots, rate: 64 << 10, grace: 10 * time.Second, spool: 1 << 39})
 }
 
 func code(err error) api.Code {
@@ -133,7 +133,7 @@ func code(err error) api.Code {
 // a read does.
 func TestPace(t *testing.T) {
 	read := func(t *testing.T, slow, between time.Duration) error {
-		in := newIntake(context.Background(), 1, 1, 10*time.Second, nil, 0)
+		in := newIntake(context.Background(), nil, intakeLimits{uploads: 1, rate: 1, grace: 10 * time.Second})
 		c := newClient(20, 1, slow)
 		a := c.arrive(t, in)
 		defer c.leave(a)
@@ -223,7 +223,7 @@ func TestFastKeepTheirSlots(t *testing.T) {
 func TestLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const spool = 32 << 20 // a quarter of it, and headMemory, are the room of heads
-		in := newIntake(context.Background(), 1, 1<<10, time.Minute, budget.New(1<<40), spool)
+		in := newIntake(context.Background(), budget.New(1<<40), intakeLimits{uploads: 1, rate: 1 << 10, grace: time.Minute, spool: spool})
 		fast := newClient(1<<30, 1<<20, 0)
 		fast.after = time.Second
 		a := fast.arrive(t, in)
@@ -242,7 +242,7 @@ func TestLine(t *testing.T) {
 		} else if err := <-ended; code(err) != api.Busy {
 			t.Error(err)
 		}
-		a.end(errShuttingDown)
+		a.cancel(errShuttingDown)
 	})
 }
 
@@ -250,7 +250,7 @@ func TestLine(t *testing.T) {
 // the one that has been silent the longest is ended.
 func TestSilentHeadsGoFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		in := newIntake(context.Background(), 1, 64<<10, time.Minute, budget.New(1<<40), 1<<39)
+		in := newIntake(context.Background(), budget.New(1<<40), intakeLimits{uploads: 1, rate: 64 << 10, grace: time.Minute, spool: 1 << 39})
 		ended := make(chan string, 10)
 		head := func(name string, disk int64, silent bool) {
 			c := newClient(1<<30, 1<<20, 100*time.Millisecond)
@@ -303,7 +303,7 @@ func TestSilentHeadsGoFirst(t *testing.T) {
 		in.mu.Lock()
 		defer in.mu.Unlock()
 		for other := range in.arrivals {
-			other.end(errShuttingDown)
+			other.cancel(errShuttingDown)
 		}
 	})
 }
@@ -345,7 +345,7 @@ func TestSilentLeaveFirst(t *testing.T) {
 			t.Errorf("the slow one ended with %v; %d are left", honest.ctx.Err(), n)
 		}
 		for a := range in.arrivals {
-			a.end(errShuttingDown)
+			a.cancel(errShuttingDown)
 		}
 		in.mu.Unlock()
 		all.Wait()
@@ -430,7 +430,7 @@ func TestEndedAfterItsEnd(t *testing.T) {
 		if _, err := io.Copy(io.Discard, a); err != nil {
 			t.Fatal(err)
 		}
-		a.end(errEvicted)
+		a.cancel(errEvicted)
 		synctest.Wait()
 		select {
 		case <-c.late():
@@ -441,7 +441,7 @@ func TestEndedAfterItsEnd(t *testing.T) {
 
 		c = newClient(100, 100, 0)
 		a = c.arrive(t, in)
-		a.end(errEvicted)
+		a.cancel(errEvicted)
 		synctest.Wait()
 		if _, err := io.Copy(io.Discard, a); code(err) != api.Busy {
 			t.Errorf("one that was ended before: %v", err)
@@ -480,7 +480,7 @@ func TestManyArrivals(t *testing.T) {
 		}
 		in.mu.Lock()
 		for a := range in.arrivals {
-			a.end(errShuttingDown)
+			a.cancel(errShuttingDown)
 		}
 		in.mu.Unlock()
 		synctest.Wait()

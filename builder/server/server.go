@@ -143,7 +143,9 @@ func New(cfg Config) *Server {
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
-	s.intake = newIntake(s.draining, cfg.MaxUploads, cfg.UploadMinRate, cfg.UploadGrace, s.disk, cfg.SpoolBytes/2)
+	s.intake = newIntake(s.draining, s.disk, intakeLimits{
+		uploads: cfg.MaxUploads, rate: cfg.UploadMinRate, grace: cfg.UploadGrace, spool: cfg.SpoolBytes / 2,
+	})
 	s.daemons.count = cfg.Solver.Daemons
 	s.metrics = metrics.New(s.daemons.get)
 

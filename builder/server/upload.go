@@ -93,6 +93,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_
 	defer a.leave()
 
 	start := time.Now()
+	// For Peek alone. A Read of 16 bytes or more goes past the buffer.
 	body := bufio.NewReaderSize(a, 16)
 	if claimed.macErr != nil {
 		// A text envelope carries its signature inside. The first byte tells whether the
