@@ -27,8 +27,6 @@ type Options struct {
 	ID string
 	// Request is for the last record, if that has none.
 	Request string
-	// Image is the reference to build, as it was sent.
-	Image string
 	// Start is when the request was accepted. Zero means now.
 	Start time.Time
 	// Sign adds headers with a signature of the body to a whole answer. It may be nil.
@@ -83,7 +81,7 @@ type body interface {
 func New(w http.ResponseWriter, form Form, opts Options) *Writer {
 	opts = opts.withDefaults()
 	c := newConn(w)
-	return &Writer{conn: c, form: form, opts: opts, body: &whole{conn: c, opts: opts}, image: opts.Image}
+	return &Writer{conn: c, form: form, opts: opts, body: &whole{conn: c, opts: opts}}
 }
 
 // SetImage sets the reference that records name from now on, as it was sent.

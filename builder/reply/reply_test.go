@@ -154,7 +154,8 @@ func TestStream(t *testing.T) {
 	} {
 		for form, name := range map[Form]string{NDJSON: "NDJSON", SSE: "SSE"} {
 			t.Run(tc.name+"/"+name, func(t *testing.T) {
-				res, body := answer(t, form, Options{Image: "r/i:1"}, func(w *Writer) {
+				res, body := answer(t, form, Options{}, func(w *Writer) {
+					w.SetImage("r/i:1")
 					w.Begin()
 					for _, lines := range tc.log {
 						if err := w.Log(t.Context(), lines...); err != nil {
@@ -198,7 +199,8 @@ func TestStreamBounds(t *testing.T) {
 	big := strings.Repeat("\x01 \xff \" <é> \u2028", 100<<10)
 	list := slices.Repeat([]string{"some warning\x02"}, 5000)
 	for form, prefix := range map[Form]string{NDJSON: "", SSE: "data: "} {
-		_, body := answer(t, form, Options{Image: big}, func(w *Writer) {
+		_, body := answer(t, form, Options{}, func(w *Writer) {
+			w.SetImage(big)
 			w.Log(t.Context(), "a line with the image")
 			w.Finish(api.Record{
 				Status: api.Failed, Code: api.BuildFailed, Error: "the start" + big + "the end", Digest: big, Commit: big, Request: big,
@@ -267,7 +269,8 @@ func TestHeartbeat(t *testing.T) {
 	} {
 		heard := make(chan struct{})
 		srv := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			w := New(rw, tc.form, Options{Image: "r/i:1", Heartbeat: 20 * time.Millisecond})
+			w := New(rw, tc.form, Options{Heartbeat: 20 * time.Millisecond})
+			w.SetImage("r/i:1")
 			w.Begin()
 			<-heard
 			w.Finish(api.Record{Status: api.Success})
@@ -354,7 +357,8 @@ func TestJSON(t *testing.T) {
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			res, body := answer(t, tc.form, Options{ID: "call-1", Image: "r/i:1", Sign: signed, Text: tc.text}, func(w *Writer) {
+			res, body := answer(t, tc.form, Options{ID: "call-1", Sign: signed, Text: tc.text}, func(w *Writer) {
+				w.SetImage("r/i:1")
 				if tc.form == JSON {
 					w.Begin()
 				}
@@ -783,7 +787,8 @@ func FuzzStream(f *testing.F) {
 		}
 		lines := strings.Split(string(log), "\n")
 		rec := httptest.NewRecorder()
-		w := New(rec, form, Options{Image: image})
+		w := New(rec, form, Options{})
+		w.SetImage(image)
 		w.Begin()
 		if err := w.Log(t.Context(), strings.Repeat(string(log), times)); err != nil {
 			t.Fatal(err)
