@@ -30,7 +30,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	defer end()
 
 	purpose := toBuild
-	if c.joins() {
+	if c.mayJoin() {
 		purpose = toJoin
 	}
 	body, err := s.receive(w, r, purpose)
@@ -94,43 +94,43 @@ func (s *Server) build(j *job) (res result) {
 
 	// A body with a slot no longer shares the memory of bodies that wait for one.
 	j.body.Charge(nil, s.disk)
-	o, err := s.check(j)
-	res.outcome.Warnings = o.warnings
+	sp, err := s.check(j)
+	res.outcome.Warnings = sp.warnings
 	if err != nil {
 		res.err = err
 		return res
 	}
-	res.mask = o.mask()
-	apart := s.isolate(j, &o)
+	res.mask = sp.mask()
+	isolation := s.isolate(j, &sp)
 	j.logStart()
 
-	files, err := s.findContext(j, &o)
+	files, err := s.findContext(j, &sp)
 	if err != nil {
 		res.err = because(j.ctx, err)
 		return res
 	}
 	defer files.close()
 	res.outcome.Warnings = append(res.outcome.Warnings, files.warnings...)
-	files.SetTimes(apart.timeKey)
+	files.SetTimes(isolation.timeKey)
 
 	solved, stats, err := s.Solver.Solve(j.ctx, &solve.Request{
 		ID:               j.call.id,
-		Config:           o.config,
+		Config:           sp.config,
 		Context:          files.Context,
-		GitAuthorization: o.git.authorization(),
-		Secrets:          o.secrets,
+		GitAuthorization: sp.git.authorization(),
+		Secrets:          sp.secrets,
 		Mask:             res.mask,
-		SharedKey:        apart.sharedKey,
-		Hostname:         apart.hostname,
-		CacheMountNS:     apart.cacheMountNS,
-		Name:             apart.name,
+		SharedKey:        isolation.sharedKey,
+		Hostname:         isolation.hostname,
+		CacheMountNS:     isolation.cacheMountNS,
+		Name:             isolation.name,
 	}, j.say)
 	solved.Warnings = append(res.outcome.Warnings, solved.Warnings...)
 	res.outcome, res.stats, res.err = solved, stats, because(j.ctx, err)
 	return res
 }
 
-// admit takes a build slot for a job. If none is free, admit checks the order before the
+// admit takes a build slot for a job. If none is free, admit checks the spec before the
 // wait, so that the client is told of an error at once. It does so only if the body has an
 // index without being decompressed. During the wait the job keeps the stored body and, if
 // there is room, the index; everything else is read again after the wait.
@@ -165,13 +165,13 @@ type openContext struct {
 	close    func()
 }
 
-// findContext returns the build context of an order: from the body, or from the registry. For a
+// findContext returns the build context of a spec: from the body, or from the registry. For a
 // context in git it returns an empty one, because the daemon reads it.
-func (s *Server) findContext(j *job, o *order) (openContext, error) {
-	source := o.config.Context
+func (s *Server) findContext(j *job, sp *spec) (openContext, error) {
+	source := sp.config.Context
 	switch {
 	case source == nil:
-		return openContext{Context: o.context, close: func() {}}, nil
+		return openContext{Context: sp.context, close: func() {}}, nil
 	case source.Digest == "":
 		return openContext{Context: new(payload.Context), close: func() {}}, nil
 	}

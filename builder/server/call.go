@@ -40,8 +40,8 @@ func (s *Server) newCall(w http.ResponseWriter, r *http.Request) *call {
 // passed.
 func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
 
-// joins says whether the call may be a second delivery of an earlier call.
-func (c *call) joins() bool { return c.queued && c.named }
+// mayJoin says whether the call may be a second delivery of an earlier call.
+func (c *call) mayJoin() bool { return c.queued && c.named }
 
 // answer is what every answer to the call has.
 func (c *call) answer() reply.Options { return reply.Options{ID: c.id, Start: c.start} }

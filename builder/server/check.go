@@ -14,8 +14,8 @@ import (
 	"handler/function/sealed"
 )
 
-// order is what a client asks for, after every check.
-type order struct {
+// spec is what a client asks for, after every check.
+type spec struct {
 	config   *buildconfig.Config
 	context  *payload.Context // nil if the context was sent ahead or is in git
 	warnings []string
@@ -23,29 +23,29 @@ type order struct {
 	git      gitLogin
 }
 
-// check reads the order of a job. Beside an error it returns the warnings so far.
-func (s *Server) check(j *job) (o order, err error) {
+// check reads the spec of a job. Beside an error it returns the warnings so far.
+func (s *Server) check(j *job) (sp spec, err error) {
 	p, err := j.body.Payload()
 	if err != nil {
-		return o, err
+		return sp, err
 	}
-	o.context, o.warnings = p.Context, p.Warnings
-	if o.config, err = buildconfig.Parse(p.Config); err != nil {
-		return o, err
+	sp.context, sp.warnings = p.Context, p.Warnings
+	if sp.config, err = buildconfig.Parse(p.Config); err != nil {
+		return sp, err
 	}
-	j.setImage(o.config.Image)
-	if err := oneContext(o.config, p); err != nil {
-		return o, err
+	j.setImage(sp.config.Image)
+	if err := oneContext(sp.config, p); err != nil {
+		return sp, err
 	}
-	o.warnings = slices.Concat(p.Warnings, o.config.Warnings)
-	if err := s.allow(o.config); err != nil {
-		return o, err
+	sp.warnings = slices.Concat(p.Warnings, sp.config.Warnings)
+	if err := s.allow(sp.config); err != nil {
+		return sp, err
 	}
-	if o.secrets, err = s.unseal(j.ctx, p.Secrets); err != nil {
-		return o, err
+	if sp.secrets, err = s.unseal(j.ctx, p.Secrets); err != nil {
+		return sp, err
 	}
-	o.git, err = s.findGitLogin(o.config.Git)
-	return o, err
+	sp.git, err = s.findGitLogin(sp.config.Git)
+	return sp, err
 }
 
 // oneContext wants a context in the tar, or named by the config, and not both.
@@ -59,7 +59,7 @@ func oneContext(cfg *buildconfig.Config, p *payload.Payload) error {
 	return nil
 }
 
-// allow compares an order with what the operator allows. It is the only place that does.
+// allow compares a spec with what the operator allows. It is the only place that does.
 func (s *Server) allow(cfg *buildconfig.Config) error {
 	if err := cfg.Allow(s.AllowedImages); err != nil {
 		return err
@@ -116,15 +116,15 @@ func (l gitLogin) authorization() string {
 	return "Basic " + l.basic
 }
 
-// mask hides everything that is secret in the order.
-func (o *order) mask() *redact.Redactor {
-	hidden := maps.Clone(o.secrets)
-	if o.git.basic != "" {
+// mask hides everything that is secret in the spec.
+func (sp *spec) mask() *redact.Redactor {
+	hidden := maps.Clone(sp.secrets)
+	if sp.git.basic != "" {
 		if hidden == nil {
 			hidden = make(map[string][]byte)
 		}
 		// An id of a secret has no line break, so these two are no secret's.
-		hidden["git\npassword"], hidden["git\nbasic"] = []byte(o.git.password), []byte(o.git.basic)
+		hidden["git\npassword"], hidden["git\nbasic"] = []byte(sp.git.password), []byte(sp.git.basic)
 	}
 	return redact.New(hidden)
 }

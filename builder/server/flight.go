@@ -52,7 +52,7 @@ func newFlight(c *call, body *upload) *flight {
 	f := &flight{call: c, done: make(chan struct{})}
 	// Not the request's context: the build is for every call that joins the flight.
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
-	if c.joins() {
+	if c.mayJoin() {
 		// There is no sum if the body could not be stored. Then no other body can be
 		// compared with it.
 		if sum, ok := body.SHA256(); ok {

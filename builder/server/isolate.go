@@ -20,9 +20,9 @@ func (s *Server) isolationKey(keys signature.Keys) isolation.Key {
 	return isolation.Derive(keys[0])
 }
 
-// isolated are the values that keep one build apart from others on a daemon. Package
+// isolationValues are the values that keep one build apart from others on a daemon. Package
 // isolation says what each is for.
-type isolated struct {
+type isolationValues struct {
 	timeKey      [32]byte
 	sharedKey    string
 	hostname     string
@@ -30,18 +30,18 @@ type isolated struct {
 	name         solve.Name // zero unless a queue may deliver the build again
 }
 
-func (s *Server) isolate(j *job, o *order) isolated {
+func (s *Server) isolate(j *job, sp *spec) isolationValues {
 	key := s.isolationKey(j.body.keys)
 	// Without an image nothing tells whether two builds are of one function, so each
 	// build is alone.
 	repository := rand.Text()
-	if len(o.config.References) > 0 {
-		repository = o.config.References[0].Name()
+	if len(sp.config.References) > 0 {
+		repository = sp.config.References[0].Name()
 	}
-	i := isolated{
+	i := isolationValues{
 		timeKey:      key.TimeKey(tenant, repository),
 		sharedKey:    key.SharedKey(tenant, repository),
-		hostname:     key.Hostname(tenant, o.secrets),
+		hostname:     key.Hostname(tenant, sp.secrets),
 		cacheMountNS: key.CacheMountNS(tenant),
 	}
 	if j.named() {
