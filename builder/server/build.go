@@ -135,17 +135,22 @@ func (s *Server) build(j *job) (res result) {
 // index without being decompressed. During the wait the job keeps the stored body and, if
 // there is room, the index; everything else is read again after the wait.
 func (s *Server) admit(j *job) error {
+	// A process that shuts down begins no build, even if a slot is free: the body may have
+	// come since.
+	if s.draining.Err() != nil {
+		return errShuttingDown
+	}
 	start := time.Now()
-	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
-	if err := s.take(j.ctx, s.builds, 0, full); !errors.Is(err, full) {
+	if s.builds.acquire(j.ctx, 0) == nil {
 		s.metrics.Waited(time.Since(start))
-		return err
+		return nil
 	}
 	if j.body.Index() {
 		if _, err := s.check(j); err != nil {
 			return err
 		}
 	}
+	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
 	var wait time.Duration
 	if j.call.waits() {
 		wait, full.Code = s.QueueWait, api.QueueTimeout

@@ -833,29 +833,32 @@ func TestShutdownEndsUploads(t *testing.T) {
 }
 
 // TestShutdownBeginsNoBuild: a body that ends during a shutdown is not built, though a slot is
-// free. Its call had begun before.
+// free. A context is stored: that takes no longer than its upload.
 func TestShutdownBeginsNoBuild(t *testing.T) {
-	f := start(t, &scripted{}, nil)
-	body := pack(t, config)
-	began, rest := make(chan struct{}), make(chan struct{})
-	r := f.request(t, nil)
-	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", body))
-	r.ContentLength = int64(len(body))
-	r.Body = io.NopCloser(io.MultiReader(bytes.NewReader(body[:1]), readerFunc(func([]byte) (int, error) {
-		close(began)
-		<-rest
-		return 0, io.EOF
-	}), bytes.NewReader(body[1:])))
-	answers := make(chan answer)
-	// Without the network: a client's transport reads a body ahead.
-	go func() {
-		w := httptest.NewRecorder()
-		f.s.ServeHTTP(deadlines{w}, r)
-		a := answer{status: w.Code, body: w.Body.String()}
-		json.Unmarshal(w.Body.Bytes(), &a.rec)
-		answers <- a
-	}()
-	<-began
+	f := start(t, &scripted{}, func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })
+	build, sent := pack(t, config), packTar(t, "context/x", "x")
+	rest := make(chan struct{})
+	finish := func(r *http.Request, body []byte) <-chan answer {
+		began, answers := make(chan struct{}), make(chan answer, 1)
+		r.ContentLength = int64(len(body))
+		r.Body = io.NopCloser(io.MultiReader(bytes.NewReader(body[:1]), readerFunc(func([]byte) (int, error) {
+			close(began)
+			<-rest
+			return 0, io.EOF
+		}), bytes.NewReader(body[1:])))
+		// Without the network: a client's transport reads a body ahead.
+		go func() {
+			w := httptest.NewRecorder()
+			f.s.ServeHTTP(deadlines{w}, r)
+			a := answer{status: w.Code, body: w.Body.String()}
+			json.Unmarshal(w.Body.Bytes(), &a.rec)
+			answers <- a
+		}()
+		<-began
+		return answers
+	}
+	builds := finish(f.request(t, build), build)
+	contexts := finish(f.context(t, "PUT", digestOf(sent), sent), sent)
 	down := make(chan struct{})
 	go func() { f.s.Shutdown(); close(down) }()
 	eventually(t, "it shuts down", func() bool {
@@ -863,8 +866,11 @@ func TestShutdownBeginsNoBuild(t *testing.T) {
 		return f.do(t, r).status == 503
 	})
 	close(rest)
-	if a := <-answers; a.status != 503 || a.rec.Code != api.ShuttingDown {
-		t.Errorf("%d %s", a.status, a.body)
+	if a := <-builds; a.status != 503 || a.rec.Code != api.ShuttingDown {
+		t.Errorf("a build: %d %s", a.status, a.body)
+	}
+	if a := <-contexts; a.status != http.StatusCreated {
+		t.Errorf("a context: %d %s", a.status, a.body)
 	}
 	if n := f.solver.calls.Load(); n != 0 {
 		t.Errorf("%d builds", n)

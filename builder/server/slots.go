@@ -39,14 +39,9 @@ func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 
 func (s slots) release() { <-s }
 
-// take takes a slot. Its error is full if none becomes free within wait, or errShuttingDown
+// take takes a slot. Its error is full if none becomes free within wait. It waits no longer
 // once the server shuts down.
 func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full *api.Error) error {
-	// A process that shuts down begins no build, even if a slot is free: the body may have
-	// come since.
-	if s.draining.Err() != nil {
-		return errShuttingDown
-	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
