@@ -36,6 +36,11 @@ type Client struct {
 	URL    string       // without a slash at its end
 	Secret string       // signs requests
 	HTTP   *http.Client // sends requests; nil is http.DefaultClient
+
+	// Strict makes an answer to POST an error if it is not a record. Only a text/plain
+	// request may be answered with text. A gateway answers with text of its own, so a
+	// client of a gateway is not strict.
+	Strict bool
 }
 
 // Change changes a request before it is sent. A nil Change changes nothing.
@@ -106,10 +111,23 @@ func (c *Client) do(req *http.Request, each func(Record)) (Answer, error) {
 	defer resp.Body.Close()
 	a, err := Read(resp, each)
 	a.Took = time.Since(start)
-	if err == nil && req.Method == http.MethodPost && a.IsJSON() && (a.StatusCode == http.StatusOK) != (a.Status == "success") {
-		err = fmt.Errorf("HTTP %d has status %q", a.StatusCode, a.Status)
+	if err == nil && req.Method == http.MethodPost {
+		err = c.check(req, a)
 	}
 	return a, err
+}
+
+// check compares the answer to a POST with its HTTP status and with the request.
+func (c *Client) check(req *http.Request, a Answer) error {
+	ok := a.StatusCode == http.StatusOK
+	if a.IsJSON() && ok != (a.Status == "success") || a.IsStream() && !ok {
+		return fmt.Errorf("HTTP %d has status %q", a.StatusCode, a.Status)
+	}
+	isText := func(h http.Header) bool { return strings.HasPrefix(h.Get("Content-Type"), "text/plain") }
+	if c.Strict && a.Status == "" && !(isText(req.Header) && isText(a.Header)) {
+		return fmt.Errorf("not a record: %v", a)
+	}
+	return nil
 }
 
 // Fetch sends a request for something that is no build's verdict, and reads the

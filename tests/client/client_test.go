@@ -17,8 +17,8 @@ const (
 	failure = `{"log":[],"status":"failed","duration":3,"code":"busy","error":"later"}`
 )
 
-// answered reads what a server answers.
-func answered(t *testing.T, form string, status int, body string) (Answer, error) {
+// answered reads what a server answers to a strict client.
+func answered(t *testing.T, form string, status int, body string, changes ...Change) (Answer, error) {
 	t.Helper()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", form)
@@ -26,8 +26,8 @@ func answered(t *testing.T, form string, status int, body string) (Answer, error
 		fmt.Fprint(w, body)
 	}))
 	defer server.Close()
-	c := Client{URL: server.URL, Secret: "secret"}
-	return c.Post(t.Context(), []byte("body"))
+	c := Client{URL: server.URL, Secret: "secret", Strict: true}
+	return c.Post(t.Context(), []byte("body"), changes...)
 }
 
 func TestAnswers(t *testing.T) {
@@ -52,8 +52,24 @@ func TestAnswers(t *testing.T) {
 	if a, err := answered(t, JSON, 429, failure); err != nil || a.StatusCode != 429 || a.Code != "busy" || a.Error != "later" {
 		t.Errorf("a refusal: got %v, %v", a, err)
 	}
-	if a, err := answered(t, "text/plain", 502, "bad gateway"); err != nil || a.StatusCode != 502 || a.Status != "" || a.Body != "bad gateway" {
+	text := Header("Content-Type", "text/plain")
+	if a, err := answered(t, "text/plain; charset=utf-8", 422, "failed", text); err != nil || a.StatusCode != 422 || a.Status != "" || a.Body != "failed" {
 		t.Errorf("text: got %v, %v", a, err)
+	}
+	if a, err := answered(t, "text/html", 502, "bad gateway", text); err == nil || !strings.Contains(err.Error(), "not a record") {
+		t.Errorf("HTML instead of text: got %v, %v", a, err)
+	}
+}
+
+// TestGatewaysAnswer: a client that is not strict takes an answer that is not a record.
+func TestGatewaysAnswer(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "bad gateway", http.StatusBadGateway)
+	}))
+	defer server.Close()
+	c := Client{URL: server.URL}
+	if a, err := c.Post(t.Context(), nil); err != nil || a.StatusCode != 502 || a.Status != "" || a.Body != "bad gateway\n" {
+		t.Errorf("got %v, %v", a, err)
 	}
 }
 
@@ -75,6 +91,10 @@ func TestBrokenAnswers(t *testing.T) {
 		"a success with a code":   {JSON, 200, `{"log":[],"status":"success","code":"busy"}`, `code "busy"`},
 		"a failure with 200":      {JSON, 200, failure, "HTTP 200"},
 		"a success with 500":      {JSON, 500, success, "HTTP 500"},
+		"a stream with 500":       {NDJSON, 500, running + "\n" + success + "\n", "HTTP 500"},
+		"events with 202":         {SSE, 202, "data: " + success + "\n\n", "HTTP 202"},
+		"text":                    {"text/plain", 502, "bad gateway", "not a record"},
+		"an empty body":           {"", 202, "", "not a record"},
 		"a blank line":            {NDJSON, 200, running + "\n\n" + success + "\n", "reading a record"},
 		"a line after the last":   {NDJSON, 200, success + "\n" + running + "\n", "after the last record"},
 		"no newline at the end":   {NDJSON, 200, running + "\n" + success, "broke off"},

@@ -102,7 +102,7 @@ func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.I
 	noise := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(noise)
 	ref := s.Registry.Image("self/built-by-it:latest")
-	itself := &client.Client{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret}
+	itself := &client.Client{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret, Strict: true}
 	got := itself.MustBuild(t, ctx, stack.Body(t, config{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN echo built > /built\nCOPY noise /\n", "noise": string(noise),
 	}))

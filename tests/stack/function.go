@@ -70,7 +70,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	f := &Function{
 		SecretsDir: filepath.Join(dir, "secrets"),
 		TempDir:    filepath.Join(dir, "tmp"),
-		Client:     client.Client{Secret: s.PayloadSecret},
+		Client:     client.Client{Secret: s.PayloadSecret, Strict: true},
 		dir:        dir,
 	}
 	s.onClose(f.Kill)
