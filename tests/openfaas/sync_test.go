@@ -97,7 +97,14 @@ func TestLive(t *testing.T) {
 	for _, accept := range []string{both, client.SSE} {
 		times := arrivals(t, s, o, accept)
 		t.Logf("%s: lines at %v", accept, times)
-		if times[3] < printing/2 {
+		// A busy machine may bring one line as late as the next, and not two.
+		together := 0
+		for i := range 3 {
+			if times[i+1]-times[i] < 500*time.Millisecond {
+				together++
+			}
+		}
+		if times[3] < printing/2 || together > 1 {
 			t.Errorf("%s is held back: %v", accept, times)
 		}
 	}
@@ -115,7 +122,8 @@ func TestTooLong(t *testing.T) {
 	s, f, o := around(t, stack.OpenFaaSConfig{Timeout: 4 * time.Second}, stack.FunctionConfig{Watchdog: true})
 	for _, accept := range []string{"", both} {
 		m := mark()
-		body := request(t, s, "long", "FROM busybox", "RUN sleep 60; : "+m)
+		// The step sleeps for longer than WaitGone waits: only a cancel ends it in time.
+		body := request(t, s, "long", "FROM busybox", "RUN sleep 600; : "+m)
 		began := time.Now()
 		a, err := o.Post(t.Context(), body, at("/function/builder/build"), client.Accept(accept))
 		took := time.Since(began)
