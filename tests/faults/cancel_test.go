@@ -52,7 +52,12 @@ func TestDisconnect(t *testing.T) {
 				}
 			}
 			slices.Sort(took)
-			t.Logf("from disconnect to the step's end: median %v, longest %v", took[len(took)/2], took[len(took)-1])
+			median := took[len(took)/2]
+			t.Logf("from disconnect to the step's end: median %v, longest %v", median, took[len(took)-1])
+			// A function that noticed at its next heartbeat would take 10 s.
+			if median > 5*time.Second {
+				t.Errorf("steps ended %v after the disconnect, want 5s at most", took)
+			}
 			for _, end := range logged(t, f) {
 				if end["code"] != "canceled" {
 					t.Errorf("the log has the code %v for a client that left", end["code"])

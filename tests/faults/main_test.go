@@ -102,7 +102,8 @@ func background(t *testing.T, f *stack.Function, body []byte, form string) (wait
 
 // patience is the limit of what takes d on a machine that does nothing else: d itself
 // with -timing, and otherwise so much longer that no machine is too busy for it. What
-// would go wrong takes longer still: steps sleep for five minutes.
+// would go wrong takes longer still: steps sleep for five minutes. Where it does not, a
+// test has a limit of its own.
 func patience(d time.Duration) time.Duration {
 	if *timing {
 		return d

@@ -397,8 +397,13 @@ func TestDaemonUnwell(t *testing.T) {
 			for _, a := range images {
 				release(t, a.mark)
 			}
-			for _, wait := range waits {
-				wait().WantSuccess(t)
+			for i, wait := range waits {
+				got := wait()
+				got.WantSuccess(t)
+				// The builds of images wait for their release.
+				if limit := patience(30 * time.Second); i >= len(images) && got.Took > limit {
+					t.Errorf("a build beside daemons that are ill took %v, want %v at most", got.Took, limit)
+				}
 			}
 			for _, a := range more {
 				addr, _ := a.placed(t, f)

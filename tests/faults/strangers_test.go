@@ -81,9 +81,13 @@ func begun(name string, body []byte) hostile {
 }
 
 // slowly wants each connection to be over by itself: it is slow at once, and what it has
-// sent gives it half a second more at most. On a busy machine it may take longer.
+// sent gives it half a second more at most. A busy machine may take longer. Two periods of
+// grace are too long.
 func (h hostile) slowly() hostile {
-	h.ends = 3 * uploadGrace
+	h.ends = 2*uploadGrace - 2*time.Second
+	if *timing {
+		h.ends = uploadGrace + 3*time.Second
+	}
 	return h
 }
 
