@@ -100,7 +100,7 @@ func scraped(t *testing.T) (series exported, faults []string) {
 	for i, c := range []struct{ step, code string }{{"true", ""}, {"true", ""}, {"false", "build_failed"}} {
 		// As a queue sends it: buildkitd does not count a build that it keeps out of its
 		// history.
-		if got := f.MustPost(t, ctx, body(c.step), client.Queued(fmt.Sprintf("monitoring-%d", i))); got.Code != c.code {
+		if got := f.MustPost(t, ctx, body(c.step), client.Queued(fmt.Sprintf("monitoring-%d", i))); got.Code != c.code || (got.Status == "success") != (c.code == "") {
 			t.Fatalf("%s: %v", c.step, got)
 		}
 	}
