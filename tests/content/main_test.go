@@ -211,7 +211,7 @@ func ended(t testing.TB, f *stack.Function, body []byte) (line struct {
 }
 
 // checkTempDir wants uploads to leave no file behind. The function closes a body after
-// the answer, so checkTempDir waits for up to five seconds.
+// the answer, so checkTempDir waits for up to a minute.
 func checkTempDir(t testing.TB, f *stack.Function) {
 	t.Helper()
 	var names []string
