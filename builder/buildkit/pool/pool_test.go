@@ -117,6 +117,24 @@ func TestLoadOfOthers(t *testing.T) {
 	}
 }
 
+// TestRest leaves a daemon alone for longer after its third loss in a row.
+func TestRest(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	d := tr.order()[0]
+	d.health.losses = 2
+	start := time.Now()
+	tr.lose(d, errors.New("lost"))
+	for deadline := start.Add(time.Minute); !d.health.isFit(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it does not come back")
+		}
+	}
+	if took := time.Since(start); took < 4*probeMin {
+		t.Errorf("it was back after %v, want %v at least", took, 4*probeMin)
+	}
+}
+
 func TestDaemonOut(t *testing.T) {
 	t.Parallel()
 	tr := newTrio(t, 2)
