@@ -234,6 +234,8 @@ func TestNothingGrows(t *testing.T) {
 			return fmt.Errorf("goroutines grew: %+v, %+v", before, after)
 		case after.fds > before.fds+2:
 			return fmt.Errorf("descriptors grew: %+v, %+v", before, after)
+		// After 400 builds as after 1000, the heap differs by up to 6 MiB, in both
+		// directions: it depends on when the collector last ran.
 		case after.heap > before.heap+16<<20, after.memory > before.memory+before.memory/5+16<<20:
 			return fmt.Errorf("memory grew: %+v, %+v", before, after)
 		}
