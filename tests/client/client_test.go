@@ -91,7 +91,7 @@ func TestBrokenAnswers(t *testing.T) {
 		"a success with a code":   {JSON, 200, `{"log":[],"status":"success","code":"busy"}`, `code "busy"`},
 		"a failure with 200":      {JSON, 200, failure, "HTTP 200"},
 		"a success with 500":      {JSON, 500, success, "HTTP 500"},
-		"a stream with 500":       {NDJSON, 500, running + "\n" + success + "\n", "HTTP 500"},
+		"a stream with 500":       {NDJSON, 500, success + "\n", "HTTP 500"},
 		"events with 202":         {SSE, 202, "data: " + success + "\n\n", "HTTP 202"},
 		"text":                    {"text/plain", 502, "bad gateway", "not a record"},
 		"an empty body":           {"", 202, "", "not a record"},
