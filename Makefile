@@ -43,9 +43,9 @@ envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [I
 .PHONY: test
 test: setup test-unit test-e2e ## all tests but test-timing, test-k8s and test-fuzz
 
-# First without cgo, as in the image. Then with the race detector: it needs other memory
-# and ten times the time, so -short leaves out the tests that measure memory and shrinks
-# the largest inputs.
+# First without cgo, as in the image. Then with the race detector, under which everything
+# takes ten times as long: -short shrinks the largest inputs. Tests that measure memory
+# are built without it alone.
 .PHONY: test-unit
 test-unit: setup ## the function's and the template's own tests: no root, no network, no daemon
 	CGO_ENABLED=0 go -C builder test -timeout 20m ./...

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"runtime/metrics"
 	"slices"
 	"strings"
@@ -428,97 +427,6 @@ func repeated(head, unit string, n int, tail string) io.Reader {
 		parts = append(parts, strings.NewReader(units))
 	}
 	return io.MultiReader(append(parts, strings.NewReader(strings.Repeat(unit, n)+tail))...)
-}
-
-// TestMemory checks that no hostile body takes the process over 128 MiB, the memory of the test
-// included.
-func TestMemory(t *testing.T) {
-	if testing.Short() {
-		t.Skip("the race detector's memory is not the function's")
-	}
-	const ceiling = 128 << 20
-	// The function is deployed with this limit. The collector keeps it as long as no body
-	// has more memory in use.
-	defer debug.SetMemoryLimit(debug.SetMemoryLimit(96 << 20))
-
-	// 8 MiB of zeros compress to a few KiB. 1,280 such members unpack to 10 GiB.
-	zeros := gzipped(t, strings.Repeat("\x00", 8<<20))
-	var manyKeys []string
-	for i := range 80_000 {
-		manyKeys = append(manyKeys, fmt.Sprintf("%d=", i))
-	}
-	keys := pax('x', manyKeys...)
-	deep := strings.Repeat("d/", 2000)
-	zstZeros := zstded(t, strings.Repeat("\x00", 8<<20))
-
-	tests := []struct {
-		name string
-		body func() io.Reader
-		code api.Code
-		says string
-	}{
-		{"gzip bomb in an entry", func() io.Reader {
-			return repeated(gzipped(t, config+dir("context")+header{name: "context/x", size: 63 << 20}.String()), zeros, 1280, "")
-		}, api.TooLarge, "unpacked"},
-		{"gzip bomb in the padding", func() io.Reader { return repeated(gzipped(t, archive()), zeros, 1280, "") }, api.TooLarge, "unpacked"},
-		{"zstd bomb", func() io.Reader { return repeated(zstded(t, archive()), zstZeros, 1280, "") }, api.TooLarge, "unpacked"},
-		{"gzip of empty members", func() io.Reader { return repeated(gzipped(t, archive()), gzipped(t, ""), 200_000, "") }, "", ""},
-		{"zstd of skippable frames", func() io.Reader {
-			return repeated(zstded(t, archive()), "\x50\x2a\x4d\x18\x00\x00\x00\x00", 1_000_000, "")
-		}, "", ""},
-		{"extended headers of many keys", func() io.Reader { return repeated(config+dir("context"), keys, 60, end) }, api.TooLarge, "extended headers"},
-		{"global headers of many keys", func() io.Reader {
-			return repeated(config+dir("context"), pax('g', manyKeys...), 60, end)
-		}, api.TooLarge, "extended headers"},
-		{"flood of global headers", func() io.Reader { return repeated(config+dir("context"), pax('g', "a=b"), 40_000, end) }, api.TooLarge, "extended headers"},
-		{"long names of 1 MiB", func() io.Reader {
-			return repeated(config+dir("context"), special('L', strings.Repeat("n", 1<<20)), 100, end)
-		}, api.TooLarge, "extended headers"},
-		{"deep directories left out", func() io.Reader {
-			var parts []io.Reader
-			for i := range 100 {
-				parts = append(parts, strings.NewReader(special('L', fmt.Sprintf("context/%d/%sx\x00", i, deep))+file("x", "")))
-			}
-			return io.MultiReader(strings.NewReader(config), io.MultiReader(parts...), strings.NewReader(end))
-		}, api.TooLarge, "all paths together"},
-		{"200,000 entries", func() io.Reader { return &manyEntries{n: 200_000 - 2, name: 108} }, "", ""},
-		{"envelope of 160 MiB", func() io.Reader {
-			text := base64.StdEncoding.EncodeToString([]byte(archive(file("x", ""))[:1536]))
-			zero := base64.StdEncoding.EncodeToString(make([]byte, 3<<10))
-			return repeated(`{"tar":"`+text, zero, 40<<10, `"}`)
-		}, api.TooLarge, "unpacked"},
-		{"envelope of one long string", func() io.Reader {
-			return repeated(`{"x":"`, strings.Repeat("x", 4<<10), 50<<10, `"}`)
-		}, api.BadEnvelope, `no key "tar"`},
-		{"envelope of one long key", func() io.Reader {
-			return repeated(`{"`, strings.Repeat("x", 4<<10), 50<<10, `":1}`)
-		}, api.BadEnvelope, "a string over"},
-		{"envelope nested deep", func() io.Reader { return repeated(`{"x":`, "[", 50<<20, "") }, api.BadEnvelope, "nested"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			body := tt.body()
-			opts := testOptions(t)
-			opts.Limits.Unpacked = 104 << 20
-			opts.Limits.Body = 1 << 30
-			debug.FreeOSMemory()
-			goroutines := runtime.NumGoroutine()
-			peak := watchMemory()
-			s, err := payload.Receive(body, io.Discard, opts)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = s.Payload()
-			if got := peak(); got > ceiling {
-				t.Errorf("%d MiB of memory", got>>20)
-			}
-			if code(err) != tt.code || !strings.Contains(fmt.Sprint(err), tt.says) {
-				t.Errorf("%s %v; want %s, %q", code(err), err, tt.code, tt.says)
-			}
-			s.Close()
-			checkNothingLeft(t, opts.Dir, goroutines)
-		})
-	}
 }
 
 // watchMemory watches the memory of the process. The function that it returns ends this, and
