@@ -21,6 +21,7 @@ import (
 	"handler/function/hosts"
 	"handler/function/payload"
 	"handler/function/registry"
+	"handler/function/repository"
 	"handler/function/server"
 )
 
@@ -94,7 +95,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		Server: server.Config{
 			DisableHMAC:      e.boolean("disable_hmac", false),
 			RequireTimestamp: e.boolean("require_timestamp", false),
-			AllowedImages:    e.repositories("allowed_images"),
+			AllowedImages:    parsed(e, "allowed_images", repository.ParsePrefix),
 			ContextHosts:     e.contextHosts("context_hosts"),
 			MaxBuilds:        int(e.number("max_builds", 4)),
 			MaxUploads:       int(e.number("max_uploads", 16)),
@@ -269,38 +270,6 @@ func (e *environment) contextHosts(name string) []string {
 		if _, _, err := buildconfig.ContextHost(v); err != nil {
 			e.unreadable(name, v, err)
 		}
-	}
-	return list
-}
-
-// repositories reads a list of prefixes of repositories, and normalises them as names of images:
-// "acme" is docker.io/acme and everything below it, and "ghcr.io" is every repository there.
-func (e *environment) repositories(name string) []string {
-	var list []string
-	for _, v := range e.list(name) {
-		trimmed := strings.TrimSuffix(v, "/")
-		if !strings.Contains(trimmed, "/") && (strings.ContainsAny(trimmed, ".:") || trimmed == "localhost") {
-			if _, err := hosts.Parse(trimmed); err != nil {
-				e.unreadable(name, v, err)
-			}
-			list = append(list, trimmed)
-			continue
-		}
-		named, err := reference.ParseNormalizedNamed(trimmed)
-		if err != nil || !reference.IsNameOnly(named) {
-			e.wrong(name, v, `a repository prefix such as "ghcr.io/acme"`)
-			continue
-		}
-		if _, err := hosts.Parse(reference.Domain(named)); err != nil {
-			e.unreadable(name, v, err)
-		}
-		prefix := named.Name()
-		if !strings.Contains(trimmed, "/") {
-			// The reference library reads a single name as docker.io/library/name.
-			// As a prefix it means the account of that name.
-			prefix = "docker.io/" + trimmed
-		}
-		list = append(list, prefix)
 	}
 	return list
 }

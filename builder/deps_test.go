@@ -16,7 +16,7 @@ const module = "handler/function"
 // imports says which of our packages each package may import. Data flows one way: request,
 // verified payload, solve, records, reply. A package that is not here may import none of ours.
 var imports = map[string][]string{
-	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "server"},
+	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server"},
 	"server":   {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
 
@@ -28,7 +28,9 @@ var imports = map[string][]string{
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},
 	"payload":     {"api", "budget"},
-	"buildconfig": {"api", "hosts"},
+	"buildconfig": {"api", "hosts", "repository"},
+	"repository":  {"hosts"},
+	"tenants":     {"repository"},
 	"sealed":      {"api"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api"},

@@ -352,7 +352,8 @@ func TestAllow(t *testing.T) {
 		{"GHCR.io/acme/app", "", []string{"ghcr.io/acme"}, true},
 		{"ghcr.io/acme/app", "", []string{"GHCR.IO"}, true},
 		{"[0:0::1]:5000/acme/app", "", []string{"[::1]:5000/acme"}, true},
-		{"ghcr.io:443/acme/app", "", []string{"ghcr.io"}, false},
+		{"ghcr.io:443/acme/app", "", []string{"ghcr.io"}, true}, // the port that ghcr.io means
+		{"ghcr.io:80/acme/app", "", []string{"ghcr.io"}, false},
 	} {
 		config := `{"image":"` + tt.image + `"}`
 		if tt.tags != "" {
