@@ -15,6 +15,7 @@ const (
 	TimestampHeader = "X-Build-Timestamp"
 	CallIDHeader    = "X-Call-Id"
 	CallbackHeader  = "X-Callback-Url"
+	TenantHeader    = "X-Build-Tenant"
 )
 
 // Media types of answers.

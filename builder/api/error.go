@@ -9,61 +9,69 @@ import (
 type Code string
 
 const (
-	BadTar           Code = "bad_tar"
-	BadConfig        Code = "bad_config"
-	BadSecrets       Code = "bad_secrets"
-	BadEnvelope      Code = "bad_envelope"
-	BadContext       Code = "bad_context"
-	BadBody          Code = "bad_body"
-	SlowUpload       Code = "slow_upload"
-	Unauthorized     Code = "unauthorized"
-	ImageForbidden   Code = "image_forbidden"
-	ContextForbidden Code = "context_forbidden"
-	NotFound         Code = "not_found"
-	MethodNotAllowed Code = "method_not_allowed"
-	TooLarge         Code = "too_large"
-	BuildFailed      Code = "build_failed"
-	RegistryDenied   Code = "registry_denied"
-	Deadline         Code = "deadline"
-	Busy             Code = "busy"
-	QueueTimeout     Code = "queue_timeout"
-	NoDaemon         Code = "no_daemon"
-	DaemonLost       Code = "daemon_lost"
-	Stalled          Code = "stalled"
-	DaemonFull       Code = "daemon_full"
-	RegistryFailed   Code = "registry_failed"
-	RegistryTimeout  Code = "registry_timeout"
-	ContextFailed    Code = "context_failed"
-	NoSpace          Code = "no_space"
-	NotReady         Code = "not_ready"
-	ShuttingDown     Code = "shutting_down"
-	Canceled         Code = "canceled"
-	Internal         Code = "internal"
+	BadTar            Code = "bad_tar"
+	BadConfig         Code = "bad_config"
+	BadSecrets        Code = "bad_secrets"
+	BadEnvelope       Code = "bad_envelope"
+	BadContext        Code = "bad_context"
+	BadBody           Code = "bad_body"
+	SlowUpload        Code = "slow_upload"
+	Unauthorized      Code = "unauthorized"
+	ImageForbidden    Code = "image_forbidden"
+	ContextForbidden  Code = "context_forbidden"
+	FromForbidden     Code = "from_forbidden"
+	PlatformForbidden Code = "platform_forbidden"
+	Suspended         Code = "suspended"
+	NotFound          Code = "not_found"
+	MethodNotAllowed  Code = "method_not_allowed"
+	TooLarge          Code = "too_large"
+	BuildFailed       Code = "build_failed"
+	RegistryDenied    Code = "registry_denied"
+	Deadline          Code = "deadline"
+	Busy              Code = "busy"
+	TenantBusy        Code = "tenant_busy"
+	QueueTimeout      Code = "queue_timeout"
+	NoDaemon          Code = "no_daemon"
+	DaemonLost        Code = "daemon_lost"
+	Stalled           Code = "stalled"
+	DaemonFull        Code = "daemon_full"
+	RegistryFailed    Code = "registry_failed"
+	RegistryTimeout   Code = "registry_timeout"
+	ContextFailed     Code = "context_failed"
+	NoSpace           Code = "no_space"
+	NotReady          Code = "not_ready"
+	ShuttingDown      Code = "shutting_down"
+	Canceled          Code = "canceled"
+	Internal          Code = "internal"
 )
 
 // statuses has the HTTP status of each code. Queue workers retry some statuses, and that
 // decides: a failure that would happen again never has 429 or 5xx, and a failure that may
 // pass always has. No code has 408, 502 or 504, which are retried up to a hundred times.
 var statuses = map[Code]int{
-	BadTar:           http.StatusBadRequest,
-	BadConfig:        http.StatusBadRequest,
-	BadSecrets:       http.StatusBadRequest,
-	BadEnvelope:      http.StatusBadRequest,
-	BadContext:       http.StatusBadRequest,
-	BadBody:          http.StatusBadRequest,
-	SlowUpload:       http.StatusBadRequest,
-	Unauthorized:     http.StatusUnauthorized,
-	ImageForbidden:   http.StatusForbidden,
-	ContextForbidden: http.StatusForbidden,
-	NotFound:         http.StatusNotFound,
-	MethodNotAllowed: http.StatusMethodNotAllowed,
-	TooLarge:         http.StatusRequestEntityTooLarge,
-	BuildFailed:      http.StatusUnprocessableEntity,
-	RegistryDenied:   http.StatusUnprocessableEntity,
-	Deadline:         http.StatusUnprocessableEntity,
+	BadTar:            http.StatusBadRequest,
+	BadConfig:         http.StatusBadRequest,
+	BadSecrets:        http.StatusBadRequest,
+	BadEnvelope:       http.StatusBadRequest,
+	BadContext:        http.StatusBadRequest,
+	BadBody:           http.StatusBadRequest,
+	SlowUpload:        http.StatusBadRequest,
+	Unauthorized:      http.StatusUnauthorized,
+	ImageForbidden:    http.StatusForbidden,
+	ContextForbidden:  http.StatusForbidden,
+	FromForbidden:     http.StatusForbidden,
+	PlatformForbidden: http.StatusForbidden,
+	Suspended:         http.StatusForbidden,
+	NotFound:          http.StatusNotFound,
+	MethodNotAllowed:  http.StatusMethodNotAllowed,
+	TooLarge:          http.StatusRequestEntityTooLarge,
+	BuildFailed:       http.StatusUnprocessableEntity,
+	RegistryDenied:    http.StatusUnprocessableEntity,
+	Deadline:          http.StatusUnprocessableEntity,
 	// Nobody reads this one: the client has gone away. The status is for the log.
 	Canceled:        http.StatusUnprocessableEntity,
 	Busy:            http.StatusTooManyRequests,
+	TenantBusy:      http.StatusTooManyRequests,
 	QueueTimeout:    http.StatusServiceUnavailable,
 	NoDaemon:        http.StatusServiceUnavailable,
 	DaemonLost:      http.StatusServiceUnavailable,

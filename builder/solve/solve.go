@@ -36,6 +36,47 @@ type Request struct {
 
 	// Name is how daemons remember the build.
 	Name Name
+
+	// Tenant is whose build it is. Nil is the only tenant of an installation without a file
+	// of tenants.
+	Tenant *Tenant
+}
+
+// Tenant is what daemons and registries need to know of the tenant of a build.
+type Tenant struct {
+	ID   string
+	Pool string // of daemons; empty is the shared one
+
+	Memory int64   // bytes of one step; zero is no limit
+	CPUs   float64 // of one step; zero is no limit
+
+	BuildTimeout time.Duration // zero leaves the Solver's
+
+	// RegistryConfig is a Docker config.json with the tenant's credentials; nil for none.
+	// BuilderRegistry says that the tenant has the builder's own in its place.
+	RegistryConfig  []byte
+	BuilderRegistry bool
+
+	Sources Sources
+}
+
+// Sources says what a build may read from elsewhere. Repositories and prefixes of them are
+// normalised.
+type Sources struct {
+	Images []string // prefixes that may be pulled, whatever From says
+	Own    []string // the builder's repositories; nothing may pull them
+	Others []string // prefixes of other tenants' images; only From lets them be pulled
+
+	// From are patterns in which * is any text, compared with a normalised repository. Nil
+	// allows everything but Others.
+	From []string
+
+	// Hosts are those that ADD may read with http and git, as in context_hosts.
+	Hosts []string
+
+	// Asked are the registries that somebody here has credentials for. Their images are
+	// asked for with this build's credentials, every time.
+	Asked []string
 }
 
 // Name identifies a queued build over all deliveries of its request, on every replica. A build

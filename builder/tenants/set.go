@@ -1,0 +1,132 @@
+package tenants
+
+import (
+	"crypto/rand"
+	"slices"
+
+	"handler/function/repository"
+)
+
+// MaxUnnamed is how many keys are tried for a request that does not say whose it is. With
+// more keys the image in its config says it.
+const MaxUnnamed = 8
+
+// Set is all tenants at one time.
+type Set struct {
+	File      bool                // there is a file; without it, there is one tenant
+	Tenants   []*Tenant           // in the order of their names
+	Operators []Key               // may list and stop the builds of all tenants, and nothing else
+	Pools     map[string][]string // addresses of daemons, by the name in Tenant.Pool
+
+	named map[string]*Tenant
+	hosts map[string]*Tenant
+	keys  int      // of all tenants
+	width int      // keys of the tenant with the most
+	decoy [][]byte // width of them; random
+}
+
+// Single is the Set of an installation without a file. keys are those of the payload secret,
+// which may be none.
+func Single(keys [][]byte) *Set {
+	t := &Tenant{Name: DefaultID, ID: DefaultID, Weight: 1}
+	for _, k := range keys {
+		t.Keys = append(t.Keys, Key{Secret: k})
+	}
+	s := &Set{Tenants: []*Tenant{t}}
+	s.index()
+	return s
+}
+
+// index fills what look-ups need. Names, hosts and keys must each be there once.
+func (s *Set) index() {
+	s.named, s.hosts = make(map[string]*Tenant), make(map[string]*Tenant)
+	for _, t := range s.Tenants {
+		s.named[t.Name] = t
+		for _, h := range t.Hosts {
+			s.hosts[h] = t
+		}
+		s.keys += len(t.Keys)
+		s.width = max(s.width, len(t.Keys))
+	}
+	for range s.width {
+		s.decoy = append(s.decoy, []byte(rand.Text()))
+	}
+}
+
+// Candidate is a key that may have signed a request. A decoy has no Tenant: it is a random key
+// that takes as long to try as any other.
+type Candidate struct {
+	Tenant *Tenant
+	Key    Key
+}
+
+// candidates are the keys of a tenant, or of none. There are as many for every tenant, and for
+// none, so that the time of a refusal does not tell whether there is such a tenant.
+func (s *Set) candidates(t *Tenant) []Candidate {
+	list := make([]Candidate, 0, s.width)
+	if t != nil {
+		for _, k := range t.Keys {
+			list = append(list, Candidate{t, k})
+		}
+	}
+	for _, decoy := range s.decoy[len(list):] {
+		list = append(list, Candidate{Key: Key{Secret: decoy}})
+	}
+	return list
+}
+
+// Named returns the keys of the tenant of that name.
+func (s *Set) Named(name string) []Candidate { return s.candidates(s.named[name]) }
+
+// AtHost returns the keys of the tenant that has the host. ok is false if none has it.
+func (s *Set) AtHost(host string) (list []Candidate, ok bool) {
+	t, ok := s.hosts[host]
+	if !ok {
+		return nil, false
+	}
+	return s.candidates(t), true
+}
+
+// All returns the keys of all tenants. ok is false if there are more than MaxUnnamed.
+func (s *Set) All() (list []Candidate, ok bool) {
+	if s.File && s.keys > MaxUnnamed {
+		return nil, false
+	}
+	for _, t := range s.Tenants {
+		for _, k := range t.Keys {
+			list = append(list, Candidate{t, k})
+		}
+	}
+	return list, true
+}
+
+// OfImage returns the keys of the tenant that may push to a repository.
+func (s *Set) OfImage(name string) []Candidate {
+	for _, t := range s.Tenants {
+		if slices.ContainsFunc(t.Images, func(prefix string) bool { return repository.Within(name, prefix) }) {
+			return s.candidates(t)
+		}
+	}
+	return s.candidates(nil)
+}
+
+// ByID returns the tenant with that id, or nil.
+func (s *Set) ByID(id string) *Tenant {
+	for _, t := range s.Tenants {
+		if t.ID == id {
+			return t
+		}
+	}
+	return nil
+}
+
+// ImagesOfOthers are the prefixes of all images that are not t's.
+func (s *Set) ImagesOfOthers(t *Tenant) []string {
+	var list []string
+	for _, other := range s.Tenants {
+		if other != t {
+			list = append(list, other.Images...)
+		}
+	}
+	return list
+}
