@@ -65,7 +65,10 @@ type Tenant struct {
 type Sources struct {
 	Images []string // prefixes that may be pulled, whatever From says
 	Own    []string // the builder's repositories; nothing may pull them
-	Others []string // prefixes of other tenants' images; only From lets them be pulled
+
+	// Others says whether a repository may be another tenant's image. Only From lets those
+	// be pulled. It is a func, and no list, because there may be thousands of them.
+	Others func(name string) bool
 
 	// From are patterns in which * is any text, compared with a normalised repository. Nil
 	// allows everything but Others.

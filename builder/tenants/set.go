@@ -2,7 +2,6 @@ package tenants
 
 import (
 	"crypto/rand"
-	"slices"
 
 	"handler/function/repository"
 )
@@ -18,11 +17,13 @@ type Set struct {
 	Operators []Key               // may list and stop the builds of all tenants, and nothing else
 	Pools     map[string][]string // addresses of daemons, by the name in Tenant.Pool
 
-	named map[string]*Tenant
-	hosts map[string]*Tenant
-	keys  int      // of all tenants
-	width int      // keys of the tenant with the most
-	decoy [][]byte // width of them; random
+	named  map[string]*Tenant
+	ids    map[string]*Tenant
+	hosts  map[string]*Tenant
+	images repository.Index[*Tenant]
+	keys   int      // of all tenants
+	width  int      // keys of the tenant with the most
+	decoy  [][]byte // width of them; random
 }
 
 // Single is the Set of an installation without a file. keys are those of the payload secret,
@@ -37,11 +38,15 @@ func Single(keys [][]byte) *Set {
 	return s
 }
 
-// index fills what look-ups need. Names, hosts and keys must each be there once.
+// index fills what look-ups need. No two tenants may share a name, an id, a host, a key or an
+// image.
 func (s *Set) index() {
-	s.named, s.hosts = make(map[string]*Tenant), make(map[string]*Tenant)
+	s.named, s.ids, s.hosts = make(map[string]*Tenant), make(map[string]*Tenant), make(map[string]*Tenant)
 	for _, t := range s.Tenants {
-		s.named[t.Name] = t
+		s.named[t.Name], s.ids[t.ID] = t, t
+		for _, prefix := range t.Images {
+			s.images.Add(prefix, t)
+		}
 		for _, h := range t.Hosts {
 			s.hosts[h] = t
 		}
@@ -102,31 +107,15 @@ func (s *Set) All() (list []Candidate, ok bool) {
 
 // OfImage returns the keys of the tenant that may push to a repository.
 func (s *Set) OfImage(name string) []Candidate {
-	for _, t := range s.Tenants {
-		if slices.ContainsFunc(t.Images, func(prefix string) bool { return repository.Within(name, prefix) }) {
-			return s.candidates(t)
-		}
-	}
-	return s.candidates(nil)
+	t, _ := s.images.Within(name)
+	return s.candidates(t)
 }
 
 // ByID returns the tenant with that id, or nil.
-func (s *Set) ByID(id string) *Tenant {
-	for _, t := range s.Tenants {
-		if t.ID == id {
-			return t
-		}
-	}
-	return nil
-}
+func (s *Set) ByID(id string) *Tenant { return s.ids[id] }
 
-// ImagesOfOthers are the prefixes of all images that are not t's.
-func (s *Set) ImagesOfOthers(t *Tenant) []string {
-	var list []string
-	for _, other := range s.Tenants {
-		if other != t {
-			list = append(list, other.Images...)
-		}
-	}
-	return list
+// IsOthers says whether a repository may be an image of another tenant than t.
+func (s *Set) IsOthers(t *Tenant, name string) bool {
+	owner, ok := s.images.MayBeWithin(name)
+	return ok && owner.ID != t.ID
 }
