@@ -35,6 +35,9 @@ require (
 	github.com/rs/zerolog v1.35.1
 )
 
+// The file of tenants. Its nodes know their lines.
+require go.yaml.in/yaml/v3 v3.0.5
+
 // Credentials of the clouds' registries. buildkit decides most of the versions.
 require (
 	cloud.google.com/go/compute/metadata v0.9.0

@@ -83,9 +83,14 @@ func (s *Set) candidates(t *Tenant) []Candidate {
 // Named returns the keys of the tenant of that name.
 func (s *Set) Named(name string) []Candidate { return s.candidates(s.named[name]) }
 
-// AtHost returns the keys of the tenant that has the host. ok is false if none has it.
-func (s *Set) AtHost(host string) (list []Candidate, ok bool) {
-	t, ok := s.hosts[host]
+// AtHost returns the keys of the tenant that has the host of a request, with or without a
+// port. ok is false if none has it.
+func (s *Set) AtHost(text string) (list []Candidate, ok bool) {
+	h, err := host(text)
+	if err != nil {
+		return nil, false
+	}
+	t, ok := s.hosts[h]
 	if !ok {
 		return nil, false
 	}
