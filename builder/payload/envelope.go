@@ -16,17 +16,18 @@ import (
 
 const (
 	maxKeys   = 64
-	maxString = 1024 // bytes of a key, a signature or a number
+	maxString = 1024 // bytes of a key, a signature, a name or a number
 	maxDepth  = 32
 )
 
 // envelope is the text form of a body:
 //
-//	{"signature":"sha256=…","tar":"<base64>"}
+//	{"signature":"sha256=…","tenant":"acme","tar":"<base64>"}
 //
-// The keys come in any order. Other keys are ignored.
+// The keys come in any order. The tenant may be left out. Other keys are ignored.
 type envelope struct {
 	signature string
+	tenant    string // "" if none is named
 }
 
 // read writes the decoded tar to w while it comes. encoding/json would hold the whole string
@@ -65,6 +66,8 @@ func (v *envelope) readObject(r *jsonReader, w io.Writer, block int) error {
 			}
 			v.signature = s
 			return nil
+		case "tenant":
+			return v.readTenant(r)
 		case "tar":
 			d := newBase64Writer(w, block)
 			if err := r.string(true, d.write); err != nil {
@@ -87,6 +90,21 @@ func (v *envelope) readObject(r *jsonReader, w io.Writer, block int) error {
 		return errors.New("something else follows it")
 	}
 	return nil
+}
+
+// readTenant reads a value of any type, because the key means nothing where there is one tenant.
+// Only a string names a tenant. It is cut, since no tenant has so long a name.
+func (v *envelope) readTenant(r *jsonReader) error {
+	if b, err := r.peek(); err != nil || b != '"' {
+		return r.skip(1)
+	}
+	var name []byte
+	err := r.string(false, func(p []byte) error {
+		name = append(name, p[:min(len(p), maxString-len(name))]...)
+		return nil
+	})
+	v.tenant = string(name)
+	return err
 }
 
 // jsonReader reads JSON from a stream without holding all of it in memory.

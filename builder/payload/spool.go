@@ -18,12 +18,12 @@ const readSize = 64 << 10
 
 // Spool holds a body that was received. Its signature may not have been checked yet.
 type Spool struct {
-	opts      Options
-	form      form
-	size      int64
-	raw       *store // the body as it was sent
-	tar       *store // the unpacked tar; nil before it is unpacked, and for a plain tar
-	signature string // in a text envelope
+	opts     Options
+	form     form
+	size     int64
+	raw      *store   // the body as it was sent
+	tar      *store   // the unpacked tar; nil before it is unpacked, and for a plain tar
+	envelope envelope // what a text envelope says beside the tar
 
 	memory *budget.Account // HeadMemory, or Memory once the body is larger than a head
 	unpack *budget.Budget  // of the disk, for the unpacked tar
@@ -36,13 +36,10 @@ type Spool struct {
 	err     error    // why there never will be an index
 }
 
-// readEnvelope writes the tar in a text envelope to w, and keeps the signature. size is the
-// size of the text, or more.
+// readEnvelope writes the tar in a text envelope to w, and keeps what is beside the tar. size is
+// the size of the text, or more.
 func (s *Spool) readEnvelope(text io.Reader, size int64, w io.Writer) error {
-	e := &envelope{}
-	err := e.read(text, size, w)
-	s.signature = e.signature
-	return err
+	return s.envelope.read(text, size, w)
 }
 
 // hold keeps what f returns, for [Spool.Payload]. It drops errMemory and errLater, because the
@@ -74,10 +71,11 @@ func (s *Spool) dropIndex() {
 
 // guard turns a panic of f into an error: hostile bytes that make a decompressor panic must not
 // end the builds of other clients.
-func guard(f func() (*Payload, error)) (p *Payload, err error) {
+func guard[T any](f func() (T, error)) (result T, err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			p, err = nil, fmt.Errorf("reading payload: panic: %v\n%s", v, debug.Stack())
+			var none T
+			result, err = none, fmt.Errorf("reading payload: panic: %v\n%s", v, debug.Stack())
 		}
 	}()
 	return f()
@@ -86,8 +84,11 @@ func guard(f func() (*Payload, error)) (p *Payload, err error) {
 // Signature returns the signature in a text envelope, or "" if there is none in it. ok is false
 // for the other forms, whose signature is in a header.
 func (s *Spool) Signature() (value string, ok bool) {
-	return s.signature, s.form == formEnvelope
+	return s.envelope.signature, s.form == formEnvelope
 }
+
+// Tenant returns the tenant that a text envelope names, or "".
+func (s *Spool) Tenant() string { return s.envelope.tenant }
 
 // Charge moves everything that the Spool has taken to other budgets. A nil budget counts
 // nothing. The Spool's account of the disk must belong to disk already, or to a part of it. If
@@ -179,7 +180,7 @@ func (s *Spool) openEnvelope(r io.Reader) (tar io.Reader, end func()) {
 	pr, pw := io.Pipe()
 	var work sync.WaitGroup
 	work.Go(func() {
-		_, err := guard(func() (*Payload, error) { return nil, s.readEnvelope(r, s.size, pw) })
+		_, err := guard(func() (*Payload, error) { return nil, new(envelope).read(r, s.size, pw) })
 		pw.CloseWithError(err)
 	})
 	return pr, func() {
