@@ -128,15 +128,46 @@ func (c *Config) normalisePlatforms() error {
 		if len(p) > maxPlatform {
 			return bad(nil, "%s: %q %.255q: over %d bytes", api.ConfigFile, "platforms", p, maxPlatform)
 		}
-		spec, err := platforms.Parse(strings.TrimSpace(p))
+		name, err := NormalPlatform(p)
 		if err != nil {
 			return bad(err, "%s: %q %q: not a platform such as \"linux/amd64\"", api.ConfigFile, "platforms", p)
 		}
-		if name := platforms.Format(platforms.Normalize(spec)); !slices.Contains(normal, name) {
+		if !slices.Contains(normal, name) {
 			normal = append(normal, name)
 		}
 	}
 	c.Platforms = normal
+	return nil
+}
+
+// NormalPlatform brings a platform into its one form, such as "linux/amd64".
+func NormalPlatform(text string) (string, error) {
+	spec, err := platforms.Parse(strings.TrimSpace(text))
+	if err != nil {
+		return "", err
+	}
+	return platforms.Format(platforms.Normalize(spec)), nil
+}
+
+// AllowPlatforms returns an error if a platform is not among those allowed, which are in their
+// one form. If none are given, every platform is allowed. A config that asks for no platform
+// gets preferred, if it is allowed, or else the first that is allowed.
+func (c *Config) AllowPlatforms(allowed []string, preferred string) error {
+	if len(allowed) == 0 {
+		return nil
+	}
+	if len(c.Platforms) == 0 {
+		name, err := NormalPlatform(preferred)
+		if err != nil || !slices.Contains(allowed, name) {
+			name = allowed[0]
+		}
+		c.Platforms = []string{name}
+	}
+	for _, p := range c.Platforms {
+		if !slices.Contains(allowed, p) {
+			return &api.Error{Code: api.PlatformForbidden, Msg: fmt.Sprintf("platform %q is not allowed here; allowed are %s", p, strings.Join(allowed, ", "))}
+		}
+	}
 	return nil
 }
 

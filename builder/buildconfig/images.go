@@ -48,6 +48,11 @@ func (c *Config) Allow(prefixes []string) error {
 	if len(prefixes) == 0 {
 		return nil
 	}
+	return c.AllowWithin(prefixes)
+}
+
+// AllowWithin does what Allow does, but without prefixes no reference is allowed.
+func (c *Config) AllowWithin(prefixes []string) error {
 	for _, ref := range c.References {
 		if !slices.ContainsFunc(prefixes, func(p string) bool { return repository.Within(ref.Name(), p) }) {
 			return &api.Error{Code: api.ImageForbidden, Msg: fmt.Sprintf("image %q is not allowed here", ref.String())}

@@ -9,6 +9,8 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/distribution/reference"
+
 	"handler/function/api"
 )
 
@@ -231,6 +233,38 @@ func objectMembers(data []byte) ([]member, error) {
 		return nil, errors.New("more follows the JSON object")
 	}
 	return members, nil
+}
+
+// Image returns the image of a config, normalised, and nothing else. It does not look at the rest
+// of the config, which may be wrong. ok is false if there is no image that can be read.
+func Image(data []byte) (image reference.Named, ok bool) {
+	if isUTF16(data) {
+		return nil, false
+	}
+	dec := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(data, []byte(byteOrderMark))))
+	if tok, err := dec.Token(); err != nil || tok != json.Delim('{') {
+		return nil, false
+	}
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return nil, false
+		}
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return nil, false
+		}
+		if key != "image" {
+			continue
+		}
+		var text string
+		if json.Unmarshal(value, &text) != nil || text == "" {
+			return nil, false
+		}
+		image, err = parseReference(text)
+		return image, err == nil
+	}
+	return nil, false
 }
 
 // syntax is err of the JSON decoder in words for the client.
