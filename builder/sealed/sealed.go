@@ -5,6 +5,8 @@ package sealed
 import (
 	"bytes"
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -73,11 +75,45 @@ type PublicKey struct {
 	PublicKey string `json:"public_key"`
 }
 
-// Public derives the public half of a private key.
-func Public(privateKey []byte) (PublicKey, error) {
+// decode reads a private key.
+func decode(privateKey []byte) ([]byte, error) {
 	raw, err := base64.StdEncoding.DecodeString(string(bytes.TrimSpace(privateKey)))
 	if err != nil || len(raw) != curve25519.ScalarSize {
-		return PublicKey{}, errors.New("the build-secrets key is not base64 of 32 bytes")
+		return nil, errors.New("the build-secrets key is not base64 of 32 bytes")
+	}
+	return raw, nil
+}
+
+// Derive makes the private key of a tenant out of the installation's, with HKDF-SHA256. It has
+// the same form. Each tenant has a key of its own, so that an envelope that was sealed for one
+// tenant is of no use in another's tar.
+func Derive(privateKey []byte, tenantID string) ([]byte, error) {
+	return derive(privateKey, "tenant "+tenantID)
+}
+
+// Decoy makes a private key for a name that no tenant has. Its public half looks like a
+// tenant's, and is the same each time, so that it does not tell that there is no such tenant.
+func Decoy(privateKey []byte, name string) ([]byte, error) {
+	return derive(privateKey, "nobody "+name)
+}
+
+func derive(privateKey []byte, whose string) ([]byte, error) {
+	raw, err := decode(privateKey)
+	if err != nil {
+		return nil, err
+	}
+	key, err := hkdf.Key(sha256.New, raw, nil, "function builder sealing v1 "+whose, curve25519.ScalarSize)
+	if err != nil {
+		return nil, fmt.Errorf("deriving a private key: %w", err)
+	}
+	return []byte(base64.StdEncoding.EncodeToString(key)), nil
+}
+
+// Public derives the public half of a private key.
+func Public(privateKey []byte) (PublicKey, error) {
+	raw, err := decode(privateKey)
+	if err != nil {
+		return PublicKey{}, err
 	}
 	pub, err := curve25519.X25519(raw, curve25519.Basepoint)
 	if err != nil {
