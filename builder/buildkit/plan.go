@@ -63,13 +63,20 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 }
 
 // cacheTag is where the request's cache is kept in the repository, or nil. suffix tells the
-// parts of an image apart.
+// parts of an image apart. A tenant's tags begin with the tenant's id, so that all of them can
+// be found:
+//
+//	t-7f3a9c0e2b41d8f6-91b0…c4-linux-arm64
 func cacheTag(repository reference.Named, req *solve.Request, suffix string) reference.Named {
 	if repository == nil || len(req.Config.References) == 0 {
 		return nil
 	}
 	// SharedKey is hex digits: a valid tag, and a key that no other tenant has.
-	tag, err := reference.WithTag(repository, req.SharedKey+suffix)
+	text := req.SharedKey + suffix
+	if req.Tenant != nil {
+		text = req.Tenant.ID + "-" + text
+	}
+	tag, err := reference.WithTag(repository, text)
 	if err != nil {
 		return nil
 	}
