@@ -24,6 +24,7 @@ type Set struct {
 	keys   int      // of all tenants
 	width  int      // keys of the tenant with the most
 	decoy  [][]byte // width of them; random
+	logins []string // loginKeys
 }
 
 // Single is the Set of an installation without a file. keys are those of the payload secret,
@@ -53,6 +54,7 @@ func (s *Set) index() {
 		s.keys += len(t.Keys)
 		s.width = max(s.width, len(t.Keys))
 	}
+	s.logins = loginKeys(s.Tenants)
 	for range s.width {
 		s.decoy = append(s.decoy, []byte(rand.Text()))
 	}
