@@ -40,7 +40,7 @@ type Config struct {
 	// context_repository (empty refuses contexts that are sent ahead), context_max_age
 	Contexts contexts.Config
 
-	// disable_hmac, require_timestamp, allowed_images, context_hosts,
+	// disable_hmac, require_timestamp, default_platform, allowed_images, context_hosts,
 	// max_builds, max_uploads, queue_wait, build_timeout, shutdown_timeout,
 	// upload_min_rate, upload_grace,
 	// max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes,
@@ -95,6 +95,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		Server: server.Config{
 			DisableHMAC:      e.boolean("disable_hmac", false),
 			RequireTimestamp: e.boolean("require_timestamp", false),
+			DefaultPlatform:  e.text("default_platform", ""),
 			AllowedImages:    parsed(e, "allowed_images", repository.ParsePrefix),
 			ContextHosts:     e.contextHosts("context_hosts"),
 			MaxBuilds:        int(e.number("max_builds", 4)),

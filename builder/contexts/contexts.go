@@ -2,6 +2,10 @@
 // digest. It keeps them in a repository of an OCI registry: every installation has a
 // registry, and every replica reaches it. A context is the only layer of an image. The
 // image's tag keeps the registry from collecting the layer as garbage.
+//
+// Each tenant has tags of its own. A context is there for a tenant only under the tenant's tag,
+// even if the registry has the same layer from another tenant. A tenant is named by its id, or
+// by "" where there is no file of tenants.
 package contexts
 
 import (
@@ -93,10 +97,18 @@ const (
 
 // ownTag matches the tags that tag makes. A sweep leaves the others in the repository,
 // such as those of signatures.
-var ownTag = regexp.MustCompile("^sha256-[0-9a-f]{64}$")
+var ownTag = regexp.MustCompile("^([a-z0-9][a-z0-9-]{0,39}-)?sha256-[0-9a-f]{64}$")
 
-func (s *Store) tag(digest string) name.Tag {
-	return s.repo.Tag("sha256-" + strings.TrimPrefix(digest, "sha256:"))
+// tag is where a tenant's context is kept:
+//
+//	t-7f3a9c0e2b41d8f6-sha256-9f86…08
+//	sha256-9f86…08                       without a file of tenants
+func (s *Store) tag(tenant, digest string) name.Tag {
+	text := "sha256-" + strings.TrimPrefix(digest, "sha256:")
+	if tenant != "" {
+		text = tenant + "-" + text
+	}
+	return s.repo.Tag(text)
 }
 
 // options returns the options for the requests of one call. close closes their idle
@@ -137,7 +149,7 @@ func (t *httpGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // Has says whether a context is there and stays for at least half of MaxAge, so that its
 // build may wait in a queue for as long. Every error is an *api.Error.
-func (s *Store) Has(ctx context.Context, digest string) (bool, error) {
+func (s *Store) Has(ctx context.Context, tenant, digest string) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	opts, done, err := s.options(ctx)
@@ -145,7 +157,7 @@ func (s *Store) Has(ctx context.Context, digest string) (bool, error) {
 		return false, err
 	}
 	defer done()
-	_, age, err := s.manifest(s.tag(digest), opts)
+	_, age, err := s.manifest(s.tag(tenant, digest), opts)
 	if isMissing(err) {
 		return false, nil
 	}
@@ -179,7 +191,7 @@ func (s *Store) manifest(tag name.Tag, opts []remote.Option) (v1.Hash, time.Dura
 // Put stores a context. If it is there already, its age begins anew. open returns a reader
 // of its bytes, whose digest must be digest. It may be called more than once. Every error is
 // an *api.Error.
-func (s *Store) Put(ctx context.Context, digest string, size int64, open func() io.Reader) error {
+func (s *Store) Put(ctx context.Context, tenant, digest string, size int64, open func() io.Reader) error {
 	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
 	defer cancel()
 	opts, done, err := s.options(ctx)
@@ -196,8 +208,9 @@ func (s *Store) Put(ctx context.Context, digest string, size int64, open func() 
 		return err
 	}
 	annotated := mutate.Annotations(img, map[string]string{created: time.Now().UTC().Format(time.RFC3339Nano)}).(v1.Image)
-	old, _, _ := s.manifest(s.tag(digest), opts)
-	if err := remote.Write(s.tag(digest), annotated, opts...); err != nil {
+	tag := s.tag(tenant, digest)
+	old, _, _ := s.manifest(tag, opts)
+	if err := remote.Write(tag, annotated, opts...); err != nil {
 		return registryError(err)
 	}
 	if now, err := annotated.Digest(); err == nil && old != (v1.Hash{}) && old != now {
@@ -228,7 +241,7 @@ func (l *layer) MediaType() (types.MediaType, error)  { return mediaType, nil }
 //
 // Every error of Open is an *api.Error. So is an error of Read because of the minute, or
 // because of ctx if its cause is one. Other errors of Read are the transport's.
-func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) {
+func (s *Store) Open(ctx context.Context, tenant, digest string) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	opts, done, err := s.options(ctx)
 	if err != nil {
@@ -240,7 +253,14 @@ func (s *Store) Open(ctx context.Context, digest string) (io.ReadCloser, error) 
 		cancel(&api.Error{Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry of contexts has sent nothing for %v", s.stall)})
 	})
 	r.end = func() { r.silence.Stop(); cancel(nil); done() }
-	l, err := remote.Layer(s.repo.Digest(digest), opts...)
+	if tenant != "" {
+		// The layer may be another tenant's. The tag says that it is this one's too.
+		_, _, err = s.manifest(s.tag(tenant, digest), opts)
+	}
+	var l v1.Layer
+	if err == nil {
+		l, err = remote.Layer(s.repo.Digest(digest), opts...)
+	}
 	if err == nil {
 		r.body, err = l.Compressed()
 	}

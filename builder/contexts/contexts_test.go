@@ -55,7 +55,7 @@ func standin(t *testing.T, first func(w http.ResponseWriter, r *http.Request) bo
 func put(t *testing.T, s *Store, content []byte) (digest string) {
 	t.Helper()
 	digest = fmt.Sprintf("sha256:%x", sha256.Sum256(content))
-	if err := s.Put(t.Context(), digest, int64(len(content)), func() io.Reader { return bytes.NewReader(content) }); err != nil {
+	if err := s.Put(t.Context(), "", digest, int64(len(content)), func() io.Reader { return bytes.NewReader(content) }); err != nil {
 		t.Fatal(err)
 	}
 	return digest
@@ -65,7 +65,7 @@ func TestPutAndOpen(t *testing.T) {
 	s := standin(t, nil)
 	content := bytes.Repeat([]byte("content"), 1000)
 	digest := put(t, s, content)
-	r, err := s.Open(t.Context(), digest)
+	r, err := s.Open(t.Context(), "", digest)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +73,7 @@ func TestPutAndOpen(t *testing.T) {
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
-	_, err = s.Open(t.Context(), "sha256:"+strings.Repeat("0", 64))
+	_, err = s.Open(t.Context(), "", "sha256:"+strings.Repeat("0", 64))
 	if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.BadContext {
 		t.Errorf("one that is not there: %v", err)
 	}
@@ -95,7 +95,7 @@ func TestRefusals(t *testing.T) {
 				return r.Method == http.MethodPost
 			})
 			digest := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte("x")))
-			err := s.Put(t.Context(), digest, 1, func() io.Reader { return strings.NewReader("x") })
+			err := s.Put(t.Context(), "", digest, 1, func() io.Reader { return strings.NewReader("x") })
 			if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != want {
 				t.Errorf("%v, want %s", err, want)
 			}
@@ -151,7 +151,7 @@ func TestRegistryStalls(t *testing.T) {
 				ctx, cancel := context.WithTimeoutCause(t.Context(), tt.timeout, &api.Error{Code: api.RegistryTimeout, Msg: "the caller's"})
 				defer cancel()
 				began := time.Now()
-				r, err := s.Open(ctx, digest)
+				r, err := s.Open(ctx, "", digest)
 				if err == nil {
 					_, err = io.ReadAll(r)
 					r.Close()
@@ -179,7 +179,7 @@ func TestSlowReader(t *testing.T) {
 	s := standin(t, nil)
 	digest := put(t, s, bytes.Repeat([]byte("content"), 1<<18))
 	s.stall = patience
-	r, err := s.Open(t.Context(), digest)
+	r, err := s.Open(t.Context(), "", digest)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -55,23 +55,28 @@ func (h readiness) Handle(handler.Request) (handler.Response, error) {
 	if h.s.DisableHMAC {
 		return text(http.StatusOK, "ready"), nil
 	}
-	keys, err := h.s.keys.current()
+	who, err := h.s.roster()
 	if err != nil {
-		if h.s.refusals.allow(h.s.Log) { // anybody can ask
-			h.s.Log.Warn().Err(err).Msg("not ready: reading the payload secret")
+		why, what := api.AsError(err).Msg, "the tenants"
+		if why == noSecret {
+			what = "the payload secret"
 		}
-		return text(http.StatusServiceUnavailable, "the payload secret cannot be read"), nil
+		if h.s.refusals.allow(h.s.Log) { // anybody can ask
+			h.s.Log.Warn().Err(err).Msg("not ready: reading " + what)
+		}
+		return text(http.StatusServiceUnavailable, why), nil
 	}
-	if len(keys) == 0 {
+	if keys, all := who.set.All(); all && len(keys) == 0 {
 		return text(http.StatusServiceUnavailable, noKey), nil
 	}
 	return text(http.StatusOK, "ready"), nil
 }
 
-// publicKey answers with the key that clients seal build secrets to.
+// publicKey answers with the key that clients seal build secrets to. Each tenant has one of its
+// own. A request names the tenant as it would for a build.
 type publicKey struct{ s *Server }
 
-func (h publicKey) Handle(handler.Request) (handler.Response, error) {
+func (h publicKey) Handle(r handler.Request) (handler.Response, error) {
 	private, err := h.s.BuildSecretsKey()
 	if err != nil {
 		return handler.Response{}, fmt.Errorf("reading the build-secrets key: %w", err)
@@ -79,11 +84,36 @@ func (h publicKey) Handle(handler.Request) (handler.Response, error) {
 	if len(private) == 0 {
 		return handler.Response{}, &api.Error{Code: api.NotFound, Msg: "no build-secrets key is configured"}
 	}
+	set, err := h.s.fileOfTenants()
+	if err != nil {
+		return handler.Response{}, err
+	}
+	if set != nil {
+		if private, err = (roster{set: set}).sealingKey(private, r); err != nil {
+			return handler.Response{}, err
+		}
+	}
 	public, err := sealed.Public(private)
 	if err != nil {
 		return handler.Response{}, err
 	}
 	return asJSON(public)
+}
+
+// sealingKey derives the private key of the tenant that a request names. For a name that no
+// tenant has, it derives a key that nobody uses, so that the answer does not tell.
+func (r roster) sealingKey(private []byte, req handler.Request) ([]byte, error) {
+	list, ok := r.named(req.Header, req.Host)
+	if !ok {
+		if len(r.set.Tenants) != 1 {
+			return nil, &api.Error{Code: api.NotFound, Msg: "each tenant has a key of its own here; name yours in the header " + api.TenantHeader}
+		}
+		return sealed.Derive(private, r.set.Tenants[0].ID)
+	}
+	if t := list[0].Tenant; t != nil {
+		return sealed.Derive(private, t.ID)
+	}
+	return sealed.Decoy(private, nameIn(req.Header))
 }
 
 // description says what the builder is. Anybody can ask, so it has no address and no

@@ -39,11 +39,16 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	opts := c.answer()
-	opts.NotBefore, opts.Text, opts.Sign = time.Now().Add(settle), isText(r), body.signer.sign
+	opts.NotBefore, opts.Text, opts.Sign = time.Now().Add(settle), isText(r), body.sign
 	out := reply.New(w, c.form, opts)
 	// The signature has passed. From here on the last record of a stream tells what went
 	// wrong: go-sdk shows no body of a status other than 200.
 	out.Begin()
+	c.log = body.logTo(c.log)
+	if err := body.refused(); err != nil {
+		s.refuseBuild(c, body, err, out)
+		return
+	}
 
 	f, me, first := s.flights.begin(newFlight(c, body), out)
 	if first {
@@ -55,6 +60,16 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 		s.metrics.Joined.Inc()
 	}
 	if err := out.Finish(f.wait(r.Context(), me)); err != nil {
+		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
+	}
+}
+
+// refuseBuild gives a call that may not build its only record.
+func (s *Server) refuseBuild(c *call, body *upload, err error, out *reply.Writer) {
+	rec := failedRecord(s.countRefusal(body.signer, err, c.id), "")
+	rec.Request = body.request()
+	body.Close()
+	if err := out.Finish(rec); err != nil {
 		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
@@ -124,6 +139,7 @@ func (s *Server) build(j *job) (res result) {
 		Hostname:         isolation.hostname,
 		CacheMountNS:     isolation.cacheMountNS,
 		Name:             isolation.name,
+		Tenant:           s.solveTenant(j.body.signer),
 	}, j.say)
 	solved.Warnings = append(res.outcome.Warnings, solved.Warnings...)
 	res.outcome, res.stats, res.err = solved, stats, because(j.ctx, err)

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
 	"handler/function/payload"
 	"handler/function/redact"
 	"handler/function/sealed"
+	"handler/function/solve"
 )
 
 // spec is what a client asks for, after every check.
@@ -38,13 +40,13 @@ func (s *Server) check(j *job) (sp spec, err error) {
 		return sp, err
 	}
 	sp.warnings = slices.Concat(p.Warnings, sp.config.Warnings)
-	if err := s.allow(sp.config); err != nil {
+	if err := s.allow(sp.config, j.body.signer); err != nil {
 		return sp, err
 	}
-	if sp.secrets, err = s.unseal(j.ctx, p.Secrets); err != nil {
+	if sp.secrets, err = s.unseal(j.ctx, j.body.signer, p.Secrets); err != nil {
 		return sp, err
 	}
-	sp.git, err = s.findGitLogin(sp.config.Git)
+	sp.git, err = s.findGitLogin(j.body.signer, sp.config.Git)
 	return sp, err
 }
 
@@ -59,19 +61,79 @@ func oneContext(cfg *buildconfig.Config, p *payload.Payload) error {
 	return nil
 }
 
-// allow compares a spec with what the operator allows. It is the only place that does.
-func (s *Server) allow(cfg *buildconfig.Config) error {
+// allow compares a spec with what the operator allows: all, and the tenant. It is the only place
+// that does. It gives a request without platforms those that its tenant may build.
+func (s *Server) allow(cfg *buildconfig.Config, by signer) error {
 	if err := cfg.Allow(s.AllowedImages); err != nil {
 		return err
+	}
+	if by.file() {
+		if err := cfg.AllowWithin(by.tenant.Images); err != nil {
+			return err
+		}
+		if err := cfg.AllowPlatforms(by.tenant.Platforms, s.DefaultPlatform); err != nil {
+			return err
+		}
 	}
 	if err := cfg.Deny(s.OwnRepositories); err != nil {
 		return err
 	}
-	return cfg.AllowContext(s.ContextHosts)
+	return cfg.AllowContext(s.contextHosts(by))
 }
 
-// unseal opens com.openfaas.secrets. There are no secrets in a nil envelope.
-func (s *Server) unseal(ctx context.Context, envelope []byte) (map[string][]byte, error) {
+// contextHosts are the hosts of git contexts: the tenant's own list takes the place of the
+// installation's.
+func (s *Server) contextHosts(by signer) []string {
+	if by.file() && by.tenant.ContextHosts != nil {
+		return by.tenant.ContextHosts
+	}
+	return s.ContextHosts
+}
+
+// buildTimeout is the tenant's. Zero leaves the installation's.
+func (g signer) buildTimeout() time.Duration {
+	if !g.file() {
+		return 0
+	}
+	return g.tenant.BuildTimeout
+}
+
+// smaller is the smaller of two limits, where a limit of zero is none.
+func smaller(a, b time.Duration) time.Duration {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
+}
+
+// solveTenant is what the Solver needs to know of the signer's tenant: nil without a file.
+func (s *Server) solveTenant(by signer) *solve.Tenant {
+	if !by.file() {
+		return nil
+	}
+	t := by.tenant
+	return &solve.Tenant{
+		ID:              t.ID,
+		Pool:            t.Pool,
+		Memory:          t.Memory,
+		CPUs:            t.CPUs,
+		BuildTimeout:    smaller(s.BuildTimeout, t.BuildTimeout),
+		RegistryConfig:  t.Registry.Config,
+		BuilderRegistry: t.Registry.Builder,
+		Sources: solve.Sources{
+			Images: t.Images,
+			Own:    s.OwnRepositories,
+			Others: func(name string) bool { return by.set.IsOthers(t, name) },
+			From:   t.From,
+			Hosts:  s.contextHosts(by),
+			Asked:  by.set.LoginKeys(),
+		},
+	}
+}
+
+// unseal opens com.openfaas.secrets with the key of the tenant. There are no secrets in a nil
+// envelope.
+func (s *Server) unseal(ctx context.Context, by signer, envelope []byte) (map[string][]byte, error) {
 	if envelope == nil {
 		return nil, nil
 	}
@@ -81,6 +143,11 @@ func (s *Server) unseal(ctx context.Context, envelope []byte) (map[string][]byte
 	}
 	if len(private) == 0 {
 		return nil, &api.Error{Code: api.BadSecrets, Msg: fmt.Sprintf("the tar holds %s, but no build-secrets key is configured here", api.SecretsFile)}
+	}
+	if by.file() {
+		if private, err = sealed.Derive(private, by.tenant.ID); err != nil {
+			return nil, err
+		}
 	}
 	secrets, err := sealed.Open(ctx, private, envelope)
 	return secrets, because(ctx, err)
@@ -92,14 +159,27 @@ type gitLogin struct {
 	password string
 }
 
-// findGitLogin looks for the login for a git context. git is nil if the context is not in git.
-func (s *Server) findGitLogin(git *buildconfig.Git) (gitLogin, error) {
-	if git == nil {
-		return gitLogin{}, nil
+// gitCredentials are those that the signer's builds may use. With a file of tenants, they are
+// the tenant's own, and the installation's are nobody's.
+func (s *Server) gitCredentials(by signer) ([]byte, error) {
+	if by.file() {
+		return by.tenant.GitCredentials, nil
 	}
 	file, err := s.GitCredentials()
 	if err != nil {
-		return gitLogin{}, fmt.Errorf("reading the git credentials: %w", err)
+		return nil, fmt.Errorf("reading the git credentials: %w", err)
+	}
+	return file, nil
+}
+
+// findGitLogin looks for the login for a git context. git is nil if the context is not in git.
+func (s *Server) findGitLogin(by signer, git *buildconfig.Git) (gitLogin, error) {
+	if git == nil {
+		return gitLogin{}, nil
+	}
+	file, err := s.gitCredentials(by)
+	if err != nil {
+		return gitLogin{}, err
 	}
 	user, password, ok := git.GitCredentials(file)
 	if !ok {

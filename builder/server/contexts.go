@@ -18,10 +18,13 @@ import (
 
 // Contexts keeps build contexts that are sent ahead of their builds. Every error of its
 // methods is an *api.Error. The errors of the stream that Open returns need not be.
+//
+// tenant is the id of the tenant whose context it is, or "" without a file of tenants. A
+// context of one tenant is not there for another.
 type Contexts interface {
-	Has(ctx context.Context, digest string) (bool, error)
-	Put(ctx context.Context, digest string, size int64, open func() io.Reader) error
-	Open(ctx context.Context, digest string) (io.ReadCloser, error)
+	Has(ctx context.Context, tenant, digest string) (bool, error)
+	Put(ctx context.Context, tenant, digest string, size int64, open func() io.Reader) error
+	Open(ctx context.Context, tenant, digest string) (io.ReadCloser, error)
 }
 
 var errNoContext = &api.Error{Code: api.NotFound, Msg: "this context is not here"}
@@ -48,10 +51,10 @@ func (s *Server) serveHasContext(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	opts.Sign = by.sign
-	there, err := s.hasContext(r)
+	there, err := s.hasContext(r, by)
 	switch {
 	case err != nil:
-		s.refuseSigned(w, r, because(r.Context(), err), opts)
+		s.refuseSigned(w, r, by, because(r.Context(), err), opts)
 	case !there:
 		writeRefusal(w, r, errNoContext, opts) // an answer like any other
 	default:
@@ -59,12 +62,15 @@ func (s *Server) serveHasContext(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func (s *Server) hasContext(r *http.Request) (bool, error) {
+func (s *Server) hasContext(r *http.Request, by signer) (bool, error) {
+	if err := by.suspended(); err != nil {
+		return false, err
+	}
 	digest, err := s.contextDigest(r)
 	if err != nil {
 		return false, err
 	}
-	return s.Contexts.Has(r.Context(), digest)
+	return s.Contexts.Has(r.Context(), by.tenantID(), digest)
 }
 
 // servePutContext stores a context: 201, or 200 if it was there already. The context is
@@ -83,18 +89,22 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer body.Close()
+	c.log = body.logTo(c.log)
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
-	digest, err := s.contextDigest(r)
+	var digest string
 	var there bool
+	if err = body.refused(); err == nil {
+		digest, err = s.contextDigest(r)
+	}
 	if err == nil {
 		there, err = s.storeContext(ctx, digest, body)
 	}
 	if err != nil {
 		opts := c.answer()
-		opts.Sign, opts.Request = body.signer.sign, body.request()
-		s.refuseSigned(w, r, because(ctx, err), opts)
+		opts.Sign, opts.Request = body.sign, body.request()
+		s.refuseSigned(w, r, body.signer, because(ctx, err), opts)
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
@@ -108,7 +118,7 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 		ID      string `json:"id"`
 		Request string `json:"request"`
 	}{digest, body.Size(), c.id, body.request()}
-	opts := reply.Options{NotBefore: time.Now().Add(settle), Sign: body.signer.sign}
+	opts := reply.Options{NotBefore: time.Now().Add(settle), Sign: body.sign}
 	if err := reply.Value(w, status, answer, opts); err != nil {
 		c.log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
@@ -124,10 +134,10 @@ func (s *Server) storeContext(ctx context.Context, digest string, body *upload) 
 	if err := checkDigest(body.Spool, digest); err != nil {
 		return false, err
 	}
-	if there, err := s.Contexts.Has(ctx, digest); there || err != nil {
+	if there, err := s.Contexts.Has(ctx, body.tenantID(), digest); there || err != nil {
 		return there, err
 	}
-	return false, s.Contexts.Put(ctx, digest, body.Size(), func() io.Reader { return body.Raw() })
+	return false, s.Contexts.Put(ctx, body.tenantID(), digest, body.Size(), func() io.Reader { return body.Raw() })
 }
 
 // checkContext reads a context in the same way as a build reads it later.
@@ -158,16 +168,17 @@ func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.P
 	if s.Contexts == nil {
 		return nil, nil, &api.Error{Code: api.BadContext, Msg: "this builder keeps no contexts: context_repository is not set"}
 	}
-	ctx, cancel := context.WithTimeoutCause(j.ctx, s.BuildTimeout, &api.Error{
-		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", s.BuildTimeout),
+	limit := smaller(s.BuildTimeout, j.body.buildTimeout())
+	ctx, cancel := context.WithTimeoutCause(j.ctx, limit, &api.Error{
+		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", limit),
 	})
 	defer cancel()
-	stream, err := s.Contexts.Open(ctx, digest)
+	stream, err := s.Contexts.Open(ctx, j.body.tenantID(), digest)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer stream.Close()
-	spool, err := payload.Receive(stream, io.Discard, s.payloadOptions(toRead, j.body.keys, nil))
+	spool, err := payload.Receive(stream, io.Discard, s.payloadOptions(toRead, j.body.root, nil))
 	if err != nil {
 		if e, ok := errors.AsType[*api.Error](err); ok {
 			return nil, nil, e

@@ -30,13 +30,13 @@ type inMemory struct {
 	err  error
 }
 
-func (m *inMemory) Has(_ context.Context, digest string) (bool, error) {
+func (m *inMemory) Has(_ context.Context, tenant, digest string) (bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.all[digest] != nil, m.err
+	return m.all[tenant+digest] != nil, m.err
 }
 
-func (m *inMemory) Put(_ context.Context, digest string, size int64, open func() io.Reader) error {
+func (m *inMemory) Put(_ context.Context, tenant, digest string, size int64, open func() io.Reader) error {
 	b, err := io.ReadAll(open())
 	if err != nil || int64(len(b)) != size {
 		return fmt.Errorf("%d bytes, not %d: %w", len(b), size, err)
@@ -44,17 +44,17 @@ func (m *inMemory) Put(_ context.Context, digest string, size int64, open func()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.puts++
-	m.all[digest] = b
+	m.all[tenant+digest] = b
 	return m.err
 }
 
-func (m *inMemory) Open(_ context.Context, digest string) (io.ReadCloser, error) {
+func (m *inMemory) Open(_ context.Context, tenant, digest string) (io.ReadCloser, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.all[digest] == nil {
+	if m.all[tenant+digest] == nil {
 		return nil, &api.Error{Code: api.BadContext, Msg: "not here"}
 	}
-	return io.NopCloser(bytes.NewReader(m.all[digest])), m.err
+	return io.NopCloser(bytes.NewReader(m.all[tenant+digest])), m.err
 }
 
 func digestOf(b []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(b)) }
@@ -172,7 +172,7 @@ func TestOddContext(t *testing.T) {
 // stalling is a registry that sends headers and then nothing.
 type stalling struct{ inMemory }
 
-func (*stalling) Open(ctx context.Context, _ string) (io.ReadCloser, error) {
+func (*stalling) Open(ctx context.Context, _, _ string) (io.ReadCloser, error) {
 	return &silence{ctx}, nil
 }
 

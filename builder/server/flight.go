@@ -16,7 +16,8 @@ import (
 // so that the image is not built twice.
 type flight struct {
 	id     flightID
-	call   *call // the first one
+	tenant string // a signer's tenantID
+	call   *call  // the first one
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed once verdict is set
@@ -35,9 +36,15 @@ type flight struct {
 // flightID is what a second delivery has in common with the first. The call id alone is
 // not enough: any caller can choose one. Nobody joins a flight with the zero flightID.
 type flightID struct {
-	key  string // the signing key; empty without HMAC
-	call string // X-Call-Id
-	body [sha256.Size]byte
+	tenant string // its id
+	key    string // a signer's ownKey
+	call   string // X-Call-Id
+	body   [sha256.Size]byte
+}
+
+// isOf says whether the flight is the signer's.
+func (id flightID) isOf(by signer) bool {
+	return id.tenant == by.id() && id.key == string(by.ownKey())
 }
 
 // waiter is one call that waits for a flight.
@@ -49,14 +56,14 @@ type waiter struct {
 }
 
 func newFlight(c *call, body *upload) *flight {
-	f := &flight{call: c, done: make(chan struct{})}
+	f := &flight{tenant: body.tenantID(), call: c, done: make(chan struct{})}
 	// Not the request's context: the build is for every call that joins the flight.
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	if c.mayJoin() {
 		// There is no sum if the body could not be stored. Then no other body can be
 		// compared with it.
 		if sum, ok := body.SHA256(); ok {
-			f.id = flightID{key: string(body.signer.key), call: c.id, body: sum}
+			f.id = flightID{tenant: body.id(), key: string(body.ownKey()), call: c.id, body: sum}
 		}
 	}
 	return f

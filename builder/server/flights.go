@@ -97,14 +97,14 @@ func (fs *flights) forget(f *flight) {
 	}
 }
 
-// find returns the latest flight of a call id, or nil.
-func (fs *flights) find(key []byte, call string) *flight {
+// find returns the signer's latest flight of a call id, or nil.
+func (fs *flights) find(by signer, call string) *flight {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	fs.expire()
 	var found *flight
 	for id, f := range fs.all {
-		if id.call == call && id.key == string(key) && (found == nil || f.call.start.After(found.call.start)) {
+		if id.call == call && id.isOf(by) && (found == nil || f.call.start.After(found.call.start)) {
 			found = f
 		}
 	}

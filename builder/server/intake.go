@@ -65,6 +65,7 @@ type intake struct {
 	heads, uploads         *budget.Budget // of memory
 	headsDisk, uploadsDisk *budget.Budget // parts of the disk
 	gate                   payload.Gate
+	searches               searches
 
 	mu       sync.Mutex
 	free     int // slots
@@ -96,6 +97,7 @@ func newIntake(draining context.Context, disk *budget.Budget, limits intakeLimit
 		// With a smaller gate, a single upload would wait for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
+		searches: newSearches(),
 	}
 }
 
@@ -173,6 +175,13 @@ func (a *arrival) finish() bool {
 		return false
 	}
 	return true
+}
+
+// hasSlot says whether the body is larger than a head.
+func (a *arrival) hasSlot() bool {
+	a.in.mu.Lock()
+	defer a.in.mu.Unlock()
+	return a.slot
 }
 
 // leave gives back the slot. After it, nothing of a sets a read deadline.

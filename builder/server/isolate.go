@@ -8,9 +8,6 @@ import (
 	"handler/function/solve"
 )
 
-// tenant is in every value that keeps builds apart. There is only one tenant.
-const tenant = "default"
-
 // isolationKey is derived from the first key of the payload secret. A rotation of the
 // other keys does not change it.
 func (s *Server) isolationKey(keys signature.Keys) isolation.Key {
@@ -31,7 +28,7 @@ type isolationValues struct {
 }
 
 func (s *Server) isolate(j *job, sp *spec) isolationValues {
-	key := s.isolationKey(j.body.keys)
+	key, tenant := j.body.root, j.body.id()
 	// Without an image nothing tells whether two builds are of one function, so each
 	// build is alone.
 	repository := rand.Text()
@@ -46,7 +43,7 @@ func (s *Server) isolate(j *job, sp *spec) isolationValues {
 	}
 	if j.named() {
 		i.name = solve.Name{
-			Call: key.CallName(tenant, j.body.signer.key, j.id.call),
+			Call: key.CallName(tenant, j.body.ownKey(), j.id.call),
 			Body: key.BodyName(tenant, j.id.body),
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"handler/function/payload"
 	"handler/function/reply"
 	"handler/function/signature"
+	"handler/function/tenants"
 )
 
 // keyring reads the payload secret. Each time the secret changes, a line in the log says
@@ -26,22 +27,24 @@ type keyring struct {
 	mu   sync.Mutex
 	sum  *[sha256.Size]byte // of the file that holds keys; nil before it is first read
 	keys signature.Keys
+	only *tenants.Set // with these keys
 }
 
-// current reads the file. A file without a key is no error.
-func (k *keyring) current() (signature.Keys, error) {
+// current reads the file. It returns its keys, and the Set of the only tenant, who has them. A
+// file without a key is no error.
+func (k *keyring) current() (signature.Keys, *tenants.Set, error) {
 	file, err := k.read()
 	if err != nil {
-		return nil, &api.Error{Code: api.NotReady, Msg: "the payload secret cannot be read", Err: err}
+		return nil, nil, &api.Error{Code: api.NotReady, Msg: noSecret, Err: err}
 	}
 	sum := sha256.Sum256(file)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.sum != nil && *k.sum == sum {
-		return k.keys, nil
+		return k.keys, k.only, nil
 	}
 	keys, list := signature.ParseKeys(file)
-	k.sum, k.keys = &sum, keys
+	k.sum, k.keys, k.only = &sum, keys, tenants.Single(keys)
 	lines := bytes.Count(bytes.TrimSpace(file), []byte("\n")) + 1
 	switch {
 	case len(keys) == 0:
@@ -51,31 +54,14 @@ func (k *keyring) current() (signature.Keys, error) {
 	case lines > 1:
 		k.log.Info().Int("lines", lines).Msg("the payload secret is one key, the whole file: at least one of its lines could be no key")
 	}
-	return keys, nil
+	return keys, k.only, nil
 }
 
-// noKey is in the log and in the answer of /ready.
-const noKey = "the payload secret holds no key: one has 16 bytes or more"
-
-// signer is who signed a request. The answer is signed in the same way. The zero signer
-// signs nothing.
-type signer struct {
-	key     []byte
-	stamped bool // with a timestamp
-}
-
-// sign is a reply.Options.Sign.
-func (g signer) sign(h http.Header, body []byte) {
-	if g.key == nil {
-		return
-	}
-	var t signature.Timestamp
-	if g.stamped {
-		t = signature.Now()
-		h.Set(api.TimestampHeader, string(t))
-	}
-	h.Set(api.SignatureHeader, signature.Sign(g.key, t, body))
-}
+// These are in the answer of /ready, and the first also in the log.
+const (
+	noKey    = "the payload secret holds no key: one has 16 bytes or more"
+	noSecret = "the payload secret cannot be read"
+)
 
 // timestamp returns the timestamp of a request, or "". It must be called before the body is
 // read: an upload may take longer than a timestamp is valid.
@@ -93,15 +79,12 @@ func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 }
 
 // signedBy checks the signature of a request without a body. Such a request signs its
-// method, a space, and its path with the query: "GET /builds/42". Without HMAC there is no
-// signer.
+// method, a space, and its path with the query: "GET /builds/42". Without HMAC anybody
+// is the signer.
 func (s *Server) signedBy(r *http.Request) (signer, error) {
-	if s.DisableHMAC {
-		return signer{}, nil
-	}
-	keys, err := s.keys.current()
-	if err != nil {
-		return signer{}, err
+	who, err := s.roster()
+	if err != nil || s.DisableHMAC {
+		return signer{roster: who}, err
 	}
 	t, err := s.timestamp(r)
 	if err != nil {
@@ -109,17 +92,22 @@ func (s *Server) signedBy(r *http.Request) (signer, error) {
 	}
 	mac, err := signature.Parse(r.Header.Values(api.SignatureHeader))
 	if err != nil {
-		return signer{}, unauthorized(err)
+		return signer{}, who.unauthorized(err)
 	}
 	text := r.Method + " " + r.URL.EscapedPath()
 	if r.URL.RawQuery != "" || r.URL.ForceQuery {
 		text += "?" + r.URL.RawQuery
 	}
-	key, ok := keys.Verify(mac, t, []byte(text))
+	cause := errNoMAC
+	list, ok := who.candidates(r)
 	if !ok {
-		return signer{}, unauthorized(errors.New("no key made the signature"))
+		list, cause = who.unnamed(), errUnnamed
 	}
-	return signer{key, t != ""}, nil
+	place, ok := keysOf(list).Verify(mac, t, []byte(text))
+	if !ok {
+		return signer{}, who.unauthorized(cause)
+	}
+	return s.accept(who, list[place], t != "")
 }
 
 // bodiless is the beginning of a signed text of a request without a body.
@@ -135,21 +123,11 @@ func ambiguous(message []byte) bool {
 	return bodiless.Match(rest) || reply.IsAnswer(rest) || stamped && payload.IsBody(rest)
 }
 
-// unauthorized has one message for every cause: the cause would help somebody who tries
-// keys.
-func unauthorized(cause error) error {
-	return &api.Error{
-		Code: api.Unauthorized,
-		Msg:  "the request is not signed with the payload secret",
-		Err:  cause,
-	}
-}
-
-// errHeaderIgnored is for a text envelope that has no signature inside, beside a signature
+// headerIgnored is the error of a text envelope that has no signature inside, beside a signature
 // in a header. It tells nothing about a key: nothing compares the header with one.
-var errHeaderIgnored = &api.Error{
-	Code: api.Unauthorized,
-	Msg: `the request is not signed with the payload secret: a body that begins with { is taken for a text envelope, ` +
-		`which carries its signature inside, as "signature", and has none; a header ` + api.SignatureHeader + ` beside it is ignored`,
-	Err: errors.New("no signature"),
+func (r roster) headerIgnored() error {
+	e := api.AsError(r.unauthorized(errors.New("no signature")))
+	e.Msg += `: a body that begins with { is taken for a text envelope, ` +
+		`which carries its signature inside, as "signature", and has none; a header ` + api.SignatureHeader + ` beside it is ignored`
+	return e
 }

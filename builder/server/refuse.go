@@ -26,11 +26,18 @@ func Refuse(w http.ResponseWriter, r *http.Request, err *api.Error) {
 
 // refuseSigned answers, counts and logs a request whose signature has passed. The log has no
 // bound here: only somebody with a key can add to it.
-func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
+func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, by signer, err error, opts reply.Options) {
+	e := s.countRefusal(by, err, opts.ID)
+	writeRefusal(w, r, e, opts)
+}
+
+// countRefusal counts and logs a refusal of somebody whose signature has passed.
+func (s *Server) countRefusal(by signer, err error, id string) *api.Error {
 	e := api.AsError(err)
 	s.metrics.Refused(e.Code)
-	s.Log.WithLevel(levelOf(e)).Str("call_id", opts.ID).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
-	writeRefusal(w, r, e, opts)
+	log := by.logTo(s.Log)
+	log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
+	return e
 }
 
 // refuseUnverified answers and counts a request whose signature has not passed, or that needs

@@ -46,6 +46,11 @@ type Config struct {
 	// key can be rotated without a restart.
 	PayloadSecret func() ([]byte, error)
 
+	// Tenants says who may build. Nil stands for the only tenant, whose keys are the payload
+	// secret's. With a file of tenants, the payload secret is the root of what isolates
+	// builds, and lets nobody in.
+	Tenants Tenants
+
 	// BuildSecretsKey reads the private key for sealed build secrets. An empty key
 	// means that no key is configured, and refuses sealed secrets.
 	BuildSecretsKey func() ([]byte, error)
@@ -70,6 +75,10 @@ type Config struct {
 	// GitCredentials reads the logins for ContextHosts, in the form of git's credential
 	// store. Empty means that there are none.
 	GitCredentials func() ([]byte, error)
+
+	// DefaultPlatform is what the Solver builds for a request without platforms. Empty is
+	// the daemon's own platform.
+	DefaultPlatform string
 
 	// AllowedImages are prefixes of the repositories that clients may push to,
 	// normalised. Empty allows every repository.
@@ -213,7 +222,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // readHeaders are the headers that this package reads, and Accept-Encoding, which the
 // metrics' handler reads.
 var readHeaders = []string{
-	api.SignatureHeader, api.TimestampHeader, api.CallIDHeader, api.CallbackHeader,
+	api.SignatureHeader, api.TimestampHeader, api.TenantHeader, api.CallIDHeader, api.CallbackHeader, forwardedHost,
 	"Accept", "Accept-Encoding", "Content-Type", "User-Agent",
 }
 

@@ -2,22 +2,25 @@ package server
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"time"
 
 	"handler/function/api"
+	"handler/function/isolation"
 	"handler/function/payload"
 	"handler/function/signature"
+	"handler/function/tenants"
 )
 
 // upload is a body that has been received and whose signature has passed.
 type upload struct {
 	*payload.Spool
-	keys   signature.Keys
-	signer signer // zero without HMAC
+	signer
 }
 
 // request is a Record.Request. It waits for the sum of the body.
@@ -42,12 +45,12 @@ const (
 // payloadOptions says how to receive a payload. All Options of the server are made here.
 // a is the arrival of a request's body; it is nil for a context from the registry, which
 // is no stranger's.
-func (s *Server) payloadOptions(why purpose, keys signature.Keys, a *arrival) payload.Options {
+func (s *Server) payloadOptions(why purpose, root isolation.Key, a *arrival) payload.Options {
 	opts := payload.Options{
 		Limits:     s.Limits,
 		Dir:        s.TempDir,
 		InMemory:   s.SpoolMemory,
-		ContentKey: s.isolationKey(keys).ContentKey(),
+		ContentKey: root.ContentKey(),
 		// Two bodies are compared by their sums, and a context is named by its sum.
 		SHA256:      why != toBuild,
 		ContextOnly: why == toStore || why == toRead,
@@ -99,40 +102,38 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_
 		// A text envelope carries its signature inside. The first byte tells whether the
 		// body is one.
 		if first, err := body.Peek(1); err != nil || first[0] != '{' {
-			return nil, unauthorized(claimed.macErr)
+			return nil, claimed.unauthorized(claimed.macErr)
 		}
 	}
-	verifier := claimed.keys.Verifier(claimed.stamp)
-	spool, err := payload.Receive(body, verifier, s.payloadOptions(why, claimed.keys, a))
+	verifier := keysOf(claimed.list).Verifier(claimed.stamp)
+	spool, err := payload.Receive(body, verifier, s.payloadOptions(why, claimed.root, a))
 	if err != nil {
 		return nil, bodyError(err)
 	}
 	s.metrics.Received(spool.Size(), time.Since(start))
-	by, err := s.verifyBody(r, claimed, spool, verifier)
+	by, err := s.verifyBody(r, a, claimed, spool, verifier)
 	if err != nil {
 		spool.Close()
 		return nil, err
 	}
 	spool.Charge(s.waiting, s.disk)
-	return &upload{Spool: spool, keys: claimed.keys, signer: by}, nil
+	return &upload{spool, by}, nil
 }
 
 // claim is what a request says about its signature before its body is read.
 type claim struct {
-	keys   signature.Keys // that may have made it
+	roster
+	list   []tenants.Candidate // whose keys may have made it
+	open   bool                // the body has to say whose keys they are
+	named  bool                // the header X-Build-Tenant names the tenant
 	stamp  signature.Timestamp
 	mac    signature.MAC
 	macErr error // of the header; a text envelope can still have a signature inside
 }
 
 func (s *Server) readClaim(r *http.Request, why purpose) (c claim, err error) {
-	c.keys, err = s.keys.current()
-	if s.DisableHMAC {
-		// The keys only isolate builds, and FallbackSecret takes the place of keys that
-		// cannot be read.
-		return c, nil
-	}
-	if err != nil {
+	c.roster, err = s.roster()
+	if err != nil || s.DisableHMAC {
 		return c, err
 	}
 	if c.stamp, err = s.timestamp(r); err != nil {
@@ -140,34 +141,58 @@ func (s *Server) readClaim(r *http.Request, why purpose) (c claim, err error) {
 	}
 	c.mac, c.macErr = signature.Parse(r.Header.Values(api.SignatureHeader))
 	if c.macErr != nil && why == toStore {
-		return c, unauthorized(c.macErr) // a context is sent in no text envelope
+		return c, c.unauthorized(c.macErr) // a context is sent in no text envelope
 	}
+	c.named = nameIn(r.Header) != ""
+	list, ok := c.candidates(r)
+	if !ok && why == toStore {
+		return c, c.unauthorized(errUnnamed) // a context names no image
+	}
+	c.list, c.open = list, !ok
 	return c, nil
 }
 
-// verifyBody finds the signer of a body that has been received. Without HMAC there is none.
-func (s *Server) verifyBody(r *http.Request, c claim, spool *payload.Spool, verifier *signature.Verifier) (signer, error) {
+// verifyBody finds the signer of a body that has been received. Without HMAC it is anybody.
+func (s *Server) verifyBody(r *http.Request, a *arrival, c claim, spool *payload.Spool, verifier *signature.Verifier) (signer, error) {
 	if s.DisableHMAC {
-		return signer{}, nil
+		return signer{roster: c.roster}, nil
 	}
 	if value, ok := spool.Signature(); ok {
 		if value == "" && len(r.Header.Values(api.SignatureHeader)) > 0 {
-			return signer{}, errHeaderIgnored
+			return signer{}, c.headerIgnored()
 		}
 		c.mac, c.macErr = signature.Parse([]string{value})
 	}
 	if c.macErr != nil {
-		return signer{}, unauthorized(c.macErr)
+		return signer{}, c.unauthorized(c.macErr)
 	}
-	key, ok := verifier.Verify(c.mac)
+	if list, again, err := s.askBody(r.Context(), a, c, spool); err != nil {
+		return signer{}, err
+	} else if again != nil {
+		c.list, verifier = list, again
+	}
+	place, ok := verifier.Verify(c.mac)
 	if !ok {
-		return signer{}, unauthorized(errors.New("no key made the signature"))
+		return signer{}, c.unauthorized(errNoMAC)
 	}
 	if ambiguous(verifier.Head()) {
-		return signer{}, unauthorized(errors.New("the body reads like something else that is signed"))
+		return signer{}, c.unauthorized(errors.New("the body reads like something else that is signed"))
 	}
-	return signer{key, c.stamp != ""}, nil
+	return s.accept(c.roster, c.list[place], c.stamp != "")
 }
+
+// tooLarge returns an error if the body is over its tenant's own limit. Only somebody with a key
+// of the tenant is told: the limit tells that there is such a tenant.
+func (u *upload) tooLarge() error {
+	if !u.file() || u.tenant.MaxBodyBytes == 0 || u.Size() <= u.tenant.MaxBodyBytes {
+		return nil
+	}
+	return &api.Error{Code: api.TooLarge, Msg: fmt.Sprintf("the body is over the tenant's limit of %d bytes (max_body_bytes in the file of tenants)", u.tenant.MaxBodyBytes)}
+}
+
+// refused returns an error if the signer may not have done what it asks for with its body,
+// whatever the body is for.
+func (u *upload) refused() error { return cmp.Or(u.suspended(), u.tooLarge()) }
 
 func bodyError(err error) error {
 	if e, ok := errors.AsType[*api.Error](err); ok {

@@ -37,7 +37,7 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if err != nil {
-		s.refuseSigned(w, r, because(r.Context(), err), opts)
+		s.refuseSigned(w, r, by, because(r.Context(), err), opts)
 		return
 	}
 	status := http.StatusOK
@@ -45,7 +45,8 @@ func (s *Server) serveVerdict(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusAccepted
 	}
 	if err := reply.Object(w, status, rec, opts); err != nil {
-		s.Log.Warn().AnErr("cause", err).Msg("answer not delivered")
+		log := by.logTo(s.Log)
+		log.Warn().AnErr("cause", err).Msg("answer not delivered")
 	}
 }
 
@@ -55,16 +56,15 @@ func (s *Server) verdict(r *http.Request, by signer) (api.Record, error) {
 	if !validCallID(id) {
 		return api.Record{}, errNoBuild
 	}
-	if f := s.flights.find(by.key, id); f != nil {
-		return f.current(), nil
-	}
-	keys, err := s.keys.current()
-	if err != nil && !s.DisableHMAC {
+	if err := by.suspended(); err != nil {
 		return api.Record{}, err
+	}
+	if f := s.flights.find(by, id); f != nil {
+		return f.current(), nil
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
 	defer cancel()
-	past, err := s.Solver.Find(ctx, s.isolationKey(keys).CallName(tenant, by.key, id))
+	past, err := s.Solver.Find(ctx, by.root.CallName(by.id(), by.ownKey(), id))
 	if err != nil {
 		return api.Record{}, err
 	}

@@ -179,8 +179,9 @@ func Sign(key []byte, t Timestamp, body []byte) string {
 	return prefix + hex.EncodeToString(h.Sum(nil))
 }
 
-// Verify says whether one of the keys makes mac of message, and returns that key.
-func (k Keys) Verify(mac MAC, t Timestamp, message []byte) (key []byte, ok bool) {
+// Verify says whether one of the keys makes mac of message, and returns the place of that key in
+// k.
+func (k Keys) Verify(mac MAC, t Timestamp, message []byte) (place int, ok bool) {
 	v := k.Verifier(t)
 	v.Write(message)
 	return v.Verify(mac)
@@ -191,14 +192,13 @@ const headLen = 1 << 10
 
 // Verifier computes a message's MAC with every key while the message passes.
 type Verifier struct {
-	keys Keys
-	macs []hash.Hash
+	macs []hash.Hash // by the place of the key
 	head []byte
 }
 
 // Verifier returns a Verifier of a message that has the timestamp t.
 func (k Keys) Verifier(t Timestamp) *Verifier {
-	v := &Verifier{keys: k}
+	v := &Verifier{}
 	for _, key := range k {
 		h := hmac.New(sha256.New, key)
 		h.Write(t.before())
@@ -219,15 +219,12 @@ func (v *Verifier) Write(p []byte) (int, error) {
 // Head returns the message's beginning, 1 KiB at most.
 func (v *Verifier) Head() []byte { return v.head }
 
-// Verify says whether one of the keys made mac of the message, and returns that key. It
-// compares the values of all keys, in constant time.
-func (v *Verifier) Verify(mac MAC) (key []byte, ok bool) {
-	found := -1
+// Verify says whether one of the keys made mac of the message, and returns the place of that key
+// among the keys, or -1. It compares the values of all keys, in constant time.
+func (v *Verifier) Verify(mac MAC) (place int, ok bool) {
+	place = -1
 	for i, h := range v.macs {
-		found = subtle.ConstantTimeSelect(subtle.ConstantTimeCompare(mac[:], h.Sum(nil)), i, found)
+		place = subtle.ConstantTimeSelect(subtle.ConstantTimeCompare(mac[:], h.Sum(nil)), i, place)
 	}
-	if found < 0 {
-		return nil, false
-	}
-	return v.keys[found], true
+	return place, place >= 0
 }

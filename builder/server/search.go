@@ -1,0 +1,112 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"sync/atomic"
+
+	"handler/function/api"
+	"handler/function/buildconfig"
+	"handler/function/payload"
+	"handler/function/signature"
+	"handler/function/tenants"
+)
+
+// askBody finds out whose keys are tried for a body that says it itself: a text envelope with a
+// tenant in it, if no header names one, or a body whose config names the image, if nothing else
+// tells. It returns those keys, with the MACs that they make of the body. again is nil if the
+// body need not be asked, because its keys were known before.
+//
+// The body may be anybody's. It is read once more or twice more, within the bounds of all such
+// bodies. A body that does not say whose it is gets the same 401 as one that nobody signed.
+func (s *Server) askBody(ctx context.Context, a *arrival, c claim, spool *payload.Spool) (list []tenants.Candidate, again *signature.Verifier, err error) {
+	name := spool.Tenant()
+	named := c.file() && !c.named && name != ""
+	if !named && !c.open {
+		return nil, nil, nil
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+	leave, err := s.intake.search(ctx, a, named || spool.Plain())
+	if err != nil {
+		return nil, nil, err
+	}
+	defer leave()
+
+	if named {
+		list = c.set.Named(name)
+	} else {
+		err = spool.FindConfig(ctx, func(config []byte) {
+			if image, ok := buildconfig.Image(config); ok {
+				list = c.set.OfImage(image.Name())
+			}
+		})
+		if ctx.Err() != nil {
+			return nil, nil, canceled(context.Cause(ctx))
+		}
+		if err != nil || list == nil {
+			return nil, nil, c.unauthorized(cmp.Or(err, errUnnamed))
+		}
+	}
+	again = keysOf(list).Verifier(c.stamp)
+	if err := spool.WriteSigned(ctx, again); err != nil {
+		if ctx.Err() != nil {
+			return nil, nil, canceled(context.Cause(ctx))
+		}
+		return nil, nil, c.unauthorized(err)
+	}
+	return list, again, nil
+}
+
+// These bound the searches in bodies whose signatures have not passed. A stranger can send a
+// small body that takes long to decompress. So such bodies have slots of their own: they leave
+// those of plain tars free, which faas-cli and go-sdk send.
+const (
+	plainSearches  = 8 // at once, of bodies up to headSize
+	packedSearches = 2 // of bodies up to headSize that are compressed or in a text envelope
+	largeSearches  = 1 // of such bodies over headSize
+	searchLine     = 64
+)
+
+// searches are the slots of all searches. A plain body over headSize needs none of them beside
+// its upload slot.
+type searches struct {
+	plain, packed, large slots
+	waiting              atomic.Int64
+}
+
+func newSearches() searches {
+	return searches{plain: make(slots, plainSearches), packed: make(slots, packedSearches), large: make(slots, largeSearches)}
+}
+
+// search takes a slot to search the body of a. The caller must call leave.
+func (in *intake) search(ctx context.Context, a *arrival, plain bool) (leave func(), err error) {
+	s := &in.searches
+	var from slots
+	switch large := a.hasSlot(); {
+	case plain && large:
+		return func() {}, nil
+	case plain:
+		from = s.plain
+	case large:
+		from = s.large
+	default:
+		from = s.packed
+	}
+	busy := &api.Error{Code: api.Busy, Msg: "too many bodies are being searched for their tenant; name it in the header " + api.TenantHeader}
+	if s.waiting.Add(1) > searchLine {
+		s.waiting.Add(-1)
+		return nil, busy
+	}
+	err = from.acquire(ctx, uploadWait)
+	s.waiting.Add(-1)
+	switch {
+	case err == nil:
+		return from.release, nil
+	case errors.Is(err, errFull):
+		return nil, busy
+	}
+	return nil, canceled(err)
+}
