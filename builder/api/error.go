@@ -86,8 +86,23 @@ var statuses = map[Code]int{
 	Internal:        http.StatusInternalServerError,
 }
 
-// HTTPStatus returns the status of an answer that fails with c and is no stream. A code
-// that is not in the table is a defect and gets 500.
+// waiting has the statuses that differ for a caller that waits for a slot, such as a queue: the
+// worker of the CE queue takes a 429 for the build's answer, and does not deliver it again.
+var waiting = map[Code]int{
+	TenantBusy: http.StatusServiceUnavailable,
+}
+
+// HTTPStatusFor returns the status of an answer that fails with c and is no stream. waits says
+// that its caller waits for a slot.
+func (c Code) HTTPStatusFor(waits bool) int {
+	if s, ok := waiting[c]; ok && waits {
+		return s
+	}
+	return c.HTTPStatus()
+}
+
+// HTTPStatus returns the status for a caller that does not wait. A code that is not in the
+// table is a defect and gets 500.
 func (c Code) HTTPStatus() int {
 	if s, ok := statuses[c]; ok {
 		return s

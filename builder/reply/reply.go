@@ -35,6 +35,8 @@ type Options struct {
 	NotBefore time.Time
 	// Text makes an error plain text in a whole answer.
 	Text bool
+	// Waits says that the caller waits for a slot, which decides the status of some codes.
+	Waits bool
 	// WriteTimeout is how long a client may take to accept one record.
 	// Zero means 30 s.
 	WriteTimeout time.Duration

@@ -309,6 +309,7 @@ func TestJSON(t *testing.T) {
 		name   string
 		form   Form
 		text   bool
+		waits  bool
 		log    []string
 		rec    api.Record
 		status int
@@ -329,6 +330,16 @@ func TestJSON(t *testing.T) {
 			name: "busy", status: 429, retry: "10",
 			rec:  api.Record{Status: api.Failed, Code: api.Busy, Duration: 2},
 			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"busy\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
+		},
+		{
+			name: "busy tenant", status: 429, retry: "10",
+			rec:  api.Record{Status: api.Failed, Code: api.TenantBusy, Duration: 2},
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"tenant_busy\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
+		},
+		{
+			name: "busy tenant, for a queue", status: 503, retry: "10", waits: true,
+			rec:  api.Record{Status: api.Failed, Code: api.TenantBusy, Duration: 2},
+			want: "{\n  \"log\": [],\n  \"image\": \"r/i:1\",\n  \"imageName\": \"r/i:1\",\n  \"status\": \"failed\",\n  \"code\": \"tenant_busy\",\n  \"duration\": 2,\n  \"id\": \"call-1\"\n}\n",
 		},
 		{
 			name: "no code, no status", status: 500,
@@ -357,7 +368,7 @@ func TestJSON(t *testing.T) {
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			res, body := answer(t, tc.form, Options{ID: "call-1", Sign: signed, Text: tc.text}, func(w *Writer) {
+			res, body := answer(t, tc.form, Options{ID: "call-1", Sign: signed, Text: tc.text, Waits: tc.waits}, func(w *Writer) {
 				w.SetImage("r/i:1")
 				if tc.form == JSON {
 					w.Begin()

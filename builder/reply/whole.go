@@ -50,7 +50,7 @@ func (a *whole) finish(rec api.Record, lines []string) error {
 	a.mu.Unlock()
 	status := http.StatusOK
 	if rec.Status != api.Success {
-		status = rec.Code.HTTPStatus()
+		status = rec.Code.HTTPStatusFor(a.opts.Waits)
 	}
 	return a.writeRecord(status, rec)
 }

@@ -44,7 +44,9 @@ func (c *call) waits() bool { return c.form != reply.JSON || c.queued }
 func (c *call) mayJoin() bool { return c.queued && c.named }
 
 // answer is what every answer to the call has.
-func (c *call) answer() reply.Options { return reply.Options{ID: c.id, Start: c.start} }
+func (c *call) answer() reply.Options {
+	return reply.Options{ID: c.id, Start: c.start, Waits: c.waits()}
+}
 
 // maxCallID is longer than any id that a gateway makes.
 const maxCallID = 128

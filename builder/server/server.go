@@ -115,7 +115,7 @@ const waitingMemory = 32 << 20
 // # Errors
 //
 // The answer to a failed request is an api.Record, or plain text if the Content-Type of
-// the request was text/plain. api.Code.HTTPStatus decides the status. A stream has the
+// the request was text/plain. api.Code.HTTPStatusFor decides the status. A stream has the
 // status 200 whatever happens later: its last record says how the build ended.
 type Server struct {
 	Config
