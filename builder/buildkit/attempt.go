@@ -34,15 +34,15 @@ type attempt struct {
 // the attempt takes the result from its history, or follows the build that runs.
 func (r *run) attempt(ctx context.Context, e earlier) verdict {
 	prefer := cmp.Or(r.findHolder(ctx), e.prefer)
-	seat, err := r.pool.Place(ctx, r.plan.key(), prefer, e.avoid)
+	seat, err := r.plan.pool.Place(ctx, r.plan.key(), prefer, e.avoid)
 	if err != nil {
 		return verdict{err: api.AsError(err)}
 	}
 	r.stats.Daemon, r.stats.Choice = seat.Daemon.Addr(), seat.Choice
 	r.stats.Moved = e.avoid != nil && e.avoid != seat.Daemon
-	ref := identity.NewID()
+	ref := r.plan.newRef()
 	if r.plan.named() {
-		known, next, err := recall(ctx, seat, r.plan.name)
+		known, next, err := recall(ctx, seat, r.plan)
 		switch {
 		case err != nil:
 			return brokenOff(ctx, seat, err)
@@ -141,7 +141,7 @@ func (a *attempt) solveOpt() client.SolveOpt {
 	// stay in the clear as long as the record. The record takes a quarter of a cached
 	// build's time, too. But a named build has to be found there, and in a pool the replicas count each
 	// daemon's builds by its records.
-	opt.Internal = !a.plan.named() && !a.pool.Several()
+	opt.Internal = !a.plan.named() && !a.plan.pool.Several()
 	if a.built {
 		// noCache asks for new results. The daemon has them, from the attempt before.
 		delete(opt.FrontendAttrs, "no-cache")
@@ -175,12 +175,12 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 	var registryBusy bool
 	v.err, registryBusy = f.Classify()
 	if f.Full {
-		a.pool.MarkFull(a.seat.Daemon, a.plan.masked(v.err))
+		a.plan.pool.MarkFull(a.seat.Daemon, a.plan.masked(v.err))
 	}
 	switch {
 	case registryBusy:
 		v.kind = later
-	case v.err.Code == api.DaemonFull && a.pool.HasRoom(ctx, a.plan.key(), a.seat.Daemon):
+	case v.err.Code == api.DaemonFull && a.plan.pool.HasRoom(ctx, a.plan.key(), a.seat.Daemon):
 		v.kind = elsewhere
 	}
 	return v

@@ -61,15 +61,16 @@ type Config struct {
 	Log         zerolog.Logger
 }
 
-// Solver solves requests on a pool of daemons.
+// Solver solves requests on pools of daemons.
 type Solver struct {
-	cfg  Config
-	pool *pool.Pool
+	cfg     Config
+	pools   *pools
+	running running
 }
 
 // New dials nothing. Its error is about an address.
 func New(cfg Config) (*Solver, error) {
-	daemons, err := pool.New(pool.Config{
+	daemons, err := newPools(pool.Config{
 		Addrs:      cfg.Addrs,
 		ServerName: cfg.ServerName,
 		CAFile:     cfg.CAFile,
@@ -81,14 +82,11 @@ func New(cfg Config) (*Solver, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Solver{cfg: cfg, pool: daemons}, nil
+	return &Solver{cfg: cfg, pools: daemons}, nil
 }
 
 // Close closes each connection after the last Solve that uses it.
-func (s *Solver) Close() error { return s.pool.Close() }
-
-// Daemons counts the daemons. It takes up to 9 s when a daemon no longer answers.
-func (s *Solver) Daemons(ctx context.Context) solve.Daemons { return s.pool.Count(ctx) }
+func (s *Solver) Close() error { return s.pools.close() }
 
 // Solve builds req and pushes it. It returns when ctx ends, and reads nothing from
 // req.Context after that. It calls log from one goroutine at a time.
@@ -110,6 +108,11 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextfs
 		return solve.Outcome{}, solve.Stats{}, err
 	}
 	p := s.newPlan(req, files)
+	leave, err := s.enter(p)
+	if err != nil {
+		return solve.Outcome{}, solve.Stats{}, err
+	}
+	defer leave()
 	say := warner(log, p.mask)
 	warnings := s.warnings(p)
 	for _, w := range warnings {
@@ -122,6 +125,22 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextfs
 	}
 	outcome.Warnings = append(warnings, outcome.Warnings...)
 	return outcome, stats, nil
+}
+
+// enter gives p the pool of its tenant, and counts it until leave is called. Its error is an
+// *api.Error, no_daemon.
+func (s *Solver) enter(p *plan) (leave func(), err error) {
+	name := ""
+	if p.req.Tenant != nil {
+		name = p.req.Tenant.Pool
+	}
+	daemons, unuse, err := s.pools.use(name)
+	if err != nil {
+		return nil, err
+	}
+	p.pool = daemons
+	uncount := s.running.add(p.tags)
+	return func() { uncount(); unuse() }, nil
 }
 
 // checkSent refuses what BuildKit cannot be given, within the build's time.

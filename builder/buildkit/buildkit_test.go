@@ -291,7 +291,7 @@ func TestAuthFailureKept(t *testing.T) {
 
 // TestFindUnasked: a daemon that cannot be asked may know of the build.
 func TestFindUnasked(t *testing.T) {
-	past, err := mustNew(t, Config{}).Find(t.Context(), "call")
+	past, err := mustNew(t, Config{}).Find(t.Context(), "", "call")
 	if past != nil || err == nil || api.AsError(err).Code != api.NoDaemon {
 		t.Errorf("got %+v, %v, want no_daemon", past, err)
 	}

@@ -20,7 +20,8 @@ import (
 // A build with a name has a Ref that is made of it. So another replica, or this one after a
 // restart, finds the build in the daemon's history, with its result or running. Each attempt
 // has a Ref of its own: the first attempt at a build of the call 1f and the body 2e has the Ref
-// 1fx2ex0, the next one 1fx2ex1. Both are hex digits, so that x separates them.
+// 1fx2ex0, the next one 1fx2ex1. Both are hex digits, so that x separates them. A build of a tenant
+// has pool.Tags at the end of its Refs, which do not change what a Ref begins with.
 
 // maxRefs is how many attempts at one name are looked for.
 const maxRefs = 20
@@ -31,11 +32,11 @@ func refPrefix(name solve.Name) string { return callPrefix(name.Call) + name.Bod
 
 func callPrefix(call string) string { return call + "x" }
 
-// recall asks the seat's daemon for the build's name. It returns the record of an attempt that
+// recall asks the seat's daemon for the plan's name. It returns the record of an attempt that
 // runs or has succeeded, or, without one, the Ref for the next attempt.
-func recall(ctx context.Context, seat *pool.Seat, name solve.Name) (*pool.Record, string, error) {
+func recall(ctx context.Context, seat *pool.Seat, p *plan) (*pool.Record, string, error) {
 	for n := range maxRefs {
-		ref := refOf(name, n)
+		ref := p.tags.Ref(refOf(p.name, n))
 		record, err := seat.Record(ctx, ref)
 		switch {
 		case err != nil:
@@ -47,17 +48,20 @@ func recall(ctx context.Context, seat *pool.Seat, name solve.Name) (*pool.Record
 		}
 	}
 	// All of these attempts have failed. This one gets a Ref that no replica looks for.
-	return nil, identity.NewID(), nil
+	return nil, p.newRef(), nil
 }
+
+// newRef is a Ref that no replica looks for.
+func (p *plan) newRef() string { return p.tags.Ref(identity.NewID()) }
 
 // findHolder asks all daemons of a pool for the build's name, for historyTimeout at most. It
 // returns the daemon that runs the build, or else one that has built it, or nil.
 func (r *run) findHolder(ctx context.Context) *pool.Daemon {
-	if !r.plan.named() || !r.pool.Several() {
+	if !r.plan.named() || !r.plan.pool.Several() {
 		return nil
 	}
 	// A daemon that cannot be asked is asked again if the build is placed on it.
-	found, _ := r.pool.Search(ctx, refPrefix(r.plan.name))
+	found, _ := r.plan.pool.Search(ctx, refPrefix(r.plan.name))
 	var holder *pool.Daemon
 	for _, f := range found {
 		switch {
@@ -70,11 +74,17 @@ func (r *run) findHolder(ctx context.Context) *pool.Daemon {
 	return holder
 }
 
-// Find returns what the daemons remember of the last build of the call, which is a Name.Call.
-// It returns nil if they remember none, or if it was canceled. Its error is an *api.Error,
-// no_daemon: a daemon that may know of the build cannot be asked.
-func (s *Solver) Find(ctx context.Context, call string) (*solve.Past, error) {
-	found, err := s.pool.Search(ctx, callPrefix(call))
+// Find returns what the daemons of the pool of that name remember of the last build of the call,
+// which is a Name.Call. An empty name is the shared pool. Find returns nil if they remember none,
+// or if it was canceled. Its error is an *api.Error, no_daemon: a daemon that may know of the
+// build cannot be asked, or there is no such pool.
+func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, error) {
+	daemons, leave, err := s.pools.use(name)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	found, err := daemons.Search(ctx, callPrefix(call))
 	var last *pool.Record
 	for _, f := range found {
 		if last == nil || f.Began.After(last.Began) {

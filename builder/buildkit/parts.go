@@ -46,7 +46,7 @@ func runsNatively(native, p string) bool {
 // split returns the plans of the parts of p, by the architectures of the pool's daemons. say
 // is told of platforms that have daemons of their own. A single plan is pushed with its tags.
 func (s *Solver) split(ctx context.Context, p *plan, say func(string)) []*plan {
-	natives := s.pool.Natives(ctx)
+	natives := p.pool.Natives(ctx)
 	if len(natives) < 2 {
 		return []*plan{p}
 	}

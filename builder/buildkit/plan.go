@@ -23,6 +23,8 @@ import (
 type plan struct {
 	req   *solve.Request
 	name  solve.Name // by which daemons remember the build; zero is none
+	tags  pool.Tags  // by which replicas count the build; zero without a tenant
+	pool  *pool.Pool // whose daemons build
 	mask  *redact.Redactor
 	files *contextfs.FS
 
@@ -46,6 +48,8 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 	p := &plan{
 		req:         req,
 		name:        req.Name,
+		tags:        tagsOf(req),
+		pool:        s.pools.shared,
 		mask:        req.Mask,
 		files:       files,
 		platforms:   req.Config.Platforms,

@@ -156,7 +156,7 @@ func final(v verdict, moved api.Code) error {
 // builds for a while only where no other takes them.
 func (r *run) ended(ctx context.Context, at *pool.Daemon) error {
 	if cause := context.Cause(ctx); errors.Is(cause, errStalled) && at != nil {
-		r.pool.MarkStalled(at, cause)
+		r.plan.pool.MarkStalled(at, cause)
 	}
 	return r.limits.ended(ctx, r.progress.Running())
 }

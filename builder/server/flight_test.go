@@ -280,7 +280,7 @@ func TestVerdictOfAnother(t *testing.T) {
 	var past *solve.Past
 	var findErr error
 	solver := &scripted{
-		find: func(call string) (*solve.Past, error) { asked = append(asked, call); return past, findErr },
+		find: func(_, call string) (*solve.Past, error) { asked = append(asked, call); return past, findErr },
 		solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
 			named = append(named, req.Name.Call, req.Name.Body)
 			return solve.Outcome{}, solve.Stats{}, nil

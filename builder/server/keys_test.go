@@ -116,7 +116,7 @@ func TestRequireTimestamp(t *testing.T) {
 // TestAnswersNameTheirRequest: every signed answer has the id of its build, and the sum of the
 // request's body if there was one.
 func TestAnswersNameTheirRequest(t *testing.T) {
-	solver := &scripted{find: func(call string) (*solve.Past, error) {
+	solver := &scripted{find: func(_, call string) (*solve.Past, error) {
 		return nil, &api.Error{Code: api.NoDaemon, Msg: "no daemon"}
 	}}
 	f := start(t, solver, func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })

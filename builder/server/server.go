@@ -31,9 +31,9 @@ import (
 // an error too.
 type Solver interface {
 	Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
-	// Find returns what the daemons remember of the last build whose solve.Name has
-	// this Call. It returns nil if they remember none.
-	Find(ctx context.Context, call string) (*solve.Past, error)
+	// Find returns what the daemons of a pool remember of the last build whose solve.Name
+	// has this Call. It returns nil if they remember none. pool is a solve.Tenant.Pool.
+	Find(ctx context.Context, pool, call string) (*solve.Past, error)
 	// Daemons counts the daemons. It returns when ctx ends at the latest.
 	Daemons(ctx context.Context) solve.Daemons
 }

@@ -36,7 +36,7 @@ import (
 // where there is no daemon. The tests module has real daemons.
 type scripted struct {
 	solve func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
-	find  func(call string) (*solve.Past, error)
+	find  func(pool, call string) (*solve.Past, error)
 	calls atomic.Int64
 }
 
@@ -48,11 +48,11 @@ func (s *scripted) Solve(ctx context.Context, req *solve.Request, log solve.Log)
 	return s.solve(ctx, req, log)
 }
 
-func (s *scripted) Find(_ context.Context, call string) (*solve.Past, error) {
+func (s *scripted) Find(_ context.Context, pool, call string) (*solve.Past, error) {
 	if s.find == nil {
 		return nil, nil
 	}
-	return s.find(call)
+	return s.find(pool, call)
 }
 
 func (s *scripted) Daemons(context.Context) solve.Daemons {
@@ -319,7 +319,7 @@ func (f *fixture) wantRefusal(t *testing.T, id string, code api.Code, level, cau
 // build or a context is not there is no refusal.
 func TestSignedRefusals(t *testing.T) {
 	trouble := &api.Error{Code: api.RegistryFailed, Msg: "503"}
-	solver := &scripted{find: func(string) (*solve.Past, error) { return nil, nil }}
+	solver := &scripted{find: func(_, _ string) (*solve.Past, error) { return nil, nil }}
 	store := &inMemory{}
 	f := start(t, solver, func(c *server.Config) { c.Contexts = store })
 	ask := func(r *http.Request, id string, status int) {
@@ -334,12 +334,12 @@ func TestSignedRefusals(t *testing.T) {
 	if log := f.log.String(); strings.Contains(log, "refused") || strings.Contains(f.metrics(t), `builder_requests_refused_total{code="not_found"}`) {
 		t.Errorf("what is not there is a refusal: %s", log)
 	}
-	solver.find = func(string) (*solve.Past, error) {
+	solver.find = func(_, _ string) (*solve.Past, error) {
 		return nil, &api.Error{Code: api.NoDaemon, Msg: "none", Err: errors.New("detail")}
 	}
 	ask(f.bodiless(t, "GET", "/builds/lost"), "x", 503)
 	f.wantRefusal(t, "lost", api.NoDaemon, "warn", "detail")
-	solver.find = func(string) (*solve.Past, error) { return nil, errors.New("a defect") }
+	solver.find = func(_, _ string) (*solve.Past, error) { return nil, errors.New("a defect") }
 	ask(f.bodiless(t, "GET", "/builds/defect"), "x", 500)
 	f.wantRefusal(t, "defect", api.Internal, "error", "a defect")
 	store.err = trouble

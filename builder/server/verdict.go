@@ -64,7 +64,7 @@ func (s *Server) verdict(r *http.Request, by signer) (api.Record, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), findTimeout)
 	defer cancel()
-	past, err := s.Solver.Find(ctx, by.root.CallName(by.id(), by.ownKey(), id))
+	past, err := s.Solver.Find(ctx, by.pool(), by.root.CallName(by.id(), by.ownKey(), id))
 	if err != nil {
 		return api.Record{}, err
 	}

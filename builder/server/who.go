@@ -197,6 +197,14 @@ func (g signer) tenantID() string {
 	return g.tenant.ID
 }
 
+// pool is the name of the tenant's pool of daemons; "" is the shared one.
+func (g signer) pool() string {
+	if !g.file() {
+		return ""
+	}
+	return g.tenant.Pool
+}
+
 // ownKey is what tells the builds of one signer from those of others, beside the tenant's id.
 // All keys of a tenant of the file are one signer. Without the file, each key is a signer.
 func (g signer) ownKey() []byte {

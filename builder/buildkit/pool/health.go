@@ -112,11 +112,18 @@ func (h *health) builds() int {
 	return h.others + h.mine
 }
 
-// stale says whether the last count is older than loadAge. mine is for counted.
-func (h *health) stale() (stale bool, mine int) {
+// stale says whether the last count is older than loadAge.
+func (h *health) stale() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return time.Since(h.asked) > loadAge, h.mine
+	return time.Since(h.asked) > loadAge
+}
+
+// seats is how many builds this process has there.
+func (h *health) seats() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.mine
 }
 
 // counted notes the daemon's own count of its builds. mine is how many seats this process had

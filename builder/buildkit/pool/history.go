@@ -135,17 +135,30 @@ func (p *Pool) Search(ctx context.Context, prefix string) ([]Found, error) {
 
 // load is how many builds d has. It asks the daemon if the last count is stale.
 func (d *Daemon) load(ctx context.Context, c *conn) (int, error) {
-	if stale, mine := d.health.stale(); stale {
-		ctx, cancel := context.WithTimeout(ctx, loadTimeout)
-		defer cancel()
-		active := 0
-		err := c.history(ctx, &controlapi.BuildHistoryRequest{ActiveOnly: true, EarlyExit: true}, func(*controlapi.BuildHistoryRecord) { active++ })
-		if err != nil {
+	if d.health.stale() {
+		if _, err := d.count(ctx, c); err != nil {
 			return 0, err
 		}
-		d.health.counted(active, mine)
 	}
 	return d.health.builds(), nil
+}
+
+// count asks d for the builds that it has, and returns the tags of those that have some.
+func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, loadTimeout)
+	defer cancel()
+	mine, active, tags := d.health.seats(), 0, make(map[Tags]bool)
+	err := c.history(ctx, &controlapi.BuildHistoryRequest{ActiveOnly: true, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
+		active++
+		if t, ok := tagsOf(r.Ref); ok {
+			tags[t] = true
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.health.counted(active, mine)
+	return tags, nil
 }
 
 // history calls f for each record that matches req, those of running builds included.

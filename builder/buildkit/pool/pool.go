@@ -63,21 +63,36 @@ type Pool struct {
 // New dials nothing. Its error is about an address.
 func New(cfg Config) (*Pool, error) {
 	p := &Pool{cfg: cfg, hadSRV: make(map[string]bool), resolver: net.DefaultResolver}
-	for _, addr := range cfg.Addrs {
-		t, err := parseTarget(addr)
-		if err != nil {
-			return nil, fmt.Errorf("reading the address %q of buildkitd: %w", addr, err)
-		}
-		p.targets = append(p.targets, t)
-	}
-	if len(p.targets) == 0 {
-		return nil, errors.New("no address of buildkitd")
+	var err error
+	if p.targets, err = parseTargets(cfg.Addrs); err != nil {
+		return nil, err
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	// Until the first look-up the names are the daemons. Dialling a name says best what
 	// is wrong with it.
 	p.replace(slices.Clone(cfg.Addrs))
 	return p, nil
+}
+
+// CheckAddrs finds an error in addresses for Config.Addrs.
+func CheckAddrs(addrs []string) error {
+	_, err := parseTargets(addrs)
+	return err
+}
+
+func parseTargets(addrs []string) ([]target, error) {
+	var list []target
+	for _, addr := range addrs {
+		t, err := parseTarget(addr)
+		if err != nil {
+			return nil, fmt.Errorf("reading the address %q of buildkitd: %w", addr, err)
+		}
+		list = append(list, t)
+	}
+	if len(list) == 0 {
+		return nil, errors.New("no address of buildkitd")
+	}
+	return list, nil
 }
 
 // Close closes each connection after its last build has left.

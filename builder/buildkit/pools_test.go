@@ -1,0 +1,358 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	apitypes "github.com/moby/buildkit/api/types"
+	"github.com/moby/buildkit/solver/pb"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"handler/function/api"
+	"handler/function/buildconfig"
+	"handler/function/buildkit/contextfs"
+	"handler/function/payload"
+	"handler/function/registry"
+	"handler/function/solve"
+)
+
+// daemon is a fake buildkitd. Its solves run until their context ends or release is closed, and
+// they are in its history while they run.
+type daemon struct {
+	controlapi.UnimplementedControlServer
+	addr    string
+	release chan struct{}
+
+	mu     sync.Mutex
+	active map[string]bool // Refs
+	past   []string        // Refs of builds that have ended
+}
+
+func newDaemon(t *testing.T, name string) *daemon {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), name)
+	d := &daemon{addr: "unix://" + socket, release: make(chan struct{}), active: make(map[string]bool)}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer()
+	controlapi.RegisterControlServer(s, d)
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+	return d
+}
+
+func (d *daemon) refs() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Sorted(maps.Keys(d.active))
+}
+
+func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
+	d.mu.Lock()
+	d.active[req.Ref] = true
+	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.active, req.Ref)
+	}()
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-d.release:
+		return &controlapi.SolveResponse{ExporterResponse: map[string]string{"containerimage.digest": "sha256:" + filepath.Base(d.addr)}}, nil
+	}
+}
+
+func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var records []*controlapi.BuildHistoryRecord
+	for ref := range d.active {
+		records = append(records, &controlapi.BuildHistoryRecord{Ref: ref, CreatedAt: timestamppb.Now()})
+	}
+	for _, ref := range d.past {
+		if !req.ActiveOnly {
+			records = append(records, &controlapi.BuildHistoryRecord{Ref: ref, CreatedAt: timestamppb.Now(), CompletedAt: timestamppb.Now()})
+		}
+	}
+	for _, r := range records {
+		if req.Ref != "" && r.Ref != req.Ref {
+			continue
+		}
+		if err := stream.Send(&controlapi.BuildHistoryEvent{Record: r}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (*daemon) Info(context.Context, *controlapi.InfoRequest) (*controlapi.InfoResponse, error) {
+	return &controlapi.InfoResponse{}, nil
+}
+
+func (*daemon) ListWorkers(context.Context, *controlapi.ListWorkersRequest) (*controlapi.ListWorkersResponse, error) {
+	return &controlapi.ListWorkersResponse{Record: []*apitypes.WorkerRecord{{ID: "w", Platforms: []*pb.Platform{{OS: "linux", Architecture: "amd64"}}}}}, nil
+}
+
+func (*daemon) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, controlapi.BytesMessage]) error {
+	<-stream.Context().Done()
+	return nil
+}
+
+func (*daemon) Status(*controlapi.StatusRequest, grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
+	return nil
+}
+
+func newSolver(t *testing.T, daemons ...*daemon) *Solver {
+	t.Helper()
+	cfg := Config{Credentials: registry.New(registry.Config{})}
+	for _, d := range daemons {
+		cfg.Addrs = append(cfg.Addrs, d.addr)
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// request builds nothing in particular for a tenant. of is its repository.
+func request(t *testing.T, tenant *solve.Tenant, of string) *solve.Request {
+	t.Helper()
+	c, err := buildconfig.Parse([]byte(`{"skipPush":true}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &solve.Request{ID: of, Config: c, Context: new(payload.Context), SharedKey: of, Tenant: tenant}
+}
+
+// ended is how a build ended.
+type ended struct {
+	digest string
+	err    error
+}
+
+// build begins a build, and returns when a daemon has it.
+func build(t *testing.T, s *Solver, req *solve.Request, among ...*daemon) <-chan ended {
+	t.Helper()
+	count := func() (n int) {
+		for _, d := range among {
+			n += len(d.refs())
+		}
+		return n
+	}
+	before, result := count(), make(chan ended, 1)
+	go func() {
+		outcome, _, err := s.solve(t.Context(), req, contextfs.New(sample), func(...string) {})
+		result <- ended{outcome.Digest, err}
+	}()
+	for deadline := time.Now().Add(time.Minute); count() == before; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) || len(result) > 0 {
+			t.Fatalf("no daemon has the build: %v", result)
+		}
+	}
+	return result
+}
+
+func TestNamedPools(t *testing.T) {
+	t.Parallel()
+	shared, gold, silver := newDaemon(t, "shared"), newDaemon(t, "gold"), newDaemon(t, "silver")
+	s := newSolver(t, shared)
+	err := s.SetPools(map[string][]string{"gold": {gold.addr}, "silver": {silver.addr}, "broken": {"http://x"}})
+	if err == nil || !strings.Contains(err.Error(), `"broken"`) || !strings.Contains(err.Error(), "http://x") {
+		t.Errorf("an address of no daemon: %v", err)
+	}
+	if got := s.Daemons(t.Context()); got != (solve.Daemons{Total: 3, Reachable: 3}) {
+		t.Errorf("%+v", got)
+	}
+	tenant := func(pool string) *solve.Tenant { return &solve.Tenant{ID: "t", Pool: pool} }
+	all := []*daemon{shared, gold, silver}
+	for _, tt := range []struct {
+		tenant *solve.Tenant
+		at     *daemon
+	}{{nil, shared}, {tenant(""), shared}, {tenant("gold"), gold}, {tenant("silver"), silver}} {
+		build(t, s, request(t, tt.tenant, "r"), all...)
+		for _, d := range all {
+			if n := len(d.refs()); (n > 0) != (d == tt.at) {
+				t.Errorf("%+v: %s has %d builds", tt.tenant, d.addr, n)
+			}
+			close(d.release)
+			for deadline := time.Now().Add(time.Minute); len(d.refs()) > 0 && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+			}
+			d.release = make(chan struct{})
+		}
+	}
+	if _, _, err := s.Solve(t.Context(), request(t, tenant("bronze"), "r"), func(...string) {}); api.AsError(err).Code != api.NoDaemon || strings.Contains(api.AsError(err).Msg, "bronze") {
+		t.Errorf("an unknown pool: %v", err)
+	}
+
+	// A pool whose addresses stay is kept. One that goes ends after its last build.
+	keptPool, oldPool := s.pools.named["gold"].Pool, s.pools.named["silver"].Pool
+	result := build(t, s, request(t, tenant("silver"), "r"), all...)
+	if err := s.SetPools(map[string][]string{"gold": {gold.addr}}); err != nil {
+		t.Fatal(err)
+	}
+	if s.pools.named["gold"].Pool != keptPool {
+		t.Error("a pool that stays is made anew")
+	}
+	if _, err := s.Find(t.Context(), "silver", "call"); api.AsError(err).Code != api.NoDaemon {
+		t.Errorf("a pool that has gone: %v", err)
+	}
+	if got := oldPool.Count(t.Context()); got.Reachable != 1 {
+		t.Error("the pool is closed while it has a build")
+	}
+	close(silver.release)
+	if e := <-result; e.err != nil || e.digest != "sha256:silver" {
+		t.Errorf("the build on a pool that goes: %+v", e)
+	}
+	if got := oldPool.Count(t.Context()); got.Reachable != 0 {
+		t.Error("the pool is open after its last build")
+	}
+	if err := s.SetPools(map[string][]string{"gold": {shared.addr}}); err != nil || s.pools.named["gold"].Pool == keptPool {
+		t.Errorf("new addresses: %v", err)
+	}
+	if got := keptPool.Count(t.Context()); got.Reachable != 0 {
+		t.Error("the pool with the old addresses is open")
+	}
+}
+
+// TestFindInPool looks for a build where its tenant's builds are.
+func TestFindInPool(t *testing.T) {
+	shared, gold := newDaemon(t, "shared"), newDaemon(t, "gold")
+	s := newSolver(t, shared)
+	if err := s.SetPools(map[string][]string{"gold": {gold.addr}}); err != nil {
+		t.Fatal(err)
+	}
+	tags := tagsOf(&solve.Request{Tenant: &solve.Tenant{ID: "t"}, Name: solve.Name{Call: "1f", Body: "2e"}})
+	gold.past = []string{tags.Ref(refOf(solve.Name{Call: "1f", Body: "2e"}, 0))}
+	if past, err := s.Find(t.Context(), "gold", "1f"); past == nil || err != nil {
+		t.Errorf("%v, %v", past, err)
+	}
+	if past, err := s.Find(t.Context(), "", "1f"); past != nil || err != nil {
+		t.Errorf("in the shared pool: %v, %v", past, err)
+	}
+}
+
+// TestRunning counts the builds of tenants over two processes, each with a Solver.
+func TestRunning(t *testing.T) {
+	t.Parallel()
+	var daemons []*daemon
+	for i := range 3 {
+		daemons = append(daemons, newDaemon(t, fmt.Sprint(i)))
+	}
+	gold := newDaemon(t, "gold")
+	one, two := newSolver(t, daemons...), newSolver(t, daemons...)
+	for _, s := range []*Solver{one, two} {
+		if err := s.SetPools(map[string][]string{"gold": {gold.addr}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !one.Counted("") || one.Counted("gold") || one.Counted("none") {
+		t.Errorf("counted: shared %v, a lone daemon %v, no pool %v", one.Counted(""), one.Counted("gold"), one.Counted("none"))
+	}
+	wide, other := &solve.Tenant{ID: "wide"}, &solve.Tenant{ID: "other"}
+	all := append(slices.Clone(daemons), gold)
+	var results []<-chan ended
+	for i := range 3 {
+		results = append(results, build(t, one, request(t, wide, fmt.Sprint(i)), all...))
+	}
+	results = append(results,
+		build(t, two, request(t, wide, "x"), all...),
+		build(t, two, request(t, other, "y"), all...),
+		build(t, two, request(t, nil, "z"), all...),
+		build(t, two, request(t, &solve.Tenant{ID: "wide", Pool: "gold"}, "w"), all...))
+	// Two parts of one build, at one and the same daemon or not, are one build.
+	parts := pretend(daemons, tagsOf(request(t, wide, "")).Ref)
+	for _, tt := range []struct {
+		name        string
+		s           *Solver
+		wide, other int
+	}{{"the first", one, 2, 1}, {"the second", two, 4, 0}} {
+		of := tt.s.Running(t.Context())
+		if of("wide") != tt.wide || of("other") != tt.other || of("nobody") != 0 {
+			t.Errorf("%s: others have %d of wide and %d of other, want %d and %d", tt.name, of("wide"), of("other"), tt.wide, tt.other)
+		}
+	}
+	parts()
+	for _, d := range all {
+		close(d.release)
+	}
+	for _, result := range results {
+		if e := <-result; e.err != nil {
+			t.Error(e.err)
+		}
+	}
+	if of := two.Running(t.Context()); of("wide") != 0 {
+		t.Errorf("after the end: %d", of("wide"))
+	}
+	if len(one.running.all) != 0 {
+		t.Errorf("%d builds are left", len(one.running.all))
+	}
+}
+
+// pretend has two daemons run parts of one build.
+func pretend(daemons []*daemon, ref func(string) string) (end func()) {
+	refs := []string{ref("part-1"), ref("part-2")}
+	for i, r := range refs {
+		daemons[i].mu.Lock()
+		daemons[i].active[r] = true
+		daemons[i].mu.Unlock()
+	}
+	return func() {
+		for i, r := range refs {
+			daemons[i].mu.Lock()
+			delete(daemons[i].active, r)
+			daemons[i].mu.Unlock()
+		}
+	}
+}
+
+// TestOneBuildOfTwoDeliveries: two replicas that were delivered one build have the same tags for
+// it, and a build without a name has its own.
+func TestOneBuildOfTwoDeliveries(t *testing.T) {
+	named := &solve.Request{Tenant: &solve.Tenant{ID: "t"}, Name: solve.Name{Call: "1f", Body: "2e"}}
+	if tagsOf(named) != tagsOf(named) {
+		t.Error("two deliveries of one build have different tags")
+	}
+	unnamed := &solve.Request{Tenant: &solve.Tenant{ID: "t"}}
+	if a, b := tagsOf(unnamed), tagsOf(unnamed); a.Tenant != b.Tenant || a.Build == b.Build {
+		t.Errorf("two builds have the tags %v and %v", a, b)
+	}
+	if ref := tagsOf(new(solve.Request)).Ref("1fx2ex0"); ref != "1fx2ex0" {
+		t.Errorf("without a tenant: %s", ref)
+	}
+}
+
+// TestCloseWithPools closes named pools too.
+func TestCloseWithPools(t *testing.T) {
+	shared, gold := newDaemon(t, "shared"), newDaemon(t, "gold")
+	s := newSolver(t, shared)
+	if err := s.SetPools(map[string][]string{"gold": {gold.addr}}); err != nil {
+		t.Fatal(err)
+	}
+	p := s.pools.named["gold"].Pool
+	if err := errors.Join(s.Close(), s.SetPools(map[string][]string{"silver": {gold.addr}})); err != nil {
+		t.Error(err)
+	}
+	if got := p.Count(t.Context()); got.Reachable != 0 {
+		t.Error("a named pool is open after Close")
+	}
+	if len(s.pools.named) != 0 {
+		t.Error("a pool is made after Close")
+	}
+}
