@@ -30,7 +30,7 @@ var imports = map[string][]string{
 	"payload":     {"api", "budget"},
 	"buildconfig": {"api", "hosts", "repository"},
 	"repository":  {"hosts"},
-	"tenants":     {"buildconfig", "hosts", "repository", "signature"},
+	"tenants":     {"api", "buildconfig", "hosts", "repository", "signature"},
 	"sealed":      {"api"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api"},

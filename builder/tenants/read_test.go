@@ -172,7 +172,7 @@ func TestReadRefuses(t *testing.T) {
 		{"suspended: true", "suspended: true # \xff", "line 30: the file: a byte that is no UTF-8, or a control character"},
 		{"suspended: true", "suspended: true # \x00", "line 30: the file: a byte that is no UTF-8, or a control character"},
 		{"suspended: true", "suspended: true # " + strings.Repeat("x", maxFile), "line 1: the file: over 8388608 bytes"},
-		{"suspended: true", "suspended: true # " + strings.Repeat("-", maxMarks), "line 1: the file: over 600000 values"},
+		{"suspended: true", "suspended: true # " + strings.Repeat("-", maxMarks), "line 1: the file: over 300000 values"},
 		{"version: 1\n", "", "line 1: version: it is missing"},
 		{"version: 1", "version: 2", "line 1: version: want 1, the only version there is"},
 		{"version: 1", `version: "1"`, "line 1: version: want 1"},

@@ -20,9 +20,9 @@ const (
 	// maxFile bounds a file, in bytes. 1,000 full entries are 886 kB. A Secret of Kubernetes
 	// holds 1 MiB.
 	maxFile = 8 << 20
-	// maxMarks bounds the values of a file, of which each takes 250 bytes of memory while it
-	// is read. 1,000 full entries have 120,000 marks.
-	maxMarks = 600_000
+	// maxMarks bounds the values of a file, which take 200 MiB of memory at most while it is
+	// read. 1,000 full entries have 76,000 marks, and take 30 MiB.
+	maxMarks = 300_000
 	// maxProblems is how many problems of the files are told, and maxProblem bounds the text
 	// of one, in bytes.
 	maxProblems = 20
