@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -41,6 +42,7 @@ type Config struct {
 	Contexts contexts.Config
 
 	// disable_hmac, require_timestamp, default_platform, allowed_images, context_hosts,
+	// metrics_tenants,
 	// max_builds, max_uploads, queue_wait, build_timeout, shutdown_timeout,
 	// upload_min_rate, upload_grace,
 	// max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes,
@@ -57,6 +59,10 @@ type Config struct {
 	RegistryCA      map[string]string // registry_ca: by host
 	BuildSecretsKey string            // build_secrets_key_file
 	GitCredentials  string            // git_credentials_file
+
+	// TenantsFiles are names in SecretsDir too: tenants_file. Nil is defaultTenants, which
+	// need not be there.
+	TenantsFiles []string
 
 	LogLevel zerolog.Level // log_level
 
@@ -98,6 +104,7 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 			DefaultPlatform:  e.text("default_platform", ""),
 			AllowedImages:    parsed(e, "allowed_images", repository.ParsePrefix),
 			ContextHosts:     e.contextHosts("context_hosts"),
+			MetricsTenants:   e.boolean("metrics_tenants", false),
 			MaxBuilds:        int(e.number("max_builds", 4)),
 			MaxUploads:       int(e.number("max_uploads", 16)),
 			QueueWait:        e.duration("queue_wait", 10*time.Minute),
@@ -128,15 +135,22 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		RegistryCA:      e.secretsByHost("registry_ca"),
 		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
 		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
+		TenantsFiles:    e.secrets("tenants_file"),
 
 		LogLevel:       e.level("log_level", zerolog.InfoLevel),
 		FallbackSecret: []byte(rand.Text()),
+	}
+	if c.Server.DisableHMAC && len(c.TenantsFiles) > 0 {
+		e.errs = append(e.errs, fmt.Errorf("tenants_file: %w", errTenantsUnsigned))
 	}
 	if err := errors.Join(e.errs...); err != nil {
 		return nil, fmt.Errorf("reading the environment: %w", err)
 	}
 	return c, nil
 }
+
+// errTenantsUnsigned keeps a file of tenants from being ignored.
+var errTenantsUnsigned = errors.New("with disable_hmac nobody knows whose a request is: remove one of the two")
 
 // environment reads variables, and gathers the errors of all of them.
 type environment struct {
@@ -251,6 +265,17 @@ func (e *environment) secretsByHost(name string) map[string]string {
 	return m
 }
 
+// secrets reads a list of names of secrets.
+func (e *environment) secrets(name string) []string {
+	list := e.list(name)
+	for i, v := range list {
+		if v != filepath.Base(v) || v == "." || v == ".." || slices.Contains(list[:i], v) {
+			e.wrong(name, v, "the name of a secret, or is there twice")
+		}
+	}
+	return list
+}
+
 // parsed reads a list, and parses each entry.
 func parsed[T any](e *environment, name string, parse func(string) (T, error)) []T {
 	var list []T
@@ -338,6 +363,9 @@ func (c *Config) ownRepositories() []string {
 	}
 	return own
 }
+
+// defaultTenants is the name of the file of tenants where no other is named.
+const defaultTenants = "tenants"
 
 // Secret is the path of a secret's file.
 func (c *Config) Secret(name string) string { return filepath.Join(c.SecretsDir, name) }

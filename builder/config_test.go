@@ -40,6 +40,7 @@ func TestLoadConfig(t *testing.T) {
 		"cache_repository", "acme/cache",
 		"create_repositories", "true",
 		"image_compression", " zstd:3 ",
+		"metrics_tenants", "true",
 	))
 	if err != nil {
 		t.Fatal(err)
@@ -47,6 +48,9 @@ func TestLoadConfig(t *testing.T) {
 	if c.Server.MaxBuilds != 7 || c.Server.BuildTimeout != 30*time.Minute || c.Buildkit.BuildTimeout != 30*time.Minute || c.Buildkit.PushTimeout != 90*time.Second ||
 		c.Server.Limits.Body != 64<<20 || c.Server.Limits.Unpacked != 1<<20 || !c.Server.DisableHMAC || !c.Registry.CreateRepositories {
 		t.Errorf("got %+v", c)
+	}
+	if !c.Server.MetricsTenants {
+		t.Error("metrics have no tenants")
 	}
 	if want := []string{"ghcr.io/acme", "docker.io/acme", "registry.example:5000", "docker.io/library/app"}; !slices.Equal(c.Server.AllowedImages, want) {
 		t.Errorf("allowed images %q, want %q", c.Server.AllowedImages, want)
@@ -73,7 +77,8 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		{"registry_ca", "a.example=ca,A.example.=other"}, {"token_hosts", "registry=http://auth"}, {"token_hosts", "registry=auth/token"},
 		{"token_paths", "registry/a"}, {"token_paths", "registry:05000/a=b"},
 		{"context_hosts", "https://github.com/acme"}, {"context_hosts", "[::1]"},
-		{"image_compression", "gzip:best"},
+		{"image_compression", "gzip:best"}, {"metrics_tenants", "all"},
+		{"tenants_file", "../tenants"}, {"tenants_file", "."}, {"tenants_file", "a,a"},
 	} {
 		c, err := LoadConfig(env(pair[0], pair[1], "push_timeout", "x"))
 		if err == nil || c != nil {
@@ -85,6 +90,15 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 				t.Errorf("%s=%q: the error does not name %s: %v", pair[0], pair[1], name, err)
 			}
 		}
+	}
+}
+
+func TestTenantsFiles(t *testing.T) {
+	if c, err := LoadConfig(env("tenants_file", "tenants-a, tenants-b")); err != nil || !slices.Equal(c.TenantsFiles, []string{"tenants-a", "tenants-b"}) {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if _, err := LoadConfig(env("tenants_file", "tenants", "disable_hmac", "true")); err == nil || !strings.Contains(err.Error(), "tenants_file: ") {
+		t.Errorf("a file of tenants beside disable_hmac: %v", err)
 	}
 }
 

@@ -16,7 +16,7 @@ const module = "handler/function"
 // imports says which of our packages each package may import. Data flows one way: request,
 // verified payload, solve, records, reply. A package that is not here may import none of ours.
 var imports = map[string][]string{
-	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server"},
+	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server", "tenants"},
 	"server":   {"api", "budget", "buildconfig", "hosts", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
 

@@ -4,7 +4,11 @@ package function
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/signal"
@@ -23,6 +27,7 @@ import (
 	"handler/function/redact"
 	"handler/function/registry"
 	"handler/function/server"
+	"handler/function/tenants"
 )
 
 // Version is in the answer of GET / and in the log.
@@ -112,7 +117,43 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	s.GitCredentials = func() ([]byte, error) { return cfg.ReadSecret(cfg.GitCredentials, true) }
 	s.FallbackSecret = cfg.FallbackSecret
 	s.OwnRepositories = cfg.ownRepositories()
+	directory, err := newTenants(cfg, s.PayloadSecret, log)
+	if err != nil {
+		return nil, err
+	}
+	if directory != nil {
+		s.Tenants = directory
+		// It follows the files for as long as the process lives.
+		go directory.Run(context.Background())
+	}
 	return server.New(s), nil
+}
+
+// newTenants returns nil if nobody signs. A file of tenants is an error then.
+func newTenants(cfg *Config, payloadSecret func() ([]byte, error), log zerolog.Logger) (*tenants.Directory, error) {
+	t := tenants.Config{
+		Needed:        len(cfg.TenantsFiles) > 0,
+		PayloadSecret: payloadSecret,
+		AllowedImages: cfg.Server.AllowedImages,
+		Daemons:       cfg.Buildkit.Addrs,
+		Log:           log,
+	}
+	names := cfg.TenantsFiles
+	if !t.Needed {
+		names = []string{defaultTenants}
+	}
+	for _, name := range names {
+		t.Files = append(t.Files, cfg.Secret(name))
+	}
+	if !cfg.Server.DisableHMAC {
+		return tenants.Open(t), nil
+	}
+	for _, path := range t.Files {
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("looking for %q: %w", path, cmp.Or(err, errTenantsUnsigned))
+		}
+	}
+	return nil, nil
 }
 
 // newContexts returns nil if no repository is configured for contexts.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -52,5 +54,52 @@ func testLoggedErrors(t *testing.T) {
 	long := logged(errors.New(strings.Repeat("ä", maxLogged/2-5) + " https://user:secret@host/p?x=secret"))
 	if len(long) > maxLogged+len(" (cut)") || !utf8.ValidString(long) || strings.Contains(long, "user") || !strings.HasSuffix(long, "(cut)") {
 		t.Errorf("%d bytes, %q", len(long), long[len(long)-40:])
+	}
+}
+
+// TestTenants makes servers with and without a file of tenants.
+func TestTenants(t *testing.T) {
+	const file = "version: 1\ntenants:\n  acme: {id: t-1, keys: [{id: k, secret: the-only-key-of-acme}], images: [ghcr.io/acme]}\n"
+	for _, tt := range []struct {
+		name, text, files, disableHMAC string
+		want                           string // of GET /ready, or of the error
+	}{
+		{"none", "", "", "", "ready"},
+		{"none, and it is needed", "", "tenants", "", "the tenants cannot be read"},
+		{"right", file, "", "", "ready"},
+		{"right, and it is needed", file, "tenants", "", "ready"},
+		{"wrong", "version: 2", "", "", "the tenants cannot be read"},
+		{"outside allowed_images", strings.Replace(file, "ghcr.io/acme", "quay.io/acme", 1), "", "", "the tenants cannot be read"},
+		{"a pool of shared daemons", file + "pools: {gold: [\"tcp://buildkitd.openfaas:1234\"]}", "", "", "the tenants cannot be read"},
+		{"none, without HMAC", "", "", "true", "ready"},
+		{"right, without HMAC", file, "", "true", "with disable_hmac nobody knows whose a request is"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "payload-secret"), []byte("the root of all salts"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if tt.text != "" {
+				if err := os.WriteFile(filepath.Join(dir, "tenants"), []byte(tt.text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cfg, err := LoadConfig(env("secrets_dir", dir, "tenants_file", tt.files, "disable_hmac", tt.disableHMAC, "allowed_images", "ghcr.io"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, err := newServer(cfg, zerolog.Nop())
+			if err != nil {
+				if !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("%v, want %s", err, tt.want)
+				}
+				return
+			}
+			w := httptest.NewRecorder()
+			s.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/ready", nil))
+			if !strings.Contains(w.Body.String(), tt.want) || (w.Code == http.StatusOK) != (tt.want == "ready") {
+				t.Errorf("%d %s, want %s", w.Code, w.Body, tt.want)
+			}
+		})
 	}
 }

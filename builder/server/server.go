@@ -51,6 +51,9 @@ type Config struct {
 	// builds, and lets nobody in.
 	Tenants Tenants
 
+	// MetricsTenants adds the ids of tenants to metrics, as labels. False leaves them out.
+	MetricsTenants bool
+
 	// BuildSecretsKey reads the private key for sealed build secrets. An empty key
 	// means that no key is configured, and refuses sealed secrets.
 	BuildSecretsKey func() ([]byte, error)
