@@ -123,6 +123,11 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	}
 	if directory != nil {
 		s.Tenants = directory
+		directory.BeforeChange(func(set *tenants.Set) {
+			if err := solver.SetPools(set.Pools); err != nil {
+				log.Error().Err(err).Msg("a pool of the tenants cannot be used")
+			}
+		})
 		// It follows the files for as long as the process lives.
 		go directory.Run(context.Background())
 	}

@@ -1,6 +1,7 @@
 package function
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -101,5 +102,34 @@ func TestTenants(t *testing.T) {
 				t.Errorf("%d %s, want %s", w.Code, w.Body, tt.want)
 			}
 		})
+	}
+}
+
+// TestTenantPools counts the daemons of the shared pool and of the file's.
+func TestTenantPools(t *testing.T) {
+	dir := t.TempDir()
+	socket := "unix://" + filepath.Join(dir, "socket")
+	for name, text := range map[string]string{
+		"payload-secret": "the root of all salts",
+		"tenants": "version: 1\npools: {gold: [" + socket + "1, " + socket + "2]}\n" +
+			"tenants: {acme: {id: t-1, keys: [{id: k, secret: the-only-key-of-acme}], images: [ghcr.io/acme], daemons: gold}}\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg, err := LoadConfig(env("secrets_dir", dir, "buildkit_addr", socket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newServer(cfg, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+	var about struct{ Daemons struct{ Total int } }
+	if err := json.Unmarshal(w.Body.Bytes(), &about); err != nil || about.Daemons.Total != 3 {
+		t.Errorf("%v: %s", err, w.Body)
 	}
 }
