@@ -10,6 +10,8 @@ IMAGE ?=
 REGISTRY_CONFIG ?=
 PAYLOAD_SECRET ?= payload-secret
 BUILD_SECRETS_KEY ?=
+NAME ?=
+IMAGES ?=
 VIA ?= kubectl
 STANDINS ?= auto
 OPENFAAS ?= true
@@ -97,6 +99,10 @@ certs: ## the CA and both certificates for buildkitd and the function: DIR=build
 .PHONY: secrets
 secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=
 	@PAYLOAD_SECRET=$(PAYLOAD_SECRET) REGISTRY_CONFIG=$(REGISTRY_CONFIG) BUILD_SECRETS_KEY=$(BUILD_SECRETS_KEY) buildkit/secrets.sh $(VIA)
+
+.PHONY: tenant
+tenant: ## print an entry of the file of tenants, with a new id and a new key: NAME=acme IMAGES=registry.example.com/acme
+	@buildkit/tenant.sh '$(NAME)' '$(IMAGES)'
 
 # go vet and staticcheck read the tests on Kubernetes too, which need a tag.
 .PHONY: lint

@@ -2,6 +2,7 @@ package tenants
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"regexp"
 	"strconv"
@@ -65,14 +66,16 @@ func (r *reader) limits(t *Tenant) map[string]func(value) {
 
 // tenant reads an entry of tenants. t has the defaults.
 func (r *reader) tenant(v value, t *Tenant) {
-	fields := r.limits(t)
-	fields["id"] = func(v value) { t.ID = r.tenantID(v) }
-	fields["keys"] = func(v value) { t.Keys = r.keys(v) }
-	fields["hosts"] = func(v value) { t.Hosts = r.hosts(v) }
-	fields["images"] = func(v value) { t.Images = r.readImages(v, t) }
-	fields["registry"] = func(v value) { t.Registry = v.registry() }
-	fields["git_credentials"] = func(v value) { t.GitCredentials = v.gitCredentials() }
-	fields["suspended"] = func(v value) { t.Suspended = v.boolean() }
+	fields := map[string]func(value){
+		"id":              func(v value) { t.ID = r.tenantID(v) },
+		"keys":            func(v value) { t.Keys = r.keys(v) },
+		"hosts":           func(v value) { t.Hosts = r.hosts(v) },
+		"images":          func(v value) { t.Images = r.readImages(v, t) },
+		"registry":        func(v value) { t.Registry = v.registry() },
+		"git_credentials": func(v value) { t.GitCredentials = v.gitCredentials() },
+		"suspended":       func(v value) { t.Suspended = v.boolean() },
+	}
+	maps.Copy(fields, r.limits(t))
 	v.need(v.object(fields), "id", "keys", "images")
 }
 

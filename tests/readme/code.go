@@ -229,3 +229,34 @@ func jsonKeys(t reflect.Type) []string {
 	}
 	return keys
 }
+
+// tenantKeys are the keys that a func of package tenants reads: those of a literal such as
+// map[string]func(value){"key": …}.
+func tenantKeys(files []*ast.File, name string) []string {
+	var list []string
+	visit(files, func(f *ast.FuncDecl) {
+		if f.Name.Name != name {
+			return
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			lit, ok := n.(*ast.CompositeLit)
+			if !ok {
+				return true
+			}
+			if m, ok := lit.Type.(*ast.MapType); !ok {
+				return true
+			} else if _, ok := m.Value.(*ast.FuncType); !ok {
+				return true
+			}
+			for _, e := range lit.Elts {
+				if e, ok := e.(*ast.KeyValueExpr); ok {
+					if key, ok := text(e.Key); ok {
+						list = append(list, key)
+					}
+				}
+			}
+			return false
+		})
+	})
+	return list
+}

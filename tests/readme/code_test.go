@@ -369,6 +369,27 @@ var (
 	snake = regexp.MustCompile(`^[a-z][a-z0-9]*(?:_[a-z0-9]+)+$`)
 )
 
+// TestTenantKeys holds the tables of the file of tenants: its keys, those of a tenant, and which
+// of them defaults may have.
+func TestTenantKeys(t *testing.T) {
+	code := parsed(t, "builder/tenants")
+	var file, tenant, defaults []string
+	for _, row := range tables(t, configPage, "key of the file", "needed", "")[0].Rows {
+		file = append(file, Words(row[0])...)
+	}
+	for _, row := range tables(t, configPage, "key of a tenant", "in `defaults`", "without it", "")[0].Rows {
+		words := Words(row[0])
+		tenant = append(tenant, words...)
+		if row[1] == "yes" {
+			defaults = append(defaults, words...)
+		}
+	}
+	file = append(file, "keys") // of operator
+	same(t, "key of the file", configPage, tenantKeys(code, "file"), file)
+	same(t, "key of defaults", configPage, tenantKeys(code, "limits"), defaults)
+	same(t, "key of a tenant", configPage, slices.Concat(tenantKeys(code, "tenant"), tenantKeys(code, "limits")), tenant)
+}
+
 // TestWords finds names in code that nothing in the code has.
 func TestWords(t *testing.T) {
 	known := make(map[string]bool)
@@ -398,6 +419,7 @@ func TestWords(t *testing.T) {
 			}
 		})
 	}
+	know(tenantKeys(parsed(t, "builder/tenants"), "tenant")...)
 	visit(parsed(t, "builder/server"), func(e *ast.KeyValueExpr) { // of GET /
 		if key, ok := text(e.Key); ok {
 			know(key)
