@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
 	"handler/function/api"
 	"handler/function/budget"
 	"handler/function/payload"
@@ -179,5 +181,40 @@ func TestIndexMemoryAgain(t *testing.T) {
 		if memory.Used() != 0 {
 			t.Errorf("%s: %d bytes are left", name, memory.Used())
 		}
+	}
+}
+
+// TestSearchMemory compares the memory that a search takes of its budget with the runtime's
+// number. It looks while the search has found the config, and has everything in use.
+func TestSearchMemory(t *testing.T) {
+	wide := func(s string) string {
+		var b strings.Builder
+		w, err := zstd.NewWriter(&b, zstd.WithWindowSize(8<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(w, s)
+		w.Close()
+		return b.String()
+	}
+	plain := file("context/noise", noise(20<<20)) + special('L', strings.Repeat("n", 60<<10)+"\x00") + file("x", "") + file(configName, strings.Repeat("x", 1<<20)) + end
+	for form, body := range map[string]string{"tar": plain, "gzip": gzipped(t, plain), "zstd": wide(plain), "envelope of zstd": enveloped(wide(plain))} {
+		memory := budget.New(1 << 40)
+		opts := testOptions(t)
+		opts.HeadMemory, opts.InMemory = memory.Open(), 0
+		s, _ := head(t, body, opts)
+		before, taken := liveMemory(), memory.Used()
+		var is, said int64
+		if err := s.FindConfig(t.Context(), func(config []byte) {
+			is, said = int64(liveMemory()-before), memory.Used()-taken
+			runtime.KeepAlive(config)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if is > said || is < said/4 {
+			t.Errorf("%s: a search takes %d KiB, and says %d", form, is>>10, said>>10)
+		}
+		t.Logf("%s: %d KiB, said %d", form, is>>10, said>>10)
+		s.Close()
 	}
 }

@@ -92,7 +92,7 @@ func (s *Spool) searchPacked(p *pace, found func([]byte)) error {
 func (s *Spool) skim(in *skimmed, found func([]byte)) error {
 	limits := &s.opts.Limits
 	tr := tar.NewReader(in)
-	for entries := 0; entries <= limits.Entries; {
+	for entries := 0; entries < limits.Entries; {
 		in.allowed = earlyHeaders + blockLen // with the end of the last entry
 		hdr, err := tr.Next()
 		if err == io.EOF {
@@ -246,7 +246,7 @@ func (r *paced) Read(b []byte) (int, error) {
 	if err := r.pace.begin(); err != nil {
 		return 0, err
 	}
-	n, err := r.r.Read(b[:min(int64(len(b)), chunkSize)])
+	n, err := r.r.Read(b[:min(int64(len(b)), chunkSize, r.left)])
 	r.left -= int64(n)
 	r.pace.done(n)
 	return n, err
