@@ -87,7 +87,7 @@ type intakeLimits struct {
 // newIntake makes an intake whose bodies draw on disk. Its waits end with draining.
 func newIntake(draining context.Context, disk *budget.Budget, limits intakeLimits) *intake {
 	spool := limits.spool
-	return &intake{
+	in := &intake{
 		draining: draining,
 		limits:   limits, free: limits.uploads,
 		// Each body in line keeps a whole head. They may fill half of the room for heads.
@@ -97,8 +97,9 @@ func newIntake(draining context.Context, disk *budget.Budget, limits intakeLimit
 		// With a smaller gate, a single upload would wait for the disk.
 		gate:     payload.NewGate(4 * runtime.GOMAXPROCS(0)),
 		arrivals: make(map[*arrival]struct{}),
-		searches: newSearches(),
 	}
+	in.searches.open()
+	return in
 }
 
 // errEvicted ends a body whose slot or room another body waits for.

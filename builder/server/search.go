@@ -61,52 +61,53 @@ func (s *Server) askBody(ctx context.Context, a *arrival, c claim, spool *payloa
 }
 
 // These bound the searches in bodies whose signatures have not passed. A stranger can send a
-// small body that takes long to decompress. So such bodies have slots of their own: they leave
-// those of plain tars free, which faas-cli and go-sdk send.
+// small body that takes long to decompress. So such bodies have slots and a line of their own:
+// they leave those of plain tars free, which faas-cli and go-sdk send.
 const (
-	plainSearches  = 8 // at once, of bodies up to headSize
-	packedSearches = 2 // of bodies up to headSize that are compressed or in a text envelope
-	largeSearches  = 1 // of such bodies over headSize
-	searchLine     = 64
+	plainSearches  = 8  // at once, of bodies up to headSize
+	packedSearches = 2  // of bodies up to headSize that are compressed or in a text envelope
+	largeSearches  = 1  // of such bodies over headSize
+	packedLine     = 64 // such bodies that wait, of either size; plain tars take turns so fast that all may wait
 )
 
 // searches are the slots of all searches. A plain body over headSize needs none of them beside
 // its upload slot.
-type searches struct {
-	plain, packed, large slots
-	waiting              atomic.Int64
+type searches struct{ plain, packed, large searchSlots }
+
+type searchSlots struct {
+	slots
+	line    int64 // how many may wait, or try to
+	waiting atomic.Int64
 }
 
-func newSearches() searches {
-	return searches{plain: make(slots, plainSearches), packed: make(slots, packedSearches), large: make(slots, largeSearches)}
+func (s *searches) open() {
+	s.plain.slots, s.plain.line = make(slots, plainSearches), 2*maxArrivals
+	s.packed.slots, s.packed.line = make(slots, packedSearches), packedLine
+	s.large.slots, s.large.line = make(slots, largeSearches), packedLine
 }
 
 // search takes a slot to search the body of a. The caller must call leave.
 func (in *intake) search(ctx context.Context, a *arrival, plain bool) (leave func(), err error) {
-	s := &in.searches
-	var from slots
+	from := &in.searches.packed
 	switch large := a.hasSlot(); {
 	case plain && large:
 		return func() {}, nil
 	case plain:
-		from = s.plain
+		from = &in.searches.plain
 	case large:
-		from = s.large
-	default:
-		from = s.packed
+		from = &in.searches.large
 	}
 	busy := &api.Error{Code: api.Busy, Msg: "too many bodies are being searched for their tenant; name it in the header " + api.TenantHeader}
-	if s.waiting.Add(1) > searchLine {
-		s.waiting.Add(-1)
+	defer from.waiting.Add(-1)
+	if from.waiting.Add(1) > from.line {
 		return nil, busy
 	}
-	err = from.acquire(ctx, uploadWait)
-	s.waiting.Add(-1)
-	switch {
+	switch err := from.acquire(ctx, uploadWait); {
 	case err == nil:
 		return from.release, nil
 	case errors.Is(err, errFull):
 		return nil, busy
+	default:
+		return nil, canceled(err)
 	}
-	return nil, canceled(err)
 }

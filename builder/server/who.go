@@ -10,7 +10,6 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
-	"handler/function/hosts"
 	"handler/function/isolation"
 	"handler/function/signature"
 	"handler/function/tenants"
@@ -93,12 +92,7 @@ func (r roster) named(h http.Header, host string) (list []tenants.Candidate, ok 
 	// A proxy adds its own host behind the one that the client asked for.
 	first, _, _ := strings.Cut(h.Get(forwardedHost), ",")
 	for _, text := range []string{strings.TrimSpace(first), host} {
-		h, err := hosts.Parse(text)
-		if err != nil {
-			continue
-		}
-		h = h.Without(hosts.DefaultPort("https"), hosts.DefaultPort("http"))
-		if list, ok := r.set.AtHost(h.String()); ok {
+		if list, ok := r.set.AtHost(text); ok {
 			return list, true
 		}
 	}
