@@ -217,8 +217,9 @@ func TestFewKeys(t *testing.T) {
 			t.Errorf("%s: %d %s", what, a.status, a.body)
 		}
 	}
-	// With more, a context has to name its tenant.
+	// With more, a context has to name its tenant. It cannot do so with an image.
 	f, _ = startTenants(t, &scripted{}, many(), func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })
+	body = packTar(t, "context/x", "x", api.ConfigFile, imageOf("acme"))
 	r := f.context(t, "PUT", digestOf(body), body)
 	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(keyOf("acme")), "", body))
 	if a := f.do(t, r); a.status != 401 {
@@ -338,7 +339,7 @@ func TestTenantsMay(t *testing.T) {
 		tenant("git", `context_hosts: [git.example.com], git_credentials: ["https://me:own-token@git.example.com"],`),
 		tenant("rich", `memory: 1GiB, cpus: 2, build_timeout: 5m, from: ["docker.io/library/*"], registry: {auths: {r.example.com: {username: u, password: p}}},`),
 		tenant("builders", "registry: builder, build_timeout: 5h,"),
-		tenant("docker", ""),
+		fmt.Sprintf("wide: {id: t-wide, images: [ghcr.io/wide, quay.io/wide], keys: [{id: k1, secret: %q}]}", keyOf("wide")),
 	)
 	f, _ := startTenants(t, solver, entries, func(c *server.Config) {
 		c.AllowedImages = []string{"ghcr.io"}
@@ -358,6 +359,7 @@ func TestTenantsMay(t *testing.T) {
 	}{
 		{"acme", imageOf("globex"), api.Unauthorized, nil},
 		{"acme", `{"image":"ghcr.io/acme/app","tags":["ghcr.io/globex/app:x"]}`, api.ImageForbidden, nil},
+		{"wide", `{"image":"quay.io/wide/app"}`, api.ImageForbidden, nil},
 		{"acme", `{"image":"ghcr.io/acme/cache"}`, api.ImageForbidden, nil},
 		{"acme", `{"image":"ghcr.io/acme/app","platforms":["linux/s390x"]}`, "", nil},
 		{"arm", `{"image":"ghcr.io/arm/app","platforms":["linux/s390x"]}`, api.PlatformForbidden, nil},
