@@ -373,6 +373,77 @@ func TestAllow(t *testing.T) {
 	}
 }
 
+// TestAllowWithin: without a prefix Allow allows everything, and AllowWithin nothing.
+func TestAllowWithin(t *testing.T) {
+	c, err := buildconfig.Parse([]byte(`{"image":"ghcr.io/acme/app"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Allow(nil) != nil || c.AllowWithin(nil) == nil || c.AllowWithin([]string{"ghcr.io/acme"}) != nil || c.AllowWithin([]string{"ghcr.io/globex"}) == nil {
+		t.Error("the prefixes do not decide")
+	}
+	if c, err = buildconfig.Parse([]byte(`{"skipPush":true}`)); err != nil || c.AllowWithin(nil) != nil {
+		t.Error("what pushes nothing needs a prefix")
+	}
+}
+
+func TestAllowPlatforms(t *testing.T) {
+	for _, tt := range []struct {
+		asked     string
+		allowed   []string
+		preferred string
+		want      []string // nil for an error
+	}{
+		{`"linux/s390x"`, nil, "", []string{"linux/s390x"}},
+		{`"linux/arm64"`, []string{"linux/amd64", "linux/arm64"}, "", []string{"linux/arm64"}},
+		{`"linux/arm64","linux/s390x"`, []string{"linux/amd64", "linux/arm64"}, "", nil},
+		{`"linux/arm"`, []string{"linux/arm/v6"}, "", nil},
+		{"", []string{"linux/amd64", "linux/arm64"}, "linux/aarch64", []string{"linux/arm64"}},
+		{"", []string{"linux/amd64", "linux/arm64"}, "", []string{"linux/amd64"}},
+		{`""`, []string{"linux/amd64", "linux/arm64"}, "linux/s390x", []string{"linux/amd64"}},
+		{"", nil, "linux/s390x", []string{}}, // the Solver knows what it is
+	} {
+		c, err := buildconfig.Parse([]byte(`{"image":"a","platforms":[` + tt.asked + `]}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.AllowPlatforms(tt.allowed, tt.preferred)
+		if (err == nil) != (tt.want != nil) || err == nil && !slices.Equal(c.Platforms, tt.want) {
+			t.Errorf("%s of %q, else %q: %q, %v", tt.asked, tt.allowed, tt.preferred, c.Platforms, err)
+		}
+		if e, ok := errors.AsType[*api.Error](err); err != nil && (!ok || e.Code != api.PlatformForbidden) {
+			t.Errorf("%s: %v", tt.asked, err)
+		}
+	}
+}
+
+// TestImage reads the image of configs that are right and of those that are wrong elsewhere.
+func TestImage(t *testing.T) {
+	for config, want := range map[string]string{
+		`{"image":"acme/app:v1"}`:                              "docker.io/acme/app",
+		"\ufeff" + ` {"x":[{}],"image":"GHCR.io/acme/app@ "}`:  "",
+		"\ufeff" + ` {"x":[{"image":"a"}],"image":"b.io/c/d"}`: "b.io/c/d",
+		`{"platforms":5,"image":"b.io/c","tags":"x"}`:          "b.io/c",
+		`{"image":"b.io/c","image":"d.io/e"}`:                  "b.io/c",
+		`{"image":"b.io/c"`:                                    "b.io/c", // the rest is not read
+		`{"image":"b.io/c`:                                     "",
+		`{"image":null}`:                                       "",
+		`{"image":""}`:                                         "",
+		`{"image":["b.io/c"]}`:                                 "",
+		`{"image":"UPPER"}`:                                    "",
+		`{"Image":"b.io/c"}`:                                   "",
+		`{"skipPush":true}`:                                    "",
+		`["image","b.io/c"]`:                                   "",
+		"{\x00\"\x00":                                          "",
+		``:                                                     "",
+	} {
+		image, ok := buildconfig.Image([]byte(config))
+		if ok != (want != "") || ok && image.Name() != want {
+			t.Errorf("%q: %v, %v, want %q", config, image, ok, want)
+		}
+	}
+}
+
 func TestDeny(t *testing.T) {
 	own := []string{"registry.example.com/builder/cache", "docker.io/acme/contexts", "Registry:5000/cache", "[fd00::1]:5000/cache", "127.0.0.1:443/cache"}
 	for _, tt := range []struct {

@@ -164,6 +164,25 @@ func TestCacheRepository(t *testing.T) {
 	}
 }
 
+// TestCacheTag: the tags of a tenant begin with its id.
+func TestCacheTag(t *testing.T) {
+	repository, err := reference.ParseNormalizedNamed("r:5000/cache")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := buildconfig.Parse([]byte(`{"image":"acme/app:1"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := strings.Repeat("i", 40) // as long as may be
+	for tenant, want := range map[*solve.Tenant]string{nil: "r:5000/cache:key-linux-arm64", {ID: id}: "r:5000/cache:" + id + "-key-linux-arm64"} {
+		tag := cacheTag(repository, &solve.Request{Config: c, SharedKey: "key", Tenant: tenant}, "-linux-arm64")
+		if tag == nil || tag.String() != want {
+			t.Errorf("%v, want %s", tag, want)
+		}
+	}
+}
+
 func TestSyntaxWarning(t *testing.T) {
 	for allow, want := range map[bool]int{false: 1, true: 0} {
 		s := mustNew(t, Config{AllowSyntax: allow})

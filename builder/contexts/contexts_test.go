@@ -194,6 +194,49 @@ func TestSlowReader(t *testing.T) {
 }
 
 // TestSweep checks that old contexts are deleted, whatever else is in the repository.
+// TestTenants: a context is there for the tenants that have sent it, and for nobody else, even
+// though the registry keeps one layer for all.
+func TestTenants(t *testing.T) {
+	s := standin(t, nil)
+	content := []byte("content")
+	digest := fmt.Sprintf("sha256:%x", sha256.Sum256(content))
+	send := func(tenant string) {
+		t.Helper()
+		if err := s.Put(t.Context(), tenant, digest, int64(len(content)), func() io.Reader { return bytes.NewReader(content) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there := func(tenant string) bool {
+		t.Helper()
+		has, err := s.Has(t.Context(), tenant, digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := s.Open(t.Context(), tenant, digest)
+		if e, ok := errors.AsType[*api.Error](err); err != nil && (!ok || e.Code != api.BadContext) || has != (err == nil) {
+			t.Errorf("%q: there %v, %v", tenant, has, err)
+		}
+		if err == nil {
+			r.Close()
+		}
+		return has
+	}
+	send("t-1")
+	if !there("t-1") || there("t-2") || there("t") {
+		t.Error("a context is not the sender's alone")
+	}
+	send("t-2")
+	send("t-2") // which deletes what was there
+	if !there("t-1") || !there("t-2") {
+		t.Error("a context is gone")
+	}
+	for _, tag := range []string{"t-1-sha256-" + digest[7:], "t-2-sha256-" + digest[7:]} {
+		if _, err := remote.Head(s.repo.Tag(tag)); err != nil {
+			t.Errorf("%s: %v", tag, err)
+		}
+	}
+}
+
 func TestSweep(t *testing.T) {
 	broken := false // the registry fails at the tag of 2s
 	digits := func(d string) string { return "sha256-" + strings.Repeat(d, 64) }
@@ -220,7 +263,11 @@ func TestSweep(t *testing.T) {
 	}
 	tag(digits("0")+".sig", 2*time.Hour) // as cosign names a signature
 	tag("latest", 2*time.Hour)
-	tag(digits("1"), 0) // without a time
+	tag("t-7f3a-"+digits("6"), 2*time.Hour) // a tenant's
+	tag("t-7f3a-"+digits("7"), time.Minute)
+	tag("t-7f3a-"+digits("6")+".sig", 2*time.Hour)
+	tag("T_7f3a-"+digits("6"), 2*time.Hour) // no tenant's
+	tag(digits("1"), 0)                     // without a time
 	tag(digits("2"), 2*time.Hour)
 	tag(digits("3"), time.Minute)
 	tag(digits("4"), 2*time.Hour)
@@ -228,13 +275,13 @@ func TestSweep(t *testing.T) {
 	broken = true
 
 	n, err := s.sweep(t.Context())
-	if n != 2 || err == nil || !strings.Contains(err.Error(), "2 failed") || !strings.Contains(err.Error(), digits("1")) {
+	if n != 3 || err == nil || !strings.Contains(err.Error(), "2 failed") || !strings.Contains(err.Error(), digits("1")) {
 		t.Errorf("%d deleted, %v", n, err)
 	}
 	for name, digest := range all {
 		// This registry keeps the tag of what is deleted.
 		_, err := remote.Head(s.repo.Digest(digest.String()))
-		if gone := name == digits("4") || name == digits("5"); isMissing(err) != gone {
+		if gone := name == digits("4") || name == digits("5") || name == "t-7f3a-"+digits("6"); isMissing(err) != gone {
 			t.Errorf("%s: %v, want it gone: %v", name, err, gone)
 		}
 	}

@@ -268,6 +268,43 @@ func TestPublic(t *testing.T) {
 	}
 }
 
+// TestDerive: each id and each name has a key of its own, which is the same each time, opens
+// what was sealed to its public half, and nothing else.
+func TestDerive(t *testing.T) {
+	_, private := keyPair(t)
+	_, other := keyPair(t)
+	derive := func(f func([]byte, string) ([]byte, error), private []byte, text string) []byte {
+		t.Helper()
+		key, err := f(private, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	keys := [][]byte{
+		private, derive(sealed.Derive, private, "t-1"), derive(sealed.Derive, private, "t-2"),
+		derive(sealed.Decoy, private, "t-1"), derive(sealed.Decoy, private, "t-2"), derive(sealed.Derive, other, "t-1"),
+	}
+	if again := derive(sealed.Derive, append(private, '\n'), "t-1"); !bytes.Equal(again, keys[1]) {
+		t.Error("a key changes")
+	}
+	for i, sealer := range keys {
+		public, err := sealed.Public(sealer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := envelope(t, []byte(public.PublicKey), map[string][]byte{"token": []byte("value")})
+		for j, opener := range keys {
+			if values, err := sealed.Open(t.Context(), opener, text); (err == nil) != (i == j) || err == nil && string(values["token"]) != "value" {
+				t.Errorf("sealed to %d, opened with %d: %v", i, j, err)
+			}
+		}
+	}
+	if key, err := sealed.Derive([]byte("short"), "t-1"); err == nil || key != nil {
+		t.Errorf("of what is no key: %q, %v", key, err)
+	}
+}
+
 // FuzzForm has YAML read what checkForm accepts. It must be one mapping of scalars, with at
 // most one other mapping in it.
 func FuzzForm(f *testing.F) {
