@@ -238,9 +238,6 @@ func objectMembers(data []byte) ([]member, error) {
 // Image returns the image of a config, normalised, and nothing else. It does not look at the rest
 // of the config, which may be wrong. ok is false if there is no image that can be read.
 func Image(data []byte) (image reference.Named, ok bool) {
-	if isUTF16(data) {
-		return nil, false
-	}
 	dec := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(data, []byte(byteOrderMark))))
 	if tok, err := dec.Token(); err != nil || tok != json.Delim('{') {
 		return nil, false
