@@ -85,7 +85,7 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-func start(t *testing.T, solver *scripted, change func(*server.Config)) *fixture {
+func start(t testing.TB, solver *scripted, change func(*server.Config)) *fixture {
 	t.Helper()
 	log := new(syncBuffer)
 	cfg := server.Config{

@@ -39,7 +39,7 @@ func (f *file) Current() (*tenants.Set, error) {
 }
 
 // write replaces the entries of the file.
-func (f *file) write(t *testing.T, entries ...string) {
+func (f *file) write(t testing.TB, entries ...string) {
 	t.Helper()
 	text := "version: 1\ndefaults: {from: [\"*\"]}\ntenants:\n  " + strings.Join(entries, "\n  ") + "\n"
 	set, err := tenants.Read([]tenants.File{{Name: "tenants", Data: []byte(text)}}, tenants.Installation{PayloadSecret: []byte(secret)})
@@ -68,7 +68,7 @@ func many(more ...string) []string {
 	return append(list, more...)
 }
 
-func startTenants(t *testing.T, solver *scripted, entries []string, change func(*server.Config)) (*fixture, *file) {
+func startTenants(t testing.TB, solver *scripted, entries []string, change func(*server.Config)) (*fixture, *file) {
 	t.Helper()
 	all := &file{}
 	all.write(t, entries...)
