@@ -39,8 +39,8 @@ publish: setup ## build the builder's own image with itself and push it: IMAGE=r
 	@$(stack) publish $(flags) -image=$(IMAGE)
 
 .PHONY: envelope
-envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [IMAGE=ref] [PAYLOAD_SECRET=file]
-	@tests/envelope.sh $(or $(FUNCTION),tests/testdata/hello) $(PAYLOAD_SECRET) $(IMAGE)
+envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [IMAGE=ref] [TENANT=name] [PAYLOAD_SECRET=file]
+	@tests/envelope.sh $(or $(FUNCTION),tests/testdata/hello) "$(PAYLOAD_SECRET)" "$(IMAGE)" "$(TENANT)"
 
 .PHONY: test
 test: setup test-unit test-e2e ## all tests but test-timing, test-k8s and test-fuzz

@@ -277,6 +277,15 @@ async function pack(from, config) {
   return new Response(packed.pipeThrough(new CompressionStream("gzip"))).blob();
 }
 
+// readTenant returns the headers that name the tenant. There are none without a name.
+function readTenant() {
+  const name = $("tenant").value.trim();
+  if (!name) return {};
+  // A browser refuses other characters with an error that names no field.
+  if (!/^[\x21-\x7e]+$/.test(name)) throw new Problem("tenant", "A tenant's name has lower-case letters, digits, dots, hyphens and underscores.");
+  return { "X-Build-Tenant": name };
+}
+
 async function sign(secret, body) {
   const algorithm = { name: "HMAC", hash: "SHA-256" };
   const key = await crypto.subtle.importKey("raw", encoder.encode(secret), algorithm, false, ["sign"]);
@@ -319,7 +328,7 @@ async function refusal(res) {
 }
 
 const hints = {
-  unauthorized: "Is this the payload secret that the builder has? White space around it does not matter.",
+  unauthorized: "Is this the payload secret that the builder has? White space around it does not matter. At a builder with several tenants it is your own, beside your name.",
   image_forbidden: "The builder's allowed_images names the repositories that may be pushed to.",
   registry_denied: "The builder pushes with the credentials in its registry-config secret.",
 };
@@ -332,7 +341,7 @@ const LOST = {
 };
 
 // run builds, and returns the verdict: the last record, or what stands for it.
-async function run(from, config, secret, signal) {
+async function run(from, config, secret, tenant, signal) {
   view.phase("Packing");
   const body = await pack(from, config);
   const limit = about?.limits?.body_bytes;
@@ -350,6 +359,7 @@ async function run(from, config, secret, signal) {
     headers: {
       "Content-Type": "application/octet-stream",
       "X-Build-Signature": signature,
+      ...tenant,
       // The CE gateway passes lines on as they come for a list that begins so.
       Accept: "text/event-stream, application/x-ndjson",
     },
@@ -591,14 +601,16 @@ function showProblem(problem) {
 }
 
 async function submit() {
-  for (const field of ["source", "image", "secret", "args"]) setError(field, "");
+  for (const field of ["source", "image", "secret", "tenant", "args"]) setError(field, "");
   let config;
   let secret;
+  let tenant;
   try {
     if (!source) throw new Problem("source", "Choose what to build.");
     config = source.whole ? { image: source.image ?? "", skipPush: source.skipPush } : readConfig();
     secret = trimmed($("secret").value);
     if (!secret) throw new Problem("secret", "The builder takes signed requests only.");
+    tenant = readTenant();
   } catch (err) {
     if (!(err instanceof Problem)) throw err;
     showProblem(err);
@@ -615,7 +627,7 @@ async function submit() {
 
   let verdict;
   try {
-    verdict = await run(source, config, secret, signal);
+    verdict = await run(source, config, secret, tenant, signal);
   } catch (err) {
     verdict = signal.aborted ? { status: "canceled", error: "Nothing was pushed, unless the push had ended." } : failure(err);
   }

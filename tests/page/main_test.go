@@ -351,6 +351,17 @@ func (w *wire) record(h http.Handler) http.Handler {
 	})
 }
 
+// since are the requests after the first n.
+func (w *wire) since(n int) []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var list []string
+	for _, request := range w.requests[n:] {
+		list = append(list, string(request))
+	}
+	return list
+}
+
 // count is the number of requests so far.
 func (w *wire) count() int {
 	w.mu.Lock()

@@ -100,6 +100,39 @@ func TestBuild(t *testing.T) {
 	p.looks("cached")
 }
 
+// TestTenant: the page names the tenant in a header, sends none without a name, and keeps the
+// name nowhere.
+func TestTenant(t *testing.T) {
+	s, f := stack.Test(t, stack.FunctionConfig{})
+	url, sent := behind(t, f, f.URL, "/", nil)
+	p := open(t, url)
+	p.choose("folder", stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}))
+	for name, want := range map[string]string{"": "", " acme ": "X-Build-Tenant: acme\r\n"} {
+		p.fill("tenant", name)
+		before := sent.count()
+		p.submit(s.Registry.Image("page/tenant:v1"), f.Secret)
+		p.pushed()
+		for _, request := range sent.since(before) {
+			if head, _, _ := strings.Cut(request, "\r\n\r\n"); strings.HasPrefix(head, "POST") && (want == "") == strings.Contains(head+"\r\n", "X-Build-Tenant") ||
+				strings.HasPrefix(head, "POST") && !strings.Contains(head+"\r\n", want) {
+				t.Errorf("with the name %q: %s", name, head)
+			}
+		}
+	}
+	if got := js[string](p, `JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + document.cookie`); got != "{}{}" {
+		t.Errorf("the page stores something: %q", got)
+	}
+	before := sent.count()
+	p.fill("tenant", "acmé")
+	p.click("submit")
+	p.until("an error", func() bool { return strings.Contains(p.text("#tenant-error"), "lower-case letters") })
+	for _, request := range sent.since(before) {
+		if strings.HasPrefix(request, "POST") {
+			t.Error("a name that no header can have was sent")
+		}
+	}
+}
+
 // checkFolder holds an image to what TestBuild has chosen and filled in.
 func checkFolder(t *testing.T, got map[string]*stack.File, chosen map[string]string) {
 	t.Helper()
@@ -195,7 +228,7 @@ func TestKeyboard(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"folder", "archive", "image", "secret", "args", "platforms", "SUMMARY", "submit"} {
+	for _, want := range []string{"folder", "archive", "image", "secret", "tenant", "args", "platforms", "SUMMARY", "submit"} {
 		p.run(chromedp.KeyEvent("\t"))
 		if got := js[string](p, `document.activeElement.id || document.activeElement.tagName`); got != want {
 			t.Fatalf("Tab leads to %q, not %q", got, want)
