@@ -27,15 +27,20 @@ func (b *Budget) Used() int64 {
 	return b.used
 }
 
-// take takes n bytes, or none and returns false. With force, it takes them even if they
-// exceed the limit.
-func (b *Budget) take(n int64, force bool) bool {
-	if b == nil {
+// Left returns how many bytes are left of the limit. A Budget that this one is a part of may
+// have fewer.
+func (b *Budget) Left() int64 { return b.limit - b.Used() }
+
+// take takes n bytes of b, of the Budget that b is a part of, and so on, but not of upTo and
+// those that upTo is a part of. It takes none and returns false if one does not have them. With
+// force, it takes them even if they exceed a limit.
+func (b *Budget) take(n int64, force bool, upTo *Budget) bool {
+	if b == nil || b == upTo {
 		return true
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !force && b.used+n > b.limit || !b.whole.take(n, force) {
+	if !force && b.used+n > b.limit || !b.whole.take(n, force, upTo) {
 		return false
 	}
 	b.used += n
@@ -86,7 +91,7 @@ func (a *Account) add(n int64, force bool) bool {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.of.take(n, force) {
+	if !a.of.take(n, force, nil) {
 		return false
 	}
 	a.taken += n
@@ -115,17 +120,22 @@ func (a *Account) Give(n int64) {
 }
 
 // Move makes a an account of the Budget to: it takes there what a has taken, and gives it
-// back to the old one. If to does not have as much, Move returns false and changes nothing.
+// back to the old one. Where both are parts of one Budget, nothing changes there. If to does
+// not have as much, Move returns false and changes nothing.
 func (a *Account) Move(to *Budget) bool {
 	if a == nil {
 		return true
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.of.partOf(to) && !to.take(a.taken, false) {
+	shared := to
+	for shared != nil && !a.of.partOf(shared) {
+		shared = shared.whole
+	}
+	if !to.take(a.taken, false, shared) {
 		return false
 	}
-	a.of.give(a.taken, to)
+	a.of.give(a.taken, shared)
 	a.of = to
 	return true
 }

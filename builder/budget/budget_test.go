@@ -38,6 +38,23 @@ func TestAccount(t *testing.T) {
 	}
 }
 
+// TestMoveBetweenParts moves what takes most of a Budget from one part of it to another.
+func TestMoveBetweenParts(t *testing.T) {
+	whole := New(100)
+	one := whole.Part(90)
+	other, small := whole.Part(90).Part(80), whole.Part(79)
+	a := one.Open()
+	if a.Take(80); !a.Move(other) || whole.Used() != 80 || one.Used() != 0 || other.Used() != 80 || other.whole.Used() != 80 {
+		t.Errorf("%d, %d and %d are used", whole.Used(), one.Used(), other.Used())
+	}
+	if a.Move(small) || small.Used() != 0 || other.Used() != 80 || whole.Used() != 80 || other.Left() != 0 {
+		t.Errorf("without room: %d, %d and %d are used", whole.Used(), small.Used(), other.Used())
+	}
+	if a.Close(); whole.Used() != 0 || other.Used() != 0 || other.whole.Used() != 0 {
+		t.Errorf("closed: %d and %d are used", whole.Used(), other.Used())
+	}
+}
+
 // TestConcurrent has many accounts take, move and give at once. They must never have more
 // than the limit, and nothing in the end.
 func TestConcurrent(t *testing.T) {

@@ -112,6 +112,27 @@ func TestWaitsInMemory(t *testing.T) {
 	}
 }
 
+// TestChargeWithoutRoom: a body that is too large for the disk that it is charged to stays
+// where it is.
+func TestChargeWithoutRoom(t *testing.T) {
+	disk, memory := budget.New(10<<20), budget.New(10<<20)
+	opts := testOptions(t)
+	opts.InMemory, opts.Disk, opts.Memory = 0, disk.Part(5<<20).Open(), memory.Open()
+	body := archive(file("context/x", strings.Repeat("x", 2<<20)))
+	s, err := payload.Receive(strings.NewReader(body), io.Discard, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	index, small, large := memory.Used(), disk.Part(1<<20), disk.Part(3<<20)
+	if s.Charge(nil, small) || small.Used() != 0 || disk.Used() < int64(len(body)) || memory.Used() != index {
+		t.Errorf("%d of %d bytes are charged to a disk of 1 MiB", small.Used(), disk.Used())
+	}
+	if !s.Charge(nil, large) || large.Used() < int64(len(body)) || disk.Used() != large.Used() || memory.Used() != 0 {
+		t.Errorf("%d bytes are charged to a disk of 3 MiB", large.Used())
+	}
+}
+
 // TestDiskSpent: a body that finds no room on the disk is no_space once its signature has passed,
 // and leaves nothing on the disk.
 func TestDiskSpent(t *testing.T) {

@@ -91,12 +91,19 @@ func (s *Spool) Signature() (value string, ok bool) {
 func (s *Spool) Tenant() string { return s.envelope.tenant }
 
 // Charge moves everything that the Spool has taken to other budgets. A nil budget counts
-// nothing. The Spool's account of the disk must belong to disk already, or to a part of it. If
-// memory has no room, the Spool drops its index. If there still is no room, it moves the body
-// to the disk.
-func (s *Spool) Charge(memory, disk *budget.Budget) {
+// nothing. If disk has no room, Charge returns false and moves nothing. If memory has no room,
+// the Spool drops its index. If there still is no room, it moves the body to the disk. Where
+// that has no room either, it is Payload that fails.
+func (s *Spool) Charge(memory, disk *budget.Budget) bool {
+	if !s.raw.disk.Move(disk) {
+		return false
+	}
 	s.unpack = disk
-	s.raw.disk.Move(disk)
+	s.chargeMemory(memory)
+	return true
+}
+
+func (s *Spool) chargeMemory(memory *budget.Budget) {
 	if s.memory.Move(memory) {
 		return
 	}
