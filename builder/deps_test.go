@@ -17,7 +17,7 @@ const module = "handler/function"
 // verified payload, solve, records, reply. A package that is not here may import none of ours.
 var imports = map[string][]string{
 	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server", "tenants"},
-	"server":   {"api", "budget", "buildconfig", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
+	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
 
 	"buildkit/contextfs": {"api", "payload"},

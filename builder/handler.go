@@ -128,10 +128,14 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 				log.Error().Err(err).Msg("a pool of the tenants cannot be used")
 			}
 		})
+	}
+	srv := server.New(s)
+	if directory != nil {
+		directory.OnChange(srv.TenantsChanged)
 		// It follows the files for as long as the process lives.
 		go directory.Run(context.Background())
 	}
-	return server.New(s), nil
+	return srv, nil
 }
 
 // newTenants returns nil if nobody signs. A file of tenants is an error then.

@@ -132,7 +132,7 @@ func (h description) Handle(handler.Request) (handler.Response, error) {
 			"entries":        s.Limits.Entries,
 			"builds":         s.MaxBuilds,
 		},
-		"builds_in_flight": len(s.builds),
+		"builds_in_flight": s.builds.Taken(),
 		"daemons":          map[string]int{"reachable": daemons.Reachable, "total": daemons.Total},
 	})
 }

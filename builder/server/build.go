@@ -80,6 +80,9 @@ type job struct {
 	body  *upload
 	log   zerolog.Logger
 	aside sync.WaitGroup // goroutines beside the job; they end soon after it
+
+	waited time.Duration // for its slot
+	slot   time.Time     // when it got one; zero before
 }
 
 // result is how a job ended.
@@ -102,13 +105,14 @@ func (s *Server) build(j *job) (res result) {
 	if res.err = s.admit(j); res.err != nil {
 		return res
 	}
-	defer s.builds.release()
+	defer s.builds.Release(j.body.id())
+	j.slot = time.Now()
 	s.metrics.InFlight.Inc()
 	defer s.metrics.InFlight.Dec()
 	defer context.AfterFunc(s.stopped, func() { j.cancel(errShuttingDown) })()
 
 	// A body with a slot no longer shares the memory of bodies that wait for one.
-	j.body.Charge(nil, s.disk)
+	j.body.charge(nil)
 	sp, err := s.check(j)
 	res.outcome.Warnings = sp.warnings
 	if err != nil {
@@ -156,9 +160,13 @@ func (s *Server) admit(j *job) error {
 	if s.draining.Err() != nil {
 		return errShuttingDown
 	}
-	start := time.Now()
-	if s.builds.acquire(j.ctx, 0) == nil {
-		s.metrics.Waited(time.Since(start))
+	start, tenant := time.Now(), s.fairTenant(j.body.signer)
+	waited := func() {
+		j.waited = time.Since(start)
+		s.metrics.Waited(j.waited)
+	}
+	if s.builds.Try(tenant) {
+		waited()
 		return nil
 	}
 	if j.body.Index() {
@@ -166,17 +174,19 @@ func (s *Server) admit(j *job) error {
 			return err
 		}
 	}
-	full := &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
 	var wait time.Duration
 	if j.call.waits() {
-		wait, full.Code = s.QueueWait, api.QueueTimeout
-		full.Msg += "; queue_wait has passed"
+		wait = s.QueueWait
 	}
+	ctx, stop := s.untilShutdown(j.ctx)
+	defer stop()
 	s.metrics.Waiting.Inc()
-	err := s.take(j.ctx, s.builds, wait, full)
-	s.metrics.Waiting.Dec()
-	s.metrics.Waited(time.Since(start))
-	return err
+	defer s.metrics.Waiting.Dec()
+	defer waited()
+	if err := s.builds.Acquire(ctx, tenant, wait); err != nil {
+		return s.noSlot(err, tenant, j.call.waits())
+	}
+	return nil
 }
 
 // openContext is a build context that can be read until it is closed.

@@ -93,6 +93,7 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+	defer s.working(body.tenantID(), cancel)()
 	var digest string
 	var there bool
 	if err = body.refused(); err == nil {
@@ -104,7 +105,7 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		opts := c.answer()
 		opts.Sign, opts.Request = body.sign, body.request()
-		s.refuseSigned(w, r, body.signer, because(ctx, err), opts)
+		s.refuseSigned(w, r, body.signer, s.shares.busy(because(ctx, err), body.share), opts)
 		return
 	}
 	c.log.Info().Str("context", digest).Int64("bytes", body.Size()).Bool("there", there).Msg("context received")
@@ -147,10 +148,10 @@ func (s *Server) checkContext(ctx context.Context, body *upload) error {
 		return err
 	}
 	defer s.contextSlots.release()
-	body.Charge(nil, s.disk)
+	body.charge(nil)
 	_, err := body.Payload()
 	// The registry needs only the body, so the index can go if others need its memory.
-	body.Charge(s.waiting, s.disk)
+	body.charge(body.share.memory)
 	return err
 }
 
@@ -178,7 +179,9 @@ func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.P
 		return nil, nil, err
 	}
 	defer stream.Close()
-	spool, err := payload.Receive(stream, io.Discard, s.payloadOptions(toRead, j.body.root, nil))
+	opts, disk := s.payloadOptions(toRead, j.body.root, nil), j.body.share.disk
+	opts.HeadDisk, opts.Disk = disk.Open(), disk.Open()
+	spool, err := payload.Receive(stream, io.Discard, opts)
 	if err != nil {
 		if e, ok := errors.AsType[*api.Error](err); ok {
 			return nil, nil, e
@@ -193,7 +196,7 @@ func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.P
 		spool.Close()
 		return nil, nil, err
 	}
-	spool.Charge(nil, s.disk)
+	spool.Charge(nil, disk)
 	p, err := spool.Payload()
 	if err != nil {
 		spool.Close()

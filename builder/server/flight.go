@@ -80,7 +80,10 @@ func (s *Server) run(f *flight, body *upload) {
 	// Nothing needs the sum before the verdict, and summing a large body takes a while.
 	j.aside.Go(func() { body.request() })
 
+	defer s.working(f.tenant, f.cancel)()
+
 	res := s.build(j)
+	res.err = s.shares.busy(res.err, body.share)
 	rec := res.record(f.image)
 	rec.Request = body.request()
 	took := time.Since(f.call.start)

@@ -60,7 +60,7 @@ func final(rec api.Record) bool {
 		return true
 	}
 	switch status := rec.Code.HTTPStatus(); {
-	case rec.Code == api.Canceled, status == http.StatusTooManyRequests, status >= 500:
+	case rec.Code == api.Canceled, rec.Code == api.Suspended, status == http.StatusTooManyRequests, status >= 500:
 		return false
 	}
 	return true

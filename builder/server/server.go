@@ -19,7 +19,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
-	"handler/function/budget"
+	"handler/function/fair"
 	"handler/function/metrics"
 	"handler/function/page"
 	"handler/function/payload"
@@ -34,6 +34,11 @@ type Solver interface {
 	// Find returns what the daemons of a pool remember of the last build whose solve.Name
 	// has this Call. It returns nil if they remember none. pool is a solve.Tenant.Pool.
 	Find(ctx context.Context, pool, call string) (*solve.Past, error)
+	// Counted says whether Running counts the builds in a pool.
+	Counted(pool string) bool
+	// Running asks the daemons how many builds other processes have there, by the tenant's
+	// id. It returns soon after ctx has ended.
+	Running(ctx context.Context) func(tenant string) int
 	// Daemons counts the daemons. It returns when ctx ends at the latest.
 	Daemons(ctx context.Context) solve.Daemons
 }
@@ -126,9 +131,9 @@ type Server struct {
 	routes            map[string]map[string]http.Handler
 	keys              keyring
 	intake            *intake
-	disk              *budget.Budget // for all bodies
-	waiting           *budget.Budget // of memory, for builds that wait for a slot
-	builds            slots
+	shares            *shares // of the disk for all bodies, and of memory for those that wait for a slot
+	builds            *fair.Slots
+	underway          underway
 	contextSlots      slots // for contexts on their way to the registry
 	flights           flights
 	daemons           daemonCount
@@ -147,17 +152,18 @@ func New(cfg Config) *Server {
 	s := &Server{
 		Config:       cfg,
 		keys:         keyring{read: cfg.PayloadSecret, log: cfg.Log},
-		disk:         budget.New(cfg.SpoolBytes),
-		waiting:      budget.New(waitingMemory),
-		builds:       make(slots, cfg.MaxBuilds),
+		shares:       newShares(waitingMemory, cfg.SpoolBytes),
+		builds:       fair.New(cfg.MaxBuilds),
+		underway:     underway{all: make(map[*work]bool)},
 		contextSlots: make(slots, maxContextSlots),
 		flights:      flights{all: make(map[flightID]*flight)},
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
-	s.intake = newIntake(s.draining, s.disk, intakeLimits{
+	s.intake = newIntake(s.draining, s.shares.disk, intakeLimits{
 		uploads: cfg.MaxUploads, rate: cfg.UploadMinRate, grace: cfg.UploadGrace, spool: cfg.SpoolBytes / 2,
 	})
+	s.builds.Elsewhere = s.countElsewhere
 	s.daemons.count = cfg.Solver.Daemons
 	s.metrics = metrics.New(s.daemons.get)
 

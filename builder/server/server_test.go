@@ -38,6 +38,8 @@ type scripted struct {
 	solve func(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error)
 	find  func(pool, call string) (*solve.Past, error)
 	calls atomic.Int64
+
+	running func(tenant string) int // nil does not count
 }
 
 func (s *scripted) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
@@ -54,6 +56,10 @@ func (s *scripted) Find(_ context.Context, pool, call string) (*solve.Past, erro
 	}
 	return s.find(pool, call)
 }
+
+func (s *scripted) Counted(pool string) bool { return s.running != nil }
+
+func (s *scripted) Running(context.Context) func(tenant string) int { return s.running }
 
 func (s *scripted) Daemons(context.Context) solve.Daemons {
 	return solve.Daemons{Total: 1, Reachable: 1}

@@ -3,9 +3,11 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"handler/function/api"
+	"handler/function/fair"
 )
 
 // slots bounds how many goroutines do the same thing at once. Goroutines get a slot in the
@@ -39,12 +41,19 @@ func (s slots) acquire(ctx context.Context, wait time.Duration) error {
 
 func (s slots) release() { <-s }
 
+// untilShutdown returns a context that also ends once the server shuts down. The caller must
+// call stop.
+func (s *Server) untilShutdown(ctx context.Context) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	unhook := context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })
+	return ctx, func() { unhook(); cancel(nil) }
+}
+
 // take takes a slot. Its error is full if none becomes free within wait. It waits no longer
 // once the server shuts down.
 func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full *api.Error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(s.draining, func() { cancel(errShuttingDown) })()
+	ctx, stop := s.untilShutdown(ctx)
+	defer stop()
 	switch err := from.acquire(ctx, wait); {
 	case err == nil:
 		return nil
@@ -53,4 +62,47 @@ func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full 
 	default:
 		return canceled(err)
 	}
+}
+
+// fairTenant is what a tenant may have of the build slots. Without a file there is one tenant, who
+// may have all.
+func (s *Server) fairTenant(by signer) fair.Tenant {
+	if !by.file() {
+		return fair.Tenant{ID: by.id()}
+	}
+	t := by.tenant
+	return fair.Tenant{
+		ID: t.ID, Weight: t.Weight, Most: t.Builds, Queue: t.Queue,
+		Elsewhere: t.Builds > 0 && s.Solver.Counted(t.Pool),
+	}
+}
+
+// countTimeout bounds a count of what other replicas build for tenants.
+const countTimeout = 2 * time.Second
+
+// countElsewhere is a fair.Slots.Elsewhere.
+func (s *Server) countElsewhere(ctx context.Context) func(tenant string) int {
+	ctx, cancel := context.WithTimeout(ctx, countTimeout)
+	defer cancel()
+	return s.Solver.Running(ctx)
+}
+
+// noSlot is the error of a build that got no slot. waits says that its caller waited for one.
+func (s *Server) noSlot(err error, t fair.Tenant, waits bool) error {
+	var e *api.Error
+	switch {
+	case errors.Is(err, fair.ErrQueue):
+		return &api.Error{Code: api.TenantBusy, Msg: fmt.Sprintf("%d builds of the tenant wait for a slot, and its queue allows no more", t.Queue)}
+	case errors.Is(err, fair.ErrMost):
+		e = &api.Error{Code: api.TenantBusy, Msg: fmt.Sprintf("%d builds of the tenant are running, and its builds allows no more", t.Most)}
+	case errors.Is(err, fair.ErrFull):
+		e = &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d builds are running, and max_builds allows no more", s.MaxBuilds)}
+	default:
+		return canceled(err)
+	}
+	if waits {
+		e.Code = api.QueueTimeout
+		e.Msg += "; queue_wait has passed"
+	}
+	return e
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/budget"
 	"handler/function/isolation"
 	"handler/function/payload"
 	"handler/function/signature"
@@ -21,6 +22,18 @@ import (
 type upload struct {
 	*payload.Spool
 	signer
+	share  *share
+	leave  func() // the share
+	noRoom error  // the share has none for the body
+}
+
+// charge has the tenant's share of the disk hold the body, and memory everything else.
+func (u *upload) charge(memory *budget.Budget) bool { return u.Charge(memory, u.share.disk) }
+
+// Close frees what the body takes. It must be called once.
+func (u *upload) Close() error {
+	defer u.leave()
+	return u.Spool.Close()
 }
 
 // request is a Record.Request. It waits for the sum of the body.
@@ -44,7 +57,7 @@ const (
 
 // payloadOptions says how to receive a payload. All Options of the server are made here.
 // a is the arrival of a request's body; it is nil for a context from the registry, which
-// is no stranger's.
+// is no stranger's. The caller then says which disk holds it.
 func (s *Server) payloadOptions(why purpose, root isolation.Key, a *arrival) payload.Options {
 	opts := payload.Options{
 		Limits:     s.Limits,
@@ -57,7 +70,6 @@ func (s *Server) payloadOptions(why purpose, root isolation.Key, a *arrival) pay
 		Raw:         why == toStore,
 	}
 	if a == nil {
-		opts.HeadDisk, opts.Disk = s.disk.Open(), s.disk.Open()
 		return opts
 	}
 	opts.Gate = s.intake.gate
@@ -116,8 +128,12 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, why purpose) (_
 		spool.Close()
 		return nil, err
 	}
-	spool.Charge(s.waiting, s.disk)
-	return &upload{spool, by}, nil
+	u := &upload{Spool: spool, signer: by}
+	u.share, u.leave = s.shares.enter(by)
+	if !u.charge(u.share.memory) {
+		u.noRoom = s.shares.busy(payload.ErrNoRoom, u.share)
+	}
+	return u, nil
 }
 
 // claim is what a request says about its signature before its body is read.
@@ -192,7 +208,7 @@ func (u *upload) tooLarge() error {
 
 // refused returns an error if the signer may not have done what it asks for with its body,
 // whatever the body is for.
-func (u *upload) refused() error { return cmp.Or(u.suspended(), u.tooLarge()) }
+func (u *upload) refused() error { return cmp.Or(u.suspended(), u.tooLarge(), u.noRoom) }
 
 func bodyError(err error) error {
 	if e, ok := errors.AsType[*api.Error](err); ok {
