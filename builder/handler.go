@@ -122,7 +122,7 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		return nil, err
 	}
 	if directory != nil {
-		s.Tenants = directory
+		s.Tenants, s.TenantsStale = directory, directory.Stale
 		directory.BeforeChange(func(set *tenants.Set) {
 			if err := solver.SetPools(set.Pools); err != nil {
 				log.Error().Err(err).Msg("a pool of the tenants cannot be used")

@@ -132,4 +132,12 @@ func TestTenantPools(t *testing.T) {
 	if err := json.Unmarshal(w.Body.Bytes(), &about); err != nil || about.Daemons.Total != 3 {
 		t.Errorf("%v: %s", err, w.Body)
 	}
+	// The Server was told of the tenants: it counts what only tenants are told from zero.
+	w = httptest.NewRecorder()
+	s.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	for _, line := range []string{"builder_tenants_stale 0\n", `builder_builds_total{code="tenant_busy",status="failed"} 0`} {
+		if !strings.Contains(w.Body.String(), line) {
+			t.Errorf("the metrics lack %s", line)
+		}
+	}
 }

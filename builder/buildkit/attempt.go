@@ -110,6 +110,7 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	drained.Wait()
 	switch {
 	case err == nil:
+		a.measure(ctx, resp)
 		a.seat.Worked()
 		outcome := a.plan.outcome(a.seat.Daemon, resp.ExporterResponse["containerimage.digest"])
 		if a.git != nil {
@@ -120,6 +121,19 @@ func (a *attempt) solve(ctx context.Context) verdict {
 		return brokenOff(ctx, a.seat, err)
 	}
 	return a.failed(ctx, err)
+}
+
+// measure notes the size of a tenant's image. The sizes of parts are added up, and an index of
+// them has nothing more.
+func (a *attempt) measure(ctx context.Context, resp *client.SolveResponse) {
+	if a.plan.req.Tenant == nil || !a.plan.pushes() || a.plan.joins != nil {
+		return
+	}
+	size, err := imageSize(ctx, a.seat.Client(), resp)
+	if err != nil {
+		a.cfg.Log.Warn().Err(err).Str("call_id", a.plan.req.ID).Msg("the size of an image is not known")
+	}
+	a.stats.Pushed = size
 }
 
 // put hands the plan to the daemon, in one of three forms.

@@ -17,11 +17,12 @@ import (
 // /metrics has no others.
 type Metrics struct {
 	registry *prometheus.Registry
+	tenants  *tenants // whose ids are labels
 
 	builds     *prometheus.CounterVec
 	refused    *prometheus.CounterVec
 	received   prometheus.Counter
-	sent       prometheus.Counter
+	sent       *prometheus.CounterVec
 	steps      *prometheus.CounterVec
 	placements *prometheus.CounterVec
 	moved      prometheus.Counter
@@ -47,21 +48,55 @@ var faults = []api.Code{
 	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
 }
 
-// New returns the metrics. Each scrape calls daemons, which must be quick.
-func New(daemons func() solve.Daemons) *Metrics {
-	m := &Metrics{
+// Config of Metrics. Each scrape calls its functions, which must be quick.
+type Config struct {
+	Daemons func() solve.Daemons
+
+	// Tenants adds a label with the tenant's id to the counters of builds, refusals, steps and
+	// sent bytes. There are as many series for each tenant as there are for all without it.
+	Tenants bool
+
+	// Stale says whether something is wrong with the file of tenants, so that an older one is
+	// in force. ok is false where there is no file. Nil is for an installation without one.
+	Stale func() (stale, ok bool)
+}
+
+// New returns the metrics.
+func New(cfg Config) *Metrics {
+	m := newMetrics(newTenants(cfg.Tenants))
+	m.builds.WithLabelValues(m.tenants.label("", string(api.Success), "")...)
+	m.sent.WithLabelValues(m.tenants.label("")...)
+	m.begin(faults...)
+	m.register(cfg)
+	return m
+}
+
+// begin has both counters of failures begin at zero for some codes.
+func (m *Metrics) begin(codes ...api.Code) {
+	for _, code := range codes {
+		m.builds.WithLabelValues(m.tenants.label("", string(api.Failed), string(code))...)
+		m.refused.WithLabelValues(m.tenants.label("", string(code))...)
+	}
+}
+
+// newMetrics makes the metrics, and does not register them.
+func newMetrics(t *tenants) *Metrics {
+	vec := t.counter
+	return &Metrics{
 		registry: prometheus.NewRegistry(),
-		builds: prometheus.NewCounterVec(prometheus.CounterOpts{
+		tenants:  t,
+		builds: vec(prometheus.CounterOpts{
 			Name: "builder_builds_total", Help: "Builds that ended, by status and code; a success has no code."},
 			[]string{"status", "code"}),
-		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+		refused: vec(prometheus.CounterOpts{
 			Name: "builder_requests_refused_total", Help: "Requests that never became a build, by code."},
 			[]string{"code"}),
 		received: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "builder_received_bytes_total", Help: "Bytes of request bodies received."}),
-		sent: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "builder_context_sent_bytes_total", Help: "Bytes of build contexts sent to buildkitd."}),
-		steps: prometheus.NewCounterVec(prometheus.CounterOpts{
+		sent: vec(prometheus.CounterOpts{
+			Name: "builder_context_sent_bytes_total", Help: "Bytes of build contexts sent to buildkitd."},
+			[]string{}),
+		steps: vec(prometheus.CounterOpts{
 			Name: "builder_steps_total", Help: "Build steps, by whether they came from the cache."},
 			[]string{"cached"}),
 		placements: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -83,11 +118,10 @@ func New(daemons func() solve.Daemons) *Metrics {
 		transfer: histogram("builder_transfer_seconds", "Sending the context to buildkitd."),
 		push:     histogram("builder_push_seconds", "Pushing to the registry."),
 	}
-	m.builds.WithLabelValues(string(api.Success), "")
-	for _, code := range faults {
-		m.builds.WithLabelValues(string(api.Failed), string(code))
-		m.refused.WithLabelValues(string(code))
-	}
+}
+
+func (m *Metrics) register(cfg Config) {
+	daemons := cfg.Daemons
 	gauge := func(name, help string, value func() int) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
 	}
@@ -100,7 +134,9 @@ func New(daemons func() solve.Daemons) *Metrics {
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
-	return m
+	if cfg.Stale != nil {
+		m.registry.MustRegister(stale(cfg.Stale))
+	}
 }
 
 func histogram(name, help string) prometheus.Histogram {
@@ -118,20 +154,24 @@ func (m *Metrics) Received(n int64, d time.Duration) {
 	m.receive.Observe(d.Seconds())
 }
 
-// Refused counts a request that never became a build.
-func (m *Metrics) Refused(code api.Code) { m.refused.WithLabelValues(string(code)).Inc() }
+// Refused counts a request that never became a build. tenant is the id of whose it was, or empty
+// if that is not known.
+func (m *Metrics) Refused(tenant string, code api.Code) {
+	m.refused.WithLabelValues(m.tenants.label(tenant, string(code))...).Inc()
+}
 
 // Waited counts a build that waited d for its slot.
 func (m *Metrics) Waited(d time.Duration) { m.wait.Observe(d.Seconds()) }
 
-// Built counts a build that ended d after its request was accepted. code is empty for a
-// success.
-func (m *Metrics) Built(status api.Status, code api.Code, d time.Duration, stats solve.Stats) {
-	m.builds.WithLabelValues(string(status), string(code)).Inc()
+// Built counts a build of a tenant that ended d after its request was accepted. code is empty
+// for a success.
+func (m *Metrics) Built(tenant string, status api.Status, code api.Code, d time.Duration, stats solve.Stats) {
+	label := m.tenants.label
+	m.builds.WithLabelValues(label(tenant, string(status), string(code))...).Inc()
 	m.duration.WithLabelValues(string(status)).Observe(d.Seconds())
-	m.sent.Add(float64(stats.Sent))
-	m.steps.WithLabelValues("true").Add(float64(stats.Cached))
-	m.steps.WithLabelValues("false").Add(float64(stats.Steps - stats.Cached))
+	m.sent.WithLabelValues(label(tenant)...).Add(float64(stats.Sent))
+	m.steps.WithLabelValues(label(tenant, "true")...).Add(float64(stats.Cached))
+	m.steps.WithLabelValues(label(tenant, "false")...).Add(float64(stats.Steps - stats.Cached))
 	if stats.Choice != "" {
 		m.placements.WithLabelValues(string(stats.Choice)).Inc()
 	}

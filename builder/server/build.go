@@ -83,6 +83,7 @@ type job struct {
 
 	waited time.Duration // for its slot
 	slot   time.Time     // when it got one; zero before
+	built  time.Duration // with its slot, but for the push
 }
 
 // result is how a job ended.

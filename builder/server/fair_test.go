@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -17,7 +16,6 @@ import (
 	"handler/function/server"
 	"handler/function/signature"
 	"handler/function/solve"
-	"handler/function/tenants"
 )
 
 // tenantFixture is a fixture with a file of tenants.

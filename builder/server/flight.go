@@ -87,12 +87,16 @@ func (s *Server) run(f *flight, body *upload) {
 	rec := res.record(f.image)
 	rec.Request = body.request()
 	took := time.Since(f.call.start)
-	s.metrics.Built(rec.Status, rec.Code, took, res.stats)
+	if !j.slot.IsZero() {
+		j.built = max(time.Since(j.slot)-res.stats.Push, 0)
+	}
+	s.metrics.Built(f.tenant, rec.Status, rec.Code, took, res.stats)
 	f.end(rec)
 	s.flights.end(f)
 	j.aside.Wait()
 	body.Close()
 	j.logEnd(rec, res, took)
+	j.logUsage(rec, res.stats)
 }
 
 // join adds a call, and gives it the log so far. It fails once the last waiter has

@@ -34,7 +34,7 @@ func (s *Server) refuseSigned(w http.ResponseWriter, r *http.Request, by signer,
 // countRefusal counts and logs a refusal of somebody whose signature has passed.
 func (s *Server) countRefusal(by signer, err error, id string) *api.Error {
 	e := api.AsError(err)
-	s.metrics.Refused(e.Code)
+	s.metrics.Refused(by.tenantID(), e.Code)
 	log := by.logTo(s.Log)
 	log.WithLevel(levelOf(e)).Str("call_id", id).Str("code", string(e.Code)).AnErr("cause", e).Msg("request refused")
 	return e
@@ -44,7 +44,7 @@ func (s *Server) countRefusal(by signer, err error, id string) *api.Error {
 // none. It logs the request if there is room in the log.
 func (s *Server) refuseUnverified(w http.ResponseWriter, r *http.Request, err error, opts reply.Options) {
 	e := api.AsError(err)
-	s.metrics.Refused(e.Code)
+	s.metrics.Refused("", e.Code)
 	lines := &s.refusals
 	if e.Code == api.Internal {
 		lines = &s.defects // strangers' refusals must not crowd out a defect

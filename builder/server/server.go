@@ -56,6 +56,10 @@ type Config struct {
 	// builds, and lets nobody in.
 	Tenants Tenants
 
+	// TenantsStale says whether something is wrong with the file of tenants, so that it is not
+	// what is in force. Nil leaves it out of the metrics.
+	TenantsStale func() bool
+
 	// MetricsTenants adds the ids of tenants to metrics, as labels. False leaves them out.
 	MetricsTenants bool
 
@@ -165,7 +169,7 @@ func New(cfg Config) *Server {
 	})
 	s.builds.Elsewhere = s.countElsewhere
 	s.daemons.count = cfg.Solver.Daemons
-	s.metrics = metrics.New(s.daemons.get)
+	s.metrics = metrics.New(metrics.Config{Daemons: s.daemons.get, Tenants: cfg.MetricsTenants, Stale: s.staleTenants()})
 
 	type methods = map[string]http.Handler
 	s.routes = map[string]methods{

@@ -54,6 +54,9 @@ func ended(set *tenants.Set, id string) bool {
 // TenantsChanged ends what tenants that are suspended or removed in set have waiting and running.
 // A key that is revoked ends nothing. It must be called once Tenants.Current returns set.
 func (s *Server) TenantsChanged(set *tenants.Set) {
+	if set.File {
+		s.metrics.Tenants(func(id string) bool { return set.ByID(id) != nil })
+	}
 	s.underway.mu.Lock()
 	defer s.underway.mu.Unlock()
 	for w := range s.underway.all {

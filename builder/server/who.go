@@ -40,6 +40,17 @@ func (s *Server) fileOfTenants() (*tenants.Set, error) {
 	return set, nil
 }
 
+// staleTenants is a metrics.Config.Stale.
+func (s *Server) staleTenants() func() (stale, ok bool) {
+	if s.TenantsStale == nil {
+		return nil
+	}
+	return func() (stale, ok bool) {
+		set, err := s.fileOfTenants()
+		return s.TenantsStale(), set != nil || err != nil
+	}
+}
+
 // roster reads the payload secret, and the tenants if there is a file of them. With a file the
 // payload secret is the root of isolation, and lets nobody in.
 func (s *Server) roster() (roster, error) {

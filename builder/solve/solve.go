@@ -139,6 +139,7 @@ type Stats struct {
 	Choice   Choice        // of the last attempt's daemon
 	Moved    bool          // to another daemon, on the way
 	Sent     int64         // bytes of context sent to the daemon
+	Pushed   int64         // bytes of the image's layers and configs, also of those that the registry had; zero without a Tenant
 	Transfer time.Duration // of the context to the daemon
 	Push     time.Duration
 }
@@ -149,6 +150,7 @@ func (s *Stats) Add(part Stats) {
 	s.Steps += part.Steps
 	s.Cached += part.Cached
 	s.Attempts += part.Attempts
+	s.Pushed += part.Pushed
 	s.Transfer += part.Transfer
 	s.Daemon, s.Choice = cmp.Or(part.Daemon, s.Daemon), cmp.Or(part.Choice, s.Choice)
 	s.Moved = s.Moved || part.Moved

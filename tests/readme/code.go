@@ -134,7 +134,7 @@ func metrics(files []*ast.File) map[string][]string {
 // logger names the methods of zerolog's events that add a field, and the field where it
 // is not the first argument.
 var logger = map[string]string{
-	"Str": "", "Strs": "", "Stringer": "", "Int": "", "Int64": "", "Uint64": "", "Bool": "", "Dur": "", "Time": "",
+	"Str": "", "Strs": "", "Stringer": "", "Int": "", "Int64": "", "Uint64": "", "Float64": "", "Bool": "", "Dur": "", "Time": "",
 	"AnErr": "", "Err": "error",
 }
 
