@@ -33,7 +33,7 @@ var imports = map[string][]string{
 	"tenants":     {"api", "buildconfig", "hosts", "repository", "signature"},
 	"sealed":      {"api"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
-	"contexts":    {"api"},
+	"contexts":    {"api", "owned"},
 }
 
 // reserved are prefixes of import paths that only some packages may import, and why. Of several
@@ -55,8 +55,8 @@ var reserved = []struct {
 	{"github.com/Azure/", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"cloud.google.com/", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"golang.org/x/oauth2", []string{"clouds"}, "the rest knows Docker's helpers by name"},
-	{"github.com/google/go-containerregistry", []string{"contexts"}, "BuildKit pushes images"},
-	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "contexts"}, "it has the form in which contexts asks for a login"},
+	{"github.com/google/go-containerregistry", []string{"contexts", "owned"}, "BuildKit pushes images"},
+	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "contexts", "owned"}, "it has the form in which owned asks for a login"},
 	{"github.com/openfaas/go-sdk", []string{"sealed"}, "only its envelope of secrets belongs in the function"},
 	{"github.com/openfaas/templates-sdk", []string{"server"}, "it has the form of a handler of small answers"},
 	{"github.com/prometheus/", []string{"metrics"}, "the rest counts without knowing who scrapes"},

@@ -16,9 +16,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
-	"net/netip"
 	"regexp"
 	"strings"
 	"time"
@@ -29,11 +27,11 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
+	"handler/function/owned"
 )
 
 // Config says where contexts are kept. All fields are needed.
@@ -56,41 +54,24 @@ type Config struct {
 
 // Store keeps contexts in one repository.
 type Store struct {
-	cfg       Config
-	repo      name.Repository
-	plainHTTP bool
-	stall     time.Duration // stallTimeout, except in tests
+	cfg   Config
+	repo  *owned.Repository
+	stall time.Duration // stallTimeout, except in tests
 }
 
 // New checks cfg. It sends no request.
 func New(cfg Config) (*Store, error) {
-	s := &Store{cfg: cfg, stall: stallTimeout}
-	text, plainHTTP := strings.CutPrefix(cfg.Repository, "http://")
-	var opts []name.Option
-	if plainHTTP {
-		opts = append(opts, name.Insecure)
-	}
-	repo, err := name.NewRepository(text, append(opts, name.StrictValidation)...)
+	repo, err := owned.New(owned.Config{Repository: cfg.Repository, Login: cfg.Login, RootCAs: cfg.RootCAs})
 	if err != nil {
 		return nil, fmt.Errorf("parsing context_repository: %w", err)
 	}
-	s.repo, s.plainHTTP = repo, plainHTTP || isLoopback(repo.RegistryStr())
-	return s, nil
-}
-
-func isLoopback(host string) bool {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	addr, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && addr.IsLoopback()
+	return &Store{cfg: cfg, repo: repo, stall: stallTimeout}, nil
 }
 
 const (
 	mediaType = "application/vnd.openfaas.builder.context.v1"
 	created   = "org.opencontainers.image.created"
 
-	requestTimeout  = time.Minute
 	transferTimeout = 30 * time.Minute // of sending a context to the registry, and of a sweep
 	stallTimeout    = time.Minute      // of reading a context: the longest time without a byte
 )
@@ -111,46 +92,19 @@ func (s *Store) tag(tenant, digest string) name.Tag {
 	return s.repo.Tag(text)
 }
 
-// options returns the options for the requests of one call. close closes their idle
-// connections. Every error is an *api.Error.
+// options is owned.Repository.Options. Every error is an *api.Error.
 func (s *Store) options(ctx context.Context) (opts []remote.Option, close func(), err error) {
-	host := s.repo.RegistryStr()
-	auth, err := s.cfg.Login(ctx, host, s.repo.RepositoryStr())
-	if err != nil {
-		return nil, nil, &api.Error{Code: api.RegistryFailed, Msg: "the credentials for the context registry cannot be read", Err: err}
+	opts, done, err := s.repo.Options(ctx)
+	if errors.Is(err, owned.ErrLogin) {
+		err = &api.Error{Code: api.RegistryFailed, Msg: "the credentials for the context registry cannot be read", Err: err}
 	}
-	roots, err := s.cfg.RootCAs(host)
-	if err != nil {
-		return nil, nil, err
-	}
-	t := remote.DefaultTransport.(*http.Transport).Clone()
-	t.TLSClientConfig.RootCAs = roots
-	t.ResponseHeaderTimeout = requestTimeout
-	return []remote.Option{
-		remote.WithContext(ctx),
-		remote.WithAuth(authn.FromConfig(auth)),
-		remote.WithTransport(&httpGuard{t, s.plainHTTP}),
-	}, t.CloseIdleConnections, nil
-}
-
-// httpGuard refuses plain http unless it is allowed: the library tries it with every
-// registry on a private address.
-type httpGuard struct {
-	http.RoundTripper
-	allowed bool
-}
-
-func (t *httpGuard) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme != "https" && !t.allowed {
-		return nil, fmt.Errorf("the registry is asked over plain http, and context_repository does not begin with http://")
-	}
-	return t.RoundTripper.RoundTrip(req)
+	return opts, done, err
 }
 
 // Has says whether a context is there and stays for at least half of MaxAge, so that its
 // build may wait in a queue for as long. Every error is an *api.Error.
 func (s *Store) Has(ctx context.Context, tenant, digest string) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	ctx, cancel := context.WithTimeout(ctx, owned.RequestTimeout)
 	defer cancel()
 	opts, done, err := s.options(ctx)
 	if err != nil {
@@ -158,7 +112,7 @@ func (s *Store) Has(ctx context.Context, tenant, digest string) (bool, error) {
 	}
 	defer done()
 	_, age, err := s.manifest(s.tag(tenant, digest), opts)
-	if isMissing(err) {
+	if owned.IsMissing(err) {
 		return false, nil
 	}
 	if err != nil {
@@ -267,7 +221,7 @@ func (s *Store) Open(ctx context.Context, tenant, digest string) (io.ReadCloser,
 	if err != nil {
 		err = r.because(err)
 		r.end()
-		if isMissing(err) {
+		if owned.IsMissing(err) {
 			return nil, &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("the context %s has not been sent here, or has been deleted", digest), Err: err}
 		}
 		return nil, registryError(err)
@@ -307,9 +261,6 @@ func (t *transfer) Close() error {
 	return err
 }
 
-// errNoDeletion means that the registry does not let the builder delete.
-var errNoDeletion = errors.New("the registry deletes nothing")
-
 // Run deletes contexts older than MaxAge, until ctx ends: every hour or so, and once a day
 // if the registry does not let it.
 func (s *Store) Run(ctx context.Context) {
@@ -319,7 +270,7 @@ func (s *Store) Run(ctx context.Context) {
 		if n > 0 {
 			s.cfg.Log.Info().Int("contexts", n).Msg("old contexts deleted")
 		}
-		if errors.Is(err, errNoDeletion) {
+		if errors.Is(err, owned.ErrNoDeletion) {
 			wait = 24 * time.Hour
 			s.cfg.Log.Warn().Err(err).Msg("contexts are not deleted")
 		} else if err != nil && ctx.Err() == nil {
@@ -345,8 +296,8 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 		return 0, err
 	}
 	defer done()
-	tags, err := remote.List(s.repo, opts...)
-	if isMissing(err) {
+	tags, err := remote.List(s.repo.Repository, opts...)
+	if owned.IsMissing(err) {
 		return 0, nil
 	}
 	if err != nil {
@@ -359,7 +310,7 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 			continue
 		}
 		digest, age, err := s.manifest(s.repo.Tag(t), opts)
-		if isMissing(err) {
+		if owned.IsMissing(err) {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -373,11 +324,11 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 		if age < s.cfg.MaxAge {
 			continue
 		}
-		err = remote.Delete(s.repo.Digest(digest.String()), opts...)
-		switch status := statusOf(err); {
-		case status == http.StatusMethodNotAllowed, status == http.StatusUnauthorized, status == http.StatusForbidden, status == http.StatusNotImplemented:
-			return deleted, fmt.Errorf("%w: %w", errNoDeletion, err)
-		case err != nil && !isMissing(err):
+		err = owned.Delete(s.repo.Digest(digest.String()), opts)
+		if errors.Is(err, owned.ErrNoDeletion) {
+			return deleted, err
+		}
+		if err != nil {
 			failed++
 			first = cmp.Or(first, fmt.Errorf("deleting %s: %w", t, err))
 			continue
@@ -390,22 +341,12 @@ func (s *Store) sweep(ctx context.Context) (deleted int, err error) {
 	return deleted, nil
 }
 
-// statusOf returns the status of the registry's answer, or 0 if err is about something else.
-func statusOf(err error) int {
-	if e, ok := errors.AsType[*transport.Error](err); ok {
-		return e.StatusCode
-	}
-	return 0
-}
-
-func isMissing(err error) bool { return statusOf(err) == http.StatusNotFound }
-
 // registryError makes err of a request one for the client.
 func registryError(err error) error {
 	if e, ok := errors.AsType[*api.Error](err); ok {
 		return e
 	}
-	switch status := statusOf(err); {
+	switch status := owned.StatusOf(err); {
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		return &api.Error{Code: api.RegistryDenied, Msg: "the registry of contexts refuses the builder", Err: err}
 	case status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:

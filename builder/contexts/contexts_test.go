@@ -25,6 +25,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
+	"handler/function/owned"
 )
 
 // standin is a registry in memory, since these tests start no process; the tests module uses a
@@ -281,7 +282,7 @@ func TestSweep(t *testing.T) {
 	for name, digest := range all {
 		// This registry keeps the tag of what is deleted.
 		_, err := remote.Head(s.repo.Digest(digest.String()))
-		if gone := name == digits("4") || name == digits("5") || name == "t-7f3a-"+digits("6"); isMissing(err) != gone {
+		if gone := name == digits("4") || name == digits("5") || name == "t-7f3a-"+digits("6"); owned.IsMissing(err) != gone {
 			t.Errorf("%s: %v, want it gone: %v", name, err, gone)
 		}
 	}
