@@ -16,6 +16,7 @@ VIA ?= kubectl
 STANDINS ?= auto
 OPENFAAS ?= true
 DIR ?= buildkit/certs
+TENANTS ?= tenants.yml
 FUZZTIME ?= 20s
 
 # Not go run, which would not pass SIGTERM on.
@@ -24,7 +25,7 @@ flags = -standins=$(STANDINS) $(if $(REGISTRY_CONFIG),-registry-config=$(REGISTR
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: setup ## build, push, pull back and run a sample, or FUNCTION=dir IMAGE=ref
@@ -103,6 +104,12 @@ secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_S
 .PHONY: tenant
 tenant: ## print an entry of the file of tenants, with a new id and a new key: NAME=acme IMAGES=registry.example.com/acme
 	@buildkit/tenant.sh '$(NAME)' '$(IMAGES)'
+
+.PHONY: tenant-forget
+tenant-forget: ## remove a tenant's contexts and cache tags: ID=, CONTEXT_REPOSITORY=, CACHE_REPOSITORY=, TENANTS=, REGISTRY_CONFIG=, REGISTRY_CA=host=file
+	@go -C builder build -o ../.cache/bin/tenant-forget ./cmd/tenant-forget
+	@.cache/bin/tenant-forget -id=$(ID) -contexts=$(CONTEXT_REPOSITORY) -cache=$(CACHE_REPOSITORY) \
+		$(addprefix -tenants=,$(TENANTS)) $(addprefix -ca=,$(REGISTRY_CA)) -registry-config=$(or $(REGISTRY_CONFIG),$$HOME/.docker/config.json)
 
 # go vet and staticcheck read the tests on Kubernetes too, which need a tag.
 .PHONY: lint

@@ -20,6 +20,8 @@ var imports = map[string][]string{
 	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
 
+	"cmd/tenant-forget": {"owned", "registry", "tenants"},
+
 	"buildkit/contextfs": {"api", "payload"},
 	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},
 	"buildkit/report":    {"api", "redact", "solve"},
@@ -56,7 +58,7 @@ var reserved = []struct {
 	{"cloud.google.com/", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"golang.org/x/oauth2", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"github.com/google/go-containerregistry", []string{"contexts", "owned"}, "BuildKit pushes images"},
-	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "contexts", "owned"}, "it has the form in which owned asks for a login"},
+	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "cmd/tenant-forget", "contexts", "owned"}, "it has the form in which owned asks for a login"},
 	{"github.com/openfaas/go-sdk", []string{"sealed"}, "only its envelope of secrets belongs in the function"},
 	{"github.com/openfaas/templates-sdk", []string{"server"}, "it has the form of a handler of small answers"},
 	{"github.com/prometheus/", []string{"metrics"}, "the rest counts without knowing who scrapes"},

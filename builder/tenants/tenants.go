@@ -11,6 +11,9 @@ import "time"
 // DefaultID is the id of the only tenant where there is no file.
 const DefaultID = "default"
 
+// IsID says whether a text has the form of an id in the file.
+func IsID(text string) bool { return idForm.MatchString(text) && text != DefaultID }
+
 // Tenant is one entry of the file, with the file's defaults filled in. What the installation
 // allows is a limit beside each of a tenant's own: whichever is less counts.
 type Tenant struct {

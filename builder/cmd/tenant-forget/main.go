@@ -1,0 +1,186 @@
+// Command tenant-forget removes what the builder keeps for one tenant in repositories of its
+// own: the contexts that the tenant sent ahead, and its cache. It prints what it removed, and
+// what else there is of the tenant.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/rs/zerolog"
+
+	"handler/function/owned"
+	"handler/function/registry"
+	"handler/function/tenants"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		os.Exit(2)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "tenant-forget:", err)
+		os.Exit(1)
+	}
+}
+
+// timeout is for one repository.
+const timeout = 30 * time.Minute
+
+// options are what the command line says.
+type options struct {
+	id              string
+	contexts, cache string            // repositories; empty for none
+	registryConfig  string            // a file; empty for no credentials
+	cas             map[string]string // files, by the registry's host
+	tenants         []string          // files
+}
+
+func parse(args []string, help io.Writer) (*options, error) {
+	o := &options{cas: make(map[string]string)}
+	f := flag.NewFlagSet("tenant-forget", flag.ContinueOnError)
+	f.SetOutput(help)
+	f.StringVar(&o.id, "id", "", "the tenant's `id`")
+	f.StringVar(&o.contexts, "contexts", "", "the function's context_repository")
+	f.StringVar(&o.cache, "cache", "", "the function's cache_repository; http:// before it asks the registry over plain http")
+	f.StringVar(&o.registryConfig, "registry-config", "", "the registry config, a `file`")
+	f.Func("ca", "`host=file`: the CA of a registry", func(v string) error {
+		host, file, ok := strings.Cut(v, "=")
+		if !ok || host == "" || file == "" {
+			return errors.New("want host=file")
+		}
+		o.cas[host] = file
+		return nil
+	})
+	f.Func("tenants", "a `file` of tenants, which must not have the id any more", func(v string) error {
+		o.tenants = append(o.tenants, v)
+		return nil
+	})
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	switch {
+	case f.NArg() > 0:
+		return nil, fmt.Errorf("%q is no flag", f.Arg(0))
+	case o.contexts == "" && o.cache == "":
+		return nil, errors.New("neither a repository of contexts nor one of cache is named, so there is nothing to remove")
+	}
+	return o, nil
+}
+
+func run(ctx context.Context, args []string, out, help io.Writer) error {
+	o, err := parse(args, help)
+	if err != nil {
+		return err
+	}
+	if err := o.check(); err != nil {
+		return err
+	}
+	log := zerolog.New(os.Stderr).Level(zerolog.WarnLevel)
+	credentials := registry.New(registry.Config{File: o.registryConfig, CAFiles: o.cas, Log: log})
+	var failed error
+	for _, r := range []struct {
+		repository string
+		tags       *regexp.Regexp
+	}{{o.contexts, contextTags(o.id)}, {o.cache, cacheTags(o.id)}} {
+		if r.repository == "" {
+			continue
+		}
+		if err := remove(ctx, credentials, r.repository, r.tags, out); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", r.repository, err))
+		}
+	}
+	fmt.Fprintf(out, stays, o.id)
+	return failed
+}
+
+// check wants an id of the right form that no tenant has any more.
+func (o *options) check() error {
+	if !tenants.IsID(o.id) {
+		return fmt.Errorf("%q is no id of a tenant", o.id)
+	}
+	if len(o.tenants) == 0 {
+		return nil
+	}
+	var files []tenants.File
+	for _, name := range o.tenants {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return fmt.Errorf("reading tenants: %w", err)
+		}
+		files = append(files, tenants.File{Name: name, Data: data})
+	}
+	set, err := tenants.Read(files, tenants.Installation{})
+	if err != nil {
+		return fmt.Errorf("reading tenants: %w", err)
+	}
+	if t := set.ByID(o.id); t != nil {
+		return fmt.Errorf("%s is the id of tenant %s: revoke the tenant first", o.id, t.Name)
+	}
+	return nil
+}
+
+// contextTags matches the tags of a tenant's contexts, as package contexts makes them.
+func contextTags(id string) *regexp.Regexp {
+	return regexp.MustCompile("^" + regexp.QuoteMeta(id) + "-sha256-[0-9a-f]{64}$")
+}
+
+// cacheTags matches the tags of a tenant's cache: isolation.Key.SharedKey, and "-os-arch" or
+// "-os-arch-variant" for a part of an image. The tags of a tenant whose id begins with this id
+// and "-" have more before the SharedKey, and so do not match: ids are shorter than a SharedKey.
+func cacheTags(id string) *regexp.Regexp {
+	return regexp.MustCompile("^" + regexp.QuoteMeta(id) + "-[0-9a-f]{40}(-[a-z0-9]{1,10}){0,3}$")
+}
+
+// remove removes the tags that match from a repository, and prints them and those that are left.
+func remove(ctx context.Context, credentials *registry.Credentials, repository string, tags *regexp.Regexp, out io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	r, err := owned.New(owned.Config{
+		Repository: repository,
+		Login: func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
+			l, err := credentials.Login(ctx, host, repository)
+			return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
+		},
+		RootCAs: credentials.RootCAs,
+	})
+	if err != nil {
+		return err
+	}
+	removed, left, err := r.Remove(ctx, tags.MatchString)
+	if err != nil && len(removed)+len(left) == 0 {
+		return err
+	}
+	fmt.Fprintf(out, "%s: %d removed\n", repository, len(removed))
+	for _, tag := range removed {
+		fmt.Fprintf(out, "  %s\n", tag)
+	}
+	if len(left) > 0 {
+		fmt.Fprintf(out, "%s: %d left, for the registry's own tools\n", repository, len(left))
+		for _, reference := range left {
+			fmt.Fprintf(out, "  %s\n", reference)
+		}
+	}
+	return err
+}
+
+// stays says what else there is of a tenant, whose id is its only argument.
+const stays = `Of %s there still is:
+  in the registries: the images that it pushed; and the bytes of what was removed, until garbage collection
+  on the daemons: its layers, contexts and cache mounts, until garbage collection or buildctl prune
+  on the daemons: the history of its builds, for the time in buildkitd.toml
+  in the function: the verdicts and logs of its queued builds, for a day at most
+  in the log: the lines of its builds
+`
