@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -205,7 +206,7 @@ func TestVariants(t *testing.T) {
 	for _, f := range found {
 		names = append(names, filepath.Base(filepath.Dir(f)))
 	}
-	if want := slices.Sorted(slices.Values(append([]string{"cert-manager", "certs"}, variants...))); !slices.Equal(names, want) {
+	if want := slices.Sorted(slices.Values(append([]string{"cert-manager", "certs", "gold"}, variants...))); !slices.Equal(names, want) {
 		t.Errorf("directories %q, want %q", names, want)
 	}
 	for _, name := range variants {
@@ -224,6 +225,44 @@ func TestVariants(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestGold: the pool for some tenants is the pool, in a namespace of its own that admits it.
+func TestGold(t *testing.T) {
+	const namespace = "buildkit-gold"
+	dir := checkout(t)
+	pool, err := render(filepath.Join(dir, "pool"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gold, err := render(filepath.Join(dir, "gold"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own *corev1.Namespace
+	var rest []string
+	for _, text := range gold {
+		objects, err := decode(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o, ok := objects[0].(*corev1.Namespace); ok {
+			own = o
+			continue
+		}
+		rest = append(rest, string(text))
+	}
+	if own == nil || own.Name != namespace || own.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
+		t.Errorf("the namespace is %+v", own)
+	}
+	if len(rest) != len(pool) {
+		t.Fatalf("%d objects, and the pool has %d", len(rest), len(pool))
+	}
+	for i, text := range pool {
+		if want := strings.ReplaceAll(string(text), "namespace: openfaas\n", "namespace: "+namespace+"\n"); rest[i] != want {
+			t.Errorf("got %s, want %s", rest[i], want)
+		}
 	}
 }
 
