@@ -653,7 +653,7 @@ func TestTenantsLog(t *testing.T) {
 			t.Errorf("names nobody: %s", line)
 		}
 	}
-	if want := map[string]int{"build started": 1, "build ended": 2, "build joined": 1, "context received": 1}; !maps.Equal(counts, want) {
+	if want := map[string]int{"build started": 1, "usage": 2, "build ended": 2, "build joined": 1, "context received": 1}; !maps.Equal(counts, want) {
 		t.Errorf("lines %v, want %v", counts, want)
 	}
 }
