@@ -210,6 +210,13 @@ func (s *Spool) SHA256() (sum [sha256.Size]byte, ok bool) {
 	return s.sum, s.sumOK
 }
 
+// Stored returns an *api.Error if the body could not be stored, and so cannot be read once more.
+func (s *Spool) Stored() error {
+	s.raw.mu.RLock()
+	defer s.raw.mu.RUnlock()
+	return s.raw.err
+}
+
 // Raw reads the body as it was sent. After Payload only a plain tar can be read, or a body
 // with Options.Raw.
 func (s *Spool) Raw() *io.SectionReader { return io.NewSectionReader(s.raw, 0, s.size) }

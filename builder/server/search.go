@@ -26,6 +26,9 @@ func (s *Server) askBody(ctx context.Context, a *arrival, c claim, spool *payloa
 	if !named && !c.open {
 		return nil, nil, nil
 	}
+	if err := spool.Stored(); err != nil {
+		return nil, nil, err // which says nothing about anybody's key
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()

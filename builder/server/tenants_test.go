@@ -194,6 +194,21 @@ func TestWhose(t *testing.T) {
 	}
 }
 
+// TestWhoseIsLost: a body that could not be stored cannot say whose it is. That is no fault of
+// its sender.
+func TestWhoseIsLost(t *testing.T) {
+	f, _ := startTenants(t, &scripted{}, many(), func(c *server.Config) {
+		c.Limits.Body, c.Limits.Unpacked = 8<<20, 8<<20
+		c.SpoolMemory, c.TempDir = 2<<20, "/nowhere"
+	})
+	body := pack(t, imageOf("acme"), "context/x", strings.Repeat("x", 3<<20))
+	for what, r := range map[string]*http.Request{"the image": f.as(t, "acme", body), "the name": f.as(t, "acme", body, api.TenantHeader, "acme")} {
+		if a := f.do(t, r); a.status != 500 || a.rec.Code != api.Internal {
+			t.Errorf("%s: %d %s", what, a.status, a.body)
+		}
+	}
+}
+
 // TestFewKeys: with at most eight keys, no request has to say whose it is.
 func TestFewKeys(t *testing.T) {
 	f, _ := startTenants(t, &scripted{}, many()[:8], func(c *server.Config) { c.Contexts = &inMemory{all: map[string][]byte{}} })
