@@ -131,7 +131,7 @@ func (a *attempt) measure(ctx context.Context, resp *client.SolveResponse) {
 	}
 	size, err := imageSize(ctx, a.seat.Client(), resp)
 	if err != nil {
-		a.cfg.Log.Warn().Err(err).Str("call_id", a.plan.req.ID).Msg("the size of an image is not known")
+		a.plan.logTo(a.cfg.Log).Warn().Err(err).Msg("the size of an image is not known")
 	}
 	a.stats.Pushed = size
 }

@@ -191,7 +191,7 @@ func (s *Solver) build(ctx context.Context, p *plan, log solve.Log, say func(str
 func (s *Solver) prepare(ctx context.Context, p *plan) error {
 	if p.cache != nil {
 		if err := s.cfg.Credentials.Prepare(ctx, []reference.Named{p.cache}); err != nil && ctx.Err() == nil {
-			s.cfg.Log.Warn().Err(err).Str("call_id", p.req.ID).Msg("building without the cache repository")
+			p.logTo(s.cfg.Log).Warn().Err(err).Msg("building without the cache repository")
 		}
 	}
 	if !p.pushes() {

@@ -10,6 +10,7 @@ import (
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
+	"github.com/rs/zerolog"
 	"github.com/tonistiigi/fsutil"
 
 	"handler/function/buildkit/contextfs"
@@ -88,6 +89,16 @@ func cacheTag(repository reference.Named, req *solve.Request, suffix string) ref
 }
 
 func (p *plan) key() pool.Key { return pool.Key{Cache: p.req.SharedKey, Native: p.native} }
+
+// logTo is log with whose build it is.
+func (p *plan) logTo(log zerolog.Logger) *zerolog.Logger {
+	with := log.With().Str("call_id", p.req.ID)
+	if t := p.req.Tenant; t != nil {
+		with = with.Str("tenant", t.ID).Str("key", t.Key)
+	}
+	log = with.Logger()
+	return &log
+}
 
 func (p *plan) named() bool { return p.name != solve.Name{} }
 

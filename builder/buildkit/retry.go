@@ -104,7 +104,7 @@ func (r *run) repeat(ctx context.Context, try func(context.Context, earlier) ver
 		case elsewhere:
 			e = earlier{avoid: v.daemon}
 			moved = v.err.Code
-			r.cfg.Log.Warn().Err(r.plan.masked(v.err.Err)).Str("call_id", r.plan.req.ID).Str("daemon", v.daemon.Addr()).Str("code", string(moved)).Msg("solving again")
+			r.plan.logTo(r.cfg.Log).Warn().Err(r.plan.masked(v.err.Err)).Str("daemon", v.daemon.Addr()).Str("code", string(moved)).Msg("solving again")
 		case later:
 			e.prefer, e.built = v.daemon, v.daemon
 		case follow:

@@ -167,3 +167,18 @@ func TestPast(t *testing.T) {
 		}
 	}
 }
+
+// TestLogTo: a line about a tenant's build says whose it is, and with which key it was signed.
+func TestLogTo(t *testing.T) {
+	for want, tenant := range map[string]*solve.Tenant{
+		`{"level":"warn","call_id":"call","message":"m"}`:                           nil,
+		`{"level":"warn","call_id":"call","tenant":"t-1","key":"k1","message":"m"}`: {ID: "t-1", Key: "k1"},
+	} {
+		var b strings.Builder
+		p := &plan{req: &solve.Request{ID: "call", Tenant: tenant}}
+		p.logTo(zerolog.New(&b)).Warn().Msg("m")
+		if got := strings.TrimSpace(b.String()); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}

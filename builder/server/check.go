@@ -114,6 +114,7 @@ func (s *Server) solveTenant(by signer) *solve.Tenant {
 	t := by.tenant
 	return &solve.Tenant{
 		ID:              t.ID,
+		Key:             by.key.ID,
 		Pool:            t.Pool,
 		Memory:          t.Memory,
 		CPUs:            t.CPUs,

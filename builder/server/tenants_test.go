@@ -392,7 +392,7 @@ func TestTenantsMay(t *testing.T) {
 		}},
 		{"rich", imageOf("rich"), "", func(r *solve.Request) bool {
 			s := r.Tenant.Sources
-			return r.Tenant.ID == "t-rich" && r.Tenant.Memory == 1<<30 && r.Tenant.CPUs == 2 && r.Tenant.BuildTimeout == 5*time.Minute && !r.Tenant.BuilderRegistry &&
+			return r.Tenant.ID == "t-rich" && r.Tenant.Key != "" && r.Tenant.Memory == 1<<30 && r.Tenant.CPUs == 2 && r.Tenant.BuildTimeout == 5*time.Minute && !r.Tenant.BuilderRegistry &&
 				strings.Contains(string(r.Tenant.RegistryConfig), "r.example.com") && s.Images[0] == "ghcr.io/rich" && s.Own[0] == "ghcr.io/acme/cache" &&
 				s.Others("ghcr.io/acme/app") && !s.Others("ghcr.io/rich/app") && s.From[0] == "docker.io/library/*" && s.Asked[0] == "r.example.com" && s.Hosts[0] == "github.com"
 		}},

@@ -45,6 +45,7 @@ type Request struct {
 // Tenant is what daemons and registries need to know of the tenant of a build.
 type Tenant struct {
 	ID   string
+	Key  string // the id of the key that signed, for the log
 	Pool string // of daemons; empty is the shared one
 
 	Memory int64   // bytes of one step; zero is no limit
