@@ -140,9 +140,6 @@ func (ps *pools) close() error {
 // first. The error is about addresses; pools with such an address are left out.
 func (s *Solver) SetPools(addrs map[string][]string) error { return s.pools.set(addrs) }
 
-// CheckAddrs finds an error in addresses for Config.Addrs or SetPools.
-func CheckAddrs(addrs []string) error { return pool.CheckAddrs(addrs) }
-
 // Daemons counts the daemons of all pools. It takes up to 9 s when one no longer answers.
 func (s *Solver) Daemons(ctx context.Context) solve.Daemons {
 	list, leave := s.pools.all()

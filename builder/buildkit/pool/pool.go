@@ -74,12 +74,6 @@ func New(cfg Config) (*Pool, error) {
 	return p, nil
 }
 
-// CheckAddrs finds an error in addresses for Config.Addrs.
-func CheckAddrs(addrs []string) error {
-	_, err := parseTargets(addrs)
-	return err
-}
-
 func parseTargets(addrs []string) ([]target, error) {
 	var list []target
 	for _, addr := range addrs {
