@@ -3,6 +3,7 @@ package registry
 import (
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -37,6 +38,10 @@ type Config struct {
 	// registry token.
 	AllowBasic bool
 
+	// Mirrors say where the function itself asks for the images of a host that only the
+	// daemon reaches by its name.
+	Mirrors []Mirror
+
 	// CreateRepositories lets Prepare create missing repositories in ECR.
 	CreateRepositories bool
 
@@ -65,6 +70,33 @@ func ParseTokenHost(s string) (TokenHost, error) {
 		return TokenHost{}, err
 	}
 	return TokenHost{serverHost(registry), h}, nil
+}
+
+// Mirror is a registry's host and the place where the function asks for its images.
+type Mirror struct {
+	host  string   // in serverHost's form
+	where *url.URL // scheme and host
+}
+
+// ParseMirror takes "host=where", with the host as in image names. where is "host:port",
+// which is asked over https, or "http://host:port".
+func ParseMirror(s string) (Mirror, error) {
+	host, where, ok := strings.Cut(s, "=")
+	if !ok {
+		return Mirror{}, errors.New("there is no = in it")
+	}
+	if _, err := hosts.Parse(host); err != nil {
+		return Mirror{}, err
+	}
+	scheme := "https"
+	if rest, ok := strings.CutPrefix(where, "http://"); ok {
+		scheme, where = "http", rest
+	}
+	at, err := hosts.Parse(strings.TrimPrefix(where, "https://"))
+	if err != nil {
+		return Mirror{}, err
+	}
+	return Mirror{serverHost(host), &url.URL{Scheme: scheme, Host: at.String()}}, nil
 }
 
 // TokenPath says that a registry's token service has another beginning for the names of

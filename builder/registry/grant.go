@@ -19,6 +19,9 @@ import (
 // tokens, for the registries that it talks to. It may be used from many goroutines.
 type Grant struct {
 	creds *Credentials
+	// lent are other credentials than creds, for single repositories that the build pushes
+	// to. A key is as those of pushes.
+	lent map[string]*Credentials
 
 	// pushes are the repositories that the build pushes to. A key is "host/name",
 	// where the host is in serverHost's form and the name is the token service's; its
@@ -28,7 +31,7 @@ type Grant struct {
 	first map[string]string
 
 	mu    sync.Mutex
-	auths map[source]func() (found, error)
+	auths map[login]func() (found, error)
 	// none and some are the hosts for which credentials were looked for in vain, and
 	// those for which some were found. A host may be in both: the credentials may be
 	// for one of its repositories alone.
@@ -40,38 +43,80 @@ type Grant struct {
 	other map[string]string
 }
 
+// login is one entry of somebody's credentials.
+type login struct {
+	of *Credentials
+	source
+}
+
 // Grant makes the grant of a build that pushes to the given repositories and pulls
 // from any other.
 func (c *Credentials) Grant(pushes []reference.Named) *Grant {
 	g := &Grant{
 		creds:  c,
+		lent:   make(map[string]*Credentials),
 		pushes: make(map[string]string),
 		first:  make(map[string]string),
-		auths:  make(map[source]func() (found, error)),
+		auths:  make(map[login]func() (found, error)),
 		none:   make(map[string]bool),
 		some:   make(map[string]bool),
 		wanted: make(map[string]string),
 		other:  make(map[string]string),
 	}
 	for _, ref := range pushes {
-		host, repository := serverHost(reference.Domain(ref)), reference.Path(ref)
-		if g.first[host] == "" {
-			g.first[host] = repository
-		}
-		g.pushes[host+"/"+repository] = repository
-		if name, ok := c.tokenPath(host, repository); ok && g.pushes[host+"/"+name] == "" {
-			g.pushes[host+"/"+name] = repository
-		}
+		g.mayPush(ref)
 	}
 	return g
+}
+
+// mayPush returns the keys of ref in pushes.
+func (g *Grant) mayPush(ref reference.Named) []string {
+	host, repository := serverHost(reference.Domain(ref)), reference.Path(ref)
+	if g.first[host] == "" {
+		g.first[host] = repository
+	}
+	keys := []string{host + "/" + repository}
+	g.pushes[keys[0]] = repository
+	if name, ok := g.creds.tokenPath(host, repository); ok && g.pushes[host+"/"+name] == "" {
+		keys = append(keys, host+"/"+name)
+		g.pushes[keys[1]] = repository
+	}
+	return keys
+}
+
+// Lend lets the build push to one more repository, with the credentials c. They are for this
+// repository alone. It must be called before the grant is used.
+func (g *Grant) Lend(c *Credentials, ref reference.Named) {
+	for _, key := range g.mayPush(ref) {
+		g.lent[key] = c
+	}
+}
+
+// owner returns the credentials that count for a repository.
+func (g *Grant) owner(host, repository string) *Credentials {
+	if c := g.lent[serverHost(host)+"/"+repository]; c != nil {
+		return c
+	}
+	return g.creds
 }
 
 // Basic returns the user name and password for host. Both are empty where there are
 // none, or none but an identity token. The daemon names the host alone, and uses them
 // for the whole build: so they are those of the first repository that this build
-// pushes to there.
+// pushes to there. Those that are lent count only if the build has none of its own for
+// this host.
 func (g *Grant) Basic(ctx context.Context, host string) (username, password string, err error) {
-	f, err := g.auth(ctx, host, g.first[serverHost(host)])
+	repository := g.first[serverHost(host)]
+	if g.owner(host, repository) != g.creds {
+		serves, _, err := g.creds.Serves(host)
+		if err != nil {
+			return "", "", err
+		}
+		if serves {
+			repository = ""
+		}
+	}
+	f, err := g.auth(ctx, host, repository)
 	if err == nil {
 		err = f.failed
 	}
@@ -121,7 +166,9 @@ func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
 	if err != nil {
 		return Token{}, err
 	}
-	have, err := g.auth(ctx, req.Host, g.repository(req.Host, scopes))
+	repository := g.repository(req.Host, scopes)
+	scopes = g.sharing(req.Host, repository, scopes)
+	have, err := g.auth(ctx, req.Host, repository)
 	if err != nil {
 		return Token{}, unreadable(req.Host, err)
 	}
@@ -161,16 +208,17 @@ func (g *Grant) Token(ctx context.Context, req TokenRequest) (Token, error) {
 // each source, so that a build runs a helper once, and again when they are to be
 // renewed.
 func (g *Grant) auth(ctx context.Context, host, repository string) (found, error) {
+	owner := g.owner(host, repository)
 	for {
-		file, err := g.creds.load()
+		file, err := owner.load()
 		if err != nil {
 			return found{}, err
 		}
-		src := sourceOf(file, host, repository)
+		src := login{owner, sourceOf(file, host, repository)}
 		g.mu.Lock()
 		get, shared := g.auths[src]
 		if !shared {
-			get = sync.OnceValues(func() (found, error) { return g.creds.lookup(ctx, file, src) })
+			get = sync.OnceValues(func() (found, error) { return owner.lookup(ctx, file, src.source) })
 			g.auths[src] = get
 		}
 		g.mu.Unlock()

@@ -29,8 +29,12 @@ import (
 type Credentials struct {
 	cfg        Config
 	tokenHosts map[TokenHost]bool
-	caFiles    map[string]string // by host in serverHost's form
+	caFiles    map[string]string   // by host in serverHost's form
+	mirrors    map[string]*url.URL // by host in serverHost's form
 	clouds     *clouds.Clouds
+
+	// fixed is the whole config where it is not a file; nil where it is.
+	fixed *configfile.ConfigFile
 
 	helperTimeout time.Duration
 
@@ -47,6 +51,7 @@ func New(cfg Config) *Credentials {
 		cfg:           cfg,
 		tokenHosts:    make(map[TokenHost]bool),
 		caFiles:       make(map[string]string),
+		mirrors:       make(map[string]*url.URL),
 		helperTimeout: helperTimeout,
 	}
 	for _, h := range cfg.TokenHosts {
@@ -55,13 +60,37 @@ func New(cfg Config) *Credentials {
 	for h, f := range cfg.CAFiles {
 		c.caFiles[serverHost(h)] = f
 	}
+	for _, m := range cfg.Mirrors {
+		c.mirrors[m.host] = m.where
+	}
 	c.clouds = clouds.New(clouds.Config{Client: c.registryClient, Log: cfg.Log})
 	return c
+}
+
+// Of makes the credentials of somebody else out of a Docker config.json: of its "auths"
+// alone. A helper would be a program, or the identity, of this installation. Where
+// credentials may go, and which CAs are known, is as with c. Without a config there are no
+// credentials.
+func (c *Credentials) Of(config []byte) (*Credentials, error) {
+	file := configfile.New("")
+	if len(config) > 0 {
+		if err := file.LoadFromReader(bytes.NewReader(config)); err != nil {
+			return nil, fmt.Errorf("reading a registry config: %w", err)
+		}
+	}
+	file.CredentialsStore, file.CredentialHelpers = "", nil
+	return &Credentials{
+		cfg: c.cfg, tokenHosts: c.tokenHosts, caFiles: c.caFiles, mirrors: c.mirrors, clouds: c.clouds,
+		helperTimeout: c.helperTimeout, fixed: file,
+	}, nil
 }
 
 // load returns the config file as it is now. If it does not parse, it may be half
 // written: the last one that parsed stays in use.
 func (c *Credentials) load() (*configfile.ConfigFile, error) {
+	if c.fixed != nil {
+		return c.fixed, nil
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.cfg.File == "" {

@@ -124,6 +124,16 @@ func (g *Grant) repository(host string, scopes []string) string {
 	return repository
 }
 
+// sharing returns those of scopes whose repositories have the same owner as repository: a token
+// is one user's, and nobody's rights are mixed with another's.
+func (g *Grant) sharing(host, repository string, scopes []string) []string {
+	owner := g.owner(host, repository)
+	return slices.DeleteFunc(slices.Clone(scopes), func(text string) bool {
+		s, _ := parseScope(text)
+		return g.owner(host, s.name) != owner
+	})
+}
+
 // Hints returns, by host, what the error of a denied push can say about its cause.
 func (g *Grant) Hints() map[string]string {
 	hints := make(map[string]string)

@@ -87,7 +87,7 @@ func transient(err error) bool {
 		return st.code >= 500 || st.code == http.StatusTooManyRequests
 	}
 	var cert *tls.CertificateVerificationError
-	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse) && !errors.As(err, &cert)
+	return !errors.Is(err, errAddress) && !errors.Is(err, errResponse) && !errors.Is(err, errAnswer) && !errors.As(err, &cert)
 }
 
 // attempt asks once, and again wherever a redirect leads to that may have the credentials.
