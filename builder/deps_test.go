@@ -25,6 +25,7 @@ var imports = map[string][]string{
 	"buildkit/contextfs": {"api", "payload"},
 	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},
 	"buildkit/report":    {"api", "redact", "solve"},
+	"buildkit/sources":   {"api", "buildconfig", "redact", "registry", "repository", "solve"},
 
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},

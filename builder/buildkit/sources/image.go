@@ -1,0 +1,161 @@
+package sources
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/distribution/reference"
+	"github.com/moby/buildkit/solver/pb"
+	digest "github.com/opencontainers/go-digest"
+
+	"handler/function/api"
+	"handler/function/registry"
+	"handler/function/repository"
+)
+
+// image decides on docker-image://rest.
+func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string) (decision, error) {
+	ref, err := reference.ParseNormalizedNamed(rest)
+	if err != nil {
+		return forbidden(op, "an image that cannot be read as one"), nil
+	}
+	ref = reference.TagNameOnly(ref)
+	if !p.mayPull(ref.Name()) {
+		// These words are the same for the builder's own repositories, for images of other
+		// tenants, and for what nobody has: no build learns from them what there is.
+		return denied(ref, &api.Error{Code: api.FromForbidden, Msg: fmt.Sprintf("image %q may not be pulled by this build", reference.FamiliarString(ref))}), nil
+	}
+	asks, named, err := p.asks(ref)
+	if err != nil {
+		return denied(ref, api.AsError(err)), nil
+	}
+	if !asks {
+		return decision{allow: true}, nil
+	}
+	told, err := p.ask(ctx, ref, named)
+	if err != nil {
+		if e, ok := errors.AsType[*api.Error](err); ok {
+			return denied(ref, e), nil
+		}
+		return decision{}, err
+	}
+	if _, ok := ref.(reference.Digested); ok {
+		return decision{allow: true}, nil
+	}
+	// Asked for a tag, the daemon would ask the registry with the credentials of whichever
+	// build asks at that moment, and give all of them the answer.
+	pinned, err := reference.WithDigest(ref, told)
+	if err != nil {
+		return denied(ref, api.AsError(err)), nil
+	}
+	return decision{convert: &pb.SourceOp{Identifier: "docker-image://" + pinned.String(), Attrs: op.GetAttrs()}}, nil
+}
+
+func denied(ref reference.Named, err *api.Error) decision {
+	return decision{deny: &Denial{Err: err, Image: ref}}
+}
+
+// mayPull says whether the rules allow a repository, whatever its registry says.
+func (p *Policy) mayPull(name string) bool {
+	for _, own := range p.cfg.Own {
+		if repository.MayBeWithin(name, own) {
+			return false
+		}
+	}
+	if slices.ContainsFunc(p.cfg.Images, func(prefix string) bool { return repository.Within(name, prefix) }) {
+		return true
+	}
+	if p.cfg.From != nil {
+		return slices.ContainsFunc(p.cfg.From, func(pattern string) bool { return repository.Match(name, pattern) })
+	}
+	return p.cfg.Others == nil || !p.cfg.Others(name)
+}
+
+// asks says whether the registry is asked for an image, and whether the operator has named its
+// host.
+func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
+	name, host := ref.Name(), reference.Domain(ref)
+	atCache := p.cfg.Cache != "" && repository.Host(name) == repository.Host(p.cfg.Cache)
+	if !atCache && slices.ContainsFunc(p.cfg.Unasked, func(pattern string) bool { return repository.Match(name, pattern) }) {
+		return false, false, nil
+	}
+	serves, named, err := p.cfg.Known.Serves(host)
+	if err != nil {
+		return false, false, err
+	}
+	covers, alsoNamed := registry.Covers(p.cfg.Asked, host)
+	mirrored := p.cfg.Known.Mirrored(host)
+	return serves || covers || mirrored, named || alsoNamed || mirrored, nil
+}
+
+// answer is what a registry says about one reference. It holds for the build.
+type answer struct {
+	turn chan struct{} // has room for whoever asks, and for whoever reads the answer
+
+	known bool
+	told  digest.Digest
+	err   error // an *api.Error, or nil
+}
+
+// ask asks for an image once in the build. An answer about a tag is one about the digest that
+// it told, too. Its error is an *api.Error, or that of a ctx that has ended.
+func (p *Policy) ask(ctx context.Context, ref reference.Named, named bool) (digest.Digest, error) {
+	key := ref.Name()
+	if d, ok := ref.(reference.Digested); ok {
+		key += "@" + d.Digest().String() // a tag beside a digest means nothing
+	} else if t, ok := ref.(reference.Tagged); ok {
+		key += ":" + t.Tag()
+	}
+	a, err := p.answerTo(key)
+	if err != nil {
+		return "", err
+	}
+	for _, turn := range []chan struct{}{a.turn, p.asking} {
+		select {
+		case turn <- struct{}{}:
+			defer func() { <-turn }()
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
+		if turn == a.turn && a.known {
+			return a.told, a.err
+		}
+	}
+	told, err := p.cfg.Asker.Ask(ctx, ref, named)
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	a.known, a.told, a.err = true, told, err
+	if err == nil {
+		p.learn(ref.Name()+"@"+told.String(), told)
+	}
+	return told, err
+}
+
+// answerTo returns the answer under a key, which may not be known yet.
+func (p *Policy) answerTo(key string) (*answer, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a := p.images[key]
+	if a == nil {
+		if len(p.images) >= 2*maxSources {
+			return nil, errTooMany
+		}
+		a = &answer{turn: make(chan struct{}, 1)}
+		p.images[key] = a
+	}
+	return a, nil
+}
+
+// learn makes the answer under a key known, if nobody asks for it now.
+func (p *Policy) learn(key string, told digest.Digest) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.images[key] == nil {
+		p.images[key] = &answer{turn: make(chan struct{}, 1), known: true, told: told}
+	}
+}
+
+var errTooMany = &api.Error{Code: api.BuildFailed, Msg: fmt.Sprintf("a build may read at most %d sources", maxSources)}

@@ -1,0 +1,139 @@
+package sources
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+
+	"github.com/distribution/reference"
+	"github.com/moby/buildkit/frontend/dockerfile/parser"
+	"github.com/moby/buildkit/frontend/dockerfile/shell"
+	"github.com/moby/buildkit/solver/errdefs"
+	"github.com/moby/buildkit/solver/pb"
+)
+
+// In finds the instruction of a Dockerfile that names the denied source, among those for which
+// the daemon does not say it: ADD, and RUN with mounts. args are the build's arguments. It is
+// nil if no instruction is found, such as one with a variable that comes out of a base image.
+func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *errdefs.Source {
+	ast, err := parser.Parse(bytes.NewReader(dockerfile))
+	if err != nil {
+		return nil
+	}
+	s := &search{denial: d, lex: shell.NewLex(ast.EscapeToken), given: args, global: make(map[string]string)}
+	s.vars = s.global
+	for _, node := range ast.AST.Children {
+		if slices.ContainsFunc(s.reads(node), s.is) {
+			return &errdefs.Source{
+				Info:   &pb.SourceInfo{Filename: name, Data: dockerfile},
+				Ranges: []*pb.Range{{Start: &pb.Position{Line: int32(node.StartLine)}, End: &pb.Position{Line: int32(node.EndLine)}}},
+			}
+		}
+	}
+	return nil
+}
+
+// search looks for a denied source in a Dockerfile.
+type search struct {
+	denial *Denial
+	lex    *shell.Lex
+	given  map[string]string // build arguments
+	global map[string]string // variables before the first FROM
+	vars   map[string]string // variables at the instruction that is looked at
+}
+
+// reads returns what an instruction may read from elsewhere, before variables are replaced. It
+// learns the variables that the instruction sets.
+func (s *search) reads(node *parser.Node) (words []string) {
+	for n := node.Next; n != nil; n = n.Next {
+		words = append(words, n.Value)
+	}
+	switch strings.ToLower(node.Value) {
+	case "from":
+		s.vars = make(map[string]string)
+	case "arg":
+		s.define(words)
+	case "env":
+		// The parser gives a name, a value, and what is between them.
+		for i := 0; i+1 < len(words); i += 3 {
+			s.vars[words[i]] = s.expand(words[i+1])
+		}
+	case "add":
+		return words
+	case "run":
+		var from []string
+		for _, flag := range node.Flags {
+			for part := range strings.SplitSeq(strings.TrimPrefix(flag, "--mount="), ",") {
+				if image, ok := strings.CutPrefix(part, "from="); ok {
+					from = append(from, image)
+				}
+			}
+		}
+		return from
+	}
+	return nil
+}
+
+// define takes the words of an ARG, with or without a value. Without one, the value is that of
+// the ARG before the first FROM.
+func (s *search) define(words []string) {
+	for _, word := range words {
+		name, value, ok := strings.Cut(word, "=")
+		if given, have := s.given[name]; have {
+			s.vars[name] = given
+		} else if ok {
+			s.vars[name] = s.expand(value)
+		} else if value, ok := s.global[name]; ok {
+			s.vars[name] = value
+		}
+	}
+}
+
+func (s *search) expand(word string) string {
+	var env []string
+	for key, value := range s.vars {
+		env = append(env, key+"="+value)
+	}
+	out, _, err := s.lex.ProcessWord(word, shell.EnvsFromSlice(env))
+	if err != nil {
+		return word
+	}
+	return out
+}
+
+// is says whether a word of the Dockerfile names the denied source.
+func (s *search) is(word string) bool {
+	word = s.expand(word)
+	if s.denial.Image == nil {
+		return sameAddress(word, s.denial.Address)
+	}
+	ref, err := reference.ParseNormalizedNamed(word)
+	return err == nil && sameImage(reference.TagNameOnly(ref), s.denial.Image)
+}
+
+// sameImage compares without the tag that stands beside a digest: it means nothing.
+func sameImage(a, b reference.Named) bool {
+	da, ok := a.(reference.Digested)
+	db, ok2 := b.(reference.Digested)
+	if ok && ok2 {
+		return a.Name() == b.Name() && da.Digest() == db.Digest()
+	}
+	return a.String() == b.String()
+}
+
+// sameAddress compares a URL of the Dockerfile with what the daemon asked for: the same URL, or
+// for a git repository the URL without its scheme, and perhaps without ".git".
+func sameAddress(word, asked string) bool {
+	rest, isGit := strings.CutPrefix(asked, "git://")
+	if !isGit {
+		return word == asked
+	}
+	plain := func(s string) string {
+		if _, below, ok := strings.Cut(s, "://"); ok {
+			s = below
+		}
+		s, fragment, _ := strings.Cut(s, "#")
+		return strings.TrimSuffix(s, ".git") + "#" + fragment
+	}
+	return plain(word) == plain(rest)
+}

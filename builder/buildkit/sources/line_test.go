@@ -1,0 +1,57 @@
+package sources
+
+import (
+	"testing"
+
+	"github.com/distribution/reference"
+)
+
+func TestIn(t *testing.T) {
+	image := func(ref string) *Denial {
+		named, err := reference.ParseNormalizedNamed(ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &Denial{Image: reference.TagNameOnly(named)}
+	}
+	const digest = "@sha256:0123456789012345678901234567890123456789012345678901234567890123"
+	for _, tt := range []struct {
+		name       string
+		denial     *Denial
+		dockerfile string
+		args       map[string]string
+		line       int32 // zero is none
+	}{
+		{"a mount", image("docker.io/library/x:1"), "FROM a\nRUN --mount=type=bind,from=x:1,target=/m ls\n", nil, 2},
+		{"the second mount", image("x"), "FROM a\nRUN --mount=type=cache,target=/c --mount=from=x,target=/m ls\n", nil, 2},
+		{"a mount over lines", image("x"), "FROM a\nRUN --mount=type=bind,\\\nfrom=x,target=/m ls\n", nil, 2},
+		{"a mount of another tag", image("x:2"), "FROM a\nRUN --mount=from=x:1,target=/m ls\n", nil, 0},
+		{"a digest", image("x" + digest), "FROM a\nRUN --mount=from=x:1" + digest + ",target=/m ls\n", nil, 2},
+		{"a digest of another name", image("x" + digest), "FROM a\nRUN --mount=from=y" + digest + ",target=/m ls\n", nil, 0},
+		{"an address", &Denial{Address: "https://h/f"}, "FROM a\nADD https://h/e https://h/f /d\n", nil, 2},
+		{"another address", &Denial{Address: "https://h/f"}, "FROM a\nADD https://h/g /d\n", nil, 0},
+		{"a repository", &Denial{Address: "git://h/org/repo#main"}, "FROM a\nADD https://h/org/repo.git#main /d\n", nil, 2},
+		{"another ref", &Denial{Address: "git://h/org/repo#main"}, "FROM a\nADD https://h/org/repo.git#v1 /d\n", nil, 0},
+		{"COPY of a file of that name", &Denial{Address: "https://h/f"}, "FROM a\nCOPY https://h/f /d\n", nil, 0},
+		{"a variable", &Denial{Address: "https://h/f-2"}, "FROM a\nARG V=1\nENV V=2\nADD https://h/f-${V} /d\n", nil, 4},
+		{"a build argument", &Denial{Address: "https://h/f-3"}, "FROM a\nARG V=1\nADD https://h/f-$V /d\n", map[string]string{"V": "3"}, 3},
+		{"a global argument", &Denial{Address: "https://h/f-1"}, "ARG V=1\nFROM a\nARG V\nADD https://h/f-$V /d\n", nil, 4},
+		{"a global argument that is not taken", &Denial{Address: "https://h/f-1"}, "ARG V=1\nFROM a\nADD https://h/f-$V /d\n", nil, 0},
+		{"an argument of another stage", &Denial{Address: "https://h/f-1"}, "FROM a\nARG V=1\nFROM b\nADD https://h/f-$V /d\n", nil, 0},
+		{"no Dockerfile", image("x"), "", nil, 0},
+		{"a broken Dockerfile", image("x"), "RUN <<EOF\n", nil, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			at := tt.denial.In("Dockerfile", []byte(tt.dockerfile), tt.args)
+			if at == nil {
+				if tt.line != 0 {
+					t.Errorf("not found, want line %d", tt.line)
+				}
+				return
+			}
+			if got := at.Ranges[0].Start.Line; got != tt.line || at.Info.Filename != "Dockerfile" {
+				t.Errorf("%s:%d, want line %d", at.Info.Filename, got, tt.line)
+			}
+		})
+	}
+}
