@@ -30,12 +30,12 @@ import (
 // packages of these names; newServer adds their secrets, their logs, and the packages that they
 // need. The comment of each field names its variables. CONFIGURATION.md has the defaults.
 type Config struct {
-	// default_platform, allow_syntax, cache_repository, image_compression,
+	// default_platform, allow_syntax, from_unasked, cache_repository, image_compression,
 	// buildkit_addr, buildkit_server_name,
 	// build_timeout, push_timeout, stall_timeout, daemon_builds
 	Buildkit buildkit.Config
 
-	// allow_basic, create_repositories, token_hosts, token_paths
+	// allow_basic, create_repositories, token_hosts, token_paths, registry_mirrors
 	Registry registry.Config
 
 	// context_repository (empty refuses contexts that are sent ahead), context_max_age
@@ -87,10 +87,12 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 			CacheRepository: e.repository("cache_repository"),
 			Compression:     e.compression("image_compression", "gzip"),
 			AllowSyntax:     e.boolean("allow_syntax", false),
+			Unasked:         parsed(e, "from_unasked", repository.ParsePattern),
 		},
 		Registry: registry.Config{
 			TokenHosts:         parsed(e, "token_hosts", registry.ParseTokenHost),
 			TokenPaths:         parsed(e, "token_paths", registry.ParseTokenPath),
+			Mirrors:            parsed(e, "registry_mirrors", registry.ParseMirror),
 			AllowBasic:         e.boolean("allow_basic", true),
 			CreateRepositories: e.boolean("create_repositories", false),
 		},

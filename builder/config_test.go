@@ -33,6 +33,8 @@ func TestLoadConfig(t *testing.T) {
 		"registry_ca", "Registry.example:5000=registry-ca",
 		"token_hosts", "registry.example=auth.example:5001, own.example:5000",
 		"token_paths", "registry.example/docker=,registry.example=prefix",
+		"registry_mirrors", "docker.io=http://mirror.example:5000, ghcr.io=mirror.example",
+		"from_unasked", "docker.io/library/*, ghcr.io/acme/base",
 		"context_hosts", "github.com, http://git.example:3000",
 		"context_repository", "http://registry.example:5000/contexts",
 		"disable_hmac", "true",
@@ -61,6 +63,9 @@ func TestLoadConfig(t *testing.T) {
 	if len(c.Registry.TokenHosts) != 2 || len(c.Registry.TokenPaths) != 2 || c.Contexts.Repository != "http://registry.example:5000/contexts" || !slices.Equal(c.Server.ContextHosts, []string{"github.com", "http://git.example:3000"}) {
 		t.Errorf("token hosts %v, contexts %q from %q", c.Registry.TokenHosts, c.Contexts.Repository, c.Server.ContextHosts)
 	}
+	if len(c.Registry.Mirrors) != 2 || !slices.Equal(c.Buildkit.Unasked, []string{"docker.io/library/*", "ghcr.io/acme/base"}) {
+		t.Errorf("mirrors %v, unasked %q", c.Registry.Mirrors, c.Buildkit.Unasked)
+	}
 	if c.Buildkit.Compression != (buildkit.Compression{Type: "zstd", Level: 3}) {
 		t.Errorf("compression %+v", c.Buildkit.Compression)
 	}
@@ -76,6 +81,7 @@ func TestLoadConfigNamesWhatIsWrong(t *testing.T) {
 		{"allowed_images", "ghcr.io/UPPER"}, {"cache_repository", "ghcr.io/acme/cache:tag"}, {"registry_ca", "host"}, {"registry_ca", "host=../ca"}, {"log_level", "loud"},
 		{"registry_ca", "a.example=ca,A.example.=other"}, {"token_hosts", "registry=http://auth"}, {"token_hosts", "registry=auth/token"},
 		{"token_paths", "registry/a"}, {"token_paths", "registry:05000/a=b"},
+		{"registry_mirrors", "ghcr.io"}, {"registry_mirrors", "ghcr.io=ftp://mirror"}, {"from_unasked", "alpine"}, {"from_unasked", "*.example/app"},
 		{"context_hosts", "https://github.com/acme"}, {"context_hosts", "[::1]"},
 		{"image_compression", "gzip:best"}, {"metrics_tenants", "all"},
 		{"tenants_file", "../tenants"}, {"tenants_file", "."}, {"tenants_file", "a,a"},

@@ -18,7 +18,7 @@ const module = "handler/function"
 var imports = map[string][]string{
 	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server", "tenants"},
 	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
-	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "redact", "registry", "solve"},
+	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "buildkit/sources", "redact", "registry", "repository", "solve"},
 
 	"cmd/tenant-forget": {"owned", "registry", "tenants"},
 

@@ -14,6 +14,7 @@ import (
 	"handler/function/api"
 	"handler/function/buildkit/pool"
 	"handler/function/buildkit/report"
+	"handler/function/buildkit/sources"
 )
 
 // attempt is one solve of a plan on one daemon. It owns its seat, its Ref and its credentials,
@@ -59,7 +60,7 @@ func (r *run) attempt(ctx context.Context, e earlier) verdict {
 		r.warnEmulated(seat.Daemon)
 	}
 	r.newProgress()
-	a := &attempt{run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.cfg.Credentials.Grant(r.plan.repositories()))}
+	a := &attempt{run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.plan.grant())}
 	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
 		a.git = &gitSource{Git: git, secret: identity.NewID()}
 	}
@@ -173,6 +174,10 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		Err: err, Progress: a.progress, Mask: a.plan.mask, Pushing: a.progress.Pushing() || a.plan.joins != nil,
 		Refused: a.auths.failed(), Anonymous: a.auths.grant.Anonymous(), Hints: a.auths.grant.Hints(),
 	}
+	if d := cmp.Or(a.plan.sources.Denied(err), a.unresolved(err)); d != nil {
+		name, dockerfile := a.plan.files.Dockerfile(a.plan.req.Config.Dockerfile)
+		f.Denied, f.DeniedAt = d.Err, d.In(name, dockerfile, a.plan.req.Config.BuildArgs)
+	}
 	if a.progress.MayBeFull(err) {
 		f.Full = a.seat.CannotWrite(ctx)
 	}
@@ -182,7 +187,7 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		v.kind = follow // another replica has taken the Ref since recall
 		return v
 	}
-	if a.git != nil && a.git.err != nil && !f.Full {
+	if a.git != nil && a.git.err != nil && !f.Full && f.Denied == nil {
 		v.err = a.git.failure(a.plan.mask.Line)
 		return v
 	}
@@ -198,6 +203,15 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		v.kind = elsewhere
 	}
 	return v
+}
+
+// unresolved is a source of the Dockerfile that err is about, or nil. An error of the git context
+// has words of its own.
+func (a *attempt) unresolved(err error) *sources.Denial {
+	if a.git != nil && a.git.err != nil {
+		return nil
+	}
+	return a.plan.sources.Unresolved(err)
 }
 
 // warnEmulated tells which platforms the daemon builds under emulation.

@@ -57,15 +57,20 @@ type Config struct {
 	// AllowSyntax follows a Dockerfile's "# syntax=" line.
 	AllowSyntax bool
 
+	// Unasked are patterns of repositories that only the daemon can ask for. They count for
+	// tenants.
+	Unasked []string
+
 	Credentials *registry.Credentials
 	Log         zerolog.Logger
 }
 
 // Solver solves requests on pools of daemons.
 type Solver struct {
-	cfg     Config
-	pools   *pools
-	running running
+	cfg         Config
+	pools       *pools
+	running     running
+	cacheScheme *registry.Scheme // of CacheRepository's registry; nil without one
 }
 
 // New dials nothing. Its error is about an address.
@@ -82,7 +87,11 @@ func New(cfg Config) (*Solver, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Solver{cfg: cfg, pools: daemons}, nil
+	s := &Solver{cfg: cfg, pools: daemons}
+	if cfg.CacheRepository != nil {
+		s.cacheScheme = cfg.Credentials.Scheme(reference.Domain(cfg.CacheRepository))
+	}
+	return s, nil
 }
 
 // Close closes each connection after the last Solve that uses it.
@@ -94,7 +103,7 @@ func (s *Solver) Close() error { return s.pools.close() }
 // # Errors
 //
 // Every error is an *api.Error: bad_tar, build_failed, registry_denied, registry_failed,
-// registry_timeout, deadline, stalled, daemon_lost, daemon_full, no_daemon, bad_context,
+// registry_timeout, from_forbidden, deadline, stalled, daemon_lost, daemon_full, no_daemon, bad_context,
 // context_failed or internal. When ctx ended, it is ctx's cause if that is an *api.Error, and
 // otherwise deadline or canceled.
 func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
@@ -114,7 +123,14 @@ func (s *Solver) solve(ctx context.Context, req *solve.Request, files *contextfs
 	}
 	defer leave()
 	say := warner(log, p.mask)
+	withoutCache, err := s.forTenant(ctx, p)
+	if err != nil {
+		return solve.Outcome{}, solve.Stats{}, err
+	}
 	warnings := s.warnings(p)
+	if withoutCache != "" {
+		warnings = append(warnings, withoutCache)
+	}
 	for _, w := range warnings {
 		say(w)
 	}
@@ -145,7 +161,7 @@ func (s *Solver) enter(p *plan) (leave func(), err error) {
 
 // checkSent refuses what BuildKit cannot be given, within the build's time.
 func (s *Solver) checkSent(ctx context.Context, req *solve.Request, files *contextfs.FS) error {
-	l := s.newLimits()
+	l := s.newLimits(req.Tenant)
 	ctx, stop := l.start(ctx)
 	defer stop()
 	if err := files.CheckSent(ctx, req.Config.Dockerfile); err != nil {
@@ -197,5 +213,5 @@ func (s *Solver) prepare(ctx context.Context, p *plan) error {
 	if !p.pushes() {
 		return nil
 	}
-	return s.cfg.Credentials.Prepare(ctx, p.req.Config.References)
+	return p.credentials.Prepare(ctx, p.req.Config.References)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/solve"
 )
 
 // limits cancel a plan's context when its build, its push or the daemon's silence takes too
@@ -23,8 +24,13 @@ type limits struct {
 	began  time.Time   // when the push began
 }
 
-func (s *Solver) newLimits() *limits {
-	return &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
+// newLimits are those of a tenant's build; t may be nil.
+func (s *Solver) newLimits(t *solve.Tenant) *limits {
+	l := &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
+	if t != nil && t.BuildTimeout > 0 && (l.build == 0 || t.BuildTimeout < l.build) {
+		l.build = t.BuildTimeout
+	}
+	return l
 }
 
 // Causes of a context that limits end.

@@ -76,7 +76,7 @@ func (s *Solver) split(ctx context.Context, p *plan, say func(string)) []*plan {
 		if len(order) > 1 {
 			part.part = true
 			part.name = solve.Name{} // daemons remember the join alone
-			part.cache = cacheTag(s.cfg.CacheRepository, p.req, strings.ReplaceAll("-"+native, "/", "-"))
+			part.cache = cacheTag(p.cacheIn, p.req, strings.ReplaceAll("-"+native, "/", "-"))
 		}
 		parts = append(parts, part)
 	}

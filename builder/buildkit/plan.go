@@ -15,7 +15,9 @@ import (
 
 	"handler/function/buildkit/contextfs"
 	"handler/function/buildkit/pool"
+	"handler/function/buildkit/sources"
 	"handler/function/redact"
+	"handler/function/registry"
 	"handler/function/solve"
 )
 
@@ -39,7 +41,12 @@ type plan struct {
 	// one image.
 	joins []pushedPart
 
-	cache       reference.Named // the tag of a second copy of the cache; nil is nowhere
+	builder     *registry.Credentials // the builder's own
+	credentials *registry.Credentials // for the images
+	sources     *sources.Policy       // what may be read; nil is everything
+
+	cacheIn     reference.Named // the repository of a second copy of the cache; nil is nowhere
+	cache       reference.Named // the tag there; nil is nowhere
 	compression Compression
 	allowSyntax bool
 }
@@ -56,6 +63,9 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 		platforms:   req.Config.Platforms,
 		compression: s.cfg.Compression,
 		allowSyntax: s.cfg.AllowSyntax,
+		credentials: s.cfg.Credentials,
+		cacheIn:     s.cfg.CacheRepository,
+		builder:     s.cfg.Credentials,
 	}
 	if p.mask == nil {
 		p.mask = redact.New(req.Secrets)
@@ -63,7 +73,7 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 	if len(p.platforms) == 0 && s.cfg.DefaultPlatform != "" {
 		p.platforms = []string{s.cfg.DefaultPlatform}
 	}
-	p.cache = cacheTag(s.cfg.CacheRepository, req, "")
+	p.cache = cacheTag(p.cacheIn, req, "")
 	return p
 }
 
@@ -116,13 +126,13 @@ func (p *plan) outcome(d *pool.Daemon, digest string) solve.Outcome {
 	return outcome
 }
 
-// repositories are those that the plan may push to.
-func (p *plan) repositories() []reference.Named {
-	list := p.req.Config.References
+// grant makes the credentials of one attempt. The cache is the builder's, whoever builds.
+func (p *plan) grant() *registry.Grant {
+	g := p.credentials.Grant(p.req.Config.References)
 	if p.cache != nil {
-		list = append(slices.Clone(list), p.cache)
+		g.Lend(p.builder, p.cache)
 	}
-	return list
+	return g
 }
 
 // solveOpt are the client's options for one attempt, with a Ref and credentials of its own.
@@ -139,6 +149,9 @@ func (p *plan) solveOpt(ref string, auths *authServer) client.SolveOpt {
 		SharedKey:     p.req.SharedKey,
 		Session:       attachables,
 		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: p.exporterAttrs()}},
+	}
+	if p.sources != nil {
+		opt.SourcePolicyProvider = p.sources.Provider()
 	}
 	if p.cache == nil {
 		return opt
@@ -204,6 +217,7 @@ func (p *plan) frontendAttrs() map[string]string {
 	if p.req.CacheMountNS != "" {
 		attrs["build-arg:BUILDKIT_CACHE_MOUNT_NS"] = p.req.CacheMountNS
 	}
+	p.limitSteps(attrs)
 	// The frontend takes cmdline for the command line of a foreign frontend that has been
 	// started already. It then looks for no syntax line.
 	if !p.allowSyntax {

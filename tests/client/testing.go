@@ -82,7 +82,7 @@ var HTTPStatus = map[string]int{
 	"bad_tar": 400, "bad_config": 400, "bad_secrets": 400, "bad_envelope": 400, "bad_context": 400, "bad_body": 400,
 	"slow_upload":     400,
 	"unauthorized":    401,
-	"image_forbidden": 403, "context_forbidden": 403, "platform_forbidden": 403, "suspended": 403,
+	"image_forbidden": 403, "context_forbidden": 403, "platform_forbidden": 403, "from_forbidden": 403, "suspended": 403,
 	"not_found":          404,
 	"method_not_allowed": 405,
 	"too_large":          413,

@@ -7,8 +7,8 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
 )
 
-// maxDockerfile is how much of a Dockerfile is read for its syntax line, in bytes. The
-// line is among the first.
+// maxDockerfile is how much of a Dockerfile is read here, in bytes. Its syntax line is among the
+// first.
 const maxDockerfile = 1 << 20
 
 const defaultDockerfile = "Dockerfile"
@@ -17,6 +17,14 @@ const defaultDockerfile = "Dockerfile"
 // Dockerfile that cannot be read has none: the daemon reports its error. dockerfile is the
 // config's.
 func (f *FS) Syntax(dockerfile string) string {
+	_, data := f.Dockerfile(dockerfile)
+	_, syntax, _, _ := parser.DetectSyntax(data)
+	return syntax
+}
+
+// Dockerfile returns the Dockerfile, and the name that the daemon has for it. It is empty if
+// it cannot be read here. dockerfile is the config's.
+func (f *FS) Dockerfile(dockerfile string) (name string, data []byte) {
 	if dockerfile == "" {
 		dockerfile = defaultDockerfile
 	}
@@ -26,12 +34,11 @@ func (f *FS) Syntax(dockerfile string) string {
 		r = f.follow(path.Join(path.Dir(dockerfile), "dockerfile"))
 	}
 	if r == nil {
-		return ""
+		return dockerfile, nil
 	}
 	data, err := io.ReadAll(io.LimitReader(r, maxDockerfile))
 	if err != nil {
-		return ""
+		return dockerfile, nil
 	}
-	_, syntax, _, _ := parser.DetectSyntax(data)
-	return syntax
+	return dockerfile, data
 }

@@ -24,6 +24,12 @@ type Failure struct {
 	Full     bool // the daemon's disk is full, and the error or a step that was not started said so
 	Pushing  bool // the push had begun
 
+	// Denied is why the build's policy denied a source, if err is about that. DeniedAt is
+	// where the Dockerfile names the source, for a daemon that does not say it; nil is
+	// unknown.
+	Denied   *api.Error
+	DeniedAt *errdefs.Source
+
 	// Refused are the errors that the daemon was given when it asked for credentials, the
 	// last one first.
 	Refused   []*api.Error
@@ -32,11 +38,19 @@ type Failure struct {
 }
 
 // Classify returns the error for the client: registry_denied, registry_failed, daemon_full,
-// build_failed, or the code of the error in Refused that the daemon passes on. later says
+// build_failed, from_forbidden, or the code of the error in Denied, or in Refused, that the
+// daemon passes on. later says
 // that the registry wants the push to be repeated after a while.
 func (f *Failure) Classify() (e *api.Error, later bool) {
 	text := strings.TrimPrefix(f.Err.Error(), "failed to solve: ")
 	said := Unquoted(text)
+	// Everything after this would blame the registry that the source names.
+	if f.Denied != nil {
+		return f.denied(f.Denied.Code, f.Denied.Msg), false
+	}
+	if byPolicy.MatchString(said) {
+		return f.denied(api.FromForbidden, "a source may not be read by this build"), false
+	}
 	if exit, ok := errors.AsType[*gatewayapi.ExitError](f.Err); ok {
 		if f.Full {
 			return f.daemonFull(), false
@@ -59,6 +73,29 @@ func (f *Failure) Classify() (e *api.Error, later bool) {
 		return e, false
 	}
 	return f.buildFailed(withoutNoise(text)), false
+}
+
+// byPolicy is how BuildKit reports a denial whose message it has lost.
+var byPolicy = regexp.MustCompile(`(?:denied|not allowed) by policy`)
+
+// denied is the error of a source that may not be read, with the Dockerfile's lines that name
+// it, where these are known.
+func (f *Failure) denied(code api.Code, msg string) *api.Error {
+	at := errdefs.Sources(f.Err)
+	if len(at) == 0 && f.DeniedAt != nil {
+		at = append(at, f.DeniedAt)
+	}
+	var b strings.Builder
+	b.WriteString(msg)
+	for _, s := range at {
+		b.WriteString("\n")
+		s.Print(&b)
+	}
+	e := &api.Error{Code: code, Msg: strings.TrimRight(f.Mask.Text(b.String()), "\n"), Err: f.Err}
+	if f.Denied != nil {
+		e.Err = errors.Join(f.Denied.Err, f.Err)
+	}
+	return e
 }
 
 func (f *Failure) daemonFull() *api.Error {
@@ -206,6 +243,7 @@ func (f *Failure) advice(text string) string {
 // server, where a name could not be looked up.
 var noise = regexp.MustCompile(`^rpc error: code = Unknown desc = |` +
 	`failed to compute cache key: |failed to load cache key: |failed to calculate checksum of ref \S+: |` +
+	`could not resolve image due to policy: |error evaluating the source policy: |error resolving source metadata from policy request: |` +
 	`failed to resolve source metadata for \S+: |^failed to push \S+: | on \S+:53\b`)
 
 func withoutNoise(text string) string { return redact.URLs(noise.ReplaceAllString(text, "")) }

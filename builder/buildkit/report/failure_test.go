@@ -260,3 +260,52 @@ func TestConnectionLost(t *testing.T) {
 		}
 	}
 }
+
+// TestDenied wants the policy's words, the Dockerfile's line where there is one, and no blame on
+// the registry that the source names.
+func TestDenied(t *testing.T) {
+	const text = `127.0.0.1:5000/x:1: failed to resolve source metadata for 127.0.0.1:5000/x:1: could not resolve image due to policy: source "docker-image://127.0.0.1:5000/x:1" not allowed by policy: action DENY`
+	const line = "\nDockerfile:1\n--------------------\n   1 | >>> FROM busybox\n   2 |     RUN echo ***\n   3 |     RUN exit 3\n--------------------"
+	at := func(n int32) *errdefs.Source {
+		return &errdefs.Source{
+			Info:   &pb.SourceInfo{Filename: "Dockerfile", Data: []byte(dockerfile)},
+			Ranges: []*pb.Range{{Start: &pb.Position{Line: n}, End: &pb.Position{Line: n}}},
+		}
+	}
+	forbidden := &api.Error{Code: api.FromForbidden, Msg: `image "x" may not be pulled`}
+	down := &api.Error{Code: api.RegistryFailed, Msg: "registry x: it cannot be reached", Err: errors.New("the cause")}
+	for _, tt := range []struct {
+		name string
+		f    Failure
+		code api.Code
+		msg  string
+	}{
+		{"the daemon knows the line", Failure{Err: fromDaemon(atLine(errors.New(text), 1)), Denied: forbidden, DeniedAt: at(3)}, api.FromForbidden, forbidden.Msg + line},
+		{"the function has found it", Failure{Err: fromDaemon(errors.New(text)), Denied: forbidden, DeniedAt: at(1)}, api.FromForbidden, forbidden.Msg + line},
+		{"nobody knows it", Failure{Err: fromDaemon(errors.New(text)), Denied: forbidden}, api.FromForbidden, forbidden.Msg},
+		{"the registry is down", Failure{Err: fromDaemon(errors.New(text)), Denied: down}, api.RegistryFailed, down.Msg},
+		{"the message is lost", Failure{Err: fromDaemon(errors.New(text))}, api.FromForbidden, "a source may not be read by this build"},
+		{"by a static policy", Failure{Err: fromDaemon(errors.New(`source "docker-image://x" denied by policy: source denied by policy`))}, api.FromForbidden, "a source may not be read by this build"},
+		{"a step that says so", Failure{Err: fromDaemon(errors.New(`process "echo not allowed by policy" failed`))}, api.BuildFailed, `process "echo not allowed by policy" failed`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.f.Mask = redact.New(map[string][]byte{"s": []byte("verysecret")})
+			e, later := tt.f.Classify()
+			if e.Code != tt.code || e.Msg != tt.msg || later {
+				t.Errorf("%s: %s\nwant %s: %s", e.Code, e.Msg, tt.code, tt.msg)
+			}
+			if !errors.Is(e, tt.f.Err) || tt.f.Denied == down && !strings.Contains(e.Error(), "the cause") {
+				t.Errorf("the log gets %v", e)
+			}
+		})
+	}
+}
+
+// TestPolicyNoise wants an error of a source that was resolved for a policy without the policy's
+// words.
+func TestPolicyNoise(t *testing.T) {
+	f := Failure{Mask: redact.New(nil), Err: fromDaemon(errors.New("failed to load LLB: error evaluating the source policy: error resolving source metadata from policy request: invalid response status 401"))}
+	if e, _ := f.Classify(); e.Code != api.BuildFailed || e.Msg != "failed to load LLB: invalid response status 401" {
+		t.Errorf("%s: %s", e.Code, e.Msg)
+	}
+}
