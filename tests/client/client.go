@@ -35,6 +35,7 @@ const (
 type Client struct {
 	URL    string       // without a slash at its end
 	Secret string       // signs requests
+	Tenant string       // whom requests name in X-Build-Tenant; empty names nobody
 	HTTP   *http.Client // sends requests; nil is http.DefaultClient
 
 	// Strict makes an answer to POST an error if it is not a record. Only a text/plain
@@ -86,6 +87,7 @@ func (c *Client) Request(ctx context.Context, body []byte, changes ...Change) (*
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
 	req.Header.Set("X-Build-Signature", Sign(c.Secret, body))
+	Header("X-Build-Tenant", c.Tenant)(req)
 	for _, change := range changes {
 		if change != nil {
 			change(req)
@@ -175,6 +177,7 @@ func (c *Client) Verdict(ctx context.Context, callID string) (Answer, error) {
 		return Answer{}, err
 	}
 	req.Header.Set("X-Build-Signature", Sign(c.Secret, []byte("GET "+path)))
+	Header("X-Build-Tenant", c.Tenant)(req)
 	return c.Do(req)
 }
 
@@ -185,6 +188,7 @@ func (c *Client) Get(ctx context.Context, path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	Header("X-Build-Tenant", c.Tenant)(req)
 	a, err := c.Fetch(req)
 	if err == nil && a.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s answers %d: %s", path, a.StatusCode, a.Body)

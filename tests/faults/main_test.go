@@ -12,14 +12,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -117,51 +114,12 @@ func waitGone(t *testing.T, b *stack.Buildkitd, m string, limit time.Duration) t
 	return b.WaitGone(t, m, patience(limit))
 }
 
-// sleepers are the processes that sleep in the steps that sleep made with the mark m,
-// on whatever daemons those run.
-func sleepers(t *testing.T, m string) (pids []int) {
-	t.Helper()
-	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range lines {
-		// What has ended meanwhile has no line.
-		line, _ := os.ReadFile(file)
-		if !strings.Contains(string(line), m) {
-			continue
-		}
-		pid := filepath.Base(filepath.Dir(file))
-		children, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
-		for child := range strings.FieldsSeq(string(children)) {
-			n, err := strconv.Atoi(child)
-			if err != nil {
-				t.Fatal(err)
-			}
-			pids = append(pids, n)
-		}
-	}
-	return pids
-}
-
 // release ends the sleep of the steps with the mark m. A step that is to be there for as
 // long as a test looks at it sleeps for longer than any test, and is released when the
 // test has seen what it waits for.
 func release(t *testing.T, m string) {
 	t.Helper()
-	// A shell that has begun has its child soon.
-	stack.Eventually(t, patience(time.Second), func() error {
-		pids := sleepers(t, m)
-		if len(pids) == 0 {
-			return fmt.Errorf("no step with %s sleeps", m)
-		}
-		for _, pid := range pids {
-			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && err != syscall.ESRCH {
-				return err
-			}
-		}
-		return nil
-	})
+	stack.Release(t, m, patience(time.Second))
 }
 
 // roomy is a daemon for all tests whose steps sleep: the shipped configuration

@@ -174,10 +174,10 @@ func TestReplicaTakesOver(t *testing.T) {
 	}()
 	b.WaitStep(t, m)
 	second := follow(t, two, body, m)
-	before := sleepers(t, m)
+	before := stack.Sleepers(t, m)
 	one.Kill()
 	stack.Eventually(t, time.Minute, func() error {
-		if now := sleepers(t, m); len(now) != 1 || slices.Equal(now, before) {
+		if now := stack.Sleepers(t, m); len(now) != 1 || slices.Equal(now, before) {
 			return fmt.Errorf("the other does not build: %v slept, and %v sleep", before, now)
 		}
 		return nil

@@ -38,6 +38,9 @@ type FunctionConfig struct {
 	Plain bool
 	// Memory is the limit of the function's own memory cgroup, in bytes; 0 is none.
 	Memory int64
+	// Unready has the start end when the function serves, for a test of what keeps it
+	// from being ready.
+	Unready bool
 }
 
 // Function is one running instance of the builder.
@@ -144,8 +147,12 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	if f.proc, err = startProcess("function", f.LogFile(), cmd); err != nil {
 		return nil, err
 	}
+	probe := "/ready"
+	if c.Unready {
+		probe = "/healthz"
+	}
 	err = f.proc.ready(ctx, func(ctx context.Context) error {
-		_, err := f.Get(ctx, "/ready")
+		_, err := f.Get(ctx, probe)
 		return err
 	})
 	if err != nil {

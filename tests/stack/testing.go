@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -159,6 +160,51 @@ func (b *Buildkitd) WaitGone(t testing.TB, mark string, limit time.Duration) tim
 	return Eventually(t, limit, func() error {
 		if b.Runs(t, mark) {
 			return errors.New("the RUN step's process is still there")
+		}
+		return nil
+	})
+}
+
+// Sleepers are the processes that sleep in RUN steps with mark in their command line, on
+// whatever daemons those run: children of a shell such as that of RUN sleep 600; : mark.
+func Sleepers(t testing.TB, mark string) (pids []int) {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range lines {
+		// What has ended meanwhile has no line.
+		line, _ := os.ReadFile(file)
+		if !strings.Contains(string(line), mark) {
+			continue
+		}
+		pid := filepath.Base(filepath.Dir(file))
+		children, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
+		for child := range strings.FieldsSeq(string(children)) {
+			n, err := strconv.Atoi(child)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, n)
+		}
+	}
+	return pids
+}
+
+// Release ends the Sleepers of a mark, and so their steps. It waits for them: a shell that
+// has begun has its child soon.
+func Release(t testing.TB, mark string, limit time.Duration) {
+	t.Helper()
+	Eventually(t, limit, func() error {
+		pids := Sleepers(t, mark)
+		if len(pids) == 0 {
+			return fmt.Errorf("no step with %s sleeps", mark)
+		}
+		for _, pid := range pids {
+			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && err != syscall.ESRCH {
+				return err
+			}
 		}
 		return nil
 	})
