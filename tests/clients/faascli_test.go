@@ -89,7 +89,7 @@ func TestFaasCLISecrets(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := s.Registry.Image("faas-cli:secrets")
-	body := withSecrets(t, stack.Body(t, config{"image": ref}, map[string]string{
+	body := stack.WithSecrets(t, stack.Body(t, config{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN --mount=type=secret,id=npmrc,target=/root/.npmrc wc -l < /root/.npmrc > /lines\n",
 	}), string(sealed))
 	got := f.MustBuild(t, ctx, body)

@@ -79,7 +79,7 @@ func TestSignature(t *testing.T) {
 		"trailing garbage": append(plain[:len(plain):len(plain)], 'x'),
 		"bad config":       stack.Body(t, []byte("{"), copyOnly),
 		"forbidden path":   output(t, stack.Context(t, map[string]string{"x": ""}), nil, "tar", "c", "--transform=s,x,context/../x,", "x"),
-		"secrets":          withSecrets(t, plain, "not an envelope"),
+		"secrets":          stack.WithSecrets(t, plain, "not an envelope"),
 	}
 	good := func(body []byte) string { return client.Sign(f.Secret, body) }
 	signatures := map[string]func(body []byte) []string{

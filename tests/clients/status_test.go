@@ -1,9 +1,7 @@
 package clients_test
 
 import (
-	"archive/tar"
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -108,7 +106,7 @@ func TestRefusals(t *testing.T) {
 		"400 empty":      {nil, refusal{status: 400, code: "bad_tar"}},
 		"400 no config":  {output(t, stack.Context(t, map[string]string{"context/Dockerfile": "FROM scratch\n"}), nil, "tar", "c", "context"), refusal{status: 400, code: "bad_tar", text: "com.openfaas.docker.config"}},
 		"400 config":     {with(config{"image": "UPPER"}, copyOnly), refusal{status: 400, code: "bad_config", text: "UPPER"}},
-		"400 secrets":    {withSecrets(t, with(config{}, copyOnly), "version: v1\n"), refusal{status: 400, code: "bad_secrets", image: allowed}},
+		"400 secrets":    {stack.WithSecrets(t, with(config{}, copyOnly), "version: v1\n"), refusal{status: 400, code: "bad_secrets", image: allowed}},
 		"400 envelope":   {[]byte(`{"signature":"` + client.Sign(f.Secret, nil) + `"}`), refusal{status: 400, code: "bad_envelope"}},
 		"403 repository": {with(config{"image": s.Registry.Image("allowed-not/app")}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "allowed-not/app", image: s.Registry.Image("allowed-not/app")}},
 		"403 tag":        {with(config{"tags": []string{"docker.io/library/other"}}, copyOnly), refusal{status: 403, code: "image_forbidden", text: "docker.io/library/other", image: allowed}},
@@ -119,7 +117,7 @@ func TestRefusals(t *testing.T) {
 		"413 entries":       {with(config{}, many), refusal{status: 413, code: "too_large", text: "over the limit of 50 entries"}},
 		"413 path":          {with(config{}, map[string]string{strings.Repeat("p", 200) + "/" + strings.Repeat("p", 200): ""}), refusal{status: 413, code: "too_large", text: "a path over the limit of 200 bytes"}},
 		"413 config":        {with(config{"labels": config{"x": strings.Repeat("x", 64<<10)}}, copyOnly), refusal{status: 413, code: "too_large", text: "com.openfaas.docker.config\": over the limit of 65536 bytes"}},
-		"413 secrets":       {withSecrets(t, with(config{}, copyOnly), strings.Repeat("x", 64<<10+1)), refusal{status: 413, code: "too_large", text: "com.openfaas.secrets\": over the limit of 65536 bytes"}},
+		"413 secrets":       {stack.WithSecrets(t, with(config{}, copyOnly), strings.Repeat("x", 64<<10+1)), refusal{status: 413, code: "too_large", text: "com.openfaas.secrets\": over the limit of 65536 bytes"}},
 		"422 step":          {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; exit 3\n"}), refusal{status: 422, code: "build_failed", text: "exit code 3", image: allowed, log: "l: before"}},
 		"422 no Dockerfile": {with(config{}, map[string]string{"x": ""}), refusal{status: 422, code: "build_failed", text: "Dockerfile", image: allowed}},
 		"422 deadline":      {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; sleep 60\n"}), refusal{status: 422, code: "deadline", text: "build_timeout", image: allowed, log: "l: before"}},
@@ -251,8 +249,8 @@ func TestInternal(t *testing.T) {
 	}
 	ref := s.Registry.Image("internal:latest")
 	body := stack.Body(t, config{"image": ref}, copyOnly)
-	refusal{status: 500, code: "internal", text: "log has the cause", image: ref}.check(t, posting(f, withSecrets(t, body, "version: v1\n")))
-	a := f.MustPost(t, ctx, withSecrets(t, body, "version: v1\n"))
+	refusal{status: 500, code: "internal", text: "log has the cause", image: ref}.check(t, posting(f, stack.WithSecrets(t, body, "version: v1\n")))
+	a := f.MustPost(t, ctx, stack.WithSecrets(t, body, "version: v1\n"))
 	if strings.Contains(a.Body, key) {
 		t.Errorf("the client is told the cause: %s", a.Body)
 	}
@@ -300,20 +298,4 @@ func openStream(t *testing.T, ctx context.Context, f *stack.Function, body []byt
 	}
 	t.Fatalf("the stream ended without %q: %v", text, stream.Err())
 	return nil
-}
-
-// withSecrets appends com.openfaas.secrets to a tar.
-func withSecrets(t *testing.T, body []byte, secrets string) []byte {
-	t.Helper()
-	const end = 2 * 512 // zeros
-	b := bytes.NewBuffer(bytes.Clone(body[:len(body)-end]))
-	w := tar.NewWriter(b)
-	err := w.WriteHeader(&tar.Header{Name: "com.openfaas.secrets", Mode: 0o600, Size: int64(len(secrets))})
-	if err == nil {
-		_, err = w.Write([]byte(secrets))
-	}
-	if err := errors.Join(err, w.Close()); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
 }

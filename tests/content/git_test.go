@@ -4,99 +4,15 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net/http"
-	"net/http/cgi"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
 	"handler/function/tests/stack"
 )
-
-// gitServer is git's own http-backend on loopback.
-type gitServer struct {
-	*httptest.Server
-	dir string // of the repositories
-
-	mu       sync.Mutex
-	requests []string
-}
-
-// newGitServer serves repositories. If login is not empty, a client needs it.
-func newGitServer(t *testing.T, login string) *gitServer {
-	t.Helper()
-	path, err := exec.Command("git", "--exec-path").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := &gitServer{dir: t.TempDir()}
-	backend := &cgi.Handler{
-		Path:   filepath.Join(strings.TrimSpace(string(path)), "git-http-backend"),
-		Stderr: io.Discard,
-		Env:    []string{"GIT_PROJECT_ROOT=" + g.dir, "GIT_HTTP_EXPORT_ALL=1"},
-	}
-	g.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		g.mu.Lock()
-		g.requests = append(g.requests, r.Method+" "+r.URL.String())
-		g.mu.Unlock()
-		if user, password, _ := r.BasicAuth(); login != "" && user+":"+password != login {
-			w.Header().Set("WWW-Authenticate", `Basic realm="git"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return
-		}
-		backend.ServeHTTP(w, r)
-	}))
-	t.Cleanup(g.Close)
-	return g
-}
-
-func (g *gitServer) seen() int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.requests)
-}
-
-// git runs git in dir and returns what it prints.
-func git(t *testing.T, dir string, args ...string) string {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "git", append([]string{"-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always"}, args...)...)
-	cmd.Dir = dir
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("git %q: %v: %s", args, err, out)
-	}
-	return strings.TrimSpace(string(out))
-}
-
-// repository makes a repository with one commit of files. It returns a work tree, from
-// which git push publishes.
-func (g *gitServer) repository(t *testing.T, name string, files map[string]string) (work string) {
-	t.Helper()
-	git(t, g.dir, "init", "-q", "--bare", name)
-	work = t.TempDir()
-	git(t, work, "init", "-q")
-	git(t, work, "remote", "add", "origin", filepath.Join(g.dir, name))
-	commit(t, work, files)
-	return work
-}
-
-// commit commits files, pushes, and returns the commit.
-func commit(t *testing.T, work string, files map[string]string) string {
-	t.Helper()
-	if err := stack.WriteContext(work, files); err != nil {
-		t.Fatal(err)
-	}
-	git(t, work, "add", "-A")
-	git(t, work, "commit", "-qm", "x")
-	git(t, work, "push", "-q", "origin", "HEAD")
-	return git(t, work, "rev-parse", "HEAD")
-}
 
 // fromGit is a request for a build of a git context.
 func fromGit(t *testing.T, image, source string, more map[string]any) []byte {
@@ -133,16 +49,16 @@ func fileOf(t *testing.T, ref string) string {
 const copyFile = "FROM scratch\nCOPY file /file\n"
 
 func TestGit(t *testing.T) {
-	g := newGitServer(t, "")
+	g := stack.NewGitServer(t, "")
 	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_hosts": g.URL}})
-	work := g.repository(t, "app.git", map[string]string{
+	work := g.Repository(t, "app.git", map[string]string{
 		"Dockerfile": copyFile, "file": "first", "sub/Dockerfile": copyFile, "sub/file": "in sub", "sub/Other": "FROM scratch\nCOPY Other /file\n",
 	})
-	first := git(t, work, "rev-parse", "HEAD")
-	git(t, work, "tag", "-a", "-m", "x", "v1")
-	git(t, work, "push", "-q", "origin", "v1")
-	git(t, work, "checkout", "-q", "-b", "feature/x")
-	feature := commit(t, work, map[string]string{"file": "feature"})
+	first := stack.Git(t, work, "rev-parse", "HEAD")
+	stack.Git(t, work, "tag", "-a", "-m", "x", "v1")
+	stack.Git(t, work, "push", "-q", "origin", "v1")
+	stack.Git(t, work, "checkout", "-q", "-b", "feature/x")
+	feature := stack.Commit(t, work, map[string]string{"file": "feature"})
 	url := g.URL + "/app.git"
 	image := s.Registry.Image("git")
 	check := func(name, source, wantCommit, wantFile string, more map[string]any) {
@@ -166,8 +82,8 @@ func TestGit(t *testing.T) {
 	check("dockerfile", url+"#main:sub", first, "FROM scratch\nCOPY Other /file\n", map[string]any{"dockerfile": "Other"})
 
 	// A build sees a push that was made before it.
-	git(t, work, "checkout", "-q", "main")
-	second := commit(t, work, map[string]string{"file": "second"})
+	stack.Git(t, work, "checkout", "-q", "main")
+	second := stack.Commit(t, work, map[string]string{"file": "second"})
 	check("after a push", url+"#main", second, "second", nil)
 	check("the commit before", url+"#"+first, first, "first", nil)
 
@@ -194,10 +110,10 @@ func TestGit(t *testing.T) {
 // TestGitHosts: the builder asks no host that is not in context_hosts, and a listed host
 // cannot lead it to another one.
 func TestGitHosts(t *testing.T) {
-	listed, other := newGitServer(t, ""), newGitServer(t, "")
+	listed, other := stack.NewGitServer(t, ""), stack.NewGitServer(t, "")
 	s, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{"context_hosts": listed.URL + ",http://127.0.0.1:1"}})
 	image := s.Registry.Image("hosts:v1")
-	other.repository(t, "evil.git", map[string]string{"Dockerfile": copyFile, "file": "evil"})
+	other.Repository(t, "evil.git", map[string]string{"Dockerfile": copyFile, "file": "evil"})
 	for _, source := range []string{
 		other.URL + "/evil.git",
 		strings.Replace(other.URL, "http://", "https://", 1) + "/evil.git",
@@ -208,20 +124,20 @@ func TestGitHosts(t *testing.T) {
 			t.Errorf("%s: HTTP %d %s: %s", source, a.StatusCode, a.Code, a.Error)
 		}
 	}
-	work := listed.repository(t, "with-submodule.git", map[string]string{"Dockerfile": copyFile, "file": "with a submodule"})
+	work := listed.Repository(t, "with-submodule.git", map[string]string{"Dockerfile": copyFile, "file": "with a submodule"})
 	if err := os.WriteFile(filepath.Join(work, ".gitmodules"), fmt.Appendf(nil, "[submodule \"evil\"]\n\tpath = evil\n\turl = %s/evil.git\n", other.URL), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	git(t, work, "update-index", "--add", "--cacheinfo", "160000,"+git(t, filepath.Join(other.dir, "evil.git"), "rev-parse", "HEAD")+",evil")
-	git(t, work, "add", ".gitmodules")
-	git(t, work, "commit", "-qm", "submodule")
-	git(t, work, "push", "-q", "origin", "HEAD")
+	stack.Git(t, work, "update-index", "--add", "--cacheinfo", "160000,"+stack.Git(t, filepath.Join(other.Dir, "evil.git"), "rev-parse", "HEAD")+",evil")
+	stack.Git(t, work, "add", ".gitmodules")
+	stack.Git(t, work, "commit", "-qm", "submodule")
+	stack.Git(t, work, "push", "-q", "origin", "HEAD")
 	a := f.MustPost(t, t.Context(), fromGit(t, image, listed.URL+"/with-submodule.git", nil))
 	if a.Status != "success" || fileOf(t, image) != "with a submodule" {
 		t.Errorf("HTTP %d %s", a.StatusCode, a.Error)
 	}
-	if n := other.seen(); n != 0 {
-		t.Errorf("the unlisted server got %d requests: %q", n, other.requests)
+	if seen := other.Seen(); len(seen) != 0 {
+		t.Errorf("the unlisted server got %q", seen)
 	}
 	for _, ref := range []string{"", "#main", "#" + strings.Repeat("1", 40)} {
 		if a := f.MustPost(t, t.Context(), fromGit(t, image, "http://127.0.0.1:1/app.git"+ref, nil)); a.StatusCode != 503 || a.Code != "context_failed" {
@@ -238,7 +154,7 @@ func TestGitHosts(t *testing.T) {
 // TestGitCredentials fetches with a password that no step of the build can read.
 func TestGitCredentials(t *testing.T) {
 	const password = "a-password-of-git"
-	g := newGitServer(t, "user:"+password)
+	g := stack.NewGitServer(t, "user:"+password)
 	host := strings.TrimPrefix(g.URL, "http://")
 	with := stack.FunctionConfig{
 		Env:     map[string]string{"context_hosts": g.URL},
@@ -248,11 +164,11 @@ func TestGitCredentials(t *testing.T) {
 	for i, id := range []string{"GIT_AUTH_TOKEN", "GIT_AUTH_HEADER", "GIT_AUTH_TOKEN." + host, "GIT_AUTH_HEADER." + host} {
 		fmt.Fprintf(&steps, "RUN --mount=type=secret,id=%s,target=/s%d [ -s /s%d ] && echo found-%s || echo none\n", id, i, i, id)
 	}
-	work := g.repository(t, "private.git", map[string]string{"Dockerfile": "FROM busybox\n" + steps.String() + "RUN ls -R /run/secrets 2>&1 || true\nCOPY file /file\n", "file": "private"})
+	work := g.Repository(t, "private.git", map[string]string{"Dockerfile": "FROM busybox\n" + steps.String() + "RUN ls -R /run/secrets 2>&1 || true\nCOPY file /file\n", "file": "private"})
 	s, f := stack.Test(t, with)
 	image := s.Registry.Image("private:v1")
 	a := f.MustPost(t, t.Context(), fromGit(t, image, g.URL+"/private.git", nil))
-	if a.Status != "success" || a.Commit != git(t, work, "rev-parse", "HEAD") {
+	if a.Status != "success" || a.Commit != stack.Git(t, work, "rev-parse", "HEAD") {
 		t.Fatalf("HTTP %d %s\n%s", a.StatusCode, a.Error, strings.Join(a.Log, "\n"))
 	}
 	log, err := f.Log()
@@ -268,7 +184,7 @@ func TestGitCredentials(t *testing.T) {
 	with.Secrets = nil
 	_, f = stack.Test(t, with)
 	// A build without credentials does not get what another build has fetched.
-	for _, ref := range []string{"", "#" + git(t, work, "rev-parse", "HEAD"), "#" + strings.Repeat("1", 40)} {
+	for _, ref := range []string{"", "#" + stack.Git(t, work, "rev-parse", "HEAD"), "#" + strings.Repeat("1", 40)} {
 		if a := f.MustPost(t, t.Context(), fromGit(t, image, g.URL+"/private.git"+ref, nil)); a.StatusCode != 400 || a.Code != "bad_context" || !strings.Contains(a.Error, "credentials") {
 			t.Errorf("%q without credentials: HTTP %d %s: %s", ref, a.StatusCode, a.Code, a.Error)
 		}

@@ -1,6 +1,8 @@
 package stack
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -106,6 +108,22 @@ func MustTar(t testing.TB, contextDir string, config any) []byte {
 func Body(t testing.TB, config any, files map[string]string) []byte {
 	t.Helper()
 	return MustTar(t, Context(t, files), config)
+}
+
+// WithSecrets appends com.openfaas.secrets to a body of Tar.
+func WithSecrets(t testing.TB, body []byte, secrets string) []byte {
+	t.Helper()
+	const end = 2 * 512 // zeros
+	b := bytes.NewBuffer(bytes.Clone(body[:len(body)-end]))
+	w := tar.NewWriter(b)
+	err := w.WriteHeader(&tar.Header{Name: "com.openfaas.secrets", Mode: 0o600, Size: int64(len(secrets))})
+	if err == nil {
+		_, err = w.Write([]byte(secrets))
+	}
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 // Within returns a context that ends with the test, or at a limit before it.
