@@ -121,7 +121,7 @@ func TestFrozenBefore(t *testing.T) {
 			if took > patience(frozenLimit) {
 				t.Errorf("the verdict took %v, want %v at most", took, patience(frozenLimit))
 			}
-			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 0 {
+			if n, err := f.Metric("builder_daemons_reachable"); err != nil || n != 0 {
 				t.Errorf("builder_daemons_reachable is %v, %v, want 0", n, err)
 			}
 			if err := b.Resume(); err != nil {

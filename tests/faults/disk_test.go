@@ -271,11 +271,11 @@ func held(t *testing.T, f *stack.Function) holdings {
 	if err != nil {
 		t.Fatal(err)
 	}
-	goroutines, err := metric(f, "go_goroutines")
+	goroutines, err := f.Metric("go_goroutines")
 	if err != nil {
 		t.Fatal(err)
 	}
-	heap, err := metric(f, "go_memstats_heap_inuse_bytes")
+	heap, err := f.Metric("go_memstats_heap_inuse_bytes")
 	if err != nil {
 		t.Fatal(err)
 	}

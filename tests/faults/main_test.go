@@ -11,10 +11,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net/http"
-	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -161,42 +157,12 @@ func newBuildkitd(t *testing.T, c stack.BuildkitdConfig) *stack.Buildkitd {
 	return b
 }
 
-// metric is the sum of a metric's values whose labels contain all of the texts.
-func metric(f *stack.Function, metric string, labels ...string) (float64, error) {
-	resp, err := http.Get(f.URL + "/metrics")
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return 0, err
-	}
-	var sum float64
-	found := false
-	for _, m := range regexp.MustCompile(`(?m)^`+metric+`(\{.*\})? (\S+)$`).FindAllStringSubmatch(string(text), -1) {
-		if slices.ContainsFunc(labels, func(l string) bool { return !strings.Contains(m[1], l) }) {
-			continue
-		}
-		v, err := strconv.ParseFloat(m[2], 64)
-		if err != nil {
-			return 0, err
-		}
-		sum += v
-		found = true
-	}
-	if !found {
-		return 0, fmt.Errorf("there is no metric %s %v", metric, labels)
-	}
-	return sum, nil
-}
-
 // waitIdle returns once no build holds a slot or waits for one.
 func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 	t.Helper()
 	return stack.Eventually(t, patience(15*time.Second), func() error {
 		for _, name := range []string{"builder_builds_in_flight", "builder_builds_waiting"} {
-			if n, err := metric(f, name); err != nil || n != 0 {
+			if n, err := f.Metric(name); err != nil || n != 0 {
 				return fmt.Errorf("%s is %v, %v", name, n, err)
 			}
 		}

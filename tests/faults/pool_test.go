@@ -197,7 +197,7 @@ func TestDaemonKilled(t *testing.T) {
 			}
 		}
 	}
-	if moved, err := metric(f, "builder_builds_moved_total"); err != nil || int(moved) != len(at[victim]) {
+	if moved, err := f.Metric("builder_builds_moved_total"); err != nil || int(moved) != len(at[victim]) {
 		t.Errorf("%v builds moved, want %d; %v", moved, len(at[victim]), err)
 	}
 
@@ -206,7 +206,7 @@ func TestDaemonKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	stack.Eventually(t, patience(30*time.Second), func() error {
-		if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != 3 {
+		if n, err := f.Metric("builder_daemons_reachable"); err != nil || n != 3 {
 			return fmt.Errorf("%v reachable, %v", n, err)
 		}
 		return nil
@@ -582,7 +582,7 @@ func TestHeadlessService(t *testing.T) {
 	reachable := func(want float64) {
 		t.Helper()
 		stack.Eventually(t, patience(30*time.Second), func() error {
-			if n, err := metric(f, "builder_daemons_reachable"); err != nil || n != want {
+			if n, err := f.Metric("builder_daemons_reachable"); err != nil || n != want {
 				return fmt.Errorf("%v reachable, want %v; %v", n, want, err)
 			}
 			return nil
@@ -852,7 +852,7 @@ func TestVolumeFull(t *testing.T) {
 	for _, a := range home {
 		mustSend(t, f, a.body(t, "RUN : again "+a.mark), jsonForm).WantSuccess(t)
 	}
-	moved, err := metric(f, "builder_builds_moved_total")
+	moved, err := f.Metric("builder_builds_moved_total")
 	if err != nil || moved == 0 {
 		t.Errorf("%v builds moved, %v", moved, err)
 	}
@@ -864,7 +864,7 @@ func TestVolumeFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	stack.Eventually(t, time.Minute, func() error {
-		if n, err := metric(f, "builder_daemons_full"); err != nil || n != 0 {
+		if n, err := f.Metric("builder_daemons_full"); err != nil || n != 0 {
 			return fmt.Errorf("%v full, %v", n, err)
 		}
 		return nil

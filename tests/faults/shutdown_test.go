@@ -31,7 +31,7 @@ func TestShutdown(t *testing.T) {
 	b.WaitStep(t, long)
 	wait := background(t, f, request(t, local(), "FROM busybox", sleep(waiting, 5*time.Minute)), client.SSE)
 	stack.Eventually(t, patience(5*time.Second), func() error {
-		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 1 {
+		if n, err := f.Metric("builder_builds_waiting"); err != nil || n != 1 {
 			return fmt.Errorf("%v builds wait, want 1: %v", n, err)
 		}
 		return nil

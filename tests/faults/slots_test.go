@@ -60,7 +60,7 @@ func TestAllSlotsTaken(t *testing.T) {
 		})
 	}
 	stack.Eventually(t, patience(5*time.Second), func() error {
-		if n, err := metric(f, "builder_builds_waiting"); err != nil || n != 4 {
+		if n, err := f.Metric("builder_builds_waiting"); err != nil || n != 4 {
 			return fmt.Errorf("%v builds wait, want 4: %v", n, err)
 		}
 		return nil
@@ -261,7 +261,7 @@ func TestAbortedStreams(t *testing.T) {
 	idle := waitIdle(t, f)
 	t.Logf("idle %v after the last", idle)
 	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
-	if n, err := metric(f, "builder_builds_total", `code="canceled"`); err != nil || n != 100 {
+	if n, err := f.Metric("builder_builds_total", `code="canceled"`); err != nil || n != 100 {
 		t.Errorf("%v builds were canceled, want 100: %v", n, err)
 	}
 }
@@ -391,7 +391,7 @@ func TestSlowUploads(t *testing.T) {
 			if a.Took > limit {
 				t.Errorf("a build took %v beside %d slow uploads, want %v at most", a.Took, n, limit)
 			}
-			if n, err := metric(f, "builder_builds_total"); err != nil || n != 2 {
+			if n, err := f.Metric("builder_builds_total"); err != nil || n != 2 {
 				t.Errorf("%v builds were counted, want 2: %v", n, err)
 			}
 		})

@@ -572,7 +572,7 @@ func wantAccount(t *testing.T, f *stack.Function) {
 	t.Helper()
 	lines, most := 0, 0
 	stack.Eventually(t, 15*time.Second, func() error {
-		counted, err := metric(f, "builder_requests_refused_total")
+		counted, err := f.Metric("builder_requests_refused_total")
 		if err != nil {
 			return err
 		}

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -49,6 +51,10 @@ type Function struct {
 	// PayloadSecret.
 	client.Client
 
+	// Images is what a reference begins with that Client may push to: the stack's
+	// registry, of a tenant a prefix of its own.
+	Images string
+
 	SecretsDir string // its files may be changed while it runs
 	TempDir    string // its TMPDIR, empty while no build runs
 
@@ -74,6 +80,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		SecretsDir: filepath.Join(dir, "secrets"),
 		TempDir:    filepath.Join(dir, "tmp"),
 		Client:     client.Client{Secret: s.PayloadSecret, Strict: true},
+		Images:     s.Registry.Addr,
 		dir:        dir,
 	}
 	s.onClose(f.Kill)
@@ -208,6 +215,32 @@ func (f *Function) Pid() int {
 		}
 	}
 	return pid
+}
+
+// Image returns a reference that Client may push to: Image("hello:1").
+func (f *Function) Image(name string) string { return f.Images + "/" + name }
+
+// Metric is the sum of a metric's values whose labels contain all of the texts.
+func (f *Function) Metric(metric string, labels ...string) (sum float64, err error) {
+	text, err := f.Get(context.Background(), "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	found := false
+	for _, m := range regexp.MustCompile(`(?m)^`+metric+`(\{.*\})? (\S+)$`).FindAllStringSubmatch(text, -1) {
+		if slices.ContainsFunc(labels, func(l string) bool { return !strings.Contains(m[1], l) }) {
+			continue
+		}
+		v, err := strconv.ParseFloat(m[2], 64)
+		if err != nil {
+			return 0, err
+		}
+		sum, found = sum+v, true
+	}
+	if !found {
+		return 0, fmt.Errorf("there is no metric %s %v", metric, labels)
+	}
+	return sum, nil
 }
 
 // Memory returns the handler's resident memory now and at its peak, in bytes.
