@@ -365,38 +365,50 @@ func (b *benchmark) lastSent() (int64, error) {
 	return strconv.ParseInt(all[len(all)-1][1], 10, 64)
 }
 
-// gigabyte writes a signed request of 1 GiB into a file. Its config decides
-// whether it is built.
-func (b *benchmark) gigabyte(path, config string) error {
+// configFile is the config's name in a request.
+const configFile = "com.openfaas.docker.config"
+
+// entry is one file of a request.
+type entry struct {
+	name    string
+	content []byte
+}
+
+// writeTar writes a request into a file.
+func writeTar(path string, entries ...entry) error {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	w := tar.NewWriter(f)
-	add := func(name string, content []byte) {
-		if err == nil {
-			err = w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(content)), ModTime: time.Unix(1e9, 0)})
+	for _, e := range entries {
+		if err := w.WriteHeader(&tar.Header{Name: e.name, Mode: 0o644, Size: int64(len(e.content)), ModTime: time.Unix(1e9, 0)}); err != nil {
+			return err
 		}
-		if err == nil {
-			_, err = w.Write(content)
+		if _, err := w.Write(e.content); err != nil {
+			return err
 		}
-	}
-	add("com.openfaas.docker.config", []byte(config))
-	add("context/Dockerfile", []byte("FROM scratch\nCOPY small /\n"))
-	add("context/small", []byte("small"))
-	add("context/.dockerignore", []byte("large*\n"))
-	block := make([]byte, 16<<20)
-	for i := range 64 {
-		for j := 0; j < len(block); j += 64 {
-			block[j] = byte(i + j)
-		}
-		add("context/large"+strconv.Itoa(i), block)
-	}
-	if err != nil {
-		return err
 	}
 	return w.Close()
+}
+
+// gigabyte writes a request of 1 GiB into a file.
+func (b *benchmark) gigabyte(path, config string) error {
+	entries := []entry{
+		{configFile, []byte(config)},
+		{"context/Dockerfile", []byte("FROM scratch\nCOPY small /\n")},
+		{"context/small", []byte("small")},
+		{"context/.dockerignore", []byte("large*\n")},
+	}
+	block := make([]byte, 16<<20)
+	for j := range block {
+		block[j] = byte(j >> 6)
+	}
+	for i := range 64 {
+		entries = append(entries, entry{"context/large" + strconv.Itoa(i), block})
+	}
+	return writeTar(path, entries...)
 }
 
 // ingest builds from 1 GiB of which .dockerignore leaves a few bytes, and times the
@@ -429,7 +441,7 @@ func (b *benchmark) ingest(ctx context.Context, w workload) error {
 		began := time.Now()
 		// The client runs on the same processors. It costs least where the kernel
 		// sends the file.
-		started, err := b.postFile(ctx, path, signature, func(f *os.File) io.ReadCloser { return f })
+		started, err := b.postFile(ctx, b.function, path, signature, func(f *os.File) io.ReadCloser { return f })
 		if err != nil {
 			return fmt.Errorf("ingest: %w", err)
 		}
@@ -455,7 +467,7 @@ func (b *benchmark) lastByte(ctx context.Context, w workload, path, signature st
 	var all series
 	for range w.ingest {
 		var body *lastRead
-		started, err := b.postFile(ctx, path, signature, func(f *os.File) io.ReadCloser {
+		started, err := b.postFile(ctx, b.function, path, signature, func(f *os.File) io.ReadCloser {
 			body = &lastRead{ReadCloser: f}
 			return body
 		})
@@ -469,45 +481,46 @@ func (b *benchmark) lastByte(ctx context.Context, w workload, path, signature st
 	return nil
 }
 
-// postFile builds from a file, and returns when the solve started. body reads the file.
-func (b *benchmark) postFile(ctx context.Context, path, signature string, body func(*os.File) io.ReadCloser) (started time.Time, err error) {
+// postFile has a function build from a file, and returns when the solve started. body reads
+// the file.
+func (b *benchmark) postFile(ctx context.Context, function *stack.Function, path, signature string, body func(*os.File) io.ReadCloser) (_ time.Time, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return started, err
+		return time.Time{}, err
 	}
 	defer f.Close()
-	req, err := b.function.Request(ctx, nil)
+	req, err := function.Request(ctx, nil)
 	if err != nil {
-		return started, err
+		return time.Time{}, err
 	}
 	info, err := f.Stat()
 	if err != nil {
-		return started, err
+		return time.Time{}, err
 	}
 	req.Body, req.ContentLength, req.GetBody = body(f), info.Size(), nil
 	req.Header.Set("X-Build-Signature", signature)
 	res, err := httpClient.Do(req)
 	if err != nil {
-		return started, err
+		return time.Time{}, err
 	}
 	defer res.Body.Close()
 	var answer struct{ ID, Status, Error string }
 	if err := json.NewDecoder(res.Body).Decode(&answer); err != nil {
-		return started, err
+		return time.Time{}, err
 	}
 	if answer.Status != "success" {
-		return started, fmt.Errorf("%s: %s", answer.Status, answer.Error)
+		return time.Time{}, fmt.Errorf("%s: %s", answer.Status, answer.Error)
 	}
-	return b.started(ctx, answer.ID)
+	return started(ctx, function, answer.ID)
 }
 
 // started is when the function says a call's build started. It says so once it has
 // the body's sum, which may be after the verdict.
-func (b *benchmark) started(ctx context.Context, id string) (time.Time, error) {
+func started(ctx context.Context, function *stack.Function, id string) (time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	for ctx.Err() == nil {
-		log, err := b.function.Log()
+		log, err := function.Log()
 		if err != nil {
 			return time.Time{}, err
 		}

@@ -25,6 +25,7 @@ func main() {
 	flag.IntVar(&sizes.cached, "cached", 30, "`runs` of the cached rebuild, for each contender; 0 leaves it out, as 0 of the others does")
 	flag.IntVar(&sizes.oneFile, "one-file", 5, "`runs` of the one-file change in a 200 MB context")
 	flag.IntVar(&sizes.ingest, "ingest", 5, "`runs` of the 1 GiB body")
+	flag.IntVar(&sizes.tenants, "tenants", 9, "`runs` of the 200 MB body with tenants; of the small body there are thirty times as many")
 	flag.BoolVar(&sizes.image, "image", true, "build the builder's own image, for its size")
 	flag.Parse()
 	if err := bench(ctx, sizes); err != nil {
@@ -35,8 +36,8 @@ func main() {
 }
 
 type workload struct {
-	cached, oneFile, ingest int
-	image                   bool
+	cached, oneFile, ingest, tenants int
+	image                            bool
 }
 
 // result is the last line. The ratios of times are the function's to the
@@ -57,6 +58,9 @@ type result struct {
 	IngestVsOpenssl            float64 `json:"ingest_vs_openssl"`
 	IngestPeakMiB              float64 `json:"ingest_peak_mib"`
 	LastByteToSolveMS          float64 `json:"last_byte_to_solve_ms"`
+	TenantsSmallMS             float64 `json:"tenants_small_ms"`
+	TenantsNamedRatio          float64 `json:"tenants_named_ratio"`
+	TenantsImageRatio          float64 `json:"tenants_image_ratio"`
 	ReadyMS                    float64 `json:"ready_ms"`
 	IdleRSSMiB                 float64 `json:"idle_rss_mib"`
 	ImageMiB                   float64 `json:"image_mib"`
@@ -81,6 +85,9 @@ func bench(ctx context.Context, sizes workload) (err error) {
 	// memory back to its host, a page takes three times as long as otherwise.
 	if sizes.ingest > 0 {
 		steps = append(steps, b.ingest)
+	}
+	if sizes.tenants > 0 {
+		steps = append(steps, b.tenants)
 	}
 	if sizes.cached > 0 {
 		steps = append(steps, b.cached)
