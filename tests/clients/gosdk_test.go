@@ -1,6 +1,8 @@
 package clients_test
 
 import (
+	"cmp"
+	"encoding/json"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -36,9 +38,11 @@ CMD ["one", "two"]
 	"not-copied":           "x",
 }
 
-func TestGoSDK(t *testing.T) {
+func TestGoSDK(t *testing.T) { everybody(t, testGoSDK) }
+
+func testGoSDK(t *testing.T, start starter) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	client := sdkClient(t, s, f)
+	client := sdkClient(t, f)
 
 	builds := map[string]func(tar string) (builder.BuildResult, error){
 		"Build": client.Build,
@@ -48,7 +52,7 @@ func TestGoSDK(t *testing.T) {
 	}
 	for name, build := range builds {
 		t.Run(name, func(t *testing.T) {
-			ref := s.Registry.Image("gosdk:" + strings.ToLower(name))
+			ref := f.Image("gosdk:" + strings.ToLower(name))
 			result, err := build(sdkTar(t, sdkFiles, &builder.BuildConfig{
 				Image:     ref,
 				BuildArgs: map[string]string{"GREETING": name, "ADDITIONAL_PACKAGE": ""},
@@ -109,9 +113,11 @@ func checkSDKImage(t *testing.T, img v1.Image, greeting string) {
 	}
 }
 
-func TestGoSDKSecrets(t *testing.T) {
+func TestGoSDKSecrets(t *testing.T) { atHosts(t, testGoSDKSecrets) }
+
+func testGoSDKSecrets(t *testing.T, start starter) {
 	ctx, s, f := start(t, stack.FunctionConfig{})
-	client := sdkClient(t, s, f)
+	client := sdkClient(t, f)
 	files := map[string]string{
 		"Dockerfile": `FROM busybox
 RUN --mount=type=secret,id=token --mount=type=secret,id=other \
@@ -126,7 +132,7 @@ RUN --mount=type=secret,id=token --mount=type=secret,id=other \
 	}
 	for name, build := range builds {
 		t.Run(name, func(t *testing.T) {
-			ref := s.Registry.Image("gosdk:" + strings.ToLower(name))
+			ref := f.Image("gosdk:" + strings.ToLower(name))
 			secret := "the secret of " + name
 			result, err := build(sdkTar(t, files, &builder.BuildConfig{Image: ref}), map[string]string{"token": secret, "other": "two words"})
 			if err != nil {
@@ -152,10 +158,12 @@ RUN --mount=type=secret,id=token --mount=type=secret,id=other \
 
 // TestGoSDKFailure is what an application on go-sdk sees of a failed build: an
 // error without a stream, and with one the record.
-func TestGoSDKFailure(t *testing.T) {
-	_, s, f := start(t, stack.FunctionConfig{})
-	client := sdkClient(t, s, f)
-	tar := sdkTar(t, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 3\n"}, &builder.BuildConfig{Image: s.Registry.Image("gosdk:failure")})
+func TestGoSDKFailure(t *testing.T) { everybody(t, testGoSDKFailure) }
+
+func testGoSDKFailure(t *testing.T, start starter) {
+	_, _, f := start(t, stack.FunctionConfig{})
+	client := sdkClient(t, f)
+	tar := sdkTar(t, map[string]string{"Dockerfile": "FROM busybox\nRUN exit 3\n"}, &builder.BuildConfig{Image: f.Image("gosdk:failure")})
 	if result, err := client.Build(tar); err == nil || !strings.Contains(err.Error(), "422") {
 		t.Errorf("got %+v, %v, want an error with 422", result, err)
 	}
@@ -168,13 +176,24 @@ func TestGoSDKFailure(t *testing.T) {
 	}
 }
 
-func sdkClient(t *testing.T, s *stack.Stack, f *stack.Function) *builder.FunctionBuilder {
+func sdkClient(t *testing.T, f *stack.Function) *builder.FunctionBuilder {
 	t.Helper()
 	u, err := url.Parse(f.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return builder.NewFunctionBuilder(u, http.DefaultClient, builder.WithHmacAuth(f.Secret), builder.WithBuildSecretsKey(s.PublicKey))
+	options := []builder.BuilderOption{builder.WithHmacAuth(f.Secret)}
+	// Who has not said whose key it is gets none.
+	if key, err := f.Get(t.Context(), "/publickey"); err == nil {
+		var answer struct {
+			PublicKey string `json:"public_key"`
+		}
+		if err := json.Unmarshal([]byte(key), &answer); err != nil {
+			t.Fatal(err)
+		}
+		options = append(options, builder.WithBuildSecretsKey([]byte(answer.PublicKey)))
+	}
+	return builder.NewFunctionBuilder(u, cmp.Or(f.HTTP, http.DefaultClient), options...)
 }
 
 func sdkTar(t *testing.T, files map[string]string, config *builder.BuildConfig) (path string) {

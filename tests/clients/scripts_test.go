@@ -13,8 +13,10 @@ import (
 
 // TestShell runs the documented steps with tar, openssl, curl and jq, in a folder
 // where more lies than they mean to send.
-func TestShell(t *testing.T) {
-	ctx, s, f := start(t, stack.FunctionConfig{})
+func TestShell(t *testing.T) { everybody(t, testShell) }
+
+func testShell(t *testing.T, start starter) {
+	ctx, _, f := start(t, stack.FunctionConfig{})
 	script, err := filepath.Abs("testdata/build.sh")
 	if err != nil {
 		t.Fatal(err)
@@ -24,7 +26,7 @@ func TestShell(t *testing.T) {
 		"context/hello.txt":       "hello\n",
 		"other-function/index.js": "not meant\n",
 	})
-	ref := s.Registry.Image("scripts:shell")
+	ref := f.Image("scripts:shell")
 	cmd := exec.CommandContext(ctx, script)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "BUILDER="+f.URL, "PAYLOAD_SECRET="+filepath.Join(f.SecretsDir, "payload-secret"), "IMAGE="+ref)
@@ -42,20 +44,27 @@ func TestShell(t *testing.T) {
 }
 
 func TestPython(t *testing.T) {
-	testScript(t, func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd {
+	scripts(t, func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd {
 		return exec.CommandContext(ctx, "python3", "testdata/build.py", f.URL, filepath.Join(f.SecretsDir, "payload-secret"), image, filepath.Join(dir, "context"))
 	})
 }
 
 func TestNode(t *testing.T) {
-	testScript(t, func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd {
+	scripts(t, func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd {
 		return exec.CommandContext(ctx, "node", "testdata/build.js", f.URL, filepath.Join(f.SecretsDir, "payload-secret"), image, dir)
 	})
 }
 
-func testScript(t *testing.T, script func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd) {
-	ctx, s, f := start(t, stack.FunctionConfig{})
-	ref := s.Registry.Image("scripts:" + strings.ToLower(t.Name()))
+// script is a command that builds the directory dir and prints what came of it.
+type script func(ctx context.Context, f *stack.Function, image, dir string) *exec.Cmd
+
+func scripts(t *testing.T, script script) {
+	everybody(t, func(t *testing.T, start starter) { testScript(t, start, script) })
+}
+
+func testScript(t *testing.T, start starter, script script) {
+	ctx, _, f := start(t, stack.FunctionConfig{})
+	ref := f.Image("scripts:" + strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")))
 	good := map[string]string{
 		"context/Dockerfile": "FROM scratch\nCOPY hello.txt /\n",
 		"context/hello.txt":  "hello from " + t.Name(),
