@@ -54,6 +54,7 @@ func ahead(t *testing.T, c *client.Client, method, digest string, body []byte) *
 		req.Body, signed = http.NoBody, []byte(method+" "+path)
 	}
 	req.Header.Set("X-Build-Signature", client.Sign(c.Secret, signed))
+	client.Header("X-Build-Tenant", c.Tenant)(req)
 	return req
 }
 
