@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"handler/function/tests/client"
 	"handler/function/tests/stack"
 )
 
@@ -54,10 +55,11 @@ func TestKubernetes(t *testing.T) {
 	step("accepted", c.accepted)
 	step("pool", func(t *testing.T) { c.apply(t, "pool", "statefulset") })
 	step("secrets", c.secrets)
-	step("deploy", c.deploy)
+	step("deploy", func(t *testing.T) { c.deploy(t) })
 	step("build", c.buildAndRun)
 	step("userns", func(t *testing.T) { c.isolated(t, "pool") })
 	step("restart", c.restart)
+	step("tenants", c.tenants)
 	c.kubectl(t, "delete", "--ignore-not-found", "-k", c.overlay(t, "pool"))
 	for _, variant := range []string{"single", "single-privileged", "single-rootless"} {
 		step(variant, func(t *testing.T) {
@@ -116,11 +118,13 @@ func (c *cluster) secrets(t *testing.T) {
 	}
 }
 
-func (c *cluster) deploy(t *testing.T) {
+// deploy deploys the function with the secrets of stack.yml and with more.
+func (c *cluster) deploy(t *testing.T, more ...string) {
 	d, err := c.s.Description()
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.Secrets = append(d.Secrets, more...)
 	c.input(t, manifests(t, d, c.Registry+"/builder:latest"), "apply", "-f", "-")
 	c.kubectl(t, "-n", "openfaas-fn", "rollout", "status", "deployment/builder", "--timeout=3m")
 }
@@ -282,6 +286,64 @@ func (c *cluster) restart(t *testing.T) {
 			t.Errorf("no build was on daemon %d", i)
 		}
 	}
+}
+
+// tenants deploys the function with a file of tenants, and changes the file while a build
+// runs. The build goes on, and the change counts without a restart, once the kubelet has
+// written it into the pod.
+func (c *cluster) tenants(t *testing.T) {
+	put := func(list ...*stack.Tenant) {
+		t.Helper()
+		file := filepath.Join(c.dir, stack.TenantsSecret)
+		if err := os.WriteFile(file, stack.TenantsOf(list...).YAML(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		secret := c.kubectl(t, "-n", "openfaas-fn", "create", "secret", "generic", stack.TenantsSecret, "--from-file="+file, "--dry-run=client", "-o", "yaml")
+		c.input(t, []byte(secret), "apply", "--server-side", "-f", "-")
+	}
+	acme, globex := stack.NewTenant("acme", c.Registry+"/k8s/acme"), stack.NewTenant("globex", c.Registry+"/k8s/globex")
+	put(acme)
+	c.deploy(t, stack.TenantsSecret)
+	nobody := c.function(t)
+	if _, err := c.build(t.Context(), nobody, "k8s/acme/app:v1", "FROM busybox"); err == nil || !strings.Contains(err.Error(), "unauthorized") {
+		t.Errorf("with the payload secret: %v", err)
+	}
+	before := acme.Of(*nobody)
+	running := make(chan error, 1)
+	go func() {
+		_, err := c.build(t.Context(), before, "k8s/acme/app:v1", "FROM busybox", "RUN sleep 150")
+		running <- err
+	}()
+
+	acme.Keys = stack.NewTenant("").Keys
+	put(acme, globex)
+	began := time.Now()
+	build := func(of *client.Client, image string) error {
+		_, err := c.build(t.Context(), of, image, "FROM busybox", "RUN echo built > /built")
+		return err
+	}
+	for err := build(globex.Of(*nobody), "k8s/globex/app:v1"); err != nil; err = build(globex.Of(*nobody), "k8s/globex/app:v1") {
+		if time.Since(began) > 3*time.Minute {
+			t.Fatalf("the new tenant: still after three minutes: %v", err)
+		}
+		time.Sleep(time.Second)
+	}
+	t.Logf("the changed Secret counts after %v", time.Since(began).Round(time.Second))
+	if err := build(acme.Of(*nobody), "k8s/acme/app:v2"); err != nil {
+		t.Errorf("acme's new key: %v", err)
+	}
+	if err := build(before, "k8s/acme/app:v2"); err == nil || !strings.Contains(err.Error(), "unauthorized") {
+		t.Errorf("acme's old key: %v", err)
+	}
+	select {
+	case err := <-running:
+		t.Errorf("the build that was to run meanwhile has ended: %v", err)
+	default:
+		if err := <-running; err != nil {
+			t.Errorf("the build that ran meanwhile: %v", err)
+		}
+	}
+	c.deploy(t) // as the next ones expect it
 }
 
 // explain shows what the cluster knows of its own trouble.
