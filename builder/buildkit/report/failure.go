@@ -81,21 +81,28 @@ var byPolicy = regexp.MustCompile(`(?:denied|not allowed) by policy`)
 // denied is the error of a source that may not be read, with the Dockerfile's lines that name
 // it, where these are known.
 func (f *Failure) denied(code api.Code, msg string) *api.Error {
-	at := errdefs.Sources(f.Err)
-	if len(at) == 0 && f.DeniedAt != nil {
-		at = append(at, f.DeniedAt)
+	// For the mount of a RUN step the daemon names the Dockerfile, and no line of it.
+	where := linesOf(errdefs.Sources(f.Err)...)
+	if where == "" && f.DeniedAt != nil {
+		where = linesOf(f.DeniedAt)
 	}
-	var b strings.Builder
-	b.WriteString(msg)
-	for _, s := range at {
-		b.WriteString("\n")
-		s.Print(&b)
-	}
-	e := &api.Error{Code: code, Msg: strings.TrimRight(f.Mask.Text(b.String()), "\n"), Err: f.Err}
+	e := &api.Error{Code: code, Msg: strings.TrimRight(f.Mask.Text(msg+where), "\n"), Err: f.Err}
 	if f.Denied != nil {
 		e.Err = errors.Join(f.Denied.Err, f.Err)
 	}
 	return e
+}
+
+// linesOf shows the lines of a Dockerfile that sources name, or nothing if they name none.
+func linesOf(list ...*errdefs.Source) string {
+	var b strings.Builder
+	for _, s := range list {
+		var lines strings.Builder
+		if s.Print(&lines); lines.Len() > 0 {
+			b.WriteString("\n" + lines.String())
+		}
+	}
+	return b.String()
 }
 
 func (f *Failure) daemonFull() *api.Error {

@@ -282,6 +282,7 @@ func TestDenied(t *testing.T) {
 	}{
 		{"the daemon knows the line", Failure{Err: fromDaemon(atLine(errors.New(text), 1)), Denied: forbidden, DeniedAt: at(3)}, api.FromForbidden, forbidden.Msg + line},
 		{"the function has found it", Failure{Err: fromDaemon(errors.New(text)), Denied: forbidden, DeniedAt: at(1)}, api.FromForbidden, forbidden.Msg + line},
+		{"the daemon names no line", Failure{Err: fromDaemon(errdefs.WithSource(errors.New(text), &errdefs.Source{Info: at(1).Info})), Denied: forbidden, DeniedAt: at(1)}, api.FromForbidden, forbidden.Msg + line},
 		{"nobody knows it", Failure{Err: fromDaemon(errors.New(text)), Denied: forbidden}, api.FromForbidden, forbidden.Msg},
 		{"the registry is down", Failure{Err: fromDaemon(errors.New(text)), Denied: down}, api.RegistryFailed, down.Msg},
 		{"the message is lost", Failure{Err: fromDaemon(errors.New(text))}, api.FromForbidden, "a source may not be read by this build"},
