@@ -326,8 +326,8 @@ func pretend(daemons []*daemon, ref func(string) string) (end func()) {
 // it, and a build without a name has its own.
 func TestOneBuildOfTwoDeliveries(t *testing.T) {
 	named := &solve.Request{Tenant: &solve.Tenant{ID: "t"}, Name: solve.Name{Call: "1f", Body: "2e"}}
-	if tagsOf(named) != tagsOf(named) {
-		t.Error("two deliveries of one build have different tags")
+	if a, b := tagsOf(named), tagsOf(named); a != b {
+		t.Errorf("two deliveries of one build have the tags %v and %v", a, b)
 	}
 	unnamed := &solve.Request{Tenant: &solve.Tenant{ID: "t"}}
 	if a, b := tagsOf(unnamed), tagsOf(unnamed); a.Tenant != b.Tenant || a.Build == b.Build {
