@@ -2,12 +2,10 @@ package registry
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -17,6 +15,7 @@ import (
 	challenges "github.com/containerd/containerd/v2/core/remotes/docker/auth"
 	"github.com/distribution/reference"
 	digest "github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"handler/function/api"
 	"handler/function/hosts"
@@ -50,11 +49,12 @@ type question struct {
 // Ask asks an image's registry for its manifest, with the grant's credentials, and returns the
 // manifest's digest. ref has a tag or a digest. Config.Mirrors says where the registry is; else
 // it is asked over https, and over http at a loopback address. It may have a private address
-// if named is set: the operator has named its host, and no Dockerfile alone.
+// if named is set: the operator has named its host, and no Dockerfile alone. platform is what
+// the image is for; nil is every platform.
 //
 // Every error is an *api.Error: registry_denied if the registry refuses or has no such image,
 // else registry_failed.
-func (g *Grant) Ask(ctx context.Context, ref reference.Named, named bool) (digest.Digest, error) {
+func (g *Grant) Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	q := &question{grant: g, ref: ref, host: reference.Domain(ref)}
@@ -69,6 +69,9 @@ func (g *Grant) Ask(ctx context.Context, ref reference.Named, named bool) (diges
 	wait := tokenBackoff
 	for attempt := 1; ; attempt++ {
 		d, err := q.ask(ctx)
+		if err == nil {
+			err = q.prove(ctx, d, platform)
+		}
 		if err == nil {
 			return d, nil
 		}
@@ -111,16 +114,25 @@ func isLoopback(host string) bool {
 // ask asks once, and once more with an answer to the registry's challenge. Most registries
 // tell the digest in a header. The others are asked for the manifest itself.
 func (q *question) ask(ctx context.Context) (digest.Digest, error) {
-	resp, err := q.authorized(ctx, http.MethodHead)
+	object := "latest"
+	want, byDigest := q.ref.(reference.Digested)
+	if byDigest {
+		object = want.Digest().String()
+	} else if t, ok := q.ref.(reference.Tagged); ok {
+		object = t.Tag()
+	}
+	resp, err := q.authorized(ctx, http.MethodHead, object)
 	if err != nil {
 		return "", err
 	}
 	resp.Body.Close()
 	told := digest.Digest(resp.Header.Get("Docker-Content-Digest"))
 	if resp.StatusCode == http.StatusMethodNotAllowed || resp.StatusCode == http.StatusOK && told == "" {
-		if told, err = q.read(ctx); err != nil {
+		text, err := q.read(ctx, object)
+		if err != nil {
 			return "", err
 		}
+		told = digest.FromBytes(text)
 	} else if resp.StatusCode != http.StatusOK {
 		return "", &statusError{code: resp.StatusCode}
 	}
@@ -128,7 +140,7 @@ func (q *question) ask(ctx context.Context) (digest.Digest, error) {
 	if told.Validate() != nil {
 		return "", fmt.Errorf("%w: no digest", errAnswer)
 	}
-	if want, ok := q.ref.(reference.Digested); ok && want.Digest() != told {
+	if byDigest && want.Digest() != told {
 		return "", fmt.Errorf("%w: the digest %s for %s", errAnswer, told, want.Digest())
 	}
 	return told, nil
@@ -136,31 +148,10 @@ func (q *question) ask(ctx context.Context) (digest.Digest, error) {
 
 var errAnswer = errors.New("an answer that fits no question")
 
-// read reads the manifest, and returns its digest.
-func (q *question) read(ctx context.Context) (digest.Digest, error) {
-	resp, err := q.authorized(ctx, http.MethodGet)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return "", &statusError{code: resp.StatusCode}
-	}
-	hash := sha256.New()
-	n, err := io.Copy(hash, io.LimitReader(resp.Body, maxManifest+1))
-	if err != nil {
-		return "", err
-	}
-	if n > maxManifest {
-		return "", fmt.Errorf("%w: a manifest over %d bytes", errAnswer, maxManifest)
-	}
-	return digest.NewDigest(digest.SHA256, hash), nil
-}
-
-// authorized sends a request for the manifest, and repeats it if the registry wants
+// authorized sends a request for the manifest of a tag or a digest, and repeats it if the registry wants
 // credentials and there are some. The caller closes the body.
-func (q *question) authorized(ctx context.Context, method string) (*http.Response, error) {
-	resp, err := q.send(ctx, method)
+func (q *question) authorized(ctx context.Context, method, object string) (*http.Response, error) {
+	resp, err := q.send(ctx, method, object)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized || q.header != "" {
 		return resp, err
 	}
@@ -171,7 +162,7 @@ func (q *question) authorized(ctx context.Context, method string) (*http.Respons
 	if q.header == "" {
 		return nil, &statusError{code: http.StatusUnauthorized}
 	}
-	return q.send(ctx, method)
+	return q.send(ctx, method, object)
 }
 
 // answer is the value of Authorization that answers a registry's challenge. It is empty where
@@ -205,13 +196,7 @@ func (q *question) answer(ctx context.Context, header http.Header) (string, erro
 
 // send sends one request, and follows its redirects. Credentials stay with the service that
 // asked for them. Another host that a registry names must be public, and speak https.
-func (q *question) send(ctx context.Context, method string) (*http.Response, error) {
-	object := "latest"
-	if d, ok := q.ref.(reference.Digested); ok {
-		object = d.Digest().String()
-	} else if t, ok := q.ref.(reference.Tagged); ok {
-		object = t.Tag()
-	}
+func (q *question) send(ctx context.Context, method, object string) (*http.Response, error) {
 	u := q.base.JoinPath("v2", reference.Path(q.ref), "manifests", object)
 	client, header := q.client, q.header
 	for range maxRedirects {

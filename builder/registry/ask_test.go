@@ -106,7 +106,7 @@ func (f *fakeRegistry) ask(t *testing.T, image, password string, change func(*Co
 	if err != nil {
 		t.Fatal(err)
 	}
-	return c.Grant(nil).Ask(t.Context(), ref, true)
+	return c.Grant(nil).Ask(t.Context(), ref, true, nil)
 }
 
 // wantAsked wants the manifest's digest, or an error of a code with a text in it.
@@ -141,19 +141,19 @@ func TestAsk(t *testing.T) {
 		text     string
 		requests int32 // zero is any number
 	}{
-		{name: "open", requests: 1},
+		{name: "open", requests: 2},
 		{name: "open, by digest", image: "app@" + manifestDigest.String()},
 		{name: "open, by digest beside a tag", image: "app:none@" + manifestDigest.String()},
 		{name: "no tag", image: "app:2", code: api.RegistryDenied, text: `has no image`, requests: 1},
 		{name: "no digest", image: "app@" + other, code: api.RegistryDenied, text: "(404)"},
-		{name: "token", registry: &fakeRegistry{user: "u"}, password: "pw", requests: 3},
+		{name: "token", registry: &fakeRegistry{user: "u"}, password: "pw", requests: 4},
 		{name: "token, by digest", registry: &fakeRegistry{user: "u"}, password: "pw", image: "app@" + manifestDigest.String()},
 		{name: "token, not his", registry: &fakeRegistry{user: "v"}, password: "pw", code: api.RegistryDenied, text: "(403)", requests: 3},
 		{name: "token, nobody", registry: &fakeRegistry{user: "u"}, code: api.RegistryDenied, text: "(403)"},
-		{name: "basic", registry: &fakeRegistry{user: "u", basic: true}, password: "pw", requests: 2},
+		{name: "basic", registry: &fakeRegistry{user: "u", basic: true}, password: "pw", requests: 3},
 		{name: "basic, wrong", registry: &fakeRegistry{user: "u", basic: true}, password: "x", code: api.RegistryDenied, text: "refused \"", requests: 2},
 		{name: "basic, nobody", registry: &fakeRegistry{user: "u", basic: true}, code: api.RegistryDenied, text: "none are configured", requests: 1},
-		{name: "untold", registry: &fakeRegistry{untold: true}, requests: 2},
+		{name: "untold", registry: &fakeRegistry{untold: true}, requests: 3},
 		{name: "no HEAD", registry: &fakeRegistry{noHEAD: true, user: "u"}, password: "pw"},
 		{name: "500", registry: &fakeRegistry{instead: status(500)}, code: api.RegistryFailed, text: "status 500", requests: tokenAttempts},
 		{name: "429", registry: &fakeRegistry{instead: status(429)}, code: api.RegistryFailed, text: "status 429", requests: tokenAttempts},
@@ -222,7 +222,7 @@ func TestAskTLS(t *testing.T) {
 		{"no CA", Config{Mirrors: []Mirror{mirror}}, api.RegistryFailed, "registry_ca"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			d, err := New(tt.cfg).Grant(nil).Ask(t.Context(), ref, true)
+			d, err := New(tt.cfg).Grant(nil).Ask(t.Context(), ref, true, nil)
 			wantAsked(t, d, err, tt.code, tt.text)
 		})
 	}
@@ -236,11 +236,11 @@ func TestAskAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := New(Config{}).Grant(nil)
-	d, err := g.Ask(t.Context(), ref, true)
+	d, err := g.Ask(t.Context(), ref, true, nil)
 	wantAsked(t, d, err, "", "")
-	d, err = g.Ask(t.Context(), ref, false)
+	d, err = g.Ask(t.Context(), ref, false, nil)
 	wantAsked(t, d, err, api.RegistryDenied, "not a public address")
-	if n := f.requests.Load(); n != 1 {
+	if n := f.requests.Load(); n != 2 {
 		t.Errorf("%d requests", n)
 	}
 }
@@ -347,7 +347,7 @@ func TestAskEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := New(Config{}).Grant(nil).Ask(ctx, ref, true)
+	d, err := New(Config{}).Grant(nil).Ask(ctx, ref, true, nil)
 	wantAsked(t, d, err, api.RegistryFailed, "cannot be reached")
 	if n := f.requests.Load(); n != 1 {
 		t.Errorf("%d requests", n)

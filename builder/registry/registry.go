@@ -32,6 +32,7 @@ type Credentials struct {
 	caFiles    map[string]string   // by host in serverHost's form
 	mirrors    map[string]*url.URL // by host in serverHost's form
 	clouds     *clouds.Clouds
+	proven     *proven
 
 	// fixed is the whole config where it is not a file; nil where it is.
 	fixed *configfile.ConfigFile
@@ -53,6 +54,7 @@ func New(cfg Config) *Credentials {
 		caFiles:       make(map[string]string),
 		mirrors:       make(map[string]*url.URL),
 		helperTimeout: helperTimeout,
+		proven:        &proven{seen: make(map[string]bool)},
 	}
 	for _, h := range cfg.TokenHosts {
 		c.tokenHosts[h] = true
@@ -81,7 +83,7 @@ func (c *Credentials) Of(config []byte) (*Credentials, error) {
 	file.CredentialsStore, file.CredentialHelpers = "", nil
 	return &Credentials{
 		cfg: c.cfg, tokenHosts: c.tokenHosts, caFiles: c.caFiles, mirrors: c.mirrors, clouds: c.clouds,
-		helperTimeout: c.helperTimeout, fixed: file,
+		proven: c.proven, helperTimeout: c.helperTimeout, fixed: file,
 	}, nil
 }
 

@@ -6,17 +6,19 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/solver/pb"
 	digest "github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"handler/function/api"
 	"handler/function/registry"
 	"handler/function/repository"
 )
 
-// image decides on docker-image://rest.
-func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string) (decision, error) {
+// image decides on docker-image://rest for a platform, which may be nil.
+func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string, platform *pb.Platform) (decision, error) {
 	ref, err := reference.ParseNormalizedNamed(rest)
 	if err != nil {
 		return forbidden(op, "an image that cannot be read as one"), nil
@@ -34,7 +36,7 @@ func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string) (decis
 	if !asks {
 		return decision{allow: true}, nil
 	}
-	told, err := p.ask(ctx, ref, named)
+	told, err := p.ask(ctx, ref, named, platformOf(platform))
 	if err != nil {
 		if e, ok := errors.AsType[*api.Error](err); ok {
 			return denied(ref, e), nil
@@ -90,6 +92,14 @@ func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	return serves || covers || mirrored, named || alsoNamed || mirrored, nil
 }
 
+func platformOf(p *pb.Platform) *ocispecs.Platform {
+	if p == nil {
+		return nil
+	}
+	spec := platforms.Normalize(p.Spec())
+	return &spec
+}
+
 // answer is what a registry says about one reference. It holds for the build.
 type answer struct {
 	turn chan struct{} // has room for whoever asks, and for whoever reads the answer
@@ -101,8 +111,12 @@ type answer struct {
 
 // ask asks for an image once in the build. An answer about a tag is one about the digest that
 // it told, too. Its error is an *api.Error, or that of a ctx that has ended.
-func (p *Policy) ask(ctx context.Context, ref reference.Named, named bool) (digest.Digest, error) {
-	key := ref.Name()
+func (p *Policy) ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
+	name := ref.Name()
+	if platform != nil {
+		name = platforms.FormatAll(*platform) + " " + name
+	}
+	key := name
 	if d, ok := ref.(reference.Digested); ok {
 		key += "@" + d.Digest().String() // a tag beside a digest means nothing
 	} else if t, ok := ref.(reference.Tagged); ok {
@@ -123,13 +137,13 @@ func (p *Policy) ask(ctx context.Context, ref reference.Named, named bool) (dige
 			return a.told, a.err
 		}
 	}
-	told, err := p.cfg.Asker.Ask(ctx, ref, named)
+	told, err := p.cfg.Asker.Ask(ctx, ref, named, platform)
 	if ctx.Err() != nil {
 		return "", context.Cause(ctx)
 	}
 	a.known, a.told, a.err = true, told, err
 	if err == nil {
-		p.learn(ref.Name()+"@"+told.String(), told)
+		p.learn(name+"@"+told.String(), told)
 	}
 	return told, err
 }

@@ -21,6 +21,7 @@ import (
 	sourcepolicy "github.com/moby/buildkit/sourcepolicy/pb"
 	"github.com/moby/buildkit/sourcepolicy/policysession"
 	digest "github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
@@ -29,7 +30,7 @@ import (
 
 // Asker asks an image's registry for it, as package registry's Grant does.
 type Asker interface {
-	Ask(ctx context.Context, ref reference.Named, named bool) (digest.Digest, error)
+	Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error)
 }
 
 // Known says what the builder's own configuration knows of a registry, as package registry's
@@ -72,7 +73,7 @@ type Policy struct {
 	asking chan struct{} // has a value for each question that is asked now
 
 	mu      sync.Mutex
-	images  map[string]*answer // by reference
+	images  map[string]*answer // by reference and platform
 	proofs  map[string]*proof  // by fingerprint
 	allowed map[string]bool    // fingerprints of sources that are proven
 	asked   map[string]string  // identifiers by fingerprint, of what the daemon resolves now
@@ -156,7 +157,7 @@ func (p *Policy) check(ctx context.Context, req *policysession.CheckPolicyReques
 	p.mu.Lock()
 	delete(p.asked, fingerprint(op))
 	p.mu.Unlock()
-	d, err := p.decide(ctx, req.GetSource())
+	d, err := p.decide(ctx, req.GetSource(), req.GetPlatform())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -186,7 +187,7 @@ func (p *Policy) check(ctx context.Context, req *policysession.CheckPolicyReques
 
 // decide decides on a source and what the daemon has resolved of it. What is not known is
 // denied. Its error is that of a ctx that has ended.
-func (p *Policy) decide(ctx context.Context, source *gateway.ResolveSourceMetaResponse) (decision, error) {
+func (p *Policy) decide(ctx context.Context, source *gateway.ResolveSourceMetaResponse, platform *pb.Platform) (decision, error) {
 	op := source.GetSource()
 	scheme, rest, _ := strings.Cut(op.GetIdentifier(), "://")
 	switch scheme {
@@ -195,7 +196,7 @@ func (p *Policy) decide(ctx context.Context, source *gateway.ResolveSourceMetaRe
 			return decision{allow: true}, nil
 		}
 	case "docker-image":
-		return p.image(ctx, op, rest)
+		return p.image(ctx, op, rest, platform)
 	case "http", "https":
 		return p.http(op, source.GetHTTP()), nil
 	case "git":

@@ -10,12 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	gateway "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
 	sourcepolicy "github.com/moby/buildkit/sourcepolicy/pb"
 	"github.com/moby/buildkit/sourcepolicy/policysession"
 	digest "github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"handler/function/api"
 	"handler/function/buildconfig"
@@ -41,13 +43,17 @@ func (r *registries) Serves(host string) (serves, named bool, err error) {
 
 func (r *registries) Mirrored(host string) bool { return r.mirrored[host] }
 
-func (r *registries) Ask(ctx context.Context, ref reference.Named, named bool) (digest.Digest, error) {
+func (r *registries) Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	mark := ""
 	if named {
 		mark = "!"
 	}
 	r.mu.Lock()
-	r.asked = append(r.asked, mark+ref.String())
+	asked := mark + ref.String()
+	if platform != nil {
+		asked += " " + platforms.FormatAll(*platform)
+	}
+	r.asked = append(r.asked, asked)
 	r.mu.Unlock()
 	if r.wait != nil {
 		select {
@@ -246,6 +252,24 @@ func TestAskedOnce(t *testing.T) {
 	new(daemon).read(t, p, image("r.example/y@"+told.String()))
 	if len(r.asked) != 3 {
 		t.Errorf("asked for %q: an answer is for one digest in one repository", r.asked)
+	}
+}
+
+// TestAskedForPlatforms wants a question for each platform: the manifests below an index differ.
+func TestAskedForPlatforms(t *testing.T) {
+	r := &registries{mirrored: map[string]bool{"r.example": true}}
+	p := New(Config{Asker: r, Known: r})
+	for _, arch := range []string{"amd64", "arm64", "x86_64", "amd64"} {
+		req := &policysession.CheckPolicyRequest{
+			Source:   &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")},
+			Platform: &pb.Platform{OS: "linux", Architecture: arch},
+		}
+		if d, _, err := p.check(t.Context(), req); err != nil || d.GetUpdate().GetIdentifier() != "docker-image://r.example/x:1@"+told.String() {
+			t.Errorf("%v, %v", d, err)
+		}
+	}
+	if want := "[!r.example/x:1 linux/amd64 !r.example/x:1 linux/arm64]"; fmt.Sprint(r.asked) != want {
+		t.Errorf("asked for %q, want %s", r.asked, want)
 	}
 }
 
@@ -471,7 +495,7 @@ func TestForgedProof(t *testing.T) {
 	r := new(registries)
 	p := New(Config{Sources: solve.Sources{Hosts: []string{"host.example"}}, Asker: r, Known: r})
 	victim := &pb.SourceOp{Identifier: url, Attrs: map[string]string{pb.AttrHTTPChecksum: "sha256:aa"}}
-	if _, err := p.decide(t.Context(), &gateway.ResolveSourceMetaResponse{Source: victim}); err != nil {
+	if _, err := p.decide(t.Context(), &gateway.ResolveSourceMetaResponse{Source: victim}, nil); err != nil {
 		t.Fatal(err)
 	}
 	// The forger reads another address, and says that it is the probe of the victim's.
@@ -504,7 +528,7 @@ func TestUnresolved(t *testing.T) {
 	r := new(registries)
 	p := New(Config{Sources: solve.Sources{Hosts: []string{"host.example"}}, Asker: r, Known: r})
 	begin := func(url string) *pb.SourceOp {
-		d, err := p.decide(t.Context(), &gateway.ResolveSourceMetaResponse{Source: &pb.SourceOp{Identifier: url}})
+		d, err := p.decide(t.Context(), &gateway.ResolveSourceMetaResponse{Source: &pb.SourceOp{Identifier: url}}, nil)
 		if err != nil || d.convert == nil {
 			t.Fatalf("%v, %v", d, err)
 		}

@@ -1,0 +1,115 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	digest "github.com/opencontainers/go-digest"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	maxChildren = 64     // manifests of one image that are read
+	maxProven   = 20_000 // remembered; each takes about 200 bytes
+)
+
+// A registry can tell any digest. The daemon, which may have what is under it from another
+// registry, would not ask for it again: whoever runs a registry could pull whatever somebody
+// else has pulled, and needed to know no more than its digest. So a registry has to show the
+// manifest itself, once.
+
+// proven are the manifests that registries have shown, under "host/repository@digest platform".
+// A digest stays proven, whoever asks: what is under it does not change.
+type proven struct {
+	mu   sync.Mutex
+	seen map[string]bool
+}
+
+func (p *proven) has(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.seen[key]
+}
+
+func (p *proven) add(key string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.seen) >= maxProven {
+		clear(p.seen)
+	}
+	p.seen[key] = true
+}
+
+// prove has the registry show the manifest of a digest, and those below it that are for the
+// platform. Nil is every platform.
+func (q *question) prove(ctx context.Context, d digest.Digest, platform *ocispecs.Platform) error {
+	key := fmt.Sprintf("%s/%s@%s ", serverHost(q.host), reference.Path(q.ref), d)
+	if platform != nil {
+		key += platforms.FormatAll(platforms.Normalize(*platform))
+	}
+	if q.grant.creds.proven.has(key) {
+		return nil
+	}
+	left := maxChildren
+	if err := q.show(ctx, d, platform, &left); err != nil {
+		return err
+	}
+	q.grant.creds.proven.add(key)
+	return nil
+}
+
+// show reads the manifest of a digest and those below it. left is how many may be read.
+func (q *question) show(ctx context.Context, d digest.Digest, platform *ocispecs.Platform, left *int) error {
+	if *left--; *left < 0 {
+		return fmt.Errorf("%w: over %d manifests", errAnswer, maxChildren)
+	}
+	text, err := q.read(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	if d.Algorithm().FromBytes(text) != d {
+		return fmt.Errorf("%w: a manifest that is not %s", errAnswer, d)
+	}
+	var index ocispecs.Index
+	if err := json.Unmarshal(text, &index); err != nil {
+		return fmt.Errorf("%w: a manifest that is no JSON", errAnswer)
+	}
+	for _, child := range index.Manifests {
+		if child.Digest.Validate() != nil {
+			return fmt.Errorf("%w: a manifest without a digest", errAnswer)
+		}
+		if platform != nil && child.Platform != nil && !platforms.Only(*platform).Match(*child.Platform) {
+			continue
+		}
+		if err := q.show(ctx, child.Digest, platform, left); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read reads the manifest of a tag or a digest.
+func (q *question) read(ctx context.Context, object string) ([]byte, error) {
+	resp, err := q.authorized(ctx, http.MethodGet, object)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, &statusError{code: resp.StatusCode}
+	}
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxManifest {
+		return nil, fmt.Errorf("%w: a manifest over %d bytes", errAnswer, maxManifest)
+	}
+	return text, nil
+}
