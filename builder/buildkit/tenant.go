@@ -55,7 +55,7 @@ func (s *Solver) sharesLogin(ctx context.Context, p *plan) bool {
 	}
 	host := repository.Host(p.cacheIn.Name())
 	pushes := slices.ContainsFunc(p.req.Config.References, func(ref reference.Named) bool { return repository.Host(ref.Name()) == host })
-	serves, _, err := p.credentials.Serves(reference.Domain(p.cacheIn))
+	serves, err := p.credentials.Serves(reference.Domain(p.cacheIn))
 	return (pushes || serves || err != nil) && s.cacheScheme.MayBeBasic(ctx)
 }
 

@@ -99,9 +99,6 @@ func (c *Credentials) base(host string) *url.URL {
 	return &url.URL{Scheme: "https", Host: host}
 }
 
-// Mirrored says whether Config.Mirrors has the host.
-func (c *Credentials) Mirrored(host string) bool { return c.mirrors[serverHost(host)] != nil }
-
 func isLoopback(host string) bool {
 	h, err := hosts.Parse(host)
 	if err != nil {
@@ -251,7 +248,7 @@ func (q *question) explain(err error) error {
 		e.Code, why = q.refusal(st.code, name)
 	case errors.Is(err, errAddress):
 		e.Code = api.RegistryDenied
-		why = "is refused: not a public address, and no credentials and no registry_mirrors name it"
+		why = "is refused: not a public address, and neither credentials nor registry_mirrors name it"
 	case errors.As(err, new(*tls.CertificateVerificationError)):
 		why = "has a certificate that no known CA has signed (registry_ca)"
 	case errors.Is(err, errAnswer):

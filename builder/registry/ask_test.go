@@ -276,9 +276,6 @@ func TestAskBase(t *testing.T) {
 			t.Errorf("%s is asked at %s, want %s", host, got, want)
 		}
 	}
-	if !c.Mirrored("Plain.example") || c.Mirrored("ghcr.io") {
-		t.Error("mirrored are not those of Mirrors")
-	}
 	for _, text := range []string{"", "host", "=where", "host=", "host=ftp://x", "host=http://x/path", "a b=c", "host=user@x"} {
 		if m, err := ParseMirror(text); err == nil {
 			t.Errorf("%q is the mirror %v", text, m)

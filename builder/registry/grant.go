@@ -108,7 +108,7 @@ func (g *Grant) owner(host, repository string) *Credentials {
 func (g *Grant) Basic(ctx context.Context, host string) (username, password string, err error) {
 	repository := g.first[serverHost(host)]
 	if g.owner(host, repository) != g.creds {
-		serves, _, err := g.creds.Serves(host)
+		serves, err := g.creds.Serves(host)
 		if err != nil {
 			return "", "", err
 		}

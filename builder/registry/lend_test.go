@@ -40,6 +40,10 @@ func TestOf(t *testing.T) {
 func TestServes(t *testing.T) {
 	config := `{"auths":{"named.example":` + basicAuth("u", "p") + `,"*.pattern.example":` + basicAuth("u", "p") + `,"path.example/org":` + basicAuth("u", "p") + `,"empty.example":{}},
 		"credHelpers":{"helper.example":"x"}}`
+	mirror, err := ParseMirror("mirrored.example=m.example")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		config, host  string
 		serves, named bool
@@ -51,18 +55,28 @@ func TestServes(t *testing.T) {
 		{config, "helper.example", true, true},
 		{config, "empty.example", false, false},
 		{config, "other.example", false, false},
+		{config, "mirrored.example", false, true},
 		{`{"credsStore":"pass"}`, "other.example", true, false},
 		{`{"credsStore":"ecr-login"}`, "other.example", false, false},
 		{`{"credsStore":"ecr-login"}`, "123456789012.dkr.ecr.eu-west-1.amazonaws.com", true, false},
 	} {
-		serves, named, err := New(Config{File: configFile(t, tt.config)}).Serves(tt.host)
-		if err != nil || serves != tt.serves || named != tt.named {
-			t.Errorf("%s: %v %v %v, want %v %v", tt.host, serves, named, err, tt.serves, tt.named)
+		c := New(Config{File: configFile(t, tt.config), Mirrors: []Mirror{mirror}})
+		serves, err := c.Serves(tt.host)
+		if err != nil || serves != tt.serves {
+			t.Errorf("%s: serves %v, %v", tt.host, serves, err)
+		}
+		named, err := c.Names(tt.host)
+		if err != nil || named != tt.named {
+			t.Errorf("%s: named %v, %v", tt.host, named, err)
 		}
 	}
-	_, _, err := New(Config{File: configFile(t, `{"auths":`)}).Serves("h")
-	if e := api.AsError(err); err == nil || e.Code != api.RegistryFailed {
-		t.Errorf("a config that cannot be read: %v", err)
+	broken := New(Config{File: configFile(t, `{"auths":`)})
+	_, err1 := broken.Serves("h")
+	_, err2 := broken.Names("h")
+	for _, err := range []error{err1, err2} {
+		if e := api.AsError(err); err == nil || e.Code != api.RegistryFailed {
+			t.Errorf("a config that cannot be read: %v", err)
+		}
 	}
 }
 

@@ -1,13 +1,33 @@
 package registry
 
-// Serves says whether there may be credentials for a repository at host. named says that an
-// entry is for exactly this host: a pattern and a helper for all hosts name none.
-func (c *Credentials) Serves(host string) (serves, named bool, err error) {
+import "slices"
+
+// Serves says whether there may be credentials for a repository at host.
+func (c *Credentials) Serves(host string) (bool, error) {
+	keys, store, err := c.keys(host)
+	if err != nil {
+		return false, err
+	}
+	host = serverHost(host)
+	return globalServes(store, host) || slices.ContainsFunc(keys, func(key string) bool { return parseKey(key).servesPartOf(host) }), nil
+}
+
+// Names says whether the operator has named host: with an entry of the config for exactly this
+// host, and no pattern, or in Config.Mirrors.
+func (c *Credentials) Names(host string) (bool, error) {
+	keys, _, err := c.keys(host)
+	if err != nil {
+		return false, err
+	}
+	return c.mirrors[serverHost(host)] != nil || Covers(keys, host), nil
+}
+
+// keys are those of the config that have a value, and its global helper.
+func (c *Credentials) keys(host string) (keys []string, store string, err error) {
 	file, err := c.load()
 	if err != nil {
-		return false, false, unreadable(host, err)
+		return nil, "", unreadable(host, err)
 	}
-	var keys []string
 	for key, auth := range file.AuthConfigs {
 		if hasLogin(auth) {
 			keys = append(keys, key)
@@ -18,19 +38,12 @@ func (c *Credentials) Serves(host string) (serves, named bool, err error) {
 			keys = append(keys, key)
 		}
 	}
-	serves, named = Covers(keys, host)
-	return serves || globalServes(file.CredentialsStore, serverHost(host)), named, nil
+	return keys, file.CredentialsStore, nil
 }
 
-// Covers says whether one of keys is for a repository at host. The keys are those of "auths"
-// in a Docker config.json, or hosts. named says that one is for exactly this host, and is no
-// pattern.
-func Covers(keys []string, host string) (covers, named bool) {
+// Covers says whether one of keys, as "auths" in a Docker config.json has them, is for exactly
+// this host or for a path there. A pattern is not.
+func Covers(keys []string, host string) bool {
 	host = serverHost(host)
-	for _, text := range keys {
-		k := parseKey(text)
-		covers = covers || k.servesPartOf(host)
-		named = named || k.host == host
-	}
-	return covers, named
+	return slices.ContainsFunc(keys, func(key string) bool { return parseKey(key).host == host })
 }

@@ -78,8 +78,9 @@ type Sources struct {
 	// Hosts are those that ADD may read with http and git, as in context_hosts.
 	Hosts []string
 
-	// Asked are the registries that somebody here has credentials for. Their images are
-	// asked for with this build's credentials, every time.
+	// Asked are the registries that some tenant has credentials for, as the keys of "auths"
+	// in a Docker config.json. The function may ask them for images, even if they have
+	// private addresses.
 	Asked []string
 }
 

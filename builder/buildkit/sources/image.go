@@ -76,20 +76,16 @@ func (p *Policy) mayPull(name string) bool {
 }
 
 // asks says whether the registry is asked for an image, and whether the operator has named its
-// host.
+// host. A registry that nobody here has credentials for is asked too: it could tell the digest
+// of an image at another one, which the daemon has.
 func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	name, host := ref.Name(), reference.Domain(ref)
 	atCache := p.cfg.Cache != "" && repository.Host(name) == repository.Host(p.cfg.Cache)
 	if !atCache && slices.ContainsFunc(p.cfg.Unasked, func(pattern string) bool { return repository.Match(name, pattern) }) {
 		return false, false, nil
 	}
-	serves, named, err := p.cfg.Known.Serves(host)
-	if err != nil {
-		return false, false, err
-	}
-	covers, alsoNamed := registry.Covers(p.cfg.Asked, host)
-	mirrored := p.cfg.Known.Mirrored(host)
-	return serves || covers || mirrored, named || alsoNamed || mirrored, nil
+	named, err = p.cfg.Known.Names(host)
+	return true, named || registry.Covers(p.cfg.Asked, host), err
 }
 
 func platformOf(p *pb.Platform) *ocispecs.Platform {

@@ -2,9 +2,9 @@
 // reads a source: an image, an address for ADD, a git repository. It knows the rules of a
 // tenant, and the forms in which BuildKit writes sources.
 //
-// A daemon has one cache for all builds, and serves from it without asking anybody. So what
-// somebody here has credentials for is asked for with this build's own ones, in each build
-// again: the function asks registries itself, and has the daemon ask everything else.
+// A daemon has one cache for all builds, and serves from it without asking anybody. So
+// everything is asked for with this build's own credentials, in each build again: the function
+// asks registries itself, and has the daemon ask everything else.
 package sources
 
 import (
@@ -33,11 +33,10 @@ type Asker interface {
 	Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error)
 }
 
-// Known says what the builder's own configuration knows of a registry, as package registry's
+// Known says whether the builder's own configuration names a registry, as package registry's
 // Credentials do.
 type Known interface {
-	Serves(host string) (serves, named bool, err error)
-	Mirrored(host string) bool
+	Names(host string) (bool, error)
 }
 
 // Config is the rules of one build.
@@ -73,10 +72,10 @@ type Policy struct {
 	asking chan struct{} // has a value for each question that is asked now
 
 	mu      sync.Mutex
-	images  map[string]*answer // by reference and platform
-	proofs  map[string]*proof  // by fingerprint
-	allowed map[string]bool    // fingerprints of sources that are proven
-	asked   map[string]string  // identifiers by fingerprint, of what the daemon resolves now
+	images  map[string]*answer      // by reference and platform
+	proofs  map[string]*proof       // by fingerprint
+	allowed map[string]bool         // fingerprints of sources that are proven
+	asked   map[string]*pb.SourceOp // sources by the fingerprint of what the daemon resolves now for each
 	denials []*Denial
 }
 
@@ -98,7 +97,7 @@ func New(cfg Config) *Policy {
 		images:  make(map[string]*answer),
 		proofs:  make(map[string]*proof),
 		allowed: make(map[string]bool),
-		asked:   make(map[string]string),
+		asked:   make(map[string]*pb.SourceOp),
 	}
 }
 
@@ -133,14 +132,13 @@ func (p *Policy) Unresolved(err error) *Denial {
 	_, why, ok := strings.Cut(err.Error(), resolving)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !ok || len(p.asked) != 1 {
+	if !ok || len(p.asked) > 1 {
 		return nil
 	}
-	d := new(Denial)
-	for _, d.Address = range p.asked {
+	for _, op := range p.asked {
+		return &Denial{Err: &api.Error{Code: api.BuildFailed, Msg: address(op) + ": " + why}, Address: op.GetIdentifier()}
 	}
-	d.Err = &api.Error{Code: api.BuildFailed, Msg: address(&pb.SourceOp{Identifier: d.Address}) + ": " + why}
-	return d
+	return nil
 }
 
 // decision is what to do with a source. It has one field.
@@ -167,9 +165,13 @@ func (p *Policy) check(ctx context.Context, req *policysession.CheckPolicyReques
 	case d.convert != nil:
 		return &policysession.DecisionResponse{Action: sourcepolicy.PolicyAction_CONVERT, Update: d.convert}, nil, nil
 	case d.resolve != nil:
+		source := op
+		if b := p.begun(op); b != nil {
+			source = b.op
+		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.asked[fingerprint(op)] = op.GetIdentifier()
+		p.asked[fingerprint(op)] = source
 		return nil, &gateway.ResolveSourceMetaRequest{
 			Source: d.resolve, Platform: req.GetPlatform(), LogName: "[internal] ask for " + address(d.resolve),
 		}, nil

@@ -28,8 +28,8 @@ var told = digest.FromString("told")
 
 // registries are what the function knows of registries, and what they answer.
 type registries struct {
-	serves, named, mirrored map[string]bool
-	broken                  error // of the credentials
+	named  map[string]bool
+	broken error // of the credentials
 
 	mu      sync.Mutex
 	asked   []string // references, with "!" before those that the operator named
@@ -37,11 +37,7 @@ type registries struct {
 	wait    chan struct{} // closed when an answer may come; nil is at once
 }
 
-func (r *registries) Serves(host string) (serves, named bool, err error) {
-	return r.serves[host], r.named[host], r.broken
-}
-
-func (r *registries) Mirrored(host string) bool { return r.mirrored[host] }
+func (r *registries) Names(host string) (bool, error) { return r.named[host], r.broken }
 
 func (r *registries) Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	mark := ""
@@ -157,7 +153,7 @@ func TestImages(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := new(registries)
-			op, why, err := new(daemon).read(t, New(Config{Sources: tt.sources, Asker: r, Known: r}), image(tt.image))
+			op, why, err := new(daemon).read(t, New(Config{Sources: tt.sources, Asker: r, Known: r, Unasked: []string{"*"}}), image(tt.image))
 			if err != nil || (op != nil) != tt.allowed {
 				t.Errorf("%v, %q, %v", op, why, err)
 			}
@@ -199,18 +195,16 @@ func TestAsked(t *testing.T) {
 		registries *registries
 		asked      string // with "!" where the operator named the host; empty for not
 	}{
-		{"nobody has credentials", Config{}, &registries{}, ""},
-		{"a tenant has", Config{Sources: solve.Sources{Asked: []string{host}}}, &registries{}, "!"},
-		{"a tenant has, for a path", Config{Sources: solve.Sources{Asked: []string{host + "/acme"}}}, &registries{}, "!"},
-		{"a tenant has, for a pattern", Config{Sources: solve.Sources{Asked: []string{"*.example"}}}, &registries{}, "?"},
-		{"a tenant has elsewhere", Config{Sources: solve.Sources{Asked: []string{"x.example"}}}, &registries{}, ""},
-		{"the builder has", Config{}, &registries{serves: yes, named: yes}, "!"},
-		{"the builder may have", Config{}, &registries{serves: yes}, "?"},
-		{"a mirror has", Config{}, &registries{mirrored: yes}, "!"},
-		{"the daemon alone reaches it", Config{Sources: solve.Sources{Asked: []string{host}}, Unasked: []string{host + "/base/*"}}, &registries{}, ""},
-		{"the daemon alone reaches others", Config{Sources: solve.Sources{Asked: []string{host}}, Unasked: []string{host + "/x/*"}}, &registries{}, "!"},
-		{"the cache is there", Config{Sources: solve.Sources{Asked: []string{host}}, Unasked: []string{host + "/base/*"}, Cache: "R.example:443/cache"}, &registries{}, "!"},
-		{"own images", Config{Sources: solve.Sources{Asked: []string{host}, Images: []string{host}}}, &registries{}, "!"},
+		{"nobody names it", Config{}, &registries{}, "?"},
+		{"a tenant has credentials", Config{Sources: solve.Sources{Asked: []string{host}}}, &registries{}, "!"},
+		{"a tenant has credentials for a path", Config{Sources: solve.Sources{Asked: []string{host + "/acme"}}}, &registries{}, "!"},
+		{"a tenant has credentials for a pattern", Config{Sources: solve.Sources{Asked: []string{"*.example"}}}, &registries{}, "?"},
+		{"a tenant has credentials elsewhere", Config{Sources: solve.Sources{Asked: []string{"x.example"}}}, &registries{}, "?"},
+		{"the builder names it", Config{}, &registries{named: yes}, "!"},
+		{"the daemon alone reaches it", Config{Unasked: []string{host + "/base/*"}}, &registries{named: yes}, ""},
+		{"the daemon alone reaches others", Config{Unasked: []string{host + "/x/*"}}, &registries{}, "?"},
+		{"the cache is there", Config{Unasked: []string{host + "/base/*"}, Cache: "R.example:443/cache"}, &registries{}, "?"},
+		{"own images", Config{Sources: solve.Sources{Images: []string{host}}}, &registries{}, "?"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := tt.registries
@@ -233,7 +227,7 @@ func TestAsked(t *testing.T) {
 }
 
 func TestAskedOnce(t *testing.T) {
-	r := &registries{mirrored: map[string]bool{"r.example": true}}
+	r := &registries{named: map[string]bool{"r.example": true}}
 	p := New(Config{Asker: r, Known: r})
 	for range 2 {
 		for _, ref := range []string{"r.example/x:1", "r.example/x@" + told.String(), "r.example/x:2@" + told.String()} {
@@ -257,7 +251,7 @@ func TestAskedOnce(t *testing.T) {
 
 // TestAskedForPlatforms wants a question for each platform: the manifests below an index differ.
 func TestAskedForPlatforms(t *testing.T) {
-	r := &registries{mirrored: map[string]bool{"r.example": true}}
+	r := &registries{named: map[string]bool{"r.example": true}}
 	p := New(Config{Asker: r, Known: r})
 	for _, arch := range []string{"amd64", "arm64", "x86_64", "amd64"} {
 		req := &policysession.CheckPolicyRequest{
@@ -274,7 +268,7 @@ func TestAskedForPlatforms(t *testing.T) {
 }
 
 func TestAskedAtOnce(t *testing.T) {
-	r := &registries{mirrored: map[string]bool{"r.example": true}, wait: make(chan struct{})}
+	r := &registries{named: map[string]bool{"r.example": true}, wait: make(chan struct{})}
 	p := New(Config{Asker: r, Known: r})
 	var all sync.WaitGroup
 	for i := range 40 {
@@ -306,7 +300,7 @@ func TestAskedAtOnce(t *testing.T) {
 
 // TestRefused wants the registry's own answer, and nothing learnt of a caller that has gone.
 func TestRefused(t *testing.T) {
-	r := &registries{mirrored: map[string]bool{"r.example": true}}
+	r := &registries{named: map[string]bool{"r.example": true}}
 	for _, want := range []*api.Error{{Code: api.RegistryDenied, Msg: "no"}, {Code: api.RegistryFailed, Msg: "down"}} {
 		r.refuses = want
 		p := New(Config{Asker: r, Known: r})
@@ -511,7 +505,7 @@ func TestForgedProof(t *testing.T) {
 }
 
 func TestTooMany(t *testing.T) {
-	r := &registries{mirrored: map[string]bool{"r.example": true}}
+	r := &registries{named: map[string]bool{"r.example": true}}
 	p := New(Config{Sources: solve.Sources{Hosts: []string{"host.example"}}, Asker: r, Known: r})
 	for i := range 2 * maxSources {
 		p.images[fmt.Sprint(i)] = &answer{}
@@ -552,6 +546,19 @@ func TestUnresolved(t *testing.T) {
 	}
 	p.check(t.Context(), &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: first, HTTP: &gateway.ResolveSourceHTTPResponse{Checksum: "sha256:aa"}}})
 	if d := p.Unresolved(failed); d == nil || d.Address != "https://host.example/g" {
+		t.Errorf("%+v", d)
+	}
+	p = New(Config{Sources: solve.Sources{Hosts: []string{"http://host.example"}}, Asker: r, Known: r})
+	git := gitOp("http://host.example/org/repo.git", "#"+commit)
+	for range 2 {
+		d, err := p.decide(t.Context(), &gateway.ResolveSourceMetaResponse{Source: git}, nil)
+		if err != nil || d.convert == nil {
+			t.Fatalf("%v, %v", d, err)
+		}
+		git = d.convert
+	}
+	p.check(t.Context(), &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: git}})
+	if d := p.Unresolved(failed); d == nil || d.Address != "git://host.example/org/repo.git#"+commit || !strings.HasPrefix(d.Err.Msg, "http://host.example: ") {
 		t.Errorf("%+v", d)
 	}
 	var none *Policy
