@@ -8,8 +8,7 @@ func (c *Credentials) Serves(host string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	host = serverHost(host)
-	return globalServes(store, host) || slices.ContainsFunc(keys, func(key string) bool { return parseKey(key).servesPartOf(host) }), nil
+	return globalServes(store, serverHost(host)) || MayServe(keys, host), nil
 }
 
 // Names says whether the operator has named host: with an entry of the config for exactly this
@@ -46,4 +45,11 @@ func (c *Credentials) keys(host string) (keys []string, store string, err error)
 func Covers(keys []string, host string) bool {
 	host = serverHost(host)
 	return slices.ContainsFunc(keys, func(key string) bool { return parseKey(key).host == host })
+}
+
+// MayServe says whether one of keys, as "auths" in a Docker config.json has them, is for a
+// repository at host. A pattern counts.
+func MayServe(keys []string, host string) bool {
+	host = serverHost(host)
+	return slices.ContainsFunc(keys, func(key string) bool { return parseKey(key).servesPartOf(host) })
 }

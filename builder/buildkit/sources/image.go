@@ -75,17 +75,32 @@ func (p *Policy) mayPull(name string) bool {
 	return p.cfg.Others == nil || !p.cfg.Others(name)
 }
 
-// asks says whether the registry is asked for an image, and whether the operator has named its
-// host. A registry that nobody here has credentials for is asked too: it could tell the digest
-// of an image at another one, which the daemon has.
+// asks says whether the registry is asked for an image, and whether the operator has named it as
+// one that may have a private address.
+//
+// A registry is asked if somebody here may have credentials for it. A registry that the operator
+// has not named may be a tenant's own, and tell the digest of somebody's private image, which the
+// daemon has: it is asked too, because whoever is asked has to show the manifest.
 func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	name, host := ref.Name(), reference.Domain(ref)
 	atCache := p.cfg.Cache != "" && repository.Host(name) == repository.Host(p.cfg.Cache)
 	if !atCache && slices.ContainsFunc(p.cfg.Unasked, func(pattern string) bool { return repository.Match(name, pattern) }) {
 		return false, false, nil
 	}
-	named, err = p.cfg.Known.Names(host)
-	return true, named || registry.Covers(p.cfg.Asked, host), err
+	if named, err = p.cfg.Known.Names(host); err != nil {
+		return false, false, err
+	}
+	named = named || registry.Covers(p.cfg.Asked, host)
+	serves, err := p.cfg.Known.Serves(host)
+	return named || serves || registry.MayServe(p.cfg.Asked, host) || !p.trusted(host), named, err
+}
+
+// trusted says whether the operator trusts a registry to tell only digests of its own images:
+// Docker Hub, where the tenant's images are, and each that a pattern of From names.
+func (p *Policy) trusted(host string) bool {
+	host = repository.Host(host)
+	is := func(text string) bool { return repository.Host(text) == host }
+	return is("docker.io") || slices.ContainsFunc(p.cfg.Images, is) || slices.ContainsFunc(p.cfg.From, is)
 }
 
 func platformOf(p *pb.Platform) *ocispecs.Platform {

@@ -2,9 +2,9 @@
 // reads a source: an image, an address for ADD, a git repository. It knows the rules of a
 // tenant, and the forms in which BuildKit writes sources.
 //
-// A daemon has one cache for all builds, and serves from it without asking anybody. So
-// everything is asked for with this build's own credentials, in each build again: the function
-// asks registries itself, and has the daemon ask everything else.
+// A daemon has one cache for all builds, and serves from it without asking anybody. So what
+// somebody here may have credentials for is asked for with this build's own ones, in each build
+// again: the function asks registries itself, and has the daemon ask everything else.
 package sources
 
 import (
@@ -33,10 +33,11 @@ type Asker interface {
 	Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error)
 }
 
-// Known says whether the builder's own configuration names a registry, as package registry's
-// Credentials do.
+// Known says whether the builder's own configuration names a registry, and whether it may have
+// credentials for it, as package registry's Credentials do.
 type Known interface {
 	Names(host string) (bool, error)
+	Serves(host string) (bool, error)
 }
 
 // Config is the rules of one build.

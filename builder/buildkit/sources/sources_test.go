@@ -29,6 +29,7 @@ var told = digest.FromString("told")
 // registries are what the function knows of registries, and what they answer.
 type registries struct {
 	named  map[string]bool
+	public bool  // there are no credentials for any of them
 	broken error // of the credentials
 
 	mu      sync.Mutex
@@ -38,6 +39,8 @@ type registries struct {
 }
 
 func (r *registries) Names(host string) (bool, error) { return r.named[host], r.broken }
+
+func (r *registries) Serves(string) (bool, error) { return !r.public, r.broken }
 
 func (r *registries) Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	mark := ""
@@ -159,6 +162,34 @@ func TestImages(t *testing.T) {
 			}
 			if len(r.asked) > 0 {
 				t.Errorf("asked for %q", r.asked)
+			}
+		})
+	}
+}
+
+// TestPublic has no credentials for any registry. Those that the operator has named are not asked.
+func TestPublic(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		sources solve.Sources
+		image   string
+		asked   bool
+	}{
+		{"Docker Hub", solve.Sources{}, "busybox", false},
+		{"Docker Hub by another name", solve.Sources{}, "index.docker.io/library/busybox:1", false},
+		{"nobody has named it", solve.Sources{}, "r.example/x:1", true},
+		{"from allows all", solve.Sources{From: []string{"*"}}, "r.example/x:1", true},
+		{"from names another", solve.Sources{From: []string{"*", "q.example/*"}}, "r.example/x:1", true},
+		{"from names it", solve.Sources{From: []string{"r.example/*"}}, "r.example:443/x:1", false},
+		{"the tenant's own", solve.Sources{Images: []string{"r.example/own"}}, "r.example/own/x:1", false},
+		{"beside the tenant's own", solve.Sources{Images: []string{"r.example/own"}}, "r.example/x:1", false},
+		{"a tenant has credentials", solve.Sources{From: []string{"r.example/*"}, Asked: []string{"*.example"}}, "r.example/x:1", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := &registries{public: true}
+			op, why, err := new(daemon).read(t, New(Config{Sources: tt.sources, Asker: r, Known: r}), image(tt.image))
+			if err != nil || op == nil || (len(r.asked) > 0) != tt.asked {
+				t.Errorf("asked for %q; %v, %q, %v", r.asked, op, why, err)
 			}
 		})
 	}
