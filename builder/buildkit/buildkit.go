@@ -181,7 +181,7 @@ func warner(log solve.Log, mask *redact.Redactor) func(string) {
 // warnings returns those that are known before the build.
 func (s *Solver) warnings(p *plan) []string {
 	syntax := p.files.Syntax(p.req.Config.Dockerfile)
-	if syntax == "" || s.cfg.AllowSyntax {
+	if syntax == "" || p.allowSyntax {
 		return nil
 	}
 	return []string{fmt.Sprintf("the Dockerfile's line syntax=%s is not followed: the daemon's own frontend is used", p.mask.Line(syntax))}

@@ -187,15 +187,25 @@ func TestCacheTag(t *testing.T) {
 	}
 }
 
+// TestSyntaxWarning: a syntax line is followed where allow_syntax is set, and by a tenant only if
+// its from says which frontends there are.
 func TestSyntaxWarning(t *testing.T) {
-	for allow, want := range map[bool]int{false: 1, true: 0} {
-		s := mustNew(t, Config{AllowSyntax: allow})
+	free, bound := &solve.Tenant{}, &solve.Tenant{Sources: solve.Sources{From: []string{"docker.io/docker/*"}}}
+	for _, tt := range []struct {
+		allow   bool
+		tenant  *solve.Tenant
+		follows bool
+	}{
+		{false, nil, false}, {true, nil, true}, {true, free, false}, {true, bound, true}, {false, bound, false},
+	} {
+		s := mustNew(t, Config{AllowSyntax: tt.allow})
 		p := mustPlan(t, s, `{"skipPush":true}`, files{"Dockerfile": "# syntax=e\n#\n"})
-		if warnings := s.warnings(p); len(warnings) != want {
-			t.Errorf("allow_syntax=%v: warnings %q", allow, warnings)
+		p.allowSyntax = s.followsSyntax(&solve.Request{Tenant: tt.tenant})
+		if warnings := s.warnings(p); (len(warnings) == 0) != tt.follows {
+			t.Errorf("%+v: warnings %q", tt, warnings)
 		}
-		if _, follows := p.frontendAttrs()["cmdline"]; follows == allow {
-			t.Errorf("allow_syntax=%v: cmdline %v", allow, follows)
+		if _, ignored := p.frontendAttrs()["cmdline"]; ignored == tt.follows {
+			t.Errorf("%+v: cmdline %v", tt, ignored)
 		}
 	}
 }

@@ -62,7 +62,7 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 		files:       files,
 		platforms:   req.Config.Platforms,
 		compression: s.cfg.Compression,
-		allowSyntax: s.cfg.AllowSyntax,
+		allowSyntax: s.followsSyntax(req),
 		credentials: s.cfg.Credentials,
 		cacheIn:     s.cfg.CacheRepository,
 		builder:     s.cfg.Credentials,
@@ -75,6 +75,13 @@ func (s *Solver) newPlan(req *solve.Request, files *contextfs.FS) *plan {
 	}
 	p.cache = cacheTag(p.cacheIn, req, "")
 	return p
+}
+
+// followsSyntax says whether a "# syntax=" line is followed. A frontend can import a cache from
+// anywhere into the daemon's own, and the source policy does not see it. So a tenant's line is
+// followed only if From says which frontends there are.
+func (s *Solver) followsSyntax(req *solve.Request) bool {
+	return s.cfg.AllowSyntax && (req.Tenant == nil || req.Tenant.Sources.From != nil)
 }
 
 // cacheTag is where the request's cache is kept in the repository, or nil. suffix tells the

@@ -5,18 +5,19 @@ import (
 	"time"
 )
 
-// countAge is how long a count of what tenants have in other processes is believed, and the
-// least time between two counts.
+// countAge is the least time between two counts of what tenants have in other processes. A count
+// is believed for twice as long after its end, so that a slow one is not old when it comes.
 const countAge = time.Second
 
 // count is the last count of what tenants have in other processes.
 type count struct {
 	began time.Time
+	ended time.Time
 	of    func(id string) int // nil before the first count
 	stop  context.CancelFunc  // of the goroutine that counts; nil without one
 }
 
-func (c *count) fresh() bool { return c.of != nil && time.Since(c.began) < countAge }
+func (c *count) fresh() bool { return c.of != nil && time.Since(c.ended) < 2*countAge }
 
 // answer says whether a tenant may have one slot more.
 type answer int
@@ -29,8 +30,8 @@ const (
 
 // may says whether t may have one slot more than it has.
 //
-// From one count to the next it gets one more than it had at most, because no other process sees
-// that one yet, and others may do the same. For example t may have 3 slots, and two processes
+// Between two counts t gets at most one slot more. Other processes do not see this slot before
+// their next count, and each may give one too. For example t may have 3 slots, and two processes
 // count 2. Each gives t one, so that it has 4: one too many for each process but one.
 func (s *Slots) may(t *tenant) answer {
 	switch {
@@ -50,12 +51,9 @@ func (s *Slots) may(t *tenant) answer {
 	return yes
 }
 
-// wanted says whether somebody waits for a count: a slot is free, and only what a tenant has
-// elsewhere may keep it from him.
+// wanted says whether a count may decide who gets a slot that is free, or the next that becomes
+// free. A tenant that began to count only then would always come after one that needs no count.
 func (s *Slots) wanted() bool {
-	if s.free == 0 {
-		return false
-	}
 	for _, t := range s.tenants {
 		if len(t.waiting) > 0 && t.Elsewhere && t.running < t.Most {
 			return true
@@ -95,7 +93,7 @@ func (s *Slots) counts(ctx context.Context) {
 		for _, t := range s.tenants {
 			t.counted = t.counting
 		}
-		s.count.began, s.count.of = began, of
+		s.count = count{began: began, ended: time.Now(), of: of, stop: s.count.stop}
 		s.deal()
 		s.tidy()
 	}

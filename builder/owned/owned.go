@@ -100,13 +100,13 @@ type httpGuard struct {
 
 func (t *httpGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Scheme != "https" && !t.allowed {
-		return nil, errors.New("the registry is asked over plain http, and the repository does not begin with http://")
+		return nil, errors.New("the registry is asked over plain http, and its repository does not begin with http://")
 	}
 	return t.RoundTripper.RoundTrip(req)
 }
 
 // ErrNoDeletion means that the registry does not let the builder delete.
-var ErrNoDeletion = errors.New("the registry refuses to delete")
+var ErrNoDeletion = errors.New("the registry deletes nothing")
 
 // Delete deletes a manifest or a tag. It is no error if there is none. The error is
 // ErrNoDeletion if the registry refuses every deletion.

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 const (
 	maxChildren = 64     // manifests of one image that are read
+	maxObjects  = 10_000 // of JSON in one manifest; each takes about 100 bytes of memory
 	maxProven   = 20_000 // remembered; each takes about 200 bytes
 )
 
@@ -76,10 +78,19 @@ func (q *question) show(ctx context.Context, d digest.Digest, platform *ocispecs
 	if d.Algorithm().FromBytes(text) != d {
 		return fmt.Errorf("%w: a manifest that is not %s", errAnswer, d)
 	}
-	var index ocispecs.Index
+	if bytes.Count(text, []byte{'{'}) > maxObjects {
+		return fmt.Errorf("%w: a manifest of over %d objects", errAnswer, maxObjects)
+	}
+	var index struct {
+		Manifests []struct {
+			Digest   digest.Digest      `json:"digest"`
+			Platform *ocispecs.Platform `json:"platform"`
+		} `json:"manifests"`
+	}
 	if err := json.Unmarshal(text, &index); err != nil {
 		return fmt.Errorf("%w: a manifest that is no JSON", errAnswer)
 	}
+	text = nil // it would stay in memory while its children are read
 	for _, child := range index.Manifests {
 		if child.Digest.Validate() != nil {
 			return fmt.Errorf("%w: a manifest without a digest", errAnswer)

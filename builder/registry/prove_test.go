@@ -128,3 +128,24 @@ func TestProvenElsewhere(t *testing.T) {
 		wantAsked(t, d, err, code, "(404)")
 	}
 }
+
+// TestManyObjects: a manifest of a few MiB can be of so many objects that they take a hundred
+// times as much memory.
+func TestManyObjects(t *testing.T) {
+	text := `{"manifests":[` + strings.Repeat("{},", maxObjects) + `{}]}`
+	f := newFakeRegistry(t, false, &fakeRegistry{})
+	f.instead = func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Docker-Content-Digest", digest.FromString(text).String())
+		if r.Method == http.MethodGet {
+			fmt.Fprint(w, text)
+		}
+		return true
+	}
+	ref, err := reference.ParseNormalizedNamed(f.host() + "/app:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{}).Grant(nil).Ask(t.Context(), ref, true, nil); err == nil || !strings.Contains(err.Error(), "objects") {
+		t.Errorf("%v, want an error about the objects", err)
+	}
+}

@@ -46,7 +46,7 @@ func Read(files []File, in Installation) (*Set, error) {
 		r.root = keys[0]
 	}
 	for _, addr := range in.Daemons {
-		r.places[thing{"daemon", addr}] = "buildkit_addr"
+		r.places[thing{"daemon", sameDaemon(addr)}] = "buildkit_addr"
 	}
 	for _, f := range files {
 		r.file(f)
@@ -192,6 +192,10 @@ func (r *reader) readImages(v value, t *Tenant) []string {
 			one.wrong("%v", err)
 			return
 		}
+		if strings.HasPrefix(text, "docker.io/") && !repository.Within(prefix, text) {
+			one.wrong("%q is the image %q; the account is %q", text, prefix, strings.TrimPrefix(text, "docker.io/"))
+			return
+		}
 		if len(r.allowed) > 0 && !slices.ContainsFunc(r.allowed, func(a string) bool { return repository.Within(prefix, a) }) {
 			one.wrong("%q is outside allowed_images", prefix)
 			return
@@ -253,12 +257,22 @@ func (r *reader) readPools(v value) {
 		one.each(func(d value, addr string) {
 			if err := daemon(addr); err != nil {
 				d.wrong("%v", err)
-			} else if r.once(d, "daemon", addr) {
+			} else if r.once(d, "daemon", sameDaemon(addr)) {
 				list = append(list, addr)
 			}
 		})
 		r.set.Pools[name] = some(one, "daemons", list)
 	})
+}
+
+// sameDaemon is equal for two addresses of one daemon, however its host is written.
+func sameDaemon(addr string) string {
+	host, ok := strings.CutPrefix(addr, "tcp://")
+	h, err := hosts.Parse(host)
+	if !ok || err != nil {
+		return addr
+	}
+	return "tcp://" + h.String()
 }
 
 // daemon wants an address as buildkit_addr has it.

@@ -205,6 +205,7 @@ func TestReadRefuses(t *testing.T) {
 		{"unix:///run/gold.sock", "tcp://gold:1234/path", `line 4: pools.gold[1]: "tcp://gold:1234/path" is not an address`},
 		{"unix:///run/gold.sock", "tcp://gold-0:1234", "line 4: pools.gold[1]: the same daemon is in tenants: line 4"},
 		{"unix:///run/gold.sock", "tcp://buildkitd:1234", "line 4: pools.gold[1]: the same daemon is in buildkit_addr"},
+		{"unix:///run/gold.sock", "tcp://Buildkitd.:1234", "line 4: pools.gold[1]: the same daemon is in buildkit_addr"},
 		{`["tcp://gold-0:1234", "unix:///run/gold.sock"]`, "[]", "line 4: pools.gold: there are no daemons in it"},
 		{`["tcp://gold-0:1234", "unix:///run/gold.sock"]`, "tcp://gold-0:1234", "line 4: pools.gold: want a list"},
 
@@ -236,6 +237,9 @@ func TestReadRefuses(t *testing.T) {
 		{"[ghcr.io/globex]", "[registry.example.com/acme/app]", `line 9: tenants.globex.images[0]: "registry.example.com/acme/app" overlaps "registry.example.com/acme" of tenant acme in tenants: line 17`},
 		{"[ghcr.io/globex]", "[registry.example.com:443/acme]", `line 17: tenants.acme.images[0]: "registry.example.com/acme" overlaps`},
 		{"[ghcr.io/globex]", "[index.docker.io/acme/app]", `line 9: tenants.globex.images[0]: "docker.io/acme/app" overlaps "docker.io/acme" of tenant acme in tenants: line 17`},
+
+		{"[ghcr.io/globex]", "[docker.io/globex]", `line 9: tenants.globex.images[0]: "docker.io/globex" is the image "docker.io/library/globex"; the account is "globex"`},
+		{"[ghcr.io/globex]", "[docker.io/globex/app]", `line 9: tenants.globex.images[0]: "docker.io/globex/app" is outside allowed_images`},
 
 		// What may be pulled.
 		{`"docker.io/library/*"`, `"*.io/library/*"`, `line 18: tenants.acme.from[0]: "*.io/library/*" has a * in its host: write the host out, or * for all of it`},
@@ -513,4 +517,18 @@ func FuzzRead(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestMaxKeys: a tenant with many keys would make every body of everybody slower to hash.
+func TestMaxKeys(t *testing.T) {
+	for n, want := range map[int]string{maxKeys: "", maxKeys + 1: "tenants: line 4: tenants.acme.keys: over 8 keys"} {
+		text := "version: 1\ntenants:\n  acme: {id: t-1, images: [ghcr.io/acme], keys:\n    ["
+		for i := range n {
+			text += fmt.Sprintf("{id: k%d, secret: %q},", i, fmt.Sprint("the key of acme, no ", i))
+		}
+		_, err := Read([]File{{"tenants", []byte(text + "]}\n")}}, Installation{PayloadSecret: []byte("the first line of the payload secret")})
+		if got := fmt.Sprint(err); (err != nil) != (want != "") || !strings.HasPrefix(got, want) && err != nil {
+			t.Errorf("%d keys: %v, want %q", n, err, want)
+		}
+	}
 }

@@ -28,8 +28,14 @@ func (r *reader) keys(v value) []Key {
 		lines[k.ID] = one.node.Line
 		list = append(list, k)
 	})
+	if len(list) > maxKeys {
+		v.wrong("over %d keys: each body is hashed with as many keys as the tenant with the most has", maxKeys)
+	}
 	return some(v, "keys", list)
 }
+
+// maxKeys of one tenant. Two are enough to rotate.
+const maxKeys = 8
 
 func (r *reader) key(v value) Key {
 	var k Key

@@ -75,8 +75,9 @@ func (f *Failure) Classify() (e *api.Error, later bool) {
 	return f.buildFailed(withoutNoise(text)), false
 }
 
-// byPolicy is how BuildKit reports a denial whose message it has lost.
-var byPolicy = regexp.MustCompile(`(?:denied|not allowed) by policy`)
+// byPolicy is how BuildKit reports a denial whose message it has lost. A registry can speak of a
+// policy too, when it refuses a push.
+var byPolicy = regexp.MustCompile(`source "[^"]*" (?:denied|not allowed) by policy`)
 
 // denied is the error of a source that may not be read, with the Dockerfile's lines that name
 // it, where these are known.

@@ -287,6 +287,7 @@ func TestDenied(t *testing.T) {
 		{"the registry is down", Failure{Err: fromDaemon(errors.New(text)), Denied: down}, api.RegistryFailed, down.Msg},
 		{"the message is lost", Failure{Err: fromDaemon(errors.New(text))}, api.FromForbidden, "a source may not be read by this build"},
 		{"by a static policy", Failure{Err: fromDaemon(errors.New(`source "docker-image://x" denied by policy: source denied by policy`))}, api.FromForbidden, "a source may not be read by this build"},
+		{"a push that the registry denies", Failure{Err: fromDaemon(errors.New("failed to push r.example/x:1: denied: push of unsigned artifact not allowed by policy")), Pushing: true}, api.RegistryDenied, "pushing r.example/x:1: denied: push of unsigned artifact not allowed by policy"},
 		{"a step that says so", Failure{Err: fromDaemon(errors.New(`process "echo not allowed by policy" failed`))}, api.BuildFailed, `process "echo not allowed by policy" failed`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -75,12 +75,12 @@ func (p *Policy) mayPull(name string) bool {
 	return p.cfg.Others == nil || !p.cfg.Others(name)
 }
 
-// asks says whether the registry is asked for an image, and whether the operator has named it as
-// one that may have a private address.
+// asks says whether the registry is asked for an image, and whether the operator has named it, so
+// that it may have a private address.
 //
-// A registry is asked if somebody here may have credentials for it. A registry that the operator
-// has not named may be a tenant's own, and tell the digest of somebody's private image, which the
-// daemon has: it is asked too, because whoever is asked has to show the manifest.
+// Docker Hub is asked if somebody here may have credentials for it. Any other registry may be a
+// tenant's own, also one that the tenant pushes to. It could tell the digest of somebody's private
+// image, which the daemon has: so it is asked in any case, and has to show the manifest.
 func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	name, host := ref.Name(), reference.Domain(ref)
 	atCache := p.cfg.Cache != "" && repository.Host(name) == repository.Host(p.cfg.Cache)
@@ -90,17 +90,18 @@ func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	if named, err = p.cfg.Known.Names(host); err != nil {
 		return false, false, err
 	}
-	named = named || registry.Covers(p.cfg.Asked, host)
+	named = named || registry.Covers(p.cfg.Asked, host) || p.names(host)
+	if repository.Host(name) != "docker.io" {
+		return true, named, nil
+	}
 	serves, err := p.cfg.Known.Serves(host)
-	return named || serves || registry.MayServe(p.cfg.Asked, host) || !p.trusted(host), named, err
+	return serves || registry.MayServe(p.cfg.Asked, host), named, err
 }
 
-// trusted says whether the operator trusts a registry to tell only digests of its own images:
-// Docker Hub, where the tenant's images are, and each that a pattern of From names.
-func (p *Policy) trusted(host string) bool {
-	host = repository.Host(host)
-	is := func(text string) bool { return repository.Host(text) == host }
-	return is("docker.io") || slices.ContainsFunc(p.cfg.Images, is) || slices.ContainsFunc(p.cfg.From, is)
+// names says whether the operator has written a host into the tenant's images or from.
+func (p *Policy) names(host string) bool {
+	is := func(text string) bool { return repository.Host(text) == repository.Host(host) }
+	return slices.ContainsFunc(p.cfg.Images, is) || slices.ContainsFunc(p.cfg.From, is)
 }
 
 func platformOf(p *pb.Platform) *ocispecs.Platform {

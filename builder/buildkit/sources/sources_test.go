@@ -167,29 +167,30 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// TestPublic has no credentials for any registry. Those that the operator has named are not asked.
+// TestPublic has no credentials for any registry. A mark is before those that the operator has
+// named. Docker Hub alone is not asked.
 func TestPublic(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		sources solve.Sources
 		image   string
-		asked   bool
+		asked   string
 	}{
-		{"Docker Hub", solve.Sources{}, "busybox", false},
-		{"Docker Hub by another name", solve.Sources{}, "index.docker.io/library/busybox:1", false},
-		{"nobody has named it", solve.Sources{}, "r.example/x:1", true},
-		{"from allows all", solve.Sources{From: []string{"*"}}, "r.example/x:1", true},
-		{"from names another", solve.Sources{From: []string{"*", "q.example/*"}}, "r.example/x:1", true},
-		{"from names it", solve.Sources{From: []string{"r.example/*"}}, "r.example:443/x:1", false},
-		{"the tenant's own", solve.Sources{Images: []string{"r.example/own"}}, "r.example/own/x:1", false},
-		{"beside the tenant's own", solve.Sources{Images: []string{"r.example/own"}}, "r.example/x:1", false},
-		{"a tenant has credentials", solve.Sources{From: []string{"r.example/*"}, Asked: []string{"*.example"}}, "r.example/x:1", true},
+		{"Docker Hub", solve.Sources{}, "busybox", ""},
+		{"Docker Hub by another name", solve.Sources{}, "index.docker.io/library/busybox:1", ""},
+		{"Docker Hub, with credentials of a tenant", solve.Sources{Asked: []string{"https://index.docker.io/v1/"}}, "busybox:1", "!docker.io/library/busybox:1"},
+		{"nobody has named it", solve.Sources{}, "r.example/x:1", "r.example/x:1"},
+		{"from allows all", solve.Sources{From: []string{"*"}}, "r.example/x:1", "r.example/x:1"},
+		{"from names another", solve.Sources{From: []string{"*", "q.example/*"}}, "r.example/x:1", "r.example/x:1"},
+		{"from names it", solve.Sources{From: []string{"r.example/*"}}, "r.example:443/x:1", "!r.example:443/x:1"},
+		{"the tenant's own", solve.Sources{Images: []string{"r.example/own"}}, "r.example/own/x:1", "!r.example/own/x:1"},
+		{"another port of it", solve.Sources{Images: []string{"r.example/own"}}, "r.example:1/own/x:1", "r.example:1/own/x:1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := &registries{public: true}
 			op, why, err := new(daemon).read(t, New(Config{Sources: tt.sources, Asker: r, Known: r}), image(tt.image))
-			if err != nil || op == nil || (len(r.asked) > 0) != tt.asked {
-				t.Errorf("asked for %q; %v, %q, %v", r.asked, op, why, err)
+			if asked := strings.Join(r.asked, " "); err != nil || op == nil || asked != tt.asked {
+				t.Errorf("asked for %q, want %q; %v, %q, %v", asked, tt.asked, op, why, err)
 			}
 		})
 	}
@@ -235,7 +236,7 @@ func TestAsked(t *testing.T) {
 		{"the daemon alone reaches it", Config{Unasked: []string{host + "/base/*"}}, &registries{named: yes}, ""},
 		{"the daemon alone reaches others", Config{Unasked: []string{host + "/x/*"}}, &registries{}, "?"},
 		{"the cache is there", Config{Unasked: []string{host + "/base/*"}, Cache: "R.example:443/cache"}, &registries{}, "?"},
-		{"own images", Config{Sources: solve.Sources{Images: []string{host}}}, &registries{}, "?"},
+		{"own images", Config{Sources: solve.Sources{Images: []string{host}}}, &registries{}, "!"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := tt.registries

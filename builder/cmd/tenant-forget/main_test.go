@@ -112,7 +112,7 @@ func TestLeft(t *testing.T) {
 	cache := strings.TrimPrefix(server.URL, "http://") + "/cache"
 	var out bytes.Buffer
 	err := run(t.Context(), []string{"-id=t-1", "-cache=" + cache}, &out, io.Discard)
-	if err == nil || !strings.HasPrefix(err.Error(), cache+": ") || !strings.Contains(err.Error(), "refuses to delete") {
+	if err == nil || !strings.HasPrefix(err.Error(), cache+": ") || !strings.Contains(err.Error(), "deletes nothing") {
 		t.Errorf("%v", err)
 	}
 	want := removed(cache, nil) + cache + ": 1 left, for the registry's own tools\n  t-1-" + sharedKey + "\n"
