@@ -67,6 +67,12 @@ func (r *registries) Ask(ctx context.Context, ref reference.Named, named bool, p
 	return told, r.refuses
 }
 
+func (r *registries) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.asked)
+}
+
 // daemon asks a policy as buildkitd does (evaluateSource in solver/llbsolver/policy.go): again after
 // a conversion, again with what it has resolved, and ten times at most.
 type daemon struct {
@@ -311,16 +317,11 @@ func TestAskedAtOnce(t *testing.T) {
 			}
 		})
 	}
-	asked := func() int {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		return len(r.asked)
-	}
-	for asked() < maxAsking {
+	for r.count() < maxAsking {
 		time.Sleep(time.Millisecond)
 	}
 	time.Sleep(50 * time.Millisecond)
-	if n := asked(); n != maxAsking {
+	if n := r.count(); n != maxAsking {
 		t.Errorf("%d questions at once", n)
 	}
 	close(r.wait)
@@ -348,11 +349,18 @@ func TestRefused(t *testing.T) {
 	r.refuses, r.wait = nil, make(chan struct{})
 	p := New(Config{Asker: r, Known: r})
 	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	req := &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")}}
-	if _, _, err := p.check(ctx, req); !errors.Is(err, context.Canceled) {
-		t.Errorf("a caller that has gone: %v", err)
+	var gone sync.WaitGroup
+	gone.Go(func() {
+		req := &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")}}
+		if _, _, err := p.check(ctx, req); !errors.Is(err, context.Canceled) {
+			t.Errorf("a caller that has gone: %v", err)
+		}
+	})
+	for r.count() < 3 {
+		time.Sleep(time.Millisecond)
 	}
+	cancel()
+	gone.Wait()
 	close(r.wait)
 	if op, why, err := new(daemon).read(t, p, image("r.example/x:1")); err != nil || op == nil {
 		t.Errorf("%q, %v", why, err)
@@ -432,6 +440,7 @@ func TestGit(t *testing.T) {
 		{"a bundle", gitOp(url, "#main", pb.AttrGitBundle, "docker-image+blob://x/y@"+told.String()), "", false},
 		{"times of commits", gitOp(url, "#main", pb.AttrGitMTime, "commit"), "", false},
 		{"another's place in the cache", gitOp(url, "#main", pb.AttrGitMTime, "tenant t-other"), "", true},
+		{"another's place, without submodules", gitOp(url, "#main", pb.AttrGitMTime, "tenant t-other", pb.AttrGitSkipSubmodules, "true"), "", true},
 		{"plain http", gitOp("http://git.example/org/repo.git", "#main"), "", false},
 		{"ssh", gitOp("ssh://git@git.example/org/repo.git", "#main"), "", false},
 	} {
