@@ -27,6 +27,9 @@ var imports = map[string][]string{
 	"buildkit/report":    {"api", "redact", "solve"},
 	"buildkit/sources":   {"api", "buildconfig", "redact", "registry", "repository", "solve"},
 
+	"records/memory":      {"api", "records", "records/batch"},
+	"records/recordstest": {"api", "records"},
+
 	"solve":       {"buildconfig", "payload", "redact"},
 	"metrics":     {"api", "solve"},
 	"reply":       {"api"},
@@ -35,6 +38,7 @@ var imports = map[string][]string{
 	"repository":  {"hosts"},
 	"tenants":     {"api", "buildconfig", "hosts", "repository", "signature"},
 	"sealed":      {"api"},
+	"records":     {"api"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api", "owned"},
 }

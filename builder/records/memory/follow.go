@@ -1,0 +1,73 @@
+package memory
+
+import (
+	"context"
+	"iter"
+
+	"handler/function/records"
+	"handler/function/records/batch"
+)
+
+// Follow reads one batch at a time, outside the lock. The batch under the end of the log still
+// grows: Follow reads a Clone.
+func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
+	return func(yield func(records.Line, error) bool) {
+		select {
+		case s.followers <- struct{}{}:
+			defer func() { <-s.followers }()
+		default:
+			yield(records.Line{}, records.ErrBusy)
+			return
+		}
+		s.mu.Lock()
+		b := s.find(ref)
+		s.mu.Unlock()
+		if b == nil {
+			yield(records.Line{}, records.ErrNotFound)
+			return
+		}
+		out := records.Pace(yield)
+		for next := after + 1; ; {
+			lines, total, ended, changed := b.from(next)
+			if lines != nil && lines.First > next && !out.Line(records.Gap(next, lines.First-1)) {
+				return
+			}
+			if lines == nil && next <= total {
+				// Its lines were dropped, to the last.
+				out.Line(records.Gap(next, total))
+				return
+			}
+			if lines == nil {
+				if ended || !wait || !out.Wait(ctx, changed) {
+					return
+				}
+				continue
+			}
+			for n, text := range lines.All() {
+				if n >= next && !out.Line(records.Line{N: n, Text: text}) {
+					return
+				}
+			}
+			next = lines.Next()
+		}
+	}
+}
+
+// from returns the batch that has line n, or the next batch if n was dropped, or nil if there is
+// none; how many lines there are; whether there will be no more; and what is closed when there
+// are.
+func (b *build) from(n uint64) (lines *batch.Batch, total uint64, ended bool, changed <-chan struct{}) {
+	s := b.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, l := range b.log {
+		if l.Next() > n {
+			if i == len(b.log)-1 {
+				l = l.Clone()
+			}
+			lines = l
+			break
+		}
+	}
+	return lines, b.rec.Lines, !b.rec.Running(), b.changed
+}

@@ -1,0 +1,61 @@
+package records
+
+import (
+	"context"
+	"time"
+)
+
+// Pacer is the yield function of a Follow, with the rules that all stores have for it: a
+// KeepAlive in a silence, and ErrSlow for a follower that is too slow.
+type Pacer struct {
+	yield func(Line, error) bool
+	last  time.Time // a Line was yielded
+}
+
+// Pace returns the Pacer of a yield function.
+func Pace(yield func(Line, error) bool) *Pacer {
+	return &Pacer{yield: yield, last: time.Now()}
+}
+
+// Line yields a line. It returns false if it must be the last.
+func (p *Pacer) Line(l Line) bool {
+	began := time.Now()
+	if !p.yield(l, nil) {
+		return false
+	}
+	p.last = time.Now()
+	if p.last.Sub(began) > SlowAfter {
+		p.yield(Line{}, ErrSlow)
+		return false
+	}
+	return true
+}
+
+// Fail yields an error.
+func (p *Pacer) Fail(err error) { p.yield(Line{}, err) }
+
+// Tick yields a Line with N 0 if it is time for one. It returns false if nothing must follow.
+func (p *Pacer) Tick() bool {
+	return time.Since(p.last) < KeepAlive || p.Line(Line{})
+}
+
+// Wait waits until changed is closed. It returns false if nothing must follow: ctx has ended,
+// and its error has been yielded.
+func (p *Pacer) Wait(ctx context.Context, changed <-chan struct{}) bool {
+	for {
+		timer := time.NewTimer(KeepAlive - time.Since(p.last))
+		select {
+		case <-changed:
+			timer.Stop()
+			return true
+		case <-ctx.Done():
+			timer.Stop()
+			p.Fail(context.Cause(ctx))
+			return false
+		case <-timer.C:
+			if !p.Tick() {
+				return false
+			}
+		}
+	}
+}

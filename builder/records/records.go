@@ -1,0 +1,319 @@
+// Package records has what is known of builds beyond the connection that asked for them: a
+// record and a log of each, who may follow them, and how a build is stopped from afar. It has
+// the types and the Store that keeps them. Packages below it are the stores.
+//
+// No build waits for a store, and none fails because of one.
+package records
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"net/http"
+	"strings"
+	"time"
+
+	"handler/function/api"
+)
+
+// Limits of every store.
+const (
+	MaxPage      = 200              // records of a Page
+	MaxLog       = 8 << 20          // bytes of one build's log; of a longer one the latest lines are kept
+	MaxLine      = 60 << 10         // bytes of a line; the contract has no longer one
+	MaxFollowers = 32               // at once, of one process
+	KeepAlive    = 10 * time.Second // of silence, after which Follow yields a Line with N 0
+	SlowAfter    = 10 * time.Second // that a follower may take for one Line; a slower one gets ErrSlow
+
+	maxError    = 16 << 10 // bytes of Record.Error
+	maxWarnings = 16 << 10 // bytes of Record.Warnings together
+)
+
+var (
+	// ErrNotFound means that no build of that name is known, and that this is certain.
+	ErrNotFound = errors.New("no such build")
+
+	// ErrUnknown means that it cannot be known now. A later try may know.
+	ErrUnknown = errors.New("the store of records cannot be reached")
+
+	// ErrOwnerUnreachable means that the build runs, and that the process that has it does
+	// not answer.
+	ErrOwnerUnreachable = errors.New("the process that runs the build does not answer")
+
+	// ErrUsed means that Cancellation.Once has been used before.
+	ErrUsed = errors.New("a cancellation works once")
+
+	// ErrBusy means that MaxFollowers follow builds already.
+	ErrBusy = errors.New("too many followers")
+
+	// ErrSlow ends a follower that took longer than SlowAfter for a Line.
+	ErrSlow = errors.New("the follower is too slow")
+)
+
+// Ref names a build. Attempt is 0 for the latest build of the id. Attempts are counted from 1
+// for each id, as long as the store knows an earlier one.
+type Ref struct {
+	Tenant  string // the tenant's id
+	ID      string // the call id
+	Attempt int
+}
+
+// Record is what is known of a build. While it runs, what is not known yet is zero. Nothing of
+// build arguments, secrets, labels or keys is in it.
+//
+// The JSON is what a client sees. Tenant is for operators: an answer to the tenant itself goes
+// without.
+type Record struct {
+	Tenant  string `json:"tenant,omitempty"`
+	ID      string `json:"id"`
+	Attempt int    `json:"attempt,omitempty"` // 0 until the store has given a number
+
+	Image      string     `json:"image,omitempty"`
+	ImageName  string     `json:"imageName,omitempty"` // the same, as in api.Record
+	Status     api.Status `json:"status"`
+	Error      string     `json:"error,omitempty"`
+	Code       api.Code   `json:"code,omitempty"`
+	Duration   float64    `json:"duration"` // seconds
+	Digest     string     `json:"digest,omitempty"`
+	Commit     string     `json:"commit,omitempty"`
+	Tags       []string   `json:"tags,omitempty"`
+	Platforms  []string   `json:"platforms,omitempty"`
+	Warnings   []string   `json:"warnings,omitempty"`
+	Request    string     `json:"request,omitempty"` // hex SHA-256 of the request's body
+	Began      time.Time  `json:"began"`
+	Ended      time.Time  `json:"ended,omitzero"`
+	Lines      uint64     `json:"lines"`                // of the log so far
+	Queued     bool       `json:"queued"`               // the request came from a queue
+	CanceledBy string     `json:"canceledBy,omitempty"` // who asked to stop it, whether it did or not
+
+	// For the builder alone.
+	Building bool   `json:"-"` // it has a build slot; before that it waits for one
+	Daemon   string `json:"-"` // the address of the daemon that has it, or had it last
+	Ref      string `json:"-"` // its name in this daemon's history
+}
+
+// SetVerdict copies everything but the log of a build's last record. ID is not changed.
+func (r *Record) SetVerdict(v api.Record) {
+	r.Image, r.ImageName, r.Status, r.Error, r.Code = v.Image, v.ImageName, v.Status, v.Error, v.Code
+	r.Duration, r.Digest, r.Commit, r.Tags, r.Platforms = v.Duration, v.Digest, v.Commit, v.Tags, v.Platforms
+	r.Warnings = v.Warnings
+	if v.Request != "" {
+		r.Request = v.Request
+	}
+}
+
+// Verdict is the record as a caller of the build is told it, without a log.
+func (r *Record) Verdict() api.Record {
+	return api.Record{
+		Image: r.Image, ImageName: r.ImageName, Status: r.Status, Error: r.Error, Code: r.Code,
+		Duration: r.Duration, Digest: r.Digest, Commit: r.Commit, Tags: r.Tags, Platforms: r.Platforms,
+		Warnings: r.Warnings, ID: r.ID, Request: r.Request,
+	}
+}
+
+// Running says whether there is no verdict yet.
+func (r *Record) Running() bool { return r.Status == api.InProgress }
+
+// Final says whether another attempt at the same request would have the same verdict: a
+// redelivery is answered with it. That somebody stopped the build is final. That its caller
+// left is not.
+func (r *Record) Final() bool {
+	switch status := r.Code.HTTPStatus(); {
+	case r.Running():
+		return false
+	case r.Status == api.Success:
+		return true
+	case r.Code == api.Canceled:
+		return r.CanceledBy != ""
+	default:
+		return status != http.StatusTooManyRequests && status < 500
+	}
+}
+
+// Bound cuts the texts that have no other bound, so that a record fits into one message of any
+// store.
+func (r *Record) Bound() {
+	if len(r.Error) > maxError {
+		r.Error = strings.ToValidUTF8(r.Error[:maxError], "") + "…"
+	}
+	left := maxWarnings
+	for i, w := range r.Warnings {
+		if left -= len(w); left < 0 {
+			r.Warnings = append(r.Warnings[:i:i], "further warnings were left out")
+			break
+		}
+	}
+}
+
+// Line is one line of a log. Lines are counted from 1. If Lost is not 0, it says that this
+// many lines up to N, and with it, are lost; Text is then a mark. A Line with N 0 says that
+// the log has been silent for KeepAlive.
+type Line struct {
+	N    uint64 `json:"n"`
+	Lost uint64 `json:"lost,omitempty"`
+	Text string `json:"t"`
+}
+
+// Gap is the Line for lost lines from first to last.
+func Gap(first, last uint64) Line { return Line{N: last, Lost: last - first + 1, Text: "…"} }
+
+// ClipLine is a line as stores keep it.
+func ClipLine(line string) string {
+	if len(line) <= MaxLine {
+		return line
+	}
+	const mark = "…"
+	return strings.ToValidUTF8(line[:MaxLine-len(mark)], "") + mark
+}
+
+// Query says which records a Page has.
+type Query struct {
+	Tenant   string     // the tenant's id
+	Operator bool       // the records of all tenants; Tenant is ignored
+	Status   api.Status // if it is not empty
+	Image    string     // if it is not empty: this reference, or the repository of it with any tag or digest
+	Limit    int        // 1 to MaxPage; others are taken for the nearest
+	Before   string     // Page.Next of the page before, or empty
+}
+
+// Matches says whether a query asks for a record, apart from Before.
+func (q *Query) Matches(r *Record) bool {
+	if !q.Operator && r.Tenant != q.Tenant || q.Status != "" && r.Status != q.Status {
+		return false
+	}
+	rest, ok := strings.CutPrefix(r.Image, q.Image)
+	return q.Image == "" || ok && (rest == "" || rest[0] == ':' || rest[0] == '@')
+}
+
+// Size is Limit within its bounds.
+func (q *Query) Size() int { return min(max(q.Limit, 1), MaxPage) }
+
+// Page is a part of a list.
+type Page struct {
+	Builds   []Record // newest first, in the order in which the store has heard of them
+	Next     string   // Query.Before of the next page; empty on the last one
+	Complete bool     // false if there may be builds that this process does not know of
+}
+
+// Cancellation asks for a build's end.
+type Cancellation struct {
+	Ref
+	By string // for the record
+
+	// Once is what no other cancellation has, such as the signature of the request. A
+	// second one of a running build with the same Once is ErrUsed. Empty is never used up.
+	Once string
+}
+
+// Load is how many builds there are now.
+type Load struct {
+	Tenants  map[string]Count // by the tenant's id
+	Daemons  map[string]int   // builds that a daemon has, by Record.Daemon
+	Replicas int              // processes that are in the sums, this one included
+	Complete bool             // false if other processes may have builds that are not in the sums
+}
+
+// Count is the builds of one tenant.
+type Count struct {
+	Building int // have a slot
+	Waiting  int // wait for one
+}
+
+// Add counts one running build. The maps must not be nil.
+func (l *Load) Add(tenant string, r *Record) {
+	c := l.Tenants[tenant]
+	if r.Building {
+		c.Building++
+	} else {
+		c.Waiting++
+	}
+	l.Tenants[tenant] = c
+	if r.Daemon != "" && r.Building {
+		l.Daemons[r.Daemon]++
+	}
+}
+
+// Stats is how the store does.
+type Stats struct {
+	Reachable bool          // the store takes what it is given
+	Problem   string        // why not, for the operator; empty if Reachable
+	Pending   int64         // bytes of lines and records that are not in the store yet
+	Lag       time.Duration // age of the oldest of them
+	Dropped   uint64        // lines that never came into the store
+	Forgotten uint64        // ended records that never did
+	Lost      uint64        // builds of other processes that this one has found lost
+	Errors    uint64        // answers of the store that were none
+	Followers int           // now
+}
+
+// Store keeps records. Its methods may be called from any number of goroutines.
+type Store interface {
+	// Begin adds a build that runs from now on. r needs Tenant, ID and Began. Begin never
+	// waits. When somebody asks for the build's end, cancel is called with who it was. It
+	// must not block, and may be called more than once.
+	Begin(r Record, cancel func(by string)) Build
+
+	// Get returns a build's record.
+	//
+	// # Errors
+	//
+	// ErrNotFound, ErrUnknown, or ctx's.
+	Get(ctx context.Context, ref Ref) (Record, error)
+
+	// Find returns the latest build of a tenant's call id with the same request that either
+	// runs or is Final: a redelivery of the request is answered with it. Its errors are
+	// Get's.
+	Find(ctx context.Context, tenant, id, request string) (Record, error)
+
+	// Everywhere returns the latest build of an id of each tenant that has one. It is for
+	// operators, who name no tenant. Its errors are Get's.
+	Everywhere(ctx context.Context, id string) ([]Record, error)
+
+	// List returns a page of records. If the store cannot be reached, the page has what this
+	// process knows, and Complete is false. The only error is ctx's, or that of a Before
+	// which is no Page.Next.
+	List(ctx context.Context, q Query) (Page, error)
+
+	// Follow yields the log of a build from the line after a given one. If wait is true, it
+	// yields the lines as they come, until the build has ended; then Get has the verdict.
+	// Otherwise it ends with the latest line. The build does not wait for its followers.
+	//
+	// # Errors
+	//
+	// Get's, ErrBusy and ErrSlow. An error is the last that is yielded.
+	Follow(ctx context.Context, ref Ref, after uint64, wait bool) iter.Seq2[Line, error]
+
+	// Cancel tells the process that has a build to end it. If the record that it returns is
+	// Running, this process has been told. Otherwise the build had ended.
+	//
+	// # Errors
+	//
+	// Get's, ErrOwnerUnreachable and ErrUsed.
+	Cancel(ctx context.Context, c Cancellation) (Record, error)
+
+	// Forget removes all that is known of a tenant's builds that have ended.
+	Forget(ctx context.Context, tenant string) error
+
+	// Load and Stats never wait.
+	Load() Load
+	Stats() Stats
+
+	// Close waits until everything is stored, or ctx ends. The store is of no use afterwards.
+	Close(ctx context.Context) error
+}
+
+// Build is a build that runs in this process. Its methods never wait, and do nothing after End.
+type Build interface {
+	// Record is the record as it is now.
+	Record() Record
+
+	// Update changes the record. Tenant, ID, Attempt, Status, Lines and CanceledBy are not
+	// its to change.
+	Update(change func(r *Record))
+
+	// Log adds lines. The caller sees them in the same order.
+	Log(lines ...string)
+
+	// End gives the build its verdict.
+	End(verdict api.Record)
+}
