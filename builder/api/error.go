@@ -42,6 +42,7 @@ const (
 	NotReady          Code = "not_ready"
 	ShuttingDown      Code = "shutting_down"
 	Canceled          Code = "canceled"
+	Lost              Code = "lost"
 	Internal          Code = "internal"
 )
 
@@ -83,6 +84,7 @@ var statuses = map[Code]int{
 	NoSpace:         http.StatusServiceUnavailable,
 	NotReady:        http.StatusServiceUnavailable,
 	ShuttingDown:    http.StatusServiceUnavailable,
+	Lost:            http.StatusServiceUnavailable,
 	Internal:        http.StatusInternalServerError,
 }
 

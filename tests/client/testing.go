@@ -91,7 +91,7 @@ var HTTPStatus = map[string]int{
 	"internal": 500,
 	"stalled":  503, "queue_timeout": 503, "no_daemon": 503, "daemon_lost": 503, "daemon_full": 503,
 	"registry_failed": 503, "registry_timeout": 503, "context_failed": 503,
-	"no_space": 503, "not_ready": 503, "shutting_down": 503,
+	"no_space": 503, "not_ready": 503, "shutting_down": 503, "lost": 503,
 }
 
 // WantFailed checks a failure's code, its HTTP status if the answer is no stream, and that
