@@ -39,6 +39,9 @@ require (
 // The file of tenants. Its nodes know their lines.
 require go.yaml.in/yaml/v3 v3.0.5
 
+// Records that replicas share.
+require github.com/nats-io/nats.go v1.55.0
+
 // Credentials of the clouds' registries. buildkit decides most of the versions.
 require (
 	cloud.google.com/go/compute/metadata v0.9.0
@@ -102,6 +105,8 @@ require (
 	github.com/moby/locker v1.0.1 // indirect
 	github.com/moby/sys/signal v0.7.1 // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
+	github.com/nats-io/nkeys v0.4.16 // indirect
+	github.com/nats-io/nuid v1.0.1 // indirect
 	github.com/pkg/browser v0.0.0-20240102092130-5ac0b6a4141c // indirect
 	github.com/pkg/errors v0.9.1 // indirect
 	github.com/planetscale/vtprotobuf v0.6.1-0.20240319094008-0393e58bdf10 // indirect

@@ -1,0 +1,237 @@
+package jetstream
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/records"
+)
+
+// Heartbeats. Each says which builds a process has, and how many of which tenant and on which
+// daemon. They are in no stream: what was true before a process died is of no use.
+
+// heartbeat is one of them.
+type heartbeat struct {
+	N       uint64                   `json:"n"`  // rises; one that does not is an earlier one, sent again
+	At      time.Time                `json:"at"` // by the sender's clock
+	Builds  []string                 `json:"builds"`
+	Tenants map[string]records.Count `json:"tenants"`
+	Daemons map[string]int           `json:"daemons"`
+}
+
+// oldBeat is how old a heartbeat may be. A process that has just begun cannot know that it was
+// sent before: a shorter time would take clocks that are wrong for death.
+const oldBeat = 10 * time.Minute
+
+// peer is another process.
+type peer struct {
+	n       uint64
+	heard   time.Time
+	builds  map[string]bool
+	tenants map[string]records.Count
+	daemons map[string]int
+	missing map[string]time.Time // builds that are in its name and not in its heartbeat: since when
+}
+
+// beatSoon sends a heartbeat before its time: a build has begun or ended.
+func (s *Store) beatSoon() {
+	select {
+	case s.beatWake <- struct{}{}:
+	default:
+	}
+}
+
+// beat sends heartbeats, and watches whether they get through.
+func (s *Store) beat() {
+	const soon = 50 * time.Millisecond // heartbeats of builds that begin together are one
+	ticker := time.NewTicker(beatEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			s.sendBeat(true)
+			return
+		case <-ticker.C:
+		case <-s.beatWake:
+			select {
+			case <-s.ctx.Done():
+			case <-time.After(soon):
+			}
+		}
+		s.heartbeat()
+		s.purge(time.Now())
+	}
+}
+
+// heartbeat sends one, and notes whether it got through.
+func (s *Store) heartbeat() {
+	sent := s.sendBeat(false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gap := time.Since(s.through) > 2*beatEvery
+	switch {
+	case sent && gap:
+		// This process was frozen or cut off. It has not heard the others, and they may have
+		// found its builds lost.
+		s.since = time.Now()
+		for _, all := range s.builds {
+			for _, b := range all {
+				b.doubt = true
+				b.poke()
+			}
+		}
+		fallthrough
+	case sent:
+		s.through = time.Now()
+	case gap:
+		// The server does not answer. Another one may.
+		if conn := s.conn; conn != nil && conn.IsConnected() {
+			s.problem = errors.New("NATS does not answer")
+			go conn.ForceReconnect()
+		}
+	}
+	maps.DeleteFunc(s.heard, func(_ string, p *peer) bool { return time.Since(p.heard) > 2*oldBeat })
+}
+
+// sendBeat sends one heartbeat, for all keys: a replica that has not read the new root secret yet
+// hears it too. It returns false if it is not certain that the server has it.
+func (s *Store) sendBeat(last bool) bool {
+	s.mu.Lock()
+	conn := s.conn
+	s.beats++
+	h := heartbeat{N: s.beats, At: time.Now(), Builds: []string{}}
+	load := s.ownLoad()
+	if h.Tenants, h.Daemons = load.Tenants, load.Daemons; last {
+		h.Tenants, h.Daemons = nil, nil
+	}
+	for _, all := range s.builds {
+		for _, b := range all {
+			h.Builds = append(h.Builds, b.id)
+		}
+	}
+	s.mu.Unlock()
+	if conn == nil || !conn.IsConnected() {
+		return false
+	}
+	text, err := json.Marshal(h)
+	if err != nil {
+		return false
+	}
+	for _, k := range s.ring.Load().keys {
+		subject := k.beat(s.process)
+		if conn.Publish(subject, seal(k.control, subject, text)) != nil {
+			return false
+		}
+	}
+	return conn.FlushTimeout(beatEvery) == nil
+}
+
+// ownLoad is the load of this process. The caller has s.mu.
+func (s *Store) ownLoad() records.Load {
+	load := records.Load{Tenants: make(map[string]records.Count), Daemons: make(map[string]int), Replicas: 1}
+	for n, all := range s.builds {
+		for _, b := range all {
+			if b.ended == nil {
+				load.Add(n.tenant, &b.rec)
+			}
+		}
+	}
+	return load
+}
+
+func (s *Store) Load() records.Load {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	load := s.ownLoad()
+	load.Complete = s.problem == nil && s.streams != nil
+	for _, p := range s.heard {
+		if time.Since(p.heard) > grace {
+			continue
+		}
+		load.Replicas++
+		for t, c := range p.tenants {
+			sum := load.Tenants[t]
+			load.Tenants[t] = records.Count{Building: sum.Building + c.Building, Waiting: sum.Waiting + c.Waiting}
+		}
+		for d, n := range p.daemons {
+			load.Daemons[d] += n
+		}
+	}
+	return load
+}
+
+// hear notes another process's heartbeat.
+func (s *Store) hear(msg *nats.Msg) {
+	f := strings.Split(msg.Subject, ".")
+	if len(f) != 4 || f[3] == s.process {
+		return
+	}
+	k := s.ring.Load().byID[f[2]]
+	if k == nil {
+		return
+	}
+	plain, err := open(k.control, msg.Subject, msg.Data)
+	if err != nil {
+		s.tell(errForged)
+		return
+	}
+	var h heartbeat
+	if json.Unmarshal(plain, &h) != nil || time.Since(h.At).Abs() > oldBeat {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.heard[f[3]]
+	if p == nil {
+		p = &peer{missing: make(map[string]time.Time)}
+		s.heard[f[3]] = p
+	}
+	if h.N <= p.n {
+		return
+	}
+	p.n, p.heard, p.tenants, p.daemons = h.N, time.Now(), h.Tenants, h.Daemons
+	p.builds = make(map[string]bool, len(h.Builds))
+	for _, id := range h.Builds {
+		p.builds[id] = true
+	}
+	maps.DeleteFunc(p.missing, func(id string, _ time.Time) bool { return p.builds[id] })
+}
+
+// purge is a record that can be removed from then on.
+type purge struct {
+	subject string
+	due     time.Time
+}
+
+// purge removes the running records of builds that have ended: a list reads one record less. It
+// waits for keepRunning, because a build that looks for a free attempt must see it.
+func (s *Store) purge(now time.Time) {
+	s.mu.Lock()
+	i := slices.IndexFunc(s.purges, func(p purge) bool { return p.due.After(now) })
+	if i < 0 {
+		i = len(s.purges)
+	}
+	due := s.purges[:min(i, 32)]
+	s.purges = s.purges[len(due):]
+	st := s.streams
+	s.mu.Unlock()
+	if st == nil {
+		return
+	}
+	for _, p := range due {
+		ctx, cancel := context.WithTimeout(s.ctx, time.Second)
+		err := st.records.Purge(ctx, js.WithPurgeSubject(p.subject))
+		cancel()
+		if err != nil {
+			return // whoever sweeps next finds the others
+		}
+	}
+}

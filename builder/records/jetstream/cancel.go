@@ -1,0 +1,234 @@
+package jetstream
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/records"
+)
+
+// useFor is how long a process remembers that a Cancellation.Once was used. The streams remember
+// it longer.
+const useFor = 11 * time.Minute
+
+// order is a request to the owner of a build. Build tells it from all other builds, so that an
+// order that is sent again does nothing: this build has been ended already.
+type order struct {
+	Tenant string `json:"tenant"`
+	ID     string `json:"id"`
+	Build  string `json:"build"`
+	By     string `json:"by"`
+	Nonce  string `json:"nonce"` // comes back in the answer
+}
+
+// answer is the owner's.
+type answer struct {
+	Nonce string `json:"nonce"`
+	Told  bool   `json:"told"` // false: it does not have this build, or no longer
+}
+
+func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
+	s.mu.Lock()
+	own := s.local(c.Tenant, c.ID, c.Attempt)
+	if own == nil && c.Attempt != 0 {
+		if b := s.local(c.Tenant, c.ID, 0); b != nil && b.rec.Attempt == 0 {
+			// It may be the attempt that is meant.
+			s.mu.Unlock()
+			return records.Record{}, fmt.Errorf("%w: the build has no number yet", records.ErrUnknown)
+		}
+	}
+	s.mu.Unlock()
+	if own != nil && c.Attempt != 0 {
+		return s.cancelOwn(ctx, own, c)
+	}
+	r, err := s.get(ctx, c.Ref)
+	if own != nil && (err != nil || r.Build == own.id) {
+		return s.cancelOwn(ctx, own, c)
+	}
+	if err != nil || !r.Record.Running() {
+		return recordOf(r), err
+	}
+	if err := s.use(ctx, c.Once, cancelFor); err != nil {
+		return records.Record{}, err
+	}
+	err = s.order(ctx, r, c.By)
+	if errors.Is(err, errNotThere) {
+		// It ended meanwhile, or its verdict is on the way.
+		c.Attempt = r.Record.Attempt
+		if r, err = s.get(ctx, c.Ref); err == nil && r.Record.Running() {
+			err = records.ErrOwnerUnreachable
+		}
+	}
+	if err != nil {
+		return records.Record{}, err
+	}
+	return r.Record, nil
+}
+
+func recordOf(r *stored) records.Record {
+	if r == nil {
+		return records.Record{}
+	}
+	return r.Record
+}
+
+// cancelOwn ends a build of this process. It needs no store, but asks it whether Once was used.
+func (s *Store) cancelOwn(ctx context.Context, b *build, c records.Cancellation) (records.Record, error) {
+	rec := b.Record()
+	if !rec.Running() {
+		return rec, nil
+	}
+	if err := s.use(ctx, c.Once, readOwn); err != nil && !errors.Is(err, records.ErrUnknown) {
+		return records.Record{}, err
+	}
+	b.stop(c.By)
+	return b.Record(), nil
+}
+
+// stop ends a build. It returns false if it had ended.
+func (b *build) stop(by string) bool {
+	s := b.store
+	s.mu.Lock()
+	if b.ended != nil {
+		s.mu.Unlock()
+		return false
+	}
+	if b.rec.CanceledBy == "" {
+		b.rec.CanceledBy, b.dirty = by, true
+		b.poke()
+	}
+	s.mu.Unlock()
+	b.cancel(by)
+	return true
+}
+
+// use uses a Cancellation.Once up.
+//
+// # Errors
+//
+// ErrUsed. ErrUnknown if it was not used by this process, and the store cannot say whether by
+// another.
+func (s *Store) use(ctx context.Context, once string, wait time.Duration) error {
+	if once == "" {
+		return nil
+	}
+	s.mu.Lock()
+	for text, at := range s.used {
+		if time.Since(at) > useFor {
+			delete(s.used, text)
+		}
+	}
+	_, used := s.used[once]
+	s.used[once] = time.Now()
+	s.mu.Unlock()
+	if used {
+		return records.ErrUsed
+	}
+	st, err := s.current()
+	if err != nil {
+		return err
+	}
+	asked, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	k := s.ring.Load().keys[0]
+	subject := k.once(once)
+	msg := &nats.Msg{Subject: subject, Data: seal(k.records, subject, nil)}
+	_, err = st.js.PublishMsg(asked, msg, js.WithExpectLastSequencePerSubject(0), js.WithRetryAttempts(0))
+	if isConflict(err) {
+		return records.ErrUsed
+	}
+	if err != nil {
+		return s.failed(ctx, err)
+	}
+	return nil
+}
+
+var errNotThere = errors.New("the process does not have the build")
+
+// order tells the owner of a build to end it.
+func (s *Store) order(ctx context.Context, r *stored, by string) error {
+	s.mu.Lock()
+	conn := s.conn
+	s.mu.Unlock()
+	k := r.at.key
+	o := order{r.Record.Tenant, r.Record.ID, r.Build, by, rand.Text()}
+	text, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	subject := k.cancel(r.Owner)
+	asked, cancel := context.WithTimeout(ctx, cancelFor)
+	defer cancel()
+	msg, err := conn.RequestWithContext(asked, subject, seal(k.control, subject, text))
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		// No responders: its process has died. Otherwise it is frozen or cut off.
+		return fmt.Errorf("%w: %w", records.ErrOwnerUnreachable, err)
+	}
+	plain, err := open(k.control, subject+".answer", msg.Data)
+	if err != nil {
+		return fmt.Errorf("%w: %w", records.ErrOwnerUnreachable, errForged)
+	}
+	var a answer
+	if err := json.Unmarshal(plain, &a); err != nil || a.Nonce != o.Nonce {
+		return fmt.Errorf("%w: %w", records.ErrOwnerUnreachable, errForged)
+	}
+	if !a.Told {
+		return errNotThere
+	}
+	return nil
+}
+
+// listen subscribes to what other processes say.
+func (s *Store) listen(conn *nats.Conn) error {
+	if _, err := conn.Subscribe(beatSubjects, s.hear); err != nil {
+		return err
+	}
+	_, err := conn.Subscribe("builder.cancel.*."+s.process, s.obey)
+	return err
+}
+
+// obey ends a build of this process for another process.
+func (s *Store) obey(msg *nats.Msg) {
+	f := strings.Split(msg.Subject, ".")
+	k := s.ring.Load().byID[f[2]]
+	if k == nil {
+		return
+	}
+	plain, err := open(k.control, msg.Subject, msg.Data)
+	if err != nil {
+		s.tell(errForged)
+		return
+	}
+	var o order
+	if json.Unmarshal(plain, &o) != nil {
+		return
+	}
+	a := answer{Nonce: o.Nonce}
+	s.mu.Lock()
+	var found *build
+	for _, b := range s.builds[name{o.Tenant, o.ID}] {
+		if b.id == o.Build {
+			found = b
+		}
+	}
+	s.mu.Unlock()
+	if found != nil {
+		a.Told = found.stop(o.By)
+	}
+	text, err := json.Marshal(a)
+	if err != nil {
+		return
+	}
+	msg.Respond(seal(k.control, msg.Subject+".answer", text))
+}

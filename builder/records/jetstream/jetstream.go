@@ -1,0 +1,252 @@
+// Package jetstream keeps records in NATS JetStream, so that every replica of the builder sees
+// all builds.
+//
+// A process has one goroutine for each build that it runs. Only these goroutines write: a build
+// hands its lines over in memory, and never waits. A goroutine that cannot write tries again,
+// and meanwhile lines gather, up to a limit.
+//
+// NATS is not trusted. Every payload is encrypted and bound to its subject, and nothing that is
+// sent again changes what readers see. Who can reach the account can still remove records.
+package jetstream
+
+import (
+	"container/list"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/records"
+)
+
+// Names of the streams.
+const (
+	RecordStream = "BUILDER_RECORDS"
+	LogStream    = "BUILDER_LOGS"
+)
+
+// Times. A process whose heartbeat has not been heard for grace has died: its builds are lost
+// after grace, sweepEvery, half a second and askFor at most, which is below 20 s.
+const (
+	beatEvery  = 2 * time.Second
+	grace      = 12 * time.Second
+	sweepEvery = 2 * time.Second
+	askFor     = 3 * time.Second
+
+	batchFor     = 50 * time.Millisecond // that a line waits for others
+	writeTimeout = 5 * time.Second       // of one request by a writer
+	readTimeout  = 3 * time.Second       // of a reader's requests
+	readOwn      = time.Second / 2       // of a reader who has an answer of this process's own
+	cancelFor    = time.Second           // that the owner of a build may take to answer
+	keepRunning  = time.Minute           // that the running kind of an ended build is kept
+)
+
+const (
+	maxPending = 8 << 20 // bytes of lines and ended records that are not stored yet, of the process
+	itemCost   = 128     // bytes that an item of them takes beside its lines
+	buildCost  = 8 << 10 // bytes that an ended build with its goroutine takes of them
+)
+
+// Options says where records are kept.
+type Options struct {
+	URL  string        // of one or more servers, separated by commas
+	NATS []nats.Option // credentials and TLS
+
+	// Roots are the lines of the root secret. The first seals. See SetRoots.
+	Roots [][]byte
+
+	// Limits of the streams, if this process is the one to create them. Zero values are a
+	// week, 64 MiB, 512 MiB and one replica.
+	Age         time.Duration
+	RecordBytes int64
+	LogBytes    int64
+	Replicas    int
+
+	// Ask is what became of a build whose process has died, if somebody knows: it completes
+	// the record. Without it, or if ctx ends before, nobody knows. It may be nil.
+	Ask func(ctx context.Context, r records.Record) records.Record
+
+	// Problem is told what the operator should know, at most once a minute. It may be nil.
+	Problem func(err error)
+}
+
+// Store is a records.Store.
+type Store struct {
+	opts      Options
+	process   string // this process, in subjects and records
+	ring      atomic.Pointer[ring]
+	followers chan struct{} // holds one value for each
+	scans     chan struct{} // holds one value for each scan of all records
+
+	ctx     context.Context // ends when the store is closed
+	stop    context.CancelFunc
+	loops   sync.WaitGroup
+	writers sync.WaitGroup
+
+	mu       sync.Mutex
+	conn     *nats.Conn
+	streams  *streams      // nil while they are not known to be there
+	up       chan struct{} // closed when streams become known
+	trouble  chan struct{} // has a value when the streams may be gone
+	builds   map[name][]*build
+	queue    list.List // of *item, the oldest first
+	pending  int       // bytes of queue
+	heard    map[string]*peer
+	since    time.Time // this process hears heartbeats without a break
+	through  time.Time // its latest heartbeat got through
+	beatWake chan struct{}
+	beats    uint64               // heartbeats sent
+	used     map[string]time.Time // Cancellation.Once
+	purges   []purge
+	told     time.Time // Options.Problem
+	problem  error     // why there are no streams
+
+	dropped, forgotten, lost, errors uint64
+}
+
+type name struct{ tenant, id string }
+
+// streams are the streams as they were found. They are made anew when a server has lost them.
+type streams struct {
+	js            js.JetStream
+	records, logs js.Stream
+	epoch         time.Time // records was created
+	logEpoch      time.Time // logs was created
+}
+
+// Open returns a store at once. It connects in the background, for as long as it takes.
+func Open(opts Options) (*Store, error) {
+	for server := range strings.SplitSeq(opts.URL, ",") {
+		if u, err := url.Parse(strings.TrimSpace(server)); err != nil || u.Host == "" || !slices.Contains([]string{"nats", "tls", "ws", "wss"}, u.Scheme) {
+			// Not %q: there may be a password in it.
+			return nil, errors.New("reading the address of NATS: it is not nats://host:port, or several with commas between them")
+		}
+	}
+	r, err := newRing(opts.Roots)
+	if err != nil {
+		return nil, err
+	}
+	if opts.Age == 0 {
+		opts.Age = 7 * 24 * time.Hour
+	}
+	if opts.RecordBytes == 0 {
+		opts.RecordBytes = 64 << 20
+	}
+	if opts.LogBytes == 0 {
+		opts.LogBytes = 512 << 20
+	}
+	opts.Replicas = max(opts.Replicas, 1)
+	s := &Store{
+		opts:      opts,
+		process:   strings.ToLower(rand.Text()),
+		followers: make(chan struct{}, records.MaxFollowers),
+		scans:     make(chan struct{}, 2),
+		up:        make(chan struct{}),
+		trouble:   make(chan struct{}, 1),
+		beatWake:  make(chan struct{}, 1),
+		builds:    make(map[name][]*build),
+		heard:     make(map[string]*peer),
+		used:      make(map[string]time.Time),
+		problem:   errors.New("connecting to NATS"),
+	}
+	s.ring.Store(r)
+	s.ctx, s.stop = context.WithCancel(context.Background())
+	s.loops.Go(s.manage)
+	s.loops.Go(s.beat)
+	s.loops.Go(s.sweep)
+	return s, nil
+}
+
+// SetRoots replaces the lines of the root secret. Builds that run keep the key that they began
+// with.
+func (s *Store) SetRoots(roots [][]byte) error {
+	r, err := newRing(roots)
+	if err != nil {
+		return err
+	}
+	s.ring.Store(r)
+	return nil
+}
+
+func (s *Store) Stats() records.Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := records.Stats{
+		Reachable: s.streams != nil && s.problem == nil,
+		Pending:   int64(s.pending),
+		Dropped:   s.dropped,
+		Forgotten: s.forgotten,
+		Lost:      s.lost,
+		Errors:    s.errors,
+		Followers: len(s.followers),
+	}
+	if s.problem != nil {
+		st.Problem = s.problem.Error()
+	}
+	if front := s.queue.Front(); front != nil {
+		st.Lag = time.Since(front.Value.(*item).at)
+	}
+	return st
+}
+
+func (s *Store) Close(ctx context.Context) error {
+	stored := make(chan struct{})
+	go func() {
+		s.writers.Wait()
+		close(stored)
+	}()
+	var err error
+	select {
+	case <-stored:
+	case <-ctx.Done():
+		err = fmt.Errorf("storing the last records: %w", context.Cause(ctx))
+	}
+	s.stop()
+	s.loops.Wait()
+	<-stored
+	if s.conn != nil {
+		s.conn.Close()
+	}
+	return err
+}
+
+// failed notes an answer that was none. It returns err as readers give it.
+func (s *Store) failed(ctx context.Context, err error) error {
+	if ctx.Err() != nil && s.ctx.Err() == nil {
+		return context.Cause(ctx)
+	}
+	s.mu.Lock()
+	s.errors++
+	s.mu.Unlock()
+	if errors.Is(err, js.ErrNoStreamResponse) || errors.Is(err, nats.ErrNoResponders) || errors.Is(err, js.ErrStreamNotFound) {
+		s.suspect()
+	}
+	return fmt.Errorf("%w: %w", records.ErrUnknown, err)
+}
+
+// suspect has the streams looked for again.
+func (s *Store) suspect() {
+	select {
+	case s.trouble <- struct{}{}:
+	default:
+	}
+}
+
+// current returns the streams, or an error if they are not known.
+func (s *Store) current() (*streams, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.streams == nil {
+		return nil, fmt.Errorf("%w: %w", records.ErrUnknown, s.problem)
+	}
+	return s.streams, nil
+}

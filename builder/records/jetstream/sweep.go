@@ -1,0 +1,228 @@
+package jetstream
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/api"
+	"handler/function/records/batch"
+)
+
+// The sweep finds builds whose process has died, and writes down that they are lost. All
+// processes sweep; the stream takes one lost record of a build.
+//
+// A process that was only frozen, or cut off, finds the lost record when it goes on. If the build
+// still runs, it stores the running record again with a later turn, which the lost record does not
+// hold for. When the build ends, its verdict is above both.
+
+// seen is a running record that a sweep has found.
+type seen struct {
+	owner, build string
+	first        time.Time // it was found
+	unreadable   bool
+}
+
+func (s *Store) sweep() {
+	known := make(map[string]*seen) // by subject
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	last := time.Now()
+	s.mu.Lock()
+	s.since = last
+	s.mu.Unlock()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		// A process that was frozen has heard nobody: nobody is dead for that.
+		now := time.Now()
+		if now.Sub(last) > 2*sweepEvery {
+			s.mu.Lock()
+			s.since = now
+			s.mu.Unlock()
+		}
+		if err := s.sweepOnce(known); err != nil && s.ctx.Err() == nil {
+			s.failed(s.ctx, err)
+		}
+		last = time.Now()
+	}
+}
+
+func (s *Store) sweepOnce(known map[string]*seen) error {
+	s.mu.Lock()
+	st, healthy := s.streams, s.problem == nil && time.Since(s.through) <= 2*beatEvery
+	s.mu.Unlock()
+	if st == nil || !healthy {
+		return nil
+	}
+	ctx, cancel := s.request()
+	defer cancel()
+	info, err := st.records.Info(ctx, js.WithSubjectFilter("builder.rec.*.*.*.*."+running))
+	if err != nil {
+		return err
+	}
+	for subject := range known {
+		if _, there := info.State.Subjects[subject]; !there {
+			delete(known, subject)
+		}
+	}
+	r := s.ring.Load()
+	for subject := range info.State.Subjects {
+		p, _, ok := r.parse(subject)
+		if !ok {
+			continue // it is for a key that this process lacks
+		}
+		k := known[subject]
+		if k == nil {
+			if k, err = s.see(ctx, st, p); err != nil {
+				return err
+			}
+			known[subject] = k
+		}
+		if k.unreadable || !s.isDead(k) {
+			continue
+		}
+		delete(known, subject)
+		if err := s.bury(st, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// see reads a running record for the first time.
+func (s *Store) see(ctx context.Context, st *streams, p place) (*seen, error) {
+	run, err := s.read(ctx, st, p, running)
+	if err != nil {
+		return nil, err
+	}
+	if run == nil {
+		return &seen{unreadable: true}, nil
+	}
+	return &seen{owner: run.Owner, build: run.Build, first: time.Now()}, nil
+}
+
+// isDead says whether the process of a running record has died, or no longer has the build.
+func (s *Store) isDead(k *seen) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.owner == s.process {
+		return !s.has(k.build) && time.Since(k.first) > grace
+	}
+	since := k.first
+	if s.since.After(since) {
+		since = s.since
+	}
+	p := s.heard[k.owner]
+	if p == nil {
+		return time.Since(since) > grace
+	}
+	if p.heard.After(since) {
+		since = p.heard
+	}
+	if time.Since(since) > grace {
+		return true
+	}
+	if p.builds[k.build] {
+		return false
+	}
+	// It is alive without the build: the build has just ended, or its record could not be stored.
+	if p.missing[k.build].IsZero() {
+		p.missing[k.build] = time.Now()
+	}
+	return time.Since(p.missing[k.build]) > grace
+}
+
+// has says whether this process has a build. The caller has s.mu.
+func (s *Store) has(id string) bool {
+	for _, all := range s.builds {
+		for _, b := range all {
+			if b.id == id {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// bury writes down that a build is lost, if it has no verdict, and removes the running record
+// of one that has.
+func (s *Store) bury(st *streams, p place) error {
+	// Of several processes one is the first, and the others need not ask a daemon.
+	time.Sleep(rand.N(500 * time.Millisecond))
+	ctx, cancel := s.request()
+	defer cancel()
+	run, err := s.read(ctx, st, p, running)
+	if err != nil || run == nil {
+		return err
+	}
+	verdict, err := s.read(ctx, st, p, ended)
+	if err != nil {
+		return err
+	}
+	mark, err := s.read(ctx, st, p, lost)
+	if err != nil {
+		return err
+	}
+	if verdict != nil || mark != nil && mark.Turn >= run.Turn {
+		if time.Since(run.time) < keepRunning {
+			return nil
+		}
+		return st.records.Purge(ctx, js.WithPurgeSubject(p.record(running)))
+	}
+	rec := run.Record
+	rec.Status, rec.Code = api.Failed, api.Lost
+	rec.Error = "the process that ran the build has died"
+	rec.Ended, rec.Building = time.Now(), false
+	rec.Duration = rec.Ended.Sub(rec.Began).Seconds()
+	if s.opts.Ask != nil {
+		asked, done := context.WithTimeout(ctx, askFor)
+		rec = s.opts.Ask(asked, rec)
+		done()
+	}
+	rec.Tenant, rec.ID, rec.Attempt = run.Record.Tenant, run.Record.ID, run.Record.Attempt
+	rec.Bound()
+	if n, err := s.logged(ctx, st, p); err == nil {
+		rec.Lines = max(rec.Lines, n)
+	}
+	out := stored{Record: rec, Daemon: rec.Daemon, Ref: rec.Ref, Owner: run.Owner, Build: run.Build, Turn: run.Turn, Order: run.Order}
+	seq := uint64(0)
+	if mark != nil {
+		seq = mark.seq
+	}
+	return s.putLost(p, &out, seq)
+}
+
+// logged returns how many lines of a build have been stored.
+func (s *Store) logged(ctx context.Context, st *streams, p place) (uint64, error) {
+	subject := p.log()
+	msg, err := st.logs.GetLastMsgForSubject(ctx, subject)
+	if err != nil {
+		return 0, err
+	}
+	plain, err := open(p.key.logAEAD(subject), subject, msg.Data)
+	if err != nil {
+		return 0, errForged
+	}
+	lines, err := batch.Parse(plain)
+	if err != nil {
+		return 0, err
+	}
+	return lines.Next() - 1, nil
+}
+
+// putLost stores a lost record where the last one has this sequence.
+func (s *Store) putLost(p place, r *stored, seq uint64) error {
+	first, err := s.putOnce(p, lost, r, seq)
+	if first {
+		s.mu.Lock()
+		s.lost++
+		s.mu.Unlock()
+	}
+	return err
+}
