@@ -50,6 +50,12 @@ var openfaasModules = []toolModule{
 	{module: "nats-streaming", pkg: "github.com/nats-io/nats-streaming-server", name: "nats-streaming", cgo: "0"},
 }
 
+// natsModules are the newest and the oldest server that keeps build records.
+var natsModules = []toolModule{
+	{module: "nats-server", pkg: "github.com/nats-io/nats-server/v2", name: "nats-server", cgo: "0"},
+	{module: "nats-server-oldest", pkg: "github.com/nats-io/nats-server/v2", name: "nats-server-oldest", cgo: "0"},
+}
+
 // rootlessModules are for the rootless image of buildkitd.
 var rootlessModules = []toolModule{
 	{module: "rootlesskit", pkg: "github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit", name: "rootlesskit", cgo: "0"},

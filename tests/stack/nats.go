@@ -1,0 +1,158 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// BuildNATS returns the paths of the newest and the oldest NATS server that the function's
+// records are kept in.
+func BuildNATS(ctx context.Context, repo string, log io.Writer) (newest, oldest string, err error) {
+	paths, err := buildTools(ctx, repo, log, natsModules)
+	return paths["nats-server"], paths["nats-server-oldest"], err
+}
+
+// NATS is one server with JetStream.
+type NATS struct {
+	URL string
+
+	bin, dir, conf string
+	monitor        string
+	process        *process
+}
+
+// NATSConfig says how servers are started.
+type NATSConfig struct {
+	Bin     string
+	Dir     string // of all their files
+	Servers int    // 1, or of a cluster
+	MaxFile string // of JetStream, such as 10MB; empty is plenty
+}
+
+// StartNATS starts servers on loopback, and returns when they are ready.
+func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
+	if cfg.MaxFile == "" {
+		cfg.MaxFile = "4GB"
+	}
+	var servers []*NATS
+	var ports, routes []string
+	for range cfg.Servers {
+		n := &NATS{bin: cfg.Bin}
+		var p [3]int
+		for i := range p {
+			var err error
+			if p[i], err = FreePort(); err != nil {
+				return nil, err
+			}
+		}
+		n.URL = fmt.Sprintf("nats://127.0.0.1:%d", p[0])
+		n.monitor = fmt.Sprintf("http://127.0.0.1:%d/healthz", p[1])
+		n.dir = filepath.Join(cfg.Dir, fmt.Sprintf("nats-%d", p[0]))
+		n.conf = fmt.Sprintf("listen: 127.0.0.1:%d\nhttp: 127.0.0.1:%d\nserver_name: n%d\njetstream {store_dir: %q, max_file_store: %s, max_memory_store: 64MB}\n",
+			p[0], p[1], p[0], filepath.Join(n.dir, "store"), cfg.MaxFile)
+		ports = append(ports, fmt.Sprint(p[2]))
+		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", p[2]))
+		servers = append(servers, n)
+	}
+	for i, n := range servers {
+		if len(servers) > 1 {
+			n.conf += fmt.Sprintf("cluster {name: builder, listen: 127.0.0.1:%s, routes: [%s]}\n", ports[i], strings.Join(routes, ", "))
+		}
+		if err := n.start(); err != nil {
+			return servers, err
+		}
+		// One after the other: servers of 2.10 that all begin at once sometimes never find
+		// each other.
+		if err := n.process.ready(ctx, func(context.Context) error {
+			c, err := net.Dial("tcp", strings.TrimPrefix(n.URL, "nats://"))
+			if err == nil {
+				c.Close()
+			}
+			return err
+		}); err != nil {
+			return servers, err
+		}
+	}
+	for _, n := range servers {
+		if err := n.Ready(ctx); err != nil {
+			return servers, err
+		}
+	}
+	return servers, nil
+}
+
+func (n *NATS) start() error {
+	if err := os.MkdirAll(n.dir, 0o755); err != nil {
+		return err
+	}
+	conf := filepath.Join(n.dir, "nats.conf")
+	if err := os.WriteFile(conf, []byte(n.conf), 0o644); err != nil {
+		return err
+	}
+	var err error
+	n.process, err = startProcess("nats-server", filepath.Join(n.dir, "log"), exec.Command(n.bin, "-c", conf))
+	return err
+}
+
+// Ready waits until a server answers.
+func (n *NATS) Ready(ctx context.Context) error {
+	return n.process.ready(ctx, func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.monitor, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return errors.New(resp.Status)
+		}
+		return nil
+	})
+}
+
+// Restart starts a server that was killed, with what it had on its disk.
+func (n *NATS) Restart(ctx context.Context) error {
+	if err := n.start(); err != nil {
+		return err
+	}
+	return n.Ready(ctx)
+}
+
+// Wipe removes what a killed server has on its disk.
+func (n *NATS) Wipe() error { return os.RemoveAll(filepath.Join(n.dir, "store")) }
+
+// Store is the directory of what a server keeps.
+func (n *NATS) Store() string { return filepath.Join(n.dir, "store") }
+
+// Kill ends a server with SIGKILL. A second call does nothing.
+func (n *NATS) Kill() { n.process.kill() }
+
+// Freeze and Thaw stop a server, and let it go on.
+func (n *NATS) Freeze() error { return n.process.signal(syscall.SIGSTOP) }
+func (n *NATS) Thaw() error   { return n.process.signal(syscall.SIGCONT) }
+
+// Memory is a server's resident memory in bytes.
+func (n *NATS) Memory() (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", n.process.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	var size, resident int64
+	_, err = fmt.Sscan(string(b), &size, &resident)
+	return resident * int64(os.Getpagesize()), err
+}
+
+// Log is the end of what a server has said.
+func (n *NATS) Log() string { return tail(filepath.Join(n.dir, "log"), 4<<10) }
