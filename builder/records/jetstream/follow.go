@@ -18,6 +18,7 @@ const (
 	fetchFor     = 3 * time.Second // of silence, after which a follower looks at the record
 	fetchBatches = 16
 	fetchBytes   = 256 << 10        // that a follower holds
+	goneFor      = 10 * time.Second // that a running build may be without a record
 	deafFor      = 60 * time.Second // without an answer of the store, after which following ends
 )
 
@@ -102,6 +103,9 @@ func (f *follower) close() {
 
 // read yields what there is next. It returns false if nothing must follow.
 func (f *follower) read() (more bool, err error) {
+	if st, err := f.s.current(); err == nil && f.consumer != nil && !f.epoch.Equal(st.logEpoch) {
+		f.close() // it is of a stream that is gone
+	}
 	if f.consumer == nil {
 		if err := f.subscribe(); err != nil {
 			return f.deaf(err)
@@ -186,8 +190,9 @@ func (f *follower) message(msg js.Msg) bool {
 func (f *follower) look(failed error) (more bool, err error) {
 	r, err := f.s.get(f.ctx, f.ref)
 	switch {
-	case errors.Is(err, records.ErrNotFound) && f.next > 1:
-		return false, nil // its time was over while it was followed
+	case errors.Is(err, records.ErrNotFound) && !f.over && time.Since(f.heard) < goneFor:
+		// A server has lost its streams, and the owner has not stored the record again yet.
+		return f.deaf(records.ErrUnknown)
 	case errors.Is(err, records.ErrUnknown):
 		return f.deaf(err)
 	case err != nil:

@@ -1,0 +1,475 @@
+package records
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/records"
+	"handler/function/records/jetstream"
+	"handler/function/records/recordstest"
+	"handler/function/tests/stack"
+)
+
+// load is a build that logs, and what its calls took.
+type load struct {
+	records.Build
+	ref   records.Ref
+	worst time.Duration
+	n     int
+	stop  chan struct{}
+	done  chan struct{}
+}
+
+// run begins a build that logs a line every millisecond or so.
+func run(s records.Store, id string) *load {
+	l := &load{ref: records.Ref{Tenant: "acme", ID: id}, stop: make(chan struct{}), done: make(chan struct{})}
+	l.timed(func() { l.Build = recordstest.Begin(s, "acme", id) })
+	go func() {
+		defer close(l.done)
+		for {
+			select {
+			case <-l.stop:
+				return
+			case <-time.After(time.Millisecond):
+				l.n++
+				l.timed(func() { l.Log(fmt.Sprintf("l: line %d", l.n)) })
+			}
+		}
+	}()
+	return l
+}
+
+func (l *load) timed(call func()) {
+	began := time.Now()
+	call()
+	l.worst = max(l.worst, time.Since(began))
+}
+
+func (l *load) end() {
+	close(l.stop)
+	<-l.done
+	l.timed(func() { l.End(recordstest.Success()) })
+}
+
+// followed is a follower in a goroutine.
+type followed struct {
+	lines   map[uint64]string
+	lost    uint64
+	err     error
+	silence time.Duration // the longest, from its first line on
+	done    chan struct{}
+}
+
+func follow(t testing.TB, s records.Store, ref records.Ref) *followed {
+	f := &followed{lines: make(map[uint64]string), done: make(chan struct{})}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	go func() {
+		defer cancel()
+		defer close(f.done)
+		var last time.Time
+		next := uint64(1)
+		for line, err := range s.Follow(ctx, ref, 0, true) {
+			if f.err = err; err != nil {
+				return
+			}
+			if line.N == 0 {
+				continue
+			}
+			if !last.IsZero() {
+				f.silence = max(f.silence, time.Since(last))
+			}
+			last = time.Now()
+			if line.N != next+max(line.Lost, 1)-1 {
+				f.err = fmt.Errorf("line %d, %d lost, where %d comes next", line.N, line.Lost, next)
+				return
+			}
+			if next = line.N + 1; line.Lost > 0 {
+				f.lost += line.Lost
+			} else {
+				f.lines[line.N] = line.Text
+			}
+		}
+	}()
+	return f
+}
+
+// wait waits for the end, and checks that every line of a load was there, or said to be lost.
+func (f *followed) wait(t *testing.T, l *load, mayLose bool) {
+	t.Helper()
+	<-f.done
+	if f.err != nil || len(f.lines)+int(f.lost) != l.n || f.lost > 0 && !mayLose {
+		t.Errorf("of %d lines a follower has %d, and %d lost; %v", l.n, len(f.lines), f.lost, f.err)
+	}
+	for n, text := range f.lines {
+		if text != fmt.Sprintf("l: line %d", n) {
+			t.Errorf("line %d is %q", n, text)
+			return
+		}
+	}
+	t.Logf("%d lines, %d lost, longest silence %v", len(f.lines), f.lost, f.silence)
+}
+
+// quick is how long a call of a build may take on a machine that does other things too.
+const quick = 100 * time.Millisecond
+
+// TestServerKilled kills the only server for 15 s under a build. Nothing is lost, and no build is
+// taken for lost.
+func TestServerKilled(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	l := run(a, "one")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	f := follow(t, b, l.ref)
+	time.Sleep(time.Second)
+	servers[0].Kill()
+	time.Sleep(5 * time.Second)
+	during := run(a, "during")
+	if rec, err := a.Get(recordstest.Context(t), during.ref); err != nil || !rec.Running() {
+		t.Errorf("meanwhile the owner has %+v, %v", rec, err)
+	}
+	if _, err := b.Get(recordstest.Context(t), l.ref); err == nil {
+		t.Error("meanwhile another knows the build")
+	}
+	time.Sleep(10 * time.Second)
+	if err := servers[0].Restart(recordstest.Context(t)); err != nil {
+		t.Fatal(err)
+	}
+	recordstest.Known(t, b, during.ref, isRunning)
+	time.Sleep(15 * time.Second) // for a lost mark, if there were one
+	for _, build := range []*load{l, during} {
+		build.end()
+		recordstest.Known(t, b, build.ref, isSuccess)
+	}
+	f.wait(t, l, false)
+	follow(t, b, during.ref).wait(t, during, false)
+	t.Logf("the slowest calls took %v and %v", l.worst, during.worst)
+	if l.worst > quick || during.worst > quick {
+		t.Errorf("a call took %v, %v", l.worst, during.worst)
+	}
+	if n := a.Stats().Lost + b.Stats().Lost; n != 0 {
+		t.Errorf("%d builds were found lost", n)
+	}
+}
+
+// TestServerFrozen freezes the only server for 25 s under 16 builds.
+func TestServerFrozen(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	var loads []*load
+	for i := range 12 {
+		loads = append(loads, run(a, fmt.Sprintf("build-%d", i)))
+	}
+	recordstest.Known(t, b, loads[0].ref, recordstest.Any)
+	f := follow(t, b, loads[0].ref)
+	time.Sleep(time.Second)
+	if err := servers[0].Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second)
+	for i := range 4 {
+		loads = append(loads, run(a, fmt.Sprintf("later-%d", i)))
+	}
+	began := time.Now()
+	if rec, err := a.Get(recordstest.Context(t), loads[0].ref); err != nil || !rec.Running() || time.Since(began) > 5*time.Second {
+		t.Errorf("an own build is %+v, %v after %v", rec, err, time.Since(began))
+	}
+	time.Sleep(23 * time.Second)
+	servers[0].Thaw()
+	reachable(t, a)
+	time.Sleep(15 * time.Second)
+	worst := time.Duration(0)
+	for _, l := range loads {
+		l.end()
+		recordstest.Known(t, b, l.ref, isSuccess)
+		worst = max(worst, l.worst)
+	}
+	f.wait(t, loads[0], true)
+	t.Logf("the slowest call took %v; %d lines were dropped", worst, a.Stats().Dropped)
+	if worst > quick {
+		t.Errorf("a call took %v", worst)
+	}
+	if n := a.Stats().Lost + b.Stats().Lost; n != 0 {
+		t.Errorf("%d builds were found lost", n)
+	}
+}
+
+// TestServerWiped has a server come back without what it had: what runs is there again, and the
+// lines that are gone are said.
+func TestServerWiped(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	recordstest.Begin(a, "acme", "gone").End(recordstest.Success())
+	recordstest.Known(t, b, records.Ref{Tenant: "acme", ID: "gone"}, isSuccess)
+	l := run(a, "one")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	f := follow(t, b, l.ref)
+	time.Sleep(time.Second)
+	servers[0].Kill()
+	if err := servers[0].Wipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := servers[0].Restart(recordstest.Context(t)); err != nil {
+		t.Fatal(err)
+	}
+	rec := recordstest.Known(t, b, l.ref, isRunning)
+	if rec.Attempt != 1 {
+		t.Errorf("it has become attempt %d", rec.Attempt)
+	}
+	late := follow(t, b, l.ref)
+	time.Sleep(time.Second)
+	l.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	f.wait(t, l, true)
+	late.wait(t, l, true)
+	if late.lost == 0 {
+		t.Error("a later follower is told of no gap")
+	}
+	if _, err := b.Get(recordstest.Context(t), records.Ref{Tenant: "acme", ID: "gone"}); err == nil {
+		t.Error("the wiped build is known")
+	}
+	Begin := recordstest.Begin(b, "acme", "after")
+	Begin.Log("a line")
+	Begin.End(recordstest.Success())
+	recordstest.Known(t, a, records.Ref{Tenant: "acme", ID: "after"}, isSuccess)
+}
+
+// TestServerTooSmall has no room for the streams. Builds go on, and the operator is told.
+func TestServerTooSmall(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{MaxFile: "1MB"})
+	s := open(t, servers, nil)
+	recordstest.Eventually(t, func() error {
+		if st := s.Stats(); !strings.Contains(st.Problem, "creating stream") {
+			return fmt.Errorf("the problem is %q", st.Problem)
+		}
+		return nil
+	})
+	l := run(s, "one")
+	time.Sleep(2 * time.Second)
+	l.end()
+	if rec, err := s.Get(recordstest.Context(t), l.ref); err != nil || isSuccess(rec) != nil {
+		t.Errorf("the build is %+v, %v", rec, err)
+	}
+	t.Logf("the slowest call took %v", l.worst)
+	if l.worst > quick {
+		t.Errorf("a call took %v", l.worst)
+	}
+}
+
+// TestStreamsFull has streams that are smaller than what comes: the oldest goes.
+func TestStreamsFull(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	s := opened(t, servers, func(o *jetstream.Options) { o.RecordBytes, o.LogBytes = 64<<10, 1<<20 })
+	const builds = 300
+	for i := range builds {
+		b := recordstest.Begin(s, "acme", fmt.Sprint(i))
+		for range 10 {
+			b.Log(strings.Repeat("x", 1000))
+		}
+		b.End(recordstest.Success())
+		if i%20 == 0 {
+			recordstest.Known(t, s, records.Ref{Tenant: "acme", ID: fmt.Sprint(i)}, recordstest.Ended)
+		}
+	}
+	last := records.Ref{Tenant: "acme", ID: fmt.Sprint(builds - 1)}
+	recordstest.Known(t, s, last, isSuccess)
+	if lines, lost := recordstest.ReadLog(t, s, last, 0, true); len(lines) != 10 || lost != 0 {
+		t.Errorf("the latest log has %d lines, %d lost", len(lines), lost)
+	}
+	page, err := s.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 200})
+	if err != nil || len(page.Builds) < 20 || len(page.Builds) > 200 || !slices.ContainsFunc(page.Builds, func(r records.Record) bool { return r.ID == last.ID }) {
+		t.Errorf("%d builds are left, %v", len(page.Builds), err)
+	}
+	// The record of a log that is gone has its end: its follower does not hang.
+	old := page.Builds[len(page.Builds)-1]
+	began := time.Now()
+	lines, lost := recordstest.ReadLog(t, s, records.Ref{Tenant: "acme", ID: old.ID}, 0, true)
+	if len(lines)+int(lost) != 10 || time.Since(began) > 10*time.Second {
+		t.Errorf("the log of build %s has %d lines and %d lost, after %v", old.ID, len(lines), lost, time.Since(began))
+	}
+}
+
+// proxy is a way to a server that can be cut.
+type proxy struct {
+	url string
+	cut atomic.Bool
+	mu  sync.Mutex
+	all []net.Conn
+}
+
+func startProxy(t *testing.T, server *stack.NATS) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	p := &proxy{url: "nats://" + l.Addr().String()}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			d, err := net.Dial("tcp", strings.TrimPrefix(server.URL, "nats://"))
+			if err != nil {
+				c.Close()
+				continue
+			}
+			go p.pass(c, d)
+			go p.pass(d, c)
+		}
+	}()
+	return p
+}
+
+// pass passes bytes on. While the way is cut, they vanish, as on a network that drops them.
+func (p *proxy) pass(to, from net.Conn) {
+	defer to.Close()
+	buf := make([]byte, 64<<10)
+	broken := false
+	for {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		if broken = broken || p.cut.Load(); broken {
+			if p.cut.Load() {
+				continue
+			}
+			return // bytes are missing: the connection is of no use any more
+		}
+		if _, err := io.Writer(to).Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// TestPartition cuts one replica off. The others find its build lost. When it is back, it is
+// still there.
+func TestPartition(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	p := startProxy(t, servers[0])
+	a := opened(t, servers, func(o *jetstream.Options) { o.URL = p.url })
+	b := opened(t, servers, nil)
+	l := run(a, "one")
+	other := run(b, "other")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	recordstest.Known(t, a, other.ref, recordstest.Any)
+	f, g := follow(t, b, l.ref), follow(t, a, other.ref)
+	time.Sleep(time.Second)
+	p.cut.Store(true)
+	cut := time.Now()
+	recordstest.Known(t, b, l.ref, isLost)
+	t.Logf("found lost after %v", time.Since(cut))
+	if took := time.Since(cut); took > lostWithin {
+		t.Errorf("it was found lost after %v", took)
+	}
+	if page, err := a.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10}); err != nil || page.Complete || len(page.Builds) != 1 {
+		t.Errorf("the list of the replica that is cut off is %+v, %v", page, err)
+	}
+	if load := a.Load(); load.Complete {
+		t.Errorf("its load is %+v", load)
+	}
+	<-f.done // it ended with the lost build
+	p.cut.Store(false)
+	healed := time.Now()
+	recordstest.Known(t, b, l.ref, isRunning)
+	t.Logf("it runs again %v after the cut", time.Since(healed))
+	again := follow(t, b, l.ref)
+	recordstest.Known(t, a, other.ref, isRunning)
+	time.Sleep(time.Second)
+	l.end()
+	other.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	recordstest.Known(t, a, other.ref, isSuccess)
+	again.wait(t, l, false)
+	g.wait(t, other, false)
+	if n := a.Stats().Lost; n != 0 {
+		t.Errorf("the replica that was cut off found %d builds lost", n)
+	}
+	if l.worst > quick || other.worst > quick {
+		t.Errorf("a call took %v, %v", l.worst, other.worst)
+	}
+}
+
+// TestLeaderKilled kills the leader of the logs' stream three times under two followers.
+func TestLeaderKilled(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{Servers: 3})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	l := run(a, "one")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	followers := []*followed{follow(t, a, l.ref), follow(t, b, l.ref)}
+	for range 3 {
+		time.Sleep(2 * time.Second)
+		n := leader(t, servers, jetstream.LogStream)
+		n.Kill()
+		time.Sleep(8 * time.Second)
+		if err := n.Restart(recordstest.Context(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(5 * time.Second)
+	l.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	for _, f := range followers {
+		f.wait(t, l, false)
+		if f.silence > 15*time.Second {
+			t.Errorf("a follower heard nothing for %v", f.silence)
+		}
+	}
+	t.Logf("the slowest call took %v", l.worst)
+	if l.worst > quick {
+		t.Errorf("a call took %v", l.worst)
+	}
+	if n := a.Stats().Lost + b.Stats().Lost; n != 0 {
+		t.Errorf("%d builds were found lost", n)
+	}
+}
+
+// leader returns the server that leads a stream.
+func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
+	t.Helper()
+	conn, err := nats.Connect(urls(servers))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	j, err := js.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found *stack.NATS
+	recordstest.Eventually(t, func() error {
+		s, err := j.Stream(recordstest.Context(t), stream)
+		if err != nil {
+			return err
+		}
+		name := s.CachedInfo().Cluster.Leader
+		for _, n := range servers {
+			if strings.HasSuffix(n.URL, ":"+strings.TrimPrefix(name, "n")) {
+				found = n
+				return nil
+			}
+		}
+		return fmt.Errorf("the leader is %q", name)
+	})
+	return found
+}

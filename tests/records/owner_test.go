@@ -1,0 +1,252 @@
+package records
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"handler/function/api"
+	"handler/function/records"
+	"handler/function/records/jetstream"
+	"handler/function/records/recordstest"
+	"handler/function/tests/stack"
+)
+
+// ownerVariable has the address of the servers in the process of a replica that a test starts.
+const ownerVariable = "RECORDS_OWNER"
+
+func TestMain(m *testing.M) {
+	if url := os.Getenv(ownerVariable); url != "" {
+		if err := own(url, os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// own is a replica. It has one build of each line that it reads, "begin ID", and logs a line
+// every 10 ms. "end ID" ends it. It answers each line when it has done so.
+func own(url string, in io.Reader, out io.Writer) error {
+	s, err := jetstream.Open(jetstream.Options{URL: url, Roots: [][]byte{root}})
+	if err != nil {
+		return err
+	}
+	builds := make(map[string]records.Build)
+	var mu sync.Mutex
+	go func() {
+		for n := 1; ; n++ {
+			mu.Lock()
+			for _, b := range builds {
+				b.Log(fmt.Sprintf("l: %d", n))
+			}
+			mu.Unlock()
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		what, id, _ := strings.Cut(lines.Text(), " ")
+		mu.Lock()
+		switch what {
+		case "begin":
+			builds[id] = s.Begin(records.Record{Tenant: "acme", ID: id, Began: time.Now(), Building: true, Daemon: "tcp://one:1234"}, func(string) {})
+		case "end":
+			builds[id].End(recordstest.Success())
+			delete(builds, id)
+		}
+		mu.Unlock()
+		fmt.Fprintln(out, "done")
+	}
+	return lines.Err()
+}
+
+// owner is a replica in a process of its own.
+type owner struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+func startOwner(t *testing.T, servers []*stack.NATS) *owner {
+	t.Helper()
+	o := &owner{cmd: exec.Command(os.Args[0])}
+	o.cmd.Env = append(os.Environ(), ownerVariable+"="+urls(servers))
+	o.cmd.Stderr = os.Stderr
+	var err error
+	if o.in, err = o.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := o.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.out = bufio.NewReader(out)
+	if err := o.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		o.cmd.Process.Kill()
+		o.cmd.Wait()
+	})
+	return o
+}
+
+func (o *owner) say(t *testing.T, line string) {
+	t.Helper()
+	if _, err := fmt.Fprintln(o.in, line); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.out.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func isLost(r records.Record) error {
+	if r.Code != api.Lost {
+		return fmt.Errorf("the build is %s %s", r.Status, r.Code)
+	}
+	return nil
+}
+
+func isRunning(r records.Record) error {
+	if !r.Running() {
+		return fmt.Errorf("the build is %s %s", r.Status, r.Code)
+	}
+	return nil
+}
+
+func isSuccess(r records.Record) error {
+	if r.Status != api.Success {
+		return fmt.Errorf("the build is %s %s", r.Status, r.Code)
+	}
+	return nil
+}
+
+// lostWithin is how soon the others find a build lost.
+const lostWithin = 20 * time.Second
+
+// TestOwnerKilled kills a replica. Three others are there, and one of them finds its build lost.
+func TestOwnerKilled(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	asked := make(chan records.Record, 9)
+	var others []*jetstream.Store
+	for range 3 {
+		others = append(others, opened(t, servers, func(o *jetstream.Options) {
+			o.Ask = func(ctx context.Context, r records.Record) records.Record {
+				asked <- r
+				r.Digest = "sha256:pushed"
+				return r
+			}
+		}))
+	}
+	o := startOwner(t, servers)
+	ref := records.Ref{Tenant: "acme", ID: "killed"}
+	o.say(t, "begin killed")
+	recordstest.Known(t, others[0], ref, isRunning)
+	recordstest.Eventually(t, func() error {
+		if l := others[0].Load(); l.Tenants["acme"].Building != 1 || l.Daemons["tcp://one:1234"] != 1 {
+			return fmt.Errorf("the load is %+v", l)
+		}
+		return nil
+	})
+	followed := make(chan error, 1)
+	go func() {
+		lines, _, err := recordstest.FollowLog(recordstest.Context(t), others[1], ref, 0, true)
+		if err == nil && len(lines) == 0 {
+			err = errors.New("no lines")
+		}
+		followed <- err
+	}()
+	time.Sleep(time.Second)
+	o.cmd.Process.Kill()
+	o.cmd.Wait()
+	died := time.Now()
+
+	_, err := others[2].Cancel(recordstest.Context(t), records.Cancellation{Ref: ref, By: "k1", Once: "x"})
+	if took := time.Since(died); !errors.Is(err, records.ErrOwnerUnreachable) || took > 2*time.Second {
+		t.Errorf("stopping its build: %v after %v", err, took)
+	}
+	rec := recordstest.Known(t, others[0], ref, isLost)
+	took := time.Since(died)
+	t.Logf("found lost after %v", took)
+	if took > lostWithin {
+		t.Errorf("it was found lost after %v", took)
+	}
+	if rec.Digest != "sha256:pushed" || rec.Status != api.Failed || rec.Final() || rec.Ended.IsZero() || rec.Lines < 50 {
+		t.Errorf("the lost build is %+v", rec)
+	}
+	if err := <-followed; err != nil {
+		t.Errorf("its follower: %v", err)
+	}
+	t.Logf("its follower ended after %v", time.Since(died))
+	time.Sleep(5 * time.Second) // for a second one, if there were one
+	var found uint64
+	for _, s := range others {
+		found += s.Stats().Lost
+		if l := s.Load(); l.Tenants["acme"].Building != 0 || l.Replicas != 3 {
+			t.Errorf("the load is %+v", l)
+		}
+	}
+	if found != 1 {
+		t.Errorf("it was found lost %d times", found)
+	}
+	if r := <-asked; r.Daemon != "tcp://one:1234" {
+		t.Errorf("what became of it was asked of the daemon %q", r.Daemon)
+	}
+	if rec := recordstest.Known(t, others[1], ref, recordstest.Any); rec.Error == "" || rec.Code != api.Lost {
+		t.Errorf("it became %+v", rec)
+	}
+}
+
+// TestOwnerFrozen freezes a replica until its builds are found lost. One ends while it is thought
+// lost, and the other goes on.
+func TestOwnerFrozen(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	other := opened(t, servers, nil)
+	o := startOwner(t, servers)
+	for _, id := range []string{"one", "two"} {
+		o.say(t, "begin "+id)
+		recordstest.Known(t, other, records.Ref{Tenant: "acme", ID: id}, isRunning)
+	}
+	ref := records.Ref{Tenant: "acme", ID: "two"}
+	o.cmd.Process.Signal(syscall.SIGSTOP)
+	frozen := time.Now()
+	for _, id := range []string{"one", "two"} {
+		recordstest.Known(t, other, records.Ref{Tenant: "acme", ID: id}, isLost)
+	}
+	if took := time.Since(frozen); took > lostWithin {
+		t.Errorf("its builds were found lost after %v", took)
+	}
+	if _, err := other.Cancel(recordstest.Context(t), records.Cancellation{Ref: ref, By: "k1"}); err != nil {
+		t.Errorf("stopping a lost build: %v", err)
+	}
+	o.cmd.Process.Signal(syscall.SIGCONT)
+	thawed := time.Now()
+	o.say(t, "end one")
+	recordstest.Known(t, other, records.Ref{Tenant: "acme", ID: "one"}, isSuccess)
+	recordstest.Known(t, other, ref, isRunning)
+	t.Logf("it runs again %v after the thaw", time.Since(thawed))
+	o.say(t, "end two")
+	rec := recordstest.Known(t, other, ref, isSuccess)
+	lines, lost := recordstest.ReadLog(t, other, ref, 0, true)
+	if lost != 0 || uint64(len(lines)) != rec.Lines || rec.Attempt != 1 {
+		t.Errorf("%d lines, %d lost; the record is %+v", len(lines), lost, rec)
+	}
+	page, err := other.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10})
+	if err != nil || len(page.Builds) != 2 || page.Builds[0].Status != api.Success || page.Builds[1].Status != api.Success {
+		t.Errorf("the list is %+v, %v", page, err)
+	}
+}
