@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -36,12 +38,10 @@ func TestMain(m *testing.M) {
 }
 
 // own is a replica. It has one build of each line that it reads, "begin ID", and logs a line
-// every 10 ms. "end ID" ends it. It answers each line when it has done so.
+// every 10 ms. "end ID" ends it. It answers each line when it has done so, "memory" with what it
+// takes.
 func own(url string, in io.Reader, out io.Writer) error {
-	s, err := jetstream.Open(jetstream.Options{URL: url, Roots: [][]byte{root}})
-	if err != nil {
-		return err
-	}
+	var s *jetstream.Store
 	builds := make(map[string]records.Build)
 	var mu sync.Mutex
 	go func() {
@@ -59,6 +59,17 @@ func own(url string, in io.Reader, out io.Writer) error {
 		what, id, _ := strings.Cut(lines.Text(), " ")
 		mu.Lock()
 		switch what {
+		case "open":
+			var err error
+			if s, err = jetstream.Open(jetstream.Options{URL: url, Roots: [][]byte{root}}); err != nil {
+				return err
+			}
+		case "flood":
+			flood(s)
+		case "list":
+			if _, err := s.List(context.Background(), records.Query{Operator: true, Limit: records.MaxPage}); err != nil {
+				return err
+			}
 		case "begin":
 			builds[id] = s.Begin(records.Record{Tenant: "acme", ID: id, Began: time.Now(), Building: true, Daemon: "tcp://one:1234"}, func(string) {})
 		case "end":
@@ -66,9 +77,38 @@ func own(url string, in io.Reader, out io.Writer) error {
 			delete(builds, id)
 		}
 		mu.Unlock()
+		if what == "memory" {
+			debug.FreeOSMemory()
+			b, err := os.ReadFile("/proc/self/status")
+			if err != nil {
+				return err
+			}
+			_, rss, _ := strings.Cut(string(b), "VmRSS:")
+			rss, _, _ = strings.Cut(rss, "\n")
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			fmt.Fprintf(out, "%s (heap %d kB, stacks %d kB, %d goroutines)\n", strings.TrimSpace(rss), m.HeapInuse>>10, m.StackInuse>>10, runtime.NumGoroutine())
+			continue
+		}
 		fmt.Fprintln(out, "done")
 	}
 	return lines.Err()
+}
+
+// flood has more builds and lines than can be stored while a server is frozen.
+func flood(s *jetstream.Store) {
+	line := "l: " + strings.Repeat("x", 97)
+	for i := range 10000 {
+		b := recordstest.Begin(s, "acme", fmt.Sprint("ended-", i))
+		b.Log(line)
+		b.End(recordstest.Failure(api.BuildFailed))
+	}
+	for i := range 32 {
+		b := recordstest.Begin(s, "acme", fmt.Sprint("running-", i))
+		for range 10000 {
+			b.Log(line)
+		}
+	}
 }
 
 // owner is a replica in a process of its own.
@@ -79,6 +119,14 @@ type owner struct {
 }
 
 func startOwner(t *testing.T, servers []*stack.NATS) *owner {
+	t.Helper()
+	o := spawnOwner(t, servers)
+	o.say(t, "open")
+	return o
+}
+
+// spawnOwner is startOwner before it opens its store.
+func spawnOwner(t *testing.T, servers []*stack.NATS) *owner {
 	t.Helper()
 	o := &owner{cmd: exec.Command(os.Args[0])}
 	o.cmd.Env = append(os.Environ(), ownerVariable+"="+urls(servers))
@@ -102,14 +150,16 @@ func startOwner(t *testing.T, servers []*stack.NATS) *owner {
 	return o
 }
 
-func (o *owner) say(t *testing.T, line string) {
+func (o *owner) say(t *testing.T, line string) string {
 	t.Helper()
 	if _, err := fmt.Fprintln(o.in, line); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := o.out.ReadString('\n'); err != nil {
+	answer, err := o.out.ReadString('\n')
+	if err != nil {
 		t.Fatal(err)
 	}
+	return strings.TrimSpace(answer)
 }
 
 func isLost(r records.Record) error {

@@ -219,7 +219,7 @@ func (s *Store) purge(now time.Time) {
 	if i < 0 {
 		i = len(s.purges)
 	}
-	due := s.purges[:min(i, 32)]
+	due := s.purges[:min(i, 256)]
 	s.purges = s.purges[len(due):]
 	st := s.streams
 	s.mu.Unlock()

@@ -181,6 +181,7 @@ func (s *Store) shrink() {
 func (b *build) remove(e *list.Element) {
 	i := slices.Index(b.lines, e) // mostly 0
 	copy(b.lines[1:i+1], b.lines[:i])
+	b.lines[0] = nil // the array behind the slice is kept, and must not keep the lines
 	b.lines = b.lines[1:]
 	b.store.pending -= e.Value.(*item).cost
 	b.store.queue.Remove(e)

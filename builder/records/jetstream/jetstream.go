@@ -51,6 +51,8 @@ const (
 )
 
 const (
+	maxRequests = 64 // of writers at once; a frozen server holds each of them for writeTimeout
+
 	maxPending = 8 << 20 // bytes of lines and ended records that are not stored yet, of the process
 	itemCost   = 128     // bytes that an item of them takes beside its lines
 	buildCost  = 8 << 10 // bytes that an ended build with its goroutine takes of them
@@ -86,6 +88,7 @@ type Store struct {
 	ring      atomic.Pointer[ring]
 	followers chan struct{} // holds one value for each
 	scans     chan struct{} // holds one value for each scan of all records
+	requests  chan struct{} // holds one value for each request of a writer
 
 	ctx     context.Context // ends when the store is closed
 	stop    context.CancelFunc
@@ -150,6 +153,7 @@ func Open(opts Options) (*Store, error) {
 		process:   strings.ToLower(rand.Text()),
 		followers: make(chan struct{}, records.MaxFollowers),
 		scans:     make(chan struct{}, 2),
+		requests:  make(chan struct{}, maxRequests),
 		up:        make(chan struct{}),
 		trouble:   make(chan struct{}, 1),
 		beatWake:  make(chan struct{}, 1),

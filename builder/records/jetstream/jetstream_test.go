@@ -77,11 +77,20 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
+// heap is how many bytes are in use, apart from garbage.
+func heap() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
 // TestPending has more lines than a process may hold: the oldest go first.
 func TestPending(t *testing.T) {
 	s := unreachable(t)
 	first, second := recordstest.Begin(s, "acme", "first"), recordstest.Begin(s, "acme", "second")
 	line := strings.Repeat("x", 1000)
+	before := heap()
 	var worst time.Duration
 	for i := range 40000 {
 		began := time.Now()
@@ -89,6 +98,9 @@ func TestPending(t *testing.T) {
 		worst = max(worst, time.Since(began))
 	}
 	t.Logf("the slowest of 40000 calls took %v", worst)
+	if grown := heap() - before; grown > 16<<20 {
+		t.Errorf("40 MB of lines have left %d bytes in memory", grown)
+	}
 	st := s.Stats()
 	if st.Pending > 8<<20 || st.Pending < 7<<20 {
 		t.Errorf("%d bytes are pending", st.Pending)

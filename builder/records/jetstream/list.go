@@ -1,12 +1,14 @@
 package jetstream
 
 import (
+	"bytes"
 	"cmp"
 	"container/heap"
 	"context"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	js "github.com/nats-io/nats.go/jetstream"
@@ -15,7 +17,7 @@ import (
 )
 
 // scanBatch is how many messages a scan asks for at once.
-const scanBatch = 512
+const scanBatch = 1024
 
 // candidate is a record that a page may have.
 type candidate struct {
@@ -37,22 +39,40 @@ func (h *newest) Pop() any {
 	return last
 }
 
-// scan reads all records of a query once, and keeps those of one page.
+// scan reads the records of a query, from the end of the stream to its beginning, and keeps those
+// of one page. All records of a build come after its first one, whose sequence is the build's
+// order. So a page is complete when all of its builds have a higher order than what was not read.
 type scan struct {
 	q      records.Query
 	ring   *ring
 	before uint64
 	size   int // of the page, and one
 
-	page  newest
-	ended map[string]bool         // of builds that have a verdict, by the base of their subjects
-	open  map[string][2]candidate // of the others: the running record, and the lost one
+	page    newest          // builds that have a verdict
+	ended   map[string]bool // they, by the base of their subjects
+	open    map[string]*openBuild
+	pending uint64 // messages from the last start to the end
+	top     uint64 // the highest sequence that was read
+}
+
+// openBuild is a build without a verdict, as far as was read. Most of these have one a few
+// messages later, so they are not opened before the end.
+type openBuild struct {
+	at        place
+	run, mark *message
+}
+
+// message is a record's, as it is in the stream.
+type message struct {
+	subject string
+	data    []byte
+	seq     uint64
 }
 
 func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error) {
 	sc := &scan{
 		q: q, ring: s.ring.Load(), before: ^uint64(0), size: q.Size() + 1,
-		ended: make(map[string]bool), open: make(map[string][2]candidate),
+		ended: make(map[string]bool), open: make(map[string]*openBuild),
 	}
 	if q.Before != "" {
 		var err error
@@ -78,7 +98,7 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 	return page, nil
 }
 
-// scan reads with a fresh consumer: one from before a server was lost could stay deaf for ever.
+// scan reads parts of the stream that become larger, until the page is complete.
 func (s *Store) scan(ctx context.Context, sc *scan) error {
 	st, err := s.current()
 	if err != nil {
@@ -86,6 +106,35 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 	}
 	asked, cancel := timed(ctx)
 	defer cancel()
+	info, err := st.records.Info(asked)
+	if err != nil {
+		return err
+	}
+	first, last := info.State.FirstSeq, info.State.LastSeq
+	for hi, part := last+1, uint64(4*sc.size+256); hi > first; part *= 4 {
+		lo := first
+		if hi-first > part {
+			lo = hi - part
+		}
+		if err := s.scanPart(asked, st, sc, lo, hi); err != nil {
+			return err
+		}
+		if page := sc.settled(); len(page) >= sc.size && page[0].order >= lo {
+			break
+		}
+		hi = lo
+	}
+	// What was stored again meanwhile has gone to the end.
+	if info, err = st.records.Info(asked); err != nil || info.State.LastSeq <= sc.top {
+		return err
+	}
+	sc.pending = 0
+	return s.scanPart(asked, st, sc, sc.top+1, info.State.LastSeq+1)
+}
+
+// scanPart reads from one sequence to another, with a fresh consumer: one from before a server was
+// lost could stay deaf for ever.
+func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint64) error {
 	var filters []string
 	for _, k := range sc.ring.keys {
 		tenant := "*"
@@ -94,8 +143,8 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 		}
 		filters = append(filters, "builder.rec."+k.id+"."+tenant+".*.*.*")
 	}
-	c, err := st.records.CreateConsumer(asked, js.ConsumerConfig{
-		FilterSubjects: filters, DeliverPolicy: js.DeliverAllPolicy, AckPolicy: js.AckNonePolicy,
+	c, err := st.records.CreateConsumer(ctx, js.ConsumerConfig{
+		FilterSubjects: filters, DeliverPolicy: js.DeliverByStartSequencePolicy, OptStartSeq: lo, AckPolicy: js.AckNonePolicy,
 		MemoryStorage: true, Replicas: 1, InactiveThreshold: 10 * time.Second,
 	})
 	if err != nil {
@@ -103,8 +152,10 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 	}
 	info := c.CachedInfo()
 	defer s.drop(st.records, info.Name)
-	for left := info.NumPending; left > 0; {
-		batch, err := c.FetchNoWait(scanBatch)
+	left := int(int64(info.NumPending) - int64(sc.pending))
+	sc.pending = info.NumPending
+	for left > 0 {
+		batch, err := c.FetchNoWait(min(left, scanBatch))
 		if err != nil {
 			return err
 		}
@@ -115,17 +166,17 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 				return err
 			}
 			got++
-			left = meta.NumPending
-			sc.add(msg.Subject(), msg.Data(), meta.Sequence.Stream)
+			sc.top = max(sc.top, meta.Sequence.Stream)
+			sc.add(&message{msg.Subject(), msg.Data(), meta.Sequence.Stream})
+			if meta.Sequence.Stream >= hi {
+				left = got // the rest of the fetch is of no use
+			}
 		}
-		if err := batch.Error(); err != nil {
+		if err := cmp.Or(batch.Error(), ctx.Err()); err != nil {
 			return err
 		}
-		if err := asked.Err(); err != nil {
-			return err
-		}
-		if got == 0 {
-			break // the rest was replaced meanwhile, and came before its turn
+		if left -= got; got == 0 {
+			break // the rest was replaced meanwhile
 		}
 	}
 	return nil
@@ -140,72 +191,88 @@ func (s *Store) drop(stream js.Stream, consumer string) {
 	}()
 }
 
-// add is called for each message, in the order of the stream.
-func (sc *scan) add(subject string, data []byte, seq uint64) {
-	p, kind, ok := sc.ring.parse(subject)
-	if !ok {
+// add is called for each message.
+func (sc *scan) add(m *message) {
+	p, kind, ok := sc.ring.parse(m.subject)
+	base := strings.TrimSuffix(m.subject, "."+kind)
+	if !ok || sc.ended[base] {
 		return
 	}
-	order, text, err := unseal(p, subject, data, seq)
-	if err != nil {
+	if kind == ended {
+		if c, ok := m.candidate(p); ok {
+			sc.ended[base] = true
+			delete(sc.open, base)
+			sc.offer(&sc.page, c)
+		}
 		return
 	}
-	c, base := candidate{order, p, text}, subject[:len(subject)-2]
-	switch kind {
-	case ended:
-		sc.ended[base] = true
-		delete(sc.open, base)
-		sc.offer(c)
-	case running:
-		if !sc.ended[base] {
-			sc.open[base] = [2]candidate{c, sc.open[base][1]}
-		}
-	case lost:
-		if !sc.ended[base] {
-			sc.open[base] = [2]candidate{sc.open[base][0], c}
-		}
+	o := sc.open[base]
+	if o == nil {
+		o = &openBuild{at: p}
+		sc.open[base] = o
+	}
+	if kind == running {
+		o.run = m
+	} else {
+		o.mark = m
 	}
 }
 
-// offer adds a candidate to the page, if it belongs there. It is decoded only if it has to be.
-func (sc *scan) offer(c candidate) {
-	if c.order >= sc.before || len(sc.page) >= sc.size && c.order <= sc.page[0].order {
+// candidate opens a message. It fails for one that is forged.
+func (m *message) candidate(p place) (candidate, bool) {
+	order, text, err := unseal(p, m.subject, m.data, m.seq)
+	return candidate{order, p, text}, err == nil
+}
+
+// offer adds a candidate to a page, if it belongs there. It is decoded only if it has to be.
+func (sc *scan) offer(page *newest, c candidate) {
+	if c.order >= sc.before || len(*page) >= sc.size && c.order <= (*page)[0].order {
 		return
 	}
 	if sc.q.Status != "" || sc.q.Image != "" {
+		if !bytes.Contains(c.text, []byte(sc.q.Status)) || !bytes.Contains(c.text, []byte(sc.q.Image)) {
+			return
+		}
 		r, err := decode(c.at, c.order, c.text)
 		if err != nil || !sc.q.Matches(&r.Record) {
 			return
 		}
 	}
-	heap.Push(&sc.page, c)
-	if len(sc.page) > sc.size {
-		heap.Pop(&sc.page)
+	heap.Push(page, c)
+	if len(*page) > sc.size {
+		heap.Pop(page)
 	}
 }
 
-// settle offers the builds without a verdict.
-func (sc *scan) settle() {
-	for _, pair := range sc.open {
+// settled is the page with the builds that have no verdict.
+func (sc *scan) settled() newest {
+	page := slices.Clone(sc.page)
+	for _, o := range sc.open {
+		var both [2]candidate
 		var kinds [2]*stored
-		for i, c := range pair {
-			if c.text != nil {
+		for i, m := range []*message{o.mark, o.run} {
+			if m == nil {
+				continue
+			}
+			if c, ok := m.candidate(o.at); ok {
+				both[i] = c
 				kinds[i], _ = decode(c.at, c.order, c.text)
 			}
 		}
-		switch r := settle(kinds[1], kinds[0]); r {
+		switch r := settle(kinds[0], kinds[1]); r {
 		case nil:
 		case kinds[0]:
-			sc.offer(pair[0])
+			sc.offer(&page, both[0])
 		default:
-			sc.offer(pair[1])
+			sc.offer(&page, both[1])
 		}
 	}
+	return page
 }
 
 // pageOf makes a page of a scan and of this process's own builds.
 func (s *Store) pageOf(sc *scan) records.Page {
-	sc.settle()
+	sc.page = sc.settled()
 	byPlace := make(map[place]*stored)
 	var found []*stored
 	for _, c := range sc.page {

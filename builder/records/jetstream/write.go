@@ -27,7 +27,10 @@ func (b *build) write() {
 			return
 		}
 		if step != nil {
-			err := step()
+			err, ok := b.try(step)
+			if !ok {
+				continue
+			}
 			if err == nil || s.ctx.Err() != nil {
 				pause = 0
 				continue
@@ -47,6 +50,19 @@ func (b *build) write() {
 		}
 		timer.Stop()
 	}
+}
+
+// try does a step when it may. It returns false if it may not yet, and something has happened.
+func (b *build) try(step func() error) (err error, ok bool) {
+	s := b.store
+	select {
+	case s.requests <- struct{}{}:
+		defer func() { <-s.requests }()
+		return step(), true
+	case <-b.wake:
+	case <-s.ctx.Done():
+	}
+	return nil, false
 }
 
 // idle returns what wakes a writer that has nothing to do. One that could not write waits for
