@@ -51,6 +51,7 @@ require (
 	sigs.k8s.io/yaml v1.6.0
 )
 
+// How a stranger in the account of records speaks.
 require github.com/nats-io/nats.go v1.55.0
 
 require (

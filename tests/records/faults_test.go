@@ -3,17 +3,10 @@ package records
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/nats-io/nats.go"
-	js "github.com/nats-io/nats.go/jetstream"
 
 	"handler/function/records"
 	"handler/function/records/jetstream"
@@ -278,6 +271,38 @@ func TestServerTooSmall(t *testing.T) {
 	}
 }
 
+// TestDiskFull has a server whose disk is full before its streams are. It gives up JetStream.
+func TestDiskFull(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{Disk: "24m"})
+	s := opened(t, servers, nil)
+	l := run(s, "one")
+	recordstest.Known(t, s, l.ref, recordstest.Any)
+	began := time.Now()
+	for i := 0; s.Stats().Reachable; i++ {
+		b := recordstest.Begin(s, "acme", fmt.Sprint(i))
+		for range 100 {
+			b.Log(strings.Repeat("x", 10000))
+		}
+		b.End(recordstest.Success())
+		time.Sleep(50 * time.Millisecond)
+		if time.Since(began) > recordstest.Timeout {
+			t.Fatalf("a disk of 24 MB took %d MB", i)
+		}
+	}
+	t.Logf("the problem is: %s", s.Stats().Problem)
+	time.Sleep(2 * time.Second)
+	l.end()
+	if rec, err := s.Get(recordstest.Context(t), l.ref); err != nil || isSuccess(rec) != nil {
+		t.Errorf("the build is %+v, %v", rec, err)
+	}
+	st := s.Stats()
+	t.Logf("the slowest call took %v; %d bytes are pending, %d lines were dropped", l.worst, st.Pending, st.Dropped)
+	if st.Pending > 8<<20 || l.worst > quick {
+		t.Errorf("%d bytes are pending, and a call took %v", st.Pending, l.worst)
+	}
+}
+
 // TestStreamsFull has streams that are smaller than what comes: the oldest goes.
 func TestStreamsFull(t *testing.T) {
 	t.Parallel()
@@ -310,174 +335,4 @@ func TestStreamsFull(t *testing.T) {
 	if len(lines)+int(lost) != 10 || time.Since(began) > 10*time.Second {
 		t.Errorf("the log of build %s has %d lines and %d lost, after %v", old.ID, len(lines), lost, time.Since(began))
 	}
-}
-
-// proxy is a way to a server that can be cut.
-type proxy struct {
-	url string
-	cut atomic.Bool
-	mu  sync.Mutex
-	all []net.Conn
-}
-
-func startProxy(t *testing.T, server *stack.NATS) *proxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	p := &proxy{url: "nats://" + l.Addr().String()}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			d, err := net.Dial("tcp", strings.TrimPrefix(server.URL, "nats://"))
-			if err != nil {
-				c.Close()
-				continue
-			}
-			go p.pass(c, d)
-			go p.pass(d, c)
-		}
-	}()
-	return p
-}
-
-// pass passes bytes on. While the way is cut, they vanish, as on a network that drops them.
-func (p *proxy) pass(to, from net.Conn) {
-	defer to.Close()
-	buf := make([]byte, 64<<10)
-	broken := false
-	for {
-		n, err := from.Read(buf)
-		if err != nil {
-			return
-		}
-		if broken = broken || p.cut.Load(); broken {
-			if p.cut.Load() {
-				continue
-			}
-			return // bytes are missing: the connection is of no use any more
-		}
-		if _, err := io.Writer(to).Write(buf[:n]); err != nil {
-			return
-		}
-	}
-}
-
-// TestPartition cuts one replica off. The others find its build lost. When it is back, it is
-// still there.
-func TestPartition(t *testing.T) {
-	t.Parallel()
-	servers := start(t, stack.NATSConfig{})
-	p := startProxy(t, servers[0])
-	a := opened(t, servers, func(o *jetstream.Options) { o.URL = p.url })
-	b := opened(t, servers, nil)
-	l := run(a, "one")
-	other := run(b, "other")
-	recordstest.Known(t, b, l.ref, recordstest.Any)
-	recordstest.Known(t, a, other.ref, recordstest.Any)
-	f, g := follow(t, b, l.ref), follow(t, a, other.ref)
-	time.Sleep(time.Second)
-	p.cut.Store(true)
-	cut := time.Now()
-	recordstest.Known(t, b, l.ref, isLost)
-	t.Logf("found lost after %v", time.Since(cut))
-	if took := time.Since(cut); took > lostWithin {
-		t.Errorf("it was found lost after %v", took)
-	}
-	if page, err := a.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10}); err != nil || page.Complete || len(page.Builds) != 1 {
-		t.Errorf("the list of the replica that is cut off is %+v, %v", page, err)
-	}
-	if load := a.Load(); load.Complete {
-		t.Errorf("its load is %+v", load)
-	}
-	<-f.done // it ended with the lost build
-	p.cut.Store(false)
-	healed := time.Now()
-	recordstest.Known(t, b, l.ref, isRunning)
-	t.Logf("it runs again %v after the cut", time.Since(healed))
-	again := follow(t, b, l.ref)
-	recordstest.Known(t, a, other.ref, isRunning)
-	time.Sleep(time.Second)
-	l.end()
-	other.end()
-	recordstest.Known(t, b, l.ref, isSuccess)
-	recordstest.Known(t, a, other.ref, isSuccess)
-	again.wait(t, l, false)
-	g.wait(t, other, false)
-	if n := a.Stats().Lost; n != 0 {
-		t.Errorf("the replica that was cut off found %d builds lost", n)
-	}
-	if l.worst > quick || other.worst > quick {
-		t.Errorf("a call took %v, %v", l.worst, other.worst)
-	}
-}
-
-// TestLeaderKilled kills the leader of the logs' stream three times under two followers.
-func TestLeaderKilled(t *testing.T) {
-	t.Parallel()
-	servers := start(t, stack.NATSConfig{Servers: 3})
-	a, b := opened(t, servers, nil), opened(t, servers, nil)
-	l := run(a, "one")
-	recordstest.Known(t, b, l.ref, recordstest.Any)
-	followers := []*followed{follow(t, a, l.ref), follow(t, b, l.ref)}
-	for range 3 {
-		time.Sleep(2 * time.Second)
-		n := leader(t, servers, jetstream.LogStream)
-		n.Kill()
-		time.Sleep(8 * time.Second)
-		if err := n.Restart(recordstest.Context(t)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	time.Sleep(5 * time.Second)
-	l.end()
-	recordstest.Known(t, b, l.ref, isSuccess)
-	for _, f := range followers {
-		f.wait(t, l, false)
-		if f.silence > 15*time.Second {
-			t.Errorf("a follower heard nothing for %v", f.silence)
-		}
-	}
-	t.Logf("the slowest call took %v", l.worst)
-	if l.worst > quick {
-		t.Errorf("a call took %v", l.worst)
-	}
-	if n := a.Stats().Lost + b.Stats().Lost; n != 0 {
-		t.Errorf("%d builds were found lost", n)
-	}
-}
-
-// leader returns the server that leads a stream.
-func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
-	t.Helper()
-	conn, err := nats.Connect(urls(servers))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	j, err := js.New(conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var found *stack.NATS
-	recordstest.Eventually(t, func() error {
-		s, err := j.Stream(recordstest.Context(t), stream)
-		if err != nil {
-			return err
-		}
-		name := s.CachedInfo().Cluster.Leader
-		for _, n := range servers {
-			if strings.HasSuffix(n.URL, ":"+strings.TrimPrefix(name, "n")) {
-				found = n
-				return nil
-			}
-		}
-		return fmt.Errorf("the leader is %q", name)
-	})
-	return found
 }

@@ -26,7 +26,7 @@ type NATS struct {
 	URL string
 
 	bin, dir, conf string
-	monitor        string
+	monitor, disk  string
 	process        *process
 }
 
@@ -36,6 +36,7 @@ type NATSConfig struct {
 	Dir     string // of all their files
 	Servers int    // 1, or of a cluster
 	MaxFile string // of JetStream, such as 10MB; empty is plenty
+	Disk    string // that each server has, such as 10m; empty is the machine's. It takes root
 }
 
 // StartNATS starts servers on loopback, and returns when they are ready.
@@ -46,7 +47,7 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 	var servers []*NATS
 	var ports, routes []string
 	for range cfg.Servers {
-		n := &NATS{bin: cfg.Bin}
+		n := &NATS{bin: cfg.Bin, disk: cfg.Disk}
 		var p [3]int
 		for i := range p {
 			var err error
@@ -98,8 +99,15 @@ func (n *NATS) start() error {
 	if err := os.WriteFile(conf, []byte(n.conf), 0o644); err != nil {
 		return err
 	}
+	cmd := exec.Command(n.bin, "-c", conf)
+	if n.disk != "" {
+		if err := os.MkdirAll(n.Store(), 0o755); err != nil {
+			return err
+		}
+		cmd = namespaced(fmt.Sprintf("mount -t tmpfs -o size=%s store %q &&", n.disk, n.Store()), n.bin, "-c", conf)
+	}
 	var err error
-	n.process, err = startProcess("nats-server", filepath.Join(n.dir, "log"), exec.Command(n.bin, "-c", conf))
+	n.process, err = startProcess("nats-server", filepath.Join(n.dir, "log"), cmd)
 	return err
 }
 
@@ -131,7 +139,7 @@ func (n *NATS) Restart(ctx context.Context) error {
 }
 
 // Wipe removes what a killed server has on its disk.
-func (n *NATS) Wipe() error { return os.RemoveAll(filepath.Join(n.dir, "store")) }
+func (n *NATS) Wipe() error { return os.RemoveAll(n.Store()) }
 
 // Store is the directory of what a server keeps.
 func (n *NATS) Store() string { return filepath.Join(n.dir, "store") }

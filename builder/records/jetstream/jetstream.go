@@ -10,6 +10,7 @@
 package jetstream
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"crypto/rand"
@@ -112,6 +113,7 @@ type Store struct {
 	purges   []purge
 	told     time.Time // Options.Problem
 	problem  error     // why there are no streams
+	refused  error     // of the latest write
 
 	dropped, forgotten, lost, errors uint64
 }
@@ -185,7 +187,7 @@ func (s *Store) Stats() records.Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := records.Stats{
-		Reachable: s.streams != nil && s.problem == nil,
+		Reachable: s.streams != nil && s.problem == nil && s.refused == nil,
 		Pending:   int64(s.pending),
 		Dropped:   s.dropped,
 		Forgotten: s.forgotten,
@@ -193,8 +195,8 @@ func (s *Store) Stats() records.Stats {
 		Errors:    s.errors,
 		Followers: len(s.followers),
 	}
-	if s.problem != nil {
-		st.Problem = s.problem.Error()
+	if err := cmp.Or(s.problem, s.refused); err != nil {
+		st.Problem = err.Error()
 	}
 	if front := s.queue.Front(); front != nil {
 		st.Lag = time.Since(front.Value.(*item).at)

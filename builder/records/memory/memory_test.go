@@ -119,6 +119,8 @@ func TestAge(t *testing.T) {
 func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := memory.New(memory.Default)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
 		b := recordstest.Begin(s, "acme", "id")
 		go func() {
 			time.Sleep(25 * time.Second)
@@ -127,7 +129,7 @@ func TestPace(t *testing.T) {
 		}()
 		began, quiet := time.Now(), 0
 		var got []string
-		for line, err := range s.Follow(context.Background(), records.Ref{Tenant: "acme", ID: "id"}, 0, true) {
+		for line, err := range s.Follow(ctx, records.Ref{Tenant: "acme", ID: "id"}, 0, true) {
 			switch {
 			case err != nil:
 				got = append(got, err.Error())

@@ -1,0 +1,100 @@
+package recordstest
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"handler/function/api"
+	"handler/function/records"
+)
+
+// ids are of a page.
+func ids(p records.Page) (list []string) {
+	for _, r := range p.Builds {
+		list = append(list, r.ID)
+	}
+	return list
+}
+
+func testList(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	builds := make(map[string]records.Build)
+	for i, id := range []string{"one", "two", "three", "four"} {
+		s := []records.Store{a, b}[i%2]
+		builds[id] = s.Begin(records.Record{Tenant: "acme", ID: id, Began: time.Now().Add(-time.Duration(i) * time.Hour), Image: []string{"reg.example.com/fn:1", "reg.example.com/fn2"}[i/2]}, func(string) {})
+		Known(t, a, records.Ref{Tenant: "acme", ID: id}, Any)
+		Known(t, b, records.Ref{Tenant: "acme", ID: id}, Any)
+	}
+	Begin(a, "other", "foreign")
+	Known(t, b, records.Ref{Tenant: "other", ID: "foreign"}, Any)
+	builds["one"].End(api.Record{Status: api.Success, Image: "reg.example.com/fn:1"})
+	Known(t, b, records.Ref{Tenant: "acme", ID: "one"}, Ended)
+	builds["three"].End(api.Record{Status: api.Failed, Image: "reg.example.com/fn2", Code: api.Deadline})
+	Known(t, b, records.Ref{Tenant: "acme", ID: "three"}, Ended)
+
+	for _, tt := range []struct {
+		name string
+		q    records.Query
+		want []string
+	}{
+		{"all, in the order of their beginnings, whatever clocks and ends say", records.Query{Tenant: "acme", Limit: 50}, []string{"four", "three", "two", "one"}},
+		{"an operator", records.Query{Operator: true, Limit: 50}, []string{"foreign", "four", "three", "two", "one"}},
+		{"the other tenant", records.Query{Tenant: "other", Limit: 50}, []string{"foreign"}},
+		{"nobody", records.Query{Limit: 50}, nil},
+		{"running", records.Query{Tenant: "acme", Limit: 50, Status: api.InProgress}, []string{"four", "two"}},
+		{"failed", records.Query{Tenant: "acme", Limit: 50, Status: api.Failed}, []string{"three"}},
+		{"an image", records.Query{Tenant: "acme", Limit: 50, Image: "reg.example.com/fn:1"}, []string{"two", "one"}},
+		{"a repository", records.Query{Tenant: "acme", Limit: 50, Image: "reg.example.com/fn"}, []string{"two", "one"}},
+		{"an image that ended well", records.Query{Tenant: "acme", Limit: 50, Image: "reg.example.com/fn", Status: api.Success}, []string{"one"}},
+		{"no limit is one", records.Query{Tenant: "acme"}, []string{"four"}},
+	} {
+		for i, s := range []records.Store{a, b} {
+			page, err := s.List(Context(t), tt.q)
+			if err != nil || !slices.Equal(ids(page), tt.want) || !page.Complete {
+				t.Errorf("%s: process %d lists %q, complete %v, %v; want %q", tt.name, i, ids(page), page.Complete, err, tt.want)
+			}
+		}
+	}
+	if _, err := a.List(Context(t), records.Query{Tenant: "acme", Before: "x"}); err == nil {
+		t.Error("a Before that is none gives no error")
+	}
+}
+
+// testPages pages through a list while builds begin and end: none is left out, none comes twice.
+func testPages(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	const n = 25
+	var builds []records.Build
+	var want []string
+	for i := range n {
+		id := fmt.Sprintf("build-%d", i)
+		builds = append(builds, Begin(a, "acme", id))
+		Known(t, b, records.Ref{Tenant: "acme", ID: id}, Any)
+		want = append(want, id)
+	}
+	slices.Reverse(want)
+	var got []string
+	q := records.Query{Tenant: "acme", Limit: 4}
+	for i := 0; ; i++ {
+		page, err := b.List(Context(t), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, ids(page)...)
+		if page.Next == "" {
+			break
+		}
+		if len(page.Builds) != 4 {
+			t.Fatalf("page %d has %d builds and a next one", i, len(page.Builds))
+		}
+		q.Before = page.Next
+		Begin(a, "acme", fmt.Sprintf("later-%d", i))
+		builds[n-1-len(got)].End(Success()) // the next page's first
+		Known(t, b, records.Ref{Tenant: "acme", ID: want[len(got)]}, Ended)
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the pages have %q, want %q", got, want)
+	}
+}

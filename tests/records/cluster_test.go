@@ -1,0 +1,187 @@
+package records
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
+
+	"handler/function/records"
+	"handler/function/records/jetstream"
+	"handler/function/records/recordstest"
+	"handler/function/tests/stack"
+)
+
+// proxy is a way to a server that can be cut.
+type proxy struct {
+	url string
+	cut atomic.Bool
+}
+
+func startProxy(t *testing.T, server *stack.NATS) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	p := &proxy{url: "nats://" + l.Addr().String()}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			d, err := net.Dial("tcp", strings.TrimPrefix(server.URL, "nats://"))
+			if err != nil {
+				c.Close()
+				continue
+			}
+			go p.pass(c, d)
+			go p.pass(d, c)
+		}
+	}()
+	return p
+}
+
+// pass passes bytes on. While the way is cut, they vanish, as on a network that drops them.
+func (p *proxy) pass(to, from net.Conn) {
+	defer to.Close()
+	buf := make([]byte, 64<<10)
+	broken := false
+	for {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		if broken = broken || p.cut.Load(); broken {
+			if p.cut.Load() {
+				continue
+			}
+			return // bytes are missing: the connection is of no use any more
+		}
+		if _, err := io.Writer(to).Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// TestPartition cuts one replica off. The others find its build lost. When it is back, it is
+// still there.
+func TestPartition(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	p := startProxy(t, servers[0])
+	a := opened(t, servers, func(o *jetstream.Options) { o.URL = p.url })
+	b := opened(t, servers, nil)
+	l := run(a, "one")
+	other := run(b, "other")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	recordstest.Known(t, a, other.ref, recordstest.Any)
+	f, g := follow(t, b, l.ref), follow(t, a, other.ref)
+	time.Sleep(time.Second)
+	p.cut.Store(true)
+	cut := time.Now()
+	recordstest.Known(t, b, l.ref, isLost)
+	t.Logf("found lost after %v", time.Since(cut))
+	if took := time.Since(cut); took > lostWithin {
+		t.Errorf("it was found lost after %v", took)
+	}
+	if page, err := a.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10}); err != nil || page.Complete || len(page.Builds) != 1 {
+		t.Errorf("the list of the replica that is cut off is %+v, %v", page, err)
+	}
+	if load := a.Load(); load.Complete {
+		t.Errorf("its load is %+v", load)
+	}
+	<-f.done // it ended with the lost build
+	p.cut.Store(false)
+	healed := time.Now()
+	recordstest.Known(t, b, l.ref, isRunning)
+	t.Logf("it runs again %v after the cut", time.Since(healed))
+	again := follow(t, b, l.ref)
+	recordstest.Known(t, a, other.ref, isRunning)
+	time.Sleep(time.Second)
+	l.end()
+	other.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	recordstest.Known(t, a, other.ref, isSuccess)
+	again.wait(t, l, false)
+	g.wait(t, other, false)
+	if n := a.Stats().Lost; n != 0 {
+		t.Errorf("the replica that was cut off found %d builds lost", n)
+	}
+	if l.worst > quick || other.worst > quick {
+		t.Errorf("a call took %v, %v", l.worst, other.worst)
+	}
+}
+
+// TestLeaderKilled kills the leader of the logs' stream three times under two followers.
+func TestLeaderKilled(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{Servers: 3})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	l := run(a, "one")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	followers := []*followed{follow(t, a, l.ref), follow(t, b, l.ref)}
+	for range 3 {
+		time.Sleep(2 * time.Second)
+		n := leader(t, servers, jetstream.LogStream)
+		n.Kill()
+		time.Sleep(8 * time.Second)
+		if err := n.Restart(recordstest.Context(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(5 * time.Second)
+	l.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	for _, f := range followers {
+		f.wait(t, l, false)
+		if f.silence > 15*time.Second {
+			t.Errorf("a follower heard nothing for %v", f.silence)
+		}
+	}
+	t.Logf("the slowest call took %v", l.worst)
+	if l.worst > quick {
+		t.Errorf("a call took %v", l.worst)
+	}
+	if n := a.Stats().Lost + b.Stats().Lost; n != 0 {
+		t.Errorf("%d builds were found lost", n)
+	}
+}
+
+// leader returns the server that leads a stream.
+func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
+	t.Helper()
+	conn, err := nats.Connect(urls(servers))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	j, err := js.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found *stack.NATS
+	recordstest.Eventually(t, func() error {
+		s, err := j.Stream(recordstest.Context(t), stream)
+		if err != nil {
+			return err
+		}
+		name := s.CachedInfo().Cluster.Leader
+		for _, n := range servers {
+			if strings.HasSuffix(n.URL, ":"+strings.TrimPrefix(name, "n")) {
+				found = n
+				return nil
+			}
+		}
+		return fmt.Errorf("the leader is %q", name)
+	})
+	return found
+}
