@@ -185,3 +185,39 @@ func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
 	})
 	return found
 }
+
+// TestNodeFrozen freezes the server of a cluster that a replica is connected to. The replica finds
+// another one before it is taken for dead.
+func TestNodeFrozen(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{Servers: 3})
+	first := func(i int) func(*jetstream.Options) {
+		return func(o *jetstream.Options) {
+			o.URL = urls([]*stack.NATS{servers[i], servers[(i+1)%3], servers[(i+2)%3]})
+			o.NATS = append(o.NATS, nats.DontRandomize())
+		}
+	}
+	a, b := opened(t, servers, first(0)), opened(t, servers, first(1))
+	l := run(a, "one")
+	recordstest.Known(t, b, l.ref, recordstest.Any)
+	f := follow(t, b, l.ref)
+	time.Sleep(time.Second)
+	if err := servers[0].Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(25 * time.Second)
+	reachable(t, a)
+	if rec := recordstest.Known(t, b, l.ref, recordstest.Any); !rec.Running() {
+		t.Errorf("the build is %+v", rec)
+	}
+	if err := servers[0].Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	l.end()
+	recordstest.Known(t, b, l.ref, isSuccess)
+	f.wait(t, l, false)
+	t.Logf("the slowest call took %v", l.worst)
+	if n := a.Stats().Lost + b.Stats().Lost; n != 0 || l.worst > quick {
+		t.Errorf("%d builds were found lost, and a call took %v", n, l.worst)
+	}
+}

@@ -186,16 +186,19 @@ func isSuccess(r records.Record) error {
 // lostWithin is how soon the others find a build lost.
 const lostWithin = 20 * time.Second
 
-// TestOwnerKilled kills a replica. Three others are there, and one of them finds its build lost.
+// TestOwnerKilled kills a replica that has many builds. Three others are there, and each build is
+// found lost by one of them, although nobody is quick to say what became of it.
 func TestOwnerKilled(t *testing.T) {
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
-	asked := make(chan records.Record, 9)
+	const more = 30
+	asked := make(chan records.Record, 3*(more+1))
 	var others []*jetstream.Store
 	for range 3 {
 		others = append(others, opened(t, servers, func(o *jetstream.Options) {
 			o.Ask = func(ctx context.Context, r records.Record) records.Record {
 				asked <- r
+				time.Sleep(time.Second)
 				r.Digest = "sha256:pushed"
 				return r
 			}
@@ -204,9 +207,12 @@ func TestOwnerKilled(t *testing.T) {
 	o := startOwner(t, servers)
 	ref := records.Ref{Tenant: "acme", ID: "killed"}
 	o.say(t, "begin killed")
+	for i := range more {
+		o.say(t, fmt.Sprint("begin more-", i))
+	}
 	recordstest.Known(t, others[0], ref, isRunning)
 	recordstest.Eventually(t, func() error {
-		if l := others[0].Load(); l.Tenants["acme"].Building != 1 || l.Daemons["tcp://one:1234"] != 1 {
+		if l := others[0].Load(); l.Tenants["acme"].Building != more+1 || l.Daemons["tcp://one:1234"] != more+1 {
 			return fmt.Errorf("the load is %+v", l)
 		}
 		return nil
@@ -229,6 +235,9 @@ func TestOwnerKilled(t *testing.T) {
 		t.Errorf("stopping its build: %v after %v", err, took)
 	}
 	rec := recordstest.Known(t, others[0], ref, isLost)
+	for i := range more {
+		recordstest.Known(t, others[0], records.Ref{Tenant: "acme", ID: fmt.Sprint("more-", i)}, isLost)
+	}
 	took := time.Since(died)
 	t.Logf("found lost after %v", took)
 	if took > lostWithin {
@@ -249,8 +258,8 @@ func TestOwnerKilled(t *testing.T) {
 			t.Errorf("the load is %+v", l)
 		}
 	}
-	if found != 1 {
-		t.Errorf("it was found lost %d times", found)
+	if found != more+1 {
+		t.Errorf("%d builds were found lost %d times", more+1, found)
 	}
 	if r := <-asked; r.Daemon != "tcp://one:1234" {
 		t.Errorf("what became of it was asked of the daemon %q", r.Daemon)

@@ -39,7 +39,7 @@ const (
 // after grace, sweepEvery, half a second and askFor at most, which is below 20 s.
 const (
 	beatEvery  = 2 * time.Second
-	grace      = 12 * time.Second
+	grace      = 10 * time.Second
 	sweepEvery = 2 * time.Second
 	askFor     = 3 * time.Second
 

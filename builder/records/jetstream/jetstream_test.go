@@ -56,6 +56,9 @@ func TestUnreachable(t *testing.T) {
 	if err != nil || page.Complete || len(page.Builds) != 1 || page.Builds[0].ID != "id" {
 		t.Errorf("the list is %+v, %v", page, err)
 	}
+	if all, err := s.Everywhere(t.Context(), "id"); err != nil || len(all) != 1 || all[0].Tenant != "acme" {
+		t.Errorf("an own build, everywhere: %+v, %v", all, err)
+	}
 	if l := s.Load(); l.Complete || l.Tenants["acme"].Waiting != 1 {
 		t.Errorf("the load is %+v", l)
 	}

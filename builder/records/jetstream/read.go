@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -236,6 +237,16 @@ func (s *Store) Get(ctx context.Context, ref records.Ref) (records.Record, error
 	if err != nil {
 		return records.Record{}, err
 	}
+	if r.Record.Running() && r.Owner != s.process {
+		// The running record is not stored again for each line.
+		if st, err := s.current(); err == nil {
+			asked, cancel := context.WithTimeout(ctx, readOwn)
+			defer cancel()
+			if n, err := s.logged(asked, st, r.at); err == nil {
+				r.Record.Lines = max(r.Record.Lines, n)
+			}
+		}
+	}
 	return r.Record, nil
 }
 
@@ -264,32 +275,54 @@ func (s *Store) Find(ctx context.Context, tenant, id, request string) (records.R
 }
 
 func (s *Store) Everywhere(ctx context.Context, id string) ([]records.Record, error) {
+	latest := make(map[string]records.Record) // by tenant
+	err := s.everywhere(ctx, id, latest)
+	s.mu.Lock()
+	for n, all := range s.builds {
+		if n.id != id {
+			continue
+		}
+		for _, b := range all {
+			if there, ok := latest[n.tenant]; !ok || b.rec.Attempt == 0 || b.rec.Attempt >= there.Attempt {
+				latest[n.tenant] = b.rec
+			}
+		}
+	}
+	s.mu.Unlock()
+	switch {
+	case len(latest) > 0 && ctx.Err() == nil:
+		return slices.Collect(maps.Values(latest)), nil
+	case err != nil:
+		return nil, err
+	}
+	return nil, records.ErrNotFound
+}
+
+// everywhere collects what the store has.
+func (s *Store) everywhere(ctx context.Context, id string, latest map[string]records.Record) error {
 	st, err := s.current()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	asked, cancel := timed(ctx)
 	defer cancel()
 	all, err := s.attempts(asked, st, nil, id)
 	if err != nil {
-		return nil, s.failed(ctx, err)
+		return s.failed(ctx, err)
 	}
-	tenants := make(map[string]bool)
-	var found []records.Record
 	for _, a := range all {
 		r, err := s.resolve(asked, st, a)
 		if err != nil {
-			return nil, s.failed(ctx, err)
+			return s.failed(ctx, err)
 		}
-		if r != nil && !tenants[r.Record.Tenant] {
-			tenants[r.Record.Tenant] = true
-			found = append(found, r.Record)
+		if r == nil {
+			continue
+		}
+		if there, ok := latest[r.Record.Tenant]; !ok || r.Record.Attempt > there.Attempt {
+			latest[r.Record.Tenant] = r.Record
 		}
 	}
-	if len(found) == 0 {
-		return nil, records.ErrNotFound
-	}
-	return found, nil
+	return nil
 }
 
 func (s *Store) Forget(ctx context.Context, tenant string) error {

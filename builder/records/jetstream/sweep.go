@@ -2,7 +2,9 @@ package jetstream
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	js "github.com/nats-io/nats.go/jetstream"
@@ -71,28 +73,73 @@ func (s *Store) sweepOnce(known map[string]*seen) error {
 			delete(known, subject)
 		}
 	}
-	r := s.ring.Load()
+	r, own, fresh := s.ring.Load(), s.ownSubjects(), 0
+	var dead []place
 	for subject := range info.State.Subjects {
 		p, _, ok := r.parse(subject)
-		if !ok {
-			continue // it is for a key that this process lacks
+		if !ok || own[subject] {
+			continue // it is for a key that this process lacks, or needs no look
 		}
 		k := known[subject]
 		if k == nil {
+			if fresh++; fresh > maxSee {
+				continue // the next sweep sees it
+			}
 			if k, err = s.see(ctx, st, p); err != nil {
 				return err
 			}
 			known[subject] = k
 		}
-		if k.unreadable || !s.isDead(k) {
-			continue
-		}
-		delete(known, subject)
-		if err := s.bury(st, p); err != nil {
-			return err
+		if !k.unreadable && s.isDead(k) {
+			delete(known, subject)
+			dead = append(dead, p)
 		}
 	}
-	return nil
+	return s.buryAll(st, dead)
+}
+
+// maxSee is how many records one sweep reads for the first time.
+const maxSee = 500
+
+// ownSubjects are the running records of this process's builds, and of those that it has ended
+// and will remove.
+func (s *Store) ownSubjects() map[string]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := make(map[string]bool)
+	for _, all := range s.builds {
+		for _, b := range all {
+			if b.place.key != nil {
+				own[b.place.record(running)] = true
+			}
+		}
+	}
+	for _, p := range s.purges {
+		own[p.subject] = true
+	}
+	return own
+}
+
+// buryAll buries builds side by side: a process that dies leaves many, and a daemon may be slow to
+// say what became of one.
+func (s *Store) buryAll(st *streams, dead []place) error {
+	if len(dead) == 0 {
+		return nil
+	}
+	// Of several processes one is the first, and the others need not ask a daemon.
+	time.Sleep(rand.N(500 * time.Millisecond))
+	var group sync.WaitGroup
+	turns := make(chan struct{}, 64)
+	failed := make([]error, len(dead))
+	for i, p := range dead {
+		turns <- struct{}{}
+		group.Go(func() {
+			failed[i] = s.bury(st, p)
+			<-turns
+		})
+	}
+	group.Wait()
+	return errors.Join(failed...)
 }
 
 // see reads a running record for the first time.
@@ -153,8 +200,6 @@ func (s *Store) has(id string) bool {
 // bury writes down that a build is lost, if it has no verdict, and removes the running record
 // of one that has.
 func (s *Store) bury(st *streams, p place) error {
-	// Of several processes one is the first, and the others need not ask a daemon.
-	time.Sleep(rand.N(500 * time.Millisecond))
 	ctx, cancel := s.request()
 	defer cancel()
 	run, err := s.read(ctx, st, p, running)

@@ -31,6 +31,12 @@ func testLife(t *testing.T, open Open) {
 	if !rec.Running() || rec.Attempt != 1 || !rec.Queued || rec.Request != "aa" || !rec.Began.Equal(began) || !rec.Ended.IsZero() || rec.ID != "call-1" || rec.Tenant != "acme" {
 		t.Errorf("the record of a running build is %+v", rec)
 	}
+	Known(t, b, ref, func(r records.Record) error {
+		if r.Lines != 2 {
+			return fmt.Errorf("%d lines so far", r.Lines)
+		}
+		return nil
+	})
 	build.Log("s: three")
 	build.End(Success())
 	for i, s := range []records.Store{a, b} {
