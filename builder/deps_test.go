@@ -39,7 +39,7 @@ var imports = map[string][]string{
 	"repository":  {"hosts"},
 	"tenants":     {"api", "buildconfig", "hosts", "repository", "signature"},
 	"sealed":      {"api"},
-	"records":     {"api"},
+	"records":     {"api", "records/batch"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api", "owned"},
 }

@@ -3,6 +3,8 @@ package records
 import (
 	"context"
 	"time"
+
+	"handler/function/records/batch"
 )
 
 // Pacer is the yield function of a Follow, with the rules that all stores have for it: a
@@ -27,6 +29,20 @@ func (p *Pacer) Line(l Line) bool {
 	if p.last.Sub(began) > SlowAfter {
 		p.yield(Line{}, ErrSlow)
 		return false
+	}
+	return true
+}
+
+// Batch yields the lines of a batch from number next on, after a gap if they begin later. It
+// returns false if nothing must follow.
+func (p *Pacer) Batch(lines *batch.Batch, next uint64) bool {
+	if lines.First > next && !p.Line(Gap(next, lines.First-1)) {
+		return false
+	}
+	for n, text := range lines.All() {
+		if n >= next && !p.Line(Line{N: n, Text: text}) {
+			return false
+		}
 	}
 	return true
 }

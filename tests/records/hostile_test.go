@@ -278,7 +278,7 @@ func TestRoots(t *testing.T) {
 	}
 	across.Log("after")
 	fresh := recordstest.Begin(a, "acme", "done") // a second attempt, under the new key
-	time.Sleep(15 * time.Second)                  // b has not read the secret yet, and must not think a dead
+	time.Sleep(18 * time.Second)                  // b has not read the secret yet, and must not think a dead
 	recordstest.Known(t, b, records.Ref{Tenant: "acme", ID: "across"}, isRunning)
 	if err := b.SetRoots(list("new", "old")); err != nil {
 		t.Fatal(err)

@@ -36,16 +36,10 @@ type answer struct {
 }
 
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
-	s.mu.Lock()
-	own := s.local(c.Tenant, c.ID, c.Attempt)
-	if own == nil && c.Attempt != 0 {
-		if b := s.local(c.Tenant, c.ID, 0); b != nil && b.rec.Attempt == 0 {
-			// It may be the attempt that is meant.
-			s.mu.Unlock()
-			return records.Record{}, fmt.Errorf("%w: the build has no number yet", records.ErrUnknown)
-		}
+	own, err := s.ownTarget(c.Ref)
+	if err != nil {
+		return records.Record{}, err
 	}
-	s.mu.Unlock()
 	if own != nil && c.Attempt != 0 {
 		return s.cancelOwn(ctx, own, c)
 	}
@@ -56,10 +50,29 @@ func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Rec
 	if err != nil || !r.Record.Running() {
 		return recordOf(r), err
 	}
+	return s.cancelOther(ctx, r, c)
+}
+
+// ownTarget returns this process's build that a Ref names, or nil. It fails for a build that has no
+// number yet: it may be the attempt that is meant.
+func (s *Store) ownTarget(ref records.Ref) (*build, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := s.local(ref.Tenant, ref.ID, ref.Attempt)
+	if own == nil {
+		if b := s.local(ref.Tenant, ref.ID, 0); b != nil && b.rec.Attempt == 0 {
+			return nil, fmt.Errorf("%w: the build has no number yet", records.ErrUnknown)
+		}
+	}
+	return own, nil
+}
+
+// cancelOther ends a build of another process.
+func (s *Store) cancelOther(ctx context.Context, r *stored, c records.Cancellation) (records.Record, error) {
 	if err := s.use(ctx, c.Once, cancelFor); err != nil {
 		return records.Record{}, err
 	}
-	err = s.order(ctx, r, c.By)
+	err := s.order(ctx, r, c.By)
 	if errors.Is(err, errNotThere) {
 		// It ended meanwhile, or its verdict is on the way.
 		c.Attempt = r.Record.Attempt

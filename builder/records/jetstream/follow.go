@@ -173,13 +173,8 @@ func (f *follower) message(msg js.Msg) bool {
 		return true
 	}
 	f.marked = false // the mark of an earlier stream, or one that was sent again
-	if lines.First > f.next && !f.out.Line(records.Gap(f.next, lines.First-1)) {
+	if !f.out.Batch(lines, f.next) {
 		return false
-	}
-	for n, text := range lines.All() {
-		if n >= max(f.next, lines.First) && !f.out.Line(records.Line{N: n, Text: text}) {
-			return false
-		}
 	}
 	f.next = max(f.next, lines.Next())
 	return true

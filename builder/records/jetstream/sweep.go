@@ -3,6 +3,7 @@ package jetstream
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -68,34 +69,42 @@ func (s *Store) sweepOnce(known map[string]*seen) error {
 	if err != nil {
 		return err
 	}
-	for subject := range known {
-		if _, there := info.State.Subjects[subject]; !there {
-			delete(known, subject)
-		}
+	maps.DeleteFunc(known, func(subject string, _ *seen) bool {
+		_, there := info.State.Subjects[subject]
+		return !there
+	})
+	if err := s.seeAll(ctx, st, info.State.Subjects, known); err != nil {
+		return err
 	}
-	r, own, fresh := s.ring.Load(), s.ownSubjects(), 0
+	r := s.ring.Load()
 	var dead []place
-	for subject := range info.State.Subjects {
-		p, _, ok := r.parse(subject)
-		if !ok || own[subject] {
-			continue // it is for a key that this process lacks, or needs no look
-		}
-		k := known[subject]
-		if k == nil {
-			if fresh++; fresh > maxSee {
-				continue // the next sweep sees it
-			}
-			if k, err = s.see(ctx, st, p); err != nil {
-				return err
-			}
-			known[subject] = k
-		}
-		if !k.unreadable && s.isDead(k) {
+	for subject, k := range known {
+		if p, _, ok := r.parse(subject); ok && !k.unreadable && s.isDead(k) {
 			delete(known, subject)
 			dead = append(dead, p)
 		}
 	}
 	return s.buryAll(st, dead)
+}
+
+// seeAll reads the running records that are not known, up to maxSee. The next sweep reads others.
+func (s *Store) seeAll(ctx context.Context, st *streams, subjects map[string]uint64, known map[string]*seen) error {
+	r, own, fresh := s.ring.Load(), s.ownSubjects(), 0
+	for subject := range subjects {
+		p, _, ok := r.parse(subject)
+		if !ok || own[subject] || known[subject] != nil {
+			continue // it is for a key that this process lacks, or needs no look
+		}
+		if fresh++; fresh > maxSee {
+			return nil
+		}
+		k, err := s.see(ctx, st, p)
+		if err != nil {
+			return err
+		}
+		known[subject] = k
+	}
+	return nil
 }
 
 // maxSee is how many records one sweep reads for the first time.

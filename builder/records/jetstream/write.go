@@ -93,7 +93,7 @@ func (b *build) next() (step func() error, wait time.Duration, up <-chan struct{
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch st := s.streams; {
-	case b.gone || s.ctx.Err() != nil || b.marked:
+	case b.over():
 		return nil, 0, nil
 	case st == nil:
 		return nil, long, s.up
@@ -104,20 +104,32 @@ func (b *build) next() (step func() error, wait time.Duration, up <-chan struct{
 	case b.dirty && b.ended == nil:
 		return b.put, 0, s.up
 	}
-	if len(b.lines) > 0 {
-		first := b.lines[0].Value.(*item)
-		if left := batchFor - time.Since(first.at); left > 0 && !first.lines.Full() && len(b.lines) == 1 && b.ended == nil {
-			return nil, left, s.up
-		}
+	switch left := b.unripe(); {
+	case left > 0:
+		return nil, left, s.up
+	case len(b.lines) > 0:
 		return b.putLines, 0, s.up
-	}
-	switch {
 	case b.ended == nil:
 		return nil, long, s.up
 	case !b.done:
 		return b.putVerdict, 0, s.up
 	}
 	return b.mark, 0, s.up
+}
+
+// over says whether there is nothing left to store, or nobody to store it.
+func (b *build) over() bool { return b.gone || b.marked || b.store.ctx.Err() != nil }
+
+// unripe is how long the lines wait for others, 0 if they do not.
+func (b *build) unripe() time.Duration {
+	if len(b.lines) != 1 || b.ended != nil {
+		return 0
+	}
+	first := b.lines[0].Value.(*item)
+	if first.lines.Full() {
+		return 0
+	}
+	return max(0, batchFor-time.Since(first.at))
 }
 
 // request returns the context of one request by a writer.

@@ -28,25 +28,15 @@ func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait 
 		}
 		out := records.Pace(yield)
 		for next := after + 1; ; {
-			lines, total, ended, changed := b.from(next)
-			if lines != nil && lines.First > next && !out.Line(records.Gap(next, lines.First-1)) {
-				return
-			}
-			if lines == nil && next <= total {
-				// Its lines were dropped, to the last.
-				out.Line(records.Gap(next, total))
-				return
-			}
+			lines, ended, changed := b.from(next)
 			if lines == nil {
 				if ended || !wait || !out.Wait(ctx, changed) {
 					return
 				}
 				continue
 			}
-			for n, text := range lines.All() {
-				if n >= next && !out.Line(records.Line{N: n, Text: text}) {
-					return
-				}
+			if !out.Batch(lines, next) {
+				return
 			}
 			next = lines.Next()
 		}
@@ -54,9 +44,9 @@ func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait 
 }
 
 // from returns the batch that has line n, or the next batch if n was dropped, or nil if there is
-// none; how many lines there are; whether there will be no more; and what is closed when there
-// are.
-func (b *build) from(n uint64) (lines *batch.Batch, total uint64, ended bool, changed <-chan struct{}) {
+// none; whether there will be no more; and what is closed when there are. The latest batch of a log
+// is never dropped.
+func (b *build) from(n uint64) (lines *batch.Batch, ended bool, changed <-chan struct{}) {
 	s := b.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -69,5 +59,5 @@ func (b *build) from(n uint64) (lines *batch.Batch, total uint64, ended bool, ch
 			break
 		}
 	}
-	return lines, b.rec.Lines, !b.rec.Running(), b.changed
+	return lines, !b.rec.Running(), b.changed
 }
