@@ -307,6 +307,27 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// TestMaxPayload has a server that takes smaller messages than a batch of lines. They are lost, and
+// followers are told; the build has its verdict.
+func TestMaxPayload(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{More: "max_payload: 16KB"})
+	s := opened(t, servers, nil)
+	b := recordstest.Begin(s, "acme", "one")
+	ref := records.Ref{Tenant: "acme", ID: "one"}
+	for range 1000 {
+		b.Log(strings.Repeat("x", 1000))
+	}
+	time.Sleep(time.Second)
+	b.Log("the last")
+	b.End(recordstest.Success())
+	recordstest.Known(t, s, ref, isSuccess)
+	lines, lost := recordstest.ReadLog(t, s, ref, 0, true)
+	if lines[1001] != "the last" || len(lines)+int(lost) != 1001 || lost < 900 || s.Stats().Dropped != lost {
+		t.Errorf("%d lines, %d lost, %d dropped", len(lines), lost, s.Stats().Dropped)
+	}
+}
+
 // TestStreamsFull has streams that are smaller than what comes: the oldest goes.
 func TestStreamsFull(t *testing.T) {
 	t.Parallel()

@@ -36,6 +36,7 @@ type NATSConfig struct {
 	Dir     string // of all their files
 	Servers int    // 1, or of a cluster
 	MaxFile string // of JetStream, such as 10MB; empty is plenty
+	More    string // lines of the configuration
 	Disk    string // that each server has, such as 10m; empty is the machine's. It takes root
 }
 
@@ -59,7 +60,7 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 		n.monitor = fmt.Sprintf("http://127.0.0.1:%d/healthz", p[1])
 		n.dir = filepath.Join(cfg.Dir, fmt.Sprintf("nats-%d", p[0]))
 		n.conf = fmt.Sprintf("listen: 127.0.0.1:%d\nhttp: 127.0.0.1:%d\nserver_name: n%d\njetstream {store_dir: %q, max_file_store: %s, max_memory_store: 64MB}\n",
-			p[0], p[1], p[0], filepath.Join(n.dir, "store"), cfg.MaxFile)
+			p[0], p[1], p[0], filepath.Join(n.dir, "store"), cfg.MaxFile) + cfg.More + "\n"
 		ports = append(ports, fmt.Sprint(p[2]))
 		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", p[2]))
 		servers = append(servers, n)

@@ -98,3 +98,36 @@ func testPages(t *testing.T, open Open) {
 		t.Errorf("the pages have %q, want %q", got, want)
 	}
 }
+
+// testLateEnds has many builds that end after many others have begun: they are not newer for it.
+func testLateEnds(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	const half = 400
+	begin := func(what string) (builds []records.Build) {
+		for i := range half {
+			builds = append(builds, Begin(a, "acme", fmt.Sprint(what, i)))
+		}
+		for i := range half {
+			Known(t, b, records.Ref{Tenant: "acme", ID: fmt.Sprint(what, i)}, Any)
+		}
+		return builds
+	}
+	early := begin("early-")
+	begin("late-")
+	for _, build := range early {
+		build.End(Success())
+	}
+	for i := range half {
+		Known(t, b, records.Ref{Tenant: "acme", ID: fmt.Sprint("early-", i)}, Ended)
+	}
+	for _, s := range []records.Store{a, b} {
+		page, err := s.List(Context(t), records.Query{Tenant: "acme", Limit: 10})
+		if err != nil || len(page.Builds) != 10 || slices.ContainsFunc(page.Builds, func(r records.Record) bool { return !r.Running() }) {
+			t.Errorf("the latest builds are %q, %v", ids(page), err)
+		}
+		page, err = s.List(Context(t), records.Query{Tenant: "acme", Limit: 10, Status: api.Success})
+		if err != nil || len(page.Builds) != 10 || slices.ContainsFunc(page.Builds, func(r records.Record) bool { return r.Status != api.Success }) {
+			t.Errorf("the latest successes are %q, %v", ids(page), err)
+		}
+	}
+}

@@ -29,6 +29,7 @@ func Run(t *testing.T, setup func(t *testing.T) Open) {
 		{"Find", testFind},
 		{"List", testList},
 		{"Pages", testPages},
+		{"LateEnds", testLateEnds},
 		{"Follow", testFollow},
 		{"LongLog", testLongLog},
 		{"Followers", testFollowers},
