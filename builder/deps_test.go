@@ -65,8 +65,6 @@ var reserved = []struct {
 	{"golang.org/x/oauth2", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"github.com/google/go-containerregistry", []string{"contexts", "owned"}, "BuildKit pushes images"},
 	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "cmd/tenant-forget", "contexts", "owned"}, "it has the form in which owned asks for a login"},
-	{"github.com/google/go-containerregistry", []string{"contexts"}, "BuildKit pushes images"},
-	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "contexts"}, "it has the form in which contexts asks for a login"},
 	{"github.com/nats-io/", []string{"records/jetstream"}, "everything else knows a store of records"},
 	{"github.com/openfaas/go-sdk", []string{"sealed"}, "only its envelope of secrets belongs in the function"},
 	{"github.com/openfaas/templates-sdk", []string{"server"}, "it has the form of a handler of small answers"},
