@@ -53,18 +53,27 @@ func (r *run) attempt(ctx context.Context, e earlier) verdict {
 			return r.follow(ctx, seat, known.Ref)
 		default:
 			seat.Leave()
+			r.placed(seat.Daemon, known.Ref)
 			return verdict{kind: done, outcome: r.plan.outcome(seat.Daemon, known.Digest), daemon: seat.Daemon}
 		}
 	}
 	if r.stats.Attempts++; r.stats.Attempts == 1 {
 		r.warnEmulated(seat.Daemon)
 	}
+	r.placed(seat.Daemon, ref)
 	r.newProgress()
 	a := &attempt{run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.plan.grant())}
 	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
 		a.git = &gitSource{Git: git, secret: identity.NewID()}
 	}
 	return a.solve(ctx)
+}
+
+// placed tells where the attempt is.
+func (r *run) placed(on *pool.Daemon, ref string) {
+	if r.plan.req.Placed != nil {
+		r.plan.req.Placed(on.Addr(), ref)
+	}
 }
 
 // newProgress is for the solve that begins. The transfers of the last one stay counted.
@@ -89,6 +98,7 @@ func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 // follow shows the progress of another replica's build until it has ended.
 func (r *run) follow(ctx context.Context, seat *pool.Seat, ref string) verdict {
 	r.warn("this build runs already: following it")
+	r.placed(seat.Daemon, ref)
 	r.newProgress()
 	updates := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup

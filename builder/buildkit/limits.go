@@ -22,6 +22,8 @@ type limits struct {
 	timer  *time.Timer // of the build, later of the push; nil without a limit
 	silent *time.Timer // runs while a message is waited for; nil without a limit
 	began  time.Time   // when the push began
+
+	told func(pushing bool) // a solve.Request.Pushing
 }
 
 // newLimits are those of a tenant's build; t may be nil.
@@ -74,11 +76,15 @@ func (l *limits) building() {
 // restart gives the next attempt all of the time.
 func (l *limits) restart() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.timer != nil {
 		l.timer.Stop()
 	}
+	anew := !l.began.IsZero()
 	l.building()
+	l.mu.Unlock()
+	if anew && l.told != nil {
+		l.told(false)
+	}
 }
 
 // Listening has the stall timer run while the daemon's next message is waited for.
@@ -95,19 +101,27 @@ func (l *limits) Listening(yes bool) {
 
 // Pushing replaces the build's timer with that of the push. The first call counts.
 func (l *limits) Pushing() {
+	if l.beginPush() && l.told != nil {
+		l.told(true)
+	}
+}
+
+// beginPush returns false if the push had begun before.
+func (l *limits) beginPush() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !l.began.IsZero() {
-		return
+		return false
 	}
 	l.began = time.Now()
 	// A build timer that has fired has the last word.
 	if l.timer != nil && !l.timer.Stop() {
-		return
+		return true
 	}
 	if l.push > 0 {
 		l.timer = time.AfterFunc(l.push, func() { l.cancel(errPushTimeout) })
 	}
+	return true
 }
 
 // pushed is how long the push has taken so far. It is 0 before the push.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -43,6 +44,23 @@ func TestLimits(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestPushing: a push is told of once, and once more when the build has begun anew.
+func TestPushing(t *testing.T) {
+	var told []bool
+	l := &limits{told: func(yes bool) { told = append(told, yes) }}
+	_, stop := l.start(t.Context())
+	defer stop()
+	l.restart()
+	l.Pushing()
+	l.Pushing()
+	l.restart()
+	l.restart()
+	l.Pushing()
+	if want := []bool{true, false, true}; !slices.Equal(told, want) {
+		t.Errorf("told %v, want %v", told, want)
 	}
 }
 

@@ -72,6 +72,9 @@ type run struct {
 // attemptAll attempts p until a verdict is final. It sets the Stats beside an error too.
 func (s *Solver) attemptAll(ctx context.Context, p *plan, log solve.Log) (solve.Outcome, solve.Stats, error) {
 	r := &run{Solver: s, plan: p, log: log, warn: warner(log, p.mask), limits: s.newLimits(p.req.Tenant)}
+	if !p.part {
+		r.limits.told = p.req.Pushing
+	}
 	r.progress = report.NewProgress(log, p.mask, r.limits)
 	ctx, stop := r.limits.start(ctx)
 	defer stop()

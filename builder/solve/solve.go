@@ -40,6 +40,13 @@ type Request struct {
 	// Tenant is whose build it is. Nil is the only tenant of an installation without a file
 	// of tenants.
 	Tenant *Tenant
+
+	// Placed is called when an attempt begins on a daemon, with the daemon's address and the
+	// attempt's name there. Pushing is called with true when the push of the image begins,
+	// and with false if the build then begins anew. The push of a part, which has no tag, does
+	// not count. Both may be nil, and must not block.
+	Placed  func(daemon, ref string)
+	Pushing func(yes bool)
 }
 
 // Tenant is what daemons and registries need to know of the tenant of a build.
