@@ -9,41 +9,44 @@ import (
 type Code string
 
 const (
-	BadTar            Code = "bad_tar"
-	BadConfig         Code = "bad_config"
-	BadSecrets        Code = "bad_secrets"
-	BadEnvelope       Code = "bad_envelope"
-	BadContext        Code = "bad_context"
-	BadBody           Code = "bad_body"
-	SlowUpload        Code = "slow_upload"
-	Unauthorized      Code = "unauthorized"
-	ImageForbidden    Code = "image_forbidden"
-	ContextForbidden  Code = "context_forbidden"
-	FromForbidden     Code = "from_forbidden"
-	PlatformForbidden Code = "platform_forbidden"
-	Suspended         Code = "suspended"
-	NotFound          Code = "not_found"
-	MethodNotAllowed  Code = "method_not_allowed"
-	TooLarge          Code = "too_large"
-	BuildFailed       Code = "build_failed"
-	RegistryDenied    Code = "registry_denied"
-	Deadline          Code = "deadline"
-	Busy              Code = "busy"
-	TenantBusy        Code = "tenant_busy"
-	QueueTimeout      Code = "queue_timeout"
-	NoDaemon          Code = "no_daemon"
-	DaemonLost        Code = "daemon_lost"
-	Stalled           Code = "stalled"
-	DaemonFull        Code = "daemon_full"
-	RegistryFailed    Code = "registry_failed"
-	RegistryTimeout   Code = "registry_timeout"
-	ContextFailed     Code = "context_failed"
-	NoSpace           Code = "no_space"
-	NotReady          Code = "not_ready"
-	ShuttingDown      Code = "shutting_down"
-	Canceled          Code = "canceled"
-	Lost              Code = "lost"
-	Internal          Code = "internal"
+	BadTar             Code = "bad_tar"
+	BadConfig          Code = "bad_config"
+	BadSecrets         Code = "bad_secrets"
+	BadEnvelope        Code = "bad_envelope"
+	BadContext         Code = "bad_context"
+	BadBody            Code = "bad_body"
+	BadQuery           Code = "bad_query"
+	SlowUpload         Code = "slow_upload"
+	Unauthorized       Code = "unauthorized"
+	ImageForbidden     Code = "image_forbidden"
+	ContextForbidden   Code = "context_forbidden"
+	FromForbidden      Code = "from_forbidden"
+	PlatformForbidden  Code = "platform_forbidden"
+	Suspended          Code = "suspended"
+	NotFound           Code = "not_found"
+	MethodNotAllowed   Code = "method_not_allowed"
+	TooLarge           Code = "too_large"
+	BuildFailed        Code = "build_failed"
+	RegistryDenied     Code = "registry_denied"
+	Deadline           Code = "deadline"
+	Busy               Code = "busy"
+	TenantBusy         Code = "tenant_busy"
+	QueueTimeout       Code = "queue_timeout"
+	NoDaemon           Code = "no_daemon"
+	DaemonLost         Code = "daemon_lost"
+	Stalled            Code = "stalled"
+	DaemonFull         Code = "daemon_full"
+	RegistryFailed     Code = "registry_failed"
+	RegistryTimeout    Code = "registry_timeout"
+	ContextFailed      Code = "context_failed"
+	NoSpace            Code = "no_space"
+	NotReady           Code = "not_ready"
+	ShuttingDown       Code = "shutting_down"
+	Canceled           Code = "canceled"
+	OwnerUnreachable   Code = "owner_unreachable"
+	RecordsUnreachable Code = "records_unreachable"
+	Lost               Code = "lost"
+	Internal           Code = "internal"
 )
 
 // statuses has the HTTP status of each code. Queue workers retry some statuses, and that
@@ -56,6 +59,7 @@ var statuses = map[Code]int{
 	BadEnvelope:       http.StatusBadRequest,
 	BadContext:        http.StatusBadRequest,
 	BadBody:           http.StatusBadRequest,
+	BadQuery:          http.StatusBadRequest,
 	SlowUpload:        http.StatusBadRequest,
 	Unauthorized:      http.StatusUnauthorized,
 	ImageForbidden:    http.StatusForbidden,
@@ -69,23 +73,26 @@ var statuses = map[Code]int{
 	BuildFailed:       http.StatusUnprocessableEntity,
 	RegistryDenied:    http.StatusUnprocessableEntity,
 	Deadline:          http.StatusUnprocessableEntity,
-	// Nobody reads this one: the client has gone away. The status is for the log.
-	Canceled:        http.StatusUnprocessableEntity,
-	Busy:            http.StatusTooManyRequests,
-	TenantBusy:      http.StatusTooManyRequests,
-	QueueTimeout:    http.StatusServiceUnavailable,
-	NoDaemon:        http.StatusServiceUnavailable,
-	DaemonLost:      http.StatusServiceUnavailable,
-	Stalled:         http.StatusServiceUnavailable,
-	DaemonFull:      http.StatusServiceUnavailable,
-	RegistryFailed:  http.StatusServiceUnavailable,
-	RegistryTimeout: http.StatusServiceUnavailable,
-	ContextFailed:   http.StatusServiceUnavailable,
-	NoSpace:         http.StatusServiceUnavailable,
-	NotReady:        http.StatusServiceUnavailable,
-	ShuttingDown:    http.StatusServiceUnavailable,
-	Lost:            http.StatusServiceUnavailable,
-	Internal:        http.StatusInternalServerError,
+	// Somebody has stopped the build, and a queue must not begin it again. Or its client has gone
+	// away, and nobody reads the status.
+	Canceled:           http.StatusConflict,
+	Busy:               http.StatusTooManyRequests,
+	TenantBusy:         http.StatusTooManyRequests,
+	QueueTimeout:       http.StatusServiceUnavailable,
+	NoDaemon:           http.StatusServiceUnavailable,
+	DaemonLost:         http.StatusServiceUnavailable,
+	Stalled:            http.StatusServiceUnavailable,
+	DaemonFull:         http.StatusServiceUnavailable,
+	RegistryFailed:     http.StatusServiceUnavailable,
+	RegistryTimeout:    http.StatusServiceUnavailable,
+	ContextFailed:      http.StatusServiceUnavailable,
+	NoSpace:            http.StatusServiceUnavailable,
+	NotReady:           http.StatusServiceUnavailable,
+	ShuttingDown:       http.StatusServiceUnavailable,
+	Lost:               http.StatusServiceUnavailable,
+	OwnerUnreachable:   http.StatusServiceUnavailable,
+	RecordsUnreachable: http.StatusServiceUnavailable,
+	Internal:           http.StatusInternalServerError,
 }
 
 // waiting has the statuses that differ for a caller that waits for a slot, such as a queue: the

@@ -84,6 +84,26 @@ func split(s string, limit int) (head, tail string) {
 	return s, ""
 }
 
+// Parts cuts a line into parts that each fit into a record of a stream. Most lines are one part.
+func Parts(line string) []string {
+	var parts []string
+	for {
+		// The 3 are the quotes and the comma.
+		head, tail := split(line, maxLines-3)
+		if parts = append(parts, head); tail == "" {
+			return parts
+		}
+		line = tail
+	}
+}
+
+// Bounded returns rec with every part but the log within its bound, and the duration rounded to
+// milliseconds.
+func Bounded(rec api.Record) api.Record {
+	rec.Duration = milliseconds(rec.Duration)
+	return bounded(rec)
+}
+
 // lastPart returns the longest end of s with a size of at most limit.
 func lastPart(s string, limit int) string {
 	n := 0

@@ -20,9 +20,7 @@ func lineSize(s string) int { return size(s) + 8 }
 
 // Add adds one line. A line that is too long for a record is kept in parts.
 func (e *Excerpt) Add(line string) {
-	for more := true; more; more = line != "" {
-		var part string
-		part, line = split(line, maxLines)
+	for _, part := range Parts(line) {
 		e.add(part)
 	}
 }

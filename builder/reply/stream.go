@@ -46,7 +46,12 @@ func newStream(c *conn, form Form, opts Options, inProgress func() api.Record) *
 		gone: make(chan struct{}),
 		done: make(chan struct{}),
 	}
-	h := c.Header()
+	setStreamHeader(c.Header(), form)
+	go s.run()
+	return s
+}
+
+func setStreamHeader(h http.Header, form Form) {
 	if form == NDJSON {
 		h.Set("Content-Type", api.NDJSONType)
 	} else {
@@ -56,8 +61,6 @@ func newStream(c *conn, form Form, opts Options, inProgress func() api.Record) *
 	h.Set("Cache-Control", "no-store")
 	// Without it nginx, and ingresses made of it, collect a stream in a buffer.
 	h.Set("X-Accel-Buffering", "no")
-	go s.run()
-	return s
 }
 
 func (s *stream) log(ctx context.Context, lines []string) error {
