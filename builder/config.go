@@ -60,6 +60,12 @@ type Config struct {
 	BuildSecretsKey string            // build_secrets_key_file
 	GitCredentials  string            // git_credentials_file
 
+	// NATS keeps the records of builds. Without an address they are in this process's memory.
+	NATSURL        string // nats_url
+	NATSReplicas   int    // nats_replicas: of each stream that this process creates
+	NATSCredential string // nats_credential_file
+	NATSCA         string // nats_ca_file
+
 	// TenantsFiles are names in SecretsDir too: tenants_file. Nil is defaultTenants, which
 	// need not be there.
 	TenantsFiles []string
@@ -138,6 +144,10 @@ func LoadConfig(getenv func(string) string) (*Config, error) {
 		BuildSecretsKey: e.text("build_secrets_key_file", "build-secrets-key"),
 		GitCredentials:  e.text("git_credentials_file", "git-credentials"),
 		TenantsFiles:    e.secrets("tenants_file"),
+		NATSURL:         e.text("nats_url", ""),
+		NATSReplicas:    int(e.number("nats_replicas", 1)),
+		NATSCredential:  e.text("nats_credential_file", "nats-credential"),
+		NATSCA:          e.text("nats_ca_file", "nats-ca"),
 
 		LogLevel:       e.level("log_level", zerolog.InfoLevel),
 		FallbackSecret: []byte(rand.Text()),

@@ -43,6 +43,9 @@ func TestLoadConfig(t *testing.T) {
 		"create_repositories", "true",
 		"image_compression", " zstd:3 ",
 		"metrics_tenants", "true",
+		"nats_url", "tls://a:4222,tls://b:4222",
+		"nats_replicas", "3",
+		"nats_credential_file", "login",
 	))
 	if err != nil {
 		t.Fatal(err)
@@ -50,6 +53,9 @@ func TestLoadConfig(t *testing.T) {
 	if c.Server.MaxBuilds != 7 || c.Server.BuildTimeout != 30*time.Minute || c.Buildkit.BuildTimeout != 30*time.Minute || c.Buildkit.PushTimeout != 90*time.Second ||
 		c.Server.Limits.Body != 64<<20 || c.Server.Limits.Unpacked != 1<<20 || !c.Server.DisableHMAC || !c.Registry.CreateRepositories {
 		t.Errorf("got %+v", c)
+	}
+	if c.NATSURL != "tls://a:4222,tls://b:4222" || c.NATSReplicas != 3 || c.NATSCredential != "login" || c.NATSCA != "nats-ca" {
+		t.Errorf("NATS %q, %d, %q, %q", c.NATSURL, c.NATSReplicas, c.NATSCredential, c.NATSCA)
 	}
 	if !c.Server.MetricsTenants {
 		t.Error("metrics have no tenants")

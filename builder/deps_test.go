@@ -16,8 +16,8 @@ const module = "handler/function"
 // imports says which of our packages each package may import. Data flows one way: request,
 // verified payload, solve, records, reply. A package that is not here may import none of ours.
 var imports = map[string][]string{
-	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "redact", "registry", "repository", "server", "tenants"},
-	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "redact", "reply", "sealed", "signature", "solve", "tenants"},
+	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "records/jetstream", "records/memory", "redact", "registry", "repository", "server", "signature", "tenants"},
+	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "records", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "buildkit/sources", "redact", "registry", "repository", "solve"},
 
 	"cmd/tenant-forget": {"owned", "registry", "tenants"},
@@ -32,7 +32,7 @@ var imports = map[string][]string{
 	"records/recordstest": {"api", "records"},
 
 	"solve":       {"buildconfig", "payload", "redact"},
-	"metrics":     {"api", "solve"},
+	"metrics":     {"api", "records", "solve"},
 	"reply":       {"api"},
 	"payload":     {"api", "budget"},
 	"buildconfig": {"api", "hosts", "repository"},

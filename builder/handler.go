@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,9 +25,12 @@ import (
 	"handler/function/api"
 	"handler/function/buildkit"
 	"handler/function/contexts"
+	"handler/function/records/jetstream"
+	"handler/function/records/memory"
 	"handler/function/redact"
 	"handler/function/registry"
 	"handler/function/server"
+	"handler/function/signature"
 	"handler/function/tenants"
 )
 
@@ -110,6 +114,15 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		return nil, err
 	}
 	s.PayloadSecret = func() ([]byte, error) { return cfg.ReadSecret(cfg.PayloadSecret, false) }
+	if cfg.NATSURL == "" {
+		s.Records = memory.New(memory.Default)
+	} else {
+		shared, err := newRecords(cfg, log)
+		if err != nil {
+			return nil, err
+		}
+		s.Records, s.RecordsShared, s.PayloadSecret = shared.Store, true, shared.payloadSecret
+	}
 	s.BuildSecretsKey = func() ([]byte, error) {
 		key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
 		return bytes.TrimSpace(key), err
@@ -136,6 +149,62 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		go directory.Run(context.Background())
 	}
 	return srv, nil
+}
+
+// sharedRecords are records in NATS, sealed with keys that are derived from the payload secret.
+type sharedRecords struct {
+	*jetstream.Store
+	cfg *Config
+	log zerolog.Logger
+
+	mu  sync.Mutex
+	sum [sha256.Size]byte // of the payload secret whose keys the store has
+}
+
+func newRecords(cfg *Config, log zerolog.Logger) (*sharedRecords, error) {
+	r := &sharedRecords{cfg: cfg, log: log}
+	var access jetstream.Access
+	for name, path := range map[string]*string{cfg.NATSCredential: &access.Credential, cfg.NATSCA: &access.CA} {
+		if _, err := os.Stat(cfg.Secret(name)); err == nil {
+			*path = cfg.Secret(name)
+		}
+	}
+	var err error
+	r.Store, err = jetstream.Open(jetstream.Options{
+		URL:  cfg.NATSURL,
+		NATS: access.Options(),
+		// Nobody is let in before the payload secret has been read.
+		Roots:    [][]byte{cfg.FallbackSecret},
+		Replicas: cfg.NATSReplicas,
+		Problem:  func(err error) { log.Warn().Err(err).Msg("the store of records is in trouble") },
+	})
+	if err != nil {
+		return nil, fmt.Errorf("nats_url: %w", err)
+	}
+	r.payloadSecret() // with disable_hmac it need not be there
+	return r, nil
+}
+
+// payloadSecret is a server.Config.PayloadSecret. Whenever the secret changes, the store gets its
+// keys: records stay readable while the old line is in the file.
+func (r *sharedRecords) payloadSecret() ([]byte, error) {
+	file, err := r.cfg.ReadSecret(r.cfg.PayloadSecret, false)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(file)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	keys, _ := signature.ParseKeys(file)
+	if sum == r.sum || len(keys) == 0 {
+		return file, nil
+	}
+	if err := r.SetRoots(keys); err != nil {
+		r.log.Error().Err(err).Msg("records keep their old keys")
+		return file, nil
+	}
+	r.sum = sum
+	return file, nil
 }
 
 // newTenants returns nil if nobody signs. A file of tenants is an error then.

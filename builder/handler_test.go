@@ -141,3 +141,39 @@ func TestTenantPools(t *testing.T) {
 		}
 	}
 }
+
+// TestRecords: the store in NATS opens without a server and without a payload secret, and gets its
+// keys whenever the secret changes.
+func TestRecords(t *testing.T) {
+	dir := t.TempDir()
+	cfg, err := LoadConfig(env("nats_url", "nats://127.0.0.1:1", "secrets_dir", dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := newRecords(cfg, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(t.Context()) })
+	if _, err := r.payloadSecret(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without a payload secret: %v", err)
+	}
+	seen := r.sum
+	for _, text := range []string{"the first payload secret", "another payload secret\nthe-first-payload-secret\n", "short"} {
+		if err := os.WriteFile(filepath.Join(dir, "payload-secret"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := r.payloadSecret(); err != nil || string(got) != text {
+			t.Errorf("the secret is %q, %v", got, err)
+		}
+		if changed := r.sum != seen; changed != (text != "short") {
+			t.Errorf("with %q the keys change: %v", text, changed)
+		}
+		seen = r.sum
+	}
+
+	cfg.NATSURL = "http://user:password@host"
+	if _, err := newRecords(cfg, zerolog.Nop()); err == nil || strings.Contains(err.Error(), "password") || !strings.Contains(err.Error(), "nats_url") {
+		t.Errorf("a wrong address: %v", err)
+	}
+}

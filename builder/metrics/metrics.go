@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"handler/function/api"
+	"handler/function/records"
 	"handler/function/solve"
 )
 
@@ -27,6 +28,7 @@ type Metrics struct {
 	placements *prometheus.CounterVec
 	moved      prometheus.Counter
 	Joined     prometheus.Counter
+	LogGaps    prometheus.Counter
 	InFlight   prometheus.Gauge
 	Waiting    prometheus.Gauge
 	duration   *prometheus.HistogramVec
@@ -45,12 +47,15 @@ var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600
 // appears.
 var faults = []api.Code{
 	api.Busy, api.QueueTimeout, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
-	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
+	api.ContextFailed, api.NoSpace, api.NotReady, api.Lost, api.OwnerUnreachable, api.RecordsUnreachable, api.Internal,
 }
 
 // Config of Metrics. Each scrape calls its functions, which must be quick.
 type Config struct {
 	Daemons func() solve.Daemons
+
+	// Records says how the store of records does.
+	Records func() records.Stats
 
 	// Tenants adds a label with the tenant's id to the counters of builds, refusals, steps and
 	// sent bytes. There are as many series for each tenant as there are for all without it.
@@ -106,6 +111,8 @@ func newMetrics(t *tenants) *Metrics {
 			Name: "builder_builds_moved_total", Help: "Builds that went on to another buildkitd because theirs was lost or its disk full."}),
 		Joined: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "builder_deliveries_joined_total", Help: "Deliveries by a queue that were told of a build which another had begun."}),
+		LogGaps: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "builder_log_gaps_total", Help: "Gaps in logs that were read back: lines that the store never had, or no longer has."}),
 		InFlight: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "builder_builds_in_flight", Help: "Builds that hold a slot."}),
 		Waiting: prometheus.NewGauge(prometheus.GaugeOpts{
@@ -126,7 +133,7 @@ func (m *Metrics) register(cfg Config) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
 	}
 	m.registry.MustRegister(
-		m.builds, m.refused, m.received, m.sent, m.steps, m.placements, m.moved, m.Joined, m.InFlight, m.Waiting,
+		m.builds, m.refused, m.received, m.sent, m.steps, m.placements, m.moved, m.Joined, m.LogGaps, m.InFlight, m.Waiting,
 		m.duration, m.receive, m.wait, m.transfer, m.push,
 		gauge("builder_daemons", "buildkitds known.", func() int { return daemons().Total }),
 		gauge("builder_daemons_reachable", "buildkitds that answer.", func() int { return daemons().Reachable }),
@@ -134,9 +141,33 @@ func (m *Metrics) register(cfg Config) {
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
+	m.registerRecords(cfg.Records)
 	if cfg.Stale != nil {
 		m.registry.MustRegister(stale(cfg.Stale))
 	}
+}
+
+// registerRecords registers what the store of records counts.
+func (m *Metrics) registerRecords(stats func() records.Stats) {
+	gauge := func(name, help string, value func(records.Stats) float64) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(stats()) }))
+	}
+	counter := func(name, help string, value func(records.Stats) uint64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(value(stats())) }))
+	}
+	gauge("builder_records_reachable", "Whether the store of records takes what it is given.", func(s records.Stats) float64 {
+		if s.Reachable {
+			return 1
+		}
+		return 0
+	})
+	gauge("builder_records_lag_seconds", "Age of the oldest line or record that is not in the store yet.", func(s records.Stats) float64 { return s.Lag.Seconds() })
+	gauge("builder_records_pending_bytes", "Lines and records that are not in the store yet.", func(s records.Stats) float64 { return float64(s.Pending) })
+	counter("builder_records_dropped_lines_total", "Lines that never came into the store.", func(s records.Stats) uint64 { return s.Dropped })
+	counter("builder_records_forgotten_total", "Records of ended builds that never came into the store.", func(s records.Stats) uint64 { return s.Forgotten })
+	counter("builder_records_errors_total", "Requests to the store that had no answer, or a wrong one.", func(s records.Stats) uint64 { return s.Errors })
+	counter("builder_builds_lost_total", "Builds of other replicas that this one has found lost.", func(s records.Stats) uint64 { return s.Lost })
+	gauge("builder_log_followers", "Logs that are being read.", func(s records.Stats) float64 { return float64(s.Followers) })
 }
 
 func histogram(name, help string) prometheus.Histogram {

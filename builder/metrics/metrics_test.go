@@ -12,8 +12,11 @@ import (
 	"testing"
 
 	"handler/function/api"
+	"handler/function/records"
 	"handler/function/solve"
 )
+
+func noRecords() records.Stats { return records.Stats{} }
 
 func noDaemons() solve.Daemons { return solve.Daemons{} }
 
@@ -38,7 +41,7 @@ func TestTenants(t *testing.T) {
 		m.Refused("t-1", api.Suspended)
 		m.Refused("", api.Unauthorized)
 	}
-	off := New(Config{Daemons: noDaemons})
+	off := New(Config{Daemons: noDaemons, Records: noRecords})
 	before := scrape(off)
 	if strings.Contains(before, "tenant") {
 		t.Errorf("without a file: %s", before)
@@ -53,7 +56,7 @@ func TestTenants(t *testing.T) {
 	}
 
 	stale := false
-	on := New(Config{Daemons: noDaemons, Tenants: true, Stale: func() (bool, bool) { return stale, true }})
+	on := New(Config{Daemons: noDaemons, Records: noRecords, Tenants: true, Stale: func() (bool, bool) { return stale, true }})
 	count(on)
 	want := []string{
 		`builder_builds_total{code="",status="success",tenant="t-1"} 1`,
@@ -83,7 +86,7 @@ func TestTenants(t *testing.T) {
 	if got := scrape(on); strings.Contains(got, "t-1") || strings.Contains(got, "t-2") {
 		t.Errorf("after both have gone: %s", got)
 	}
-	if got := scrape(New(Config{Daemons: noDaemons, Stale: func() (bool, bool) { return true, false }})); got != before {
+	if got := scrape(New(Config{Daemons: noDaemons, Records: noRecords, Stale: func() (bool, bool) { return true, false }})); got != before {
 		t.Errorf("without a file, and with one that could come: %s", got)
 	}
 }
@@ -92,7 +95,7 @@ func TestTenants(t *testing.T) {
 // alerting rules see the first one.
 func TestFaults(t *testing.T) {
 	w := httptest.NewRecorder()
-	New(Config{Daemons: noDaemons}).Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	New(Config{Daemons: noDaemons, Records: noRecords}).Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	got := w.Body.String()
 	want := []string{`builder_builds_total{code="",status="success"} 0`}
 	for _, code := range codes(t) {

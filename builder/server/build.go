@@ -13,6 +13,7 @@ import (
 
 	"handler/function/api"
 	"handler/function/payload"
+	"handler/function/records"
 	"handler/function/redact"
 	"handler/function/reply"
 	"handler/function/solve"
@@ -108,6 +109,7 @@ func (s *Server) build(j *job) (res result) {
 	}
 	defer s.builds.Release(j.body.id())
 	j.slot = time.Now()
+	j.record.Update(func(r *records.Record) { r.Building = true })
 	s.metrics.InFlight.Inc()
 	defer s.metrics.InFlight.Dec()
 	defer context.AfterFunc(s.stopped, func() { j.cancel(errShuttingDown) })()
@@ -145,6 +147,10 @@ func (s *Server) build(j *job) (res result) {
 		CacheMountNS:     isolation.cacheMountNS,
 		Name:             isolation.name,
 		Tenant:           s.solveTenant(j.body.signer),
+		Placed: func(daemon, ref string) {
+			j.record.Update(func(r *records.Record) { r.Daemon, r.Ref = daemon, ref })
+		},
+		Pushing: j.setPushing,
 	}, j.say)
 	solved.Warnings = append(res.outcome.Warnings, solved.Warnings...)
 	res.outcome, res.stats, res.err = solved, stats, because(j.ctx, err)

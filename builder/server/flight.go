@@ -3,11 +3,13 @@ package server
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"slices"
 	"sync"
 	"time"
 
 	"handler/function/api"
+	"handler/function/records"
 	"handler/function/reply"
 )
 
@@ -17,20 +19,22 @@ import (
 type flight struct {
 	id     flightID
 	tenant string // a signer's tenantID
+	owner  string // a signer's owner
 	call   *call  // the first one
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed once verdict is set
+	record records.Build // nil until the build begins here
 
 	mu        sync.Mutex
 	image     string
 	waiters   []*waiter
 	excerpt   reply.Excerpt // the log for later calls; kept only for a named flight
 	abandoned bool          // the last waiter has left, and the build is being cancelled
+	stopped   bool          // somebody has asked for the build's end
+	pushing   bool          // the push has begun, and is let finish
 
-	// Set before done is closed, and not changed after it.
-	verdict api.Record
-	ended   time.Time
+	verdict api.Record // set before done is closed, and not changed after it
 }
 
 // flightID is what a second delivery has in common with the first. The call id alone is
@@ -49,14 +53,13 @@ func (id flightID) isOf(by signer) bool {
 
 // waiter is one call that waits for a flight.
 type waiter struct {
-	out      *reply.Writer
-	afterEnd bool          // it came after the end
-	gone     chan struct{} // closed when out takes no more
-	wasLast  bool          // nobody else was left; set before gone is closed
+	out     *reply.Writer
+	gone    chan struct{} // closed when out takes no more
+	wasLast bool          // nobody else was left; set before gone is closed
 }
 
 func newFlight(c *call, body *upload) *flight {
-	f := &flight{tenant: body.tenantID(), call: c, done: make(chan struct{})}
+	f := &flight{tenant: body.tenantID(), owner: body.owner(), call: c, done: make(chan struct{})}
 	// Not the request's context: the build is for every call that joins the flight.
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	if c.mayJoin() {
@@ -72,15 +75,24 @@ func newFlight(c *call, body *upload) *flight {
 // named says whether a later call can join the flight.
 func (f *flight) named() bool { return f.id != flightID{} }
 
-// run builds, and gives the flight its verdict. It returns soon after the verdict.
+// run gives the flight its verdict: that of an earlier delivery, or that of the build. It returns
+// soon after the verdict.
 func (s *Server) run(f *flight, body *upload) {
 	defer s.active.Done()
 	defer f.cancel(nil)
+	defer s.working(f.tenant, f.cancel)()
+	if f.named() && s.retell(f) {
+		s.flights.end(f)
+		body.Close()
+		return
+	}
+	s.beginRecord(f)
 	j := &job{flight: f, body: body, log: f.call.log.With().Int64("bytes", body.Size()).Logger()}
 	// Nothing needs the sum before the verdict, and summing a large body takes a while.
-	j.aside.Go(func() { body.request() })
-
-	defer s.working(f.tenant, f.cancel)()
+	j.aside.Go(func() {
+		sum := body.request()
+		f.record.Update(func(r *records.Record) { r.Request = sum })
+	})
 
 	res := s.build(j)
 	res.err = s.shares.busy(res.err, body.share)
@@ -91,6 +103,9 @@ func (s *Server) run(f *flight, body *upload) {
 		j.built = max(time.Since(j.slot)-res.stats.Push, 0)
 	}
 	s.metrics.Built(f.tenant, rec.Status, rec.Code, took, res.stats)
+	last := rec
+	last.Duration = took.Seconds()
+	f.record.End(last)
 	f.end(rec)
 	s.flights.end(f)
 	j.aside.Wait()
@@ -99,22 +114,57 @@ func (s *Server) run(f *flight, body *upload) {
 	j.logUsage(rec, res.stats)
 }
 
-// join adds a call, and gives it the log so far. It fails once the last waiter has
-// left.
+// beginRecord gives a flight its record.
+func (s *Server) beginRecord(f *flight) {
+	r := records.Record{Tenant: f.owner, ID: f.call.id, Began: f.call.start, Queued: f.call.queued}
+	if f.named() {
+		r.Request = hex.EncodeToString(f.id.body[:])
+	}
+	f.record = s.Records.Begin(r, f.stop)
+	s.flights.built(f)
+}
+
+var errStopped = &api.Error{Code: api.Canceled, Msg: "the build was stopped by request (DELETE /builds/…)"}
+
+// stop ends the build for whoever has asked for its end. A push that has begun is let finish: half
+// of it may be in the registry.
+func (f *flight) stop(by string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.stopped {
+		f.call.log.Info().Str("by", by).Bool("pushing", f.pushing).Msg("build told to stop")
+	}
+	f.stopped = true
+	if !f.pushing {
+		f.cancel(errStopped)
+	}
+}
+
+// setPushing says whether the build pushes. A build that begins anew does not.
+func (f *flight) setPushing(yes bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pushing = yes
+	if f.stopped && !yes {
+		f.cancel(errStopped)
+	}
+}
+
+// join adds a call, and gives it the log so far. It fails once the last waiter has left, or the
+// flight has its verdict.
 func (f *flight) join(out *reply.Writer) (*waiter, bool) {
 	w := &waiter{out: out, gone: make(chan struct{})}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	select {
+	case <-f.done:
+		return nil, false
+	default:
+	}
 	if f.abandoned {
 		return nil, false
 	}
 	out.SetImage(f.image)
-	select {
-	case <-f.done:
-		w.afterEnd = true
-		return w, true
-	default:
-	}
 	f.waiters = append(f.waiters, w)
 	// This does not block: a new Writer has room.
 	if lines := f.excerpt.Lines(); len(lines) > 0 {
@@ -147,9 +197,6 @@ func (f *flight) wait(ctx context.Context, w *waiter) api.Record {
 	last := false
 	select {
 	case <-f.done:
-		if w.afterEnd {
-			return f.replay()
-		}
 		return f.verdict
 	case <-ctx.Done():
 		last = f.leave(w, context.Cause(ctx))
@@ -163,8 +210,20 @@ func (f *flight) wait(ctx context.Context, w *waiter) api.Record {
 	return f.verdict
 }
 
-// say passes log lines on to every waiter. Only the goroutine that builds calls it.
+// say adds log lines to the record, and passes them on to every waiter. Only the goroutine that
+// builds calls it. A line that is too long for a record of an answer becomes several, so that they
+// have the same numbers for everybody.
 func (f *flight) say(lines ...string) {
+	if slices.ContainsFunc(lines, func(line string) bool { return len(reply.Parts(line)) > 1 }) {
+		var parts []string
+		for _, line := range lines {
+			parts = append(parts, reply.Parts(line)...)
+		}
+		lines = parts
+	}
+	if f.record != nil {
+		f.record.Log(lines...)
+	}
 	f.mu.Lock()
 	if f.named() {
 		for _, line := range lines {
@@ -182,6 +241,9 @@ func (f *flight) say(lines ...string) {
 }
 
 func (f *flight) setImage(image string) {
+	if f.record != nil {
+		f.record.Update(func(r *records.Record) { r.Image, r.ImageName = image, image })
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.image = image
@@ -190,41 +252,11 @@ func (f *flight) setImage(image string) {
 	}
 }
 
-// end gives the flight its verdict, which has no log: the waiters have seen the log,
-// and replay adds it for later calls.
+// end gives the flight its verdict. It has a log only if the waiters have not seen one.
 func (f *flight) end(verdict api.Record) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.verdict, f.ended = verdict, time.Now()
+	f.verdict = verdict
 	f.waiters = nil
 	close(f.done)
-}
-
-// current is the verdict for a call that only asks, or a record of a build that still runs.
-func (f *flight) current() api.Record {
-	select {
-	case <-f.done:
-		return f.replay()
-	default:
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return api.Record{Status: api.InProgress, Image: f.image, ImageName: f.image, Duration: time.Since(f.call.start).Seconds()}
-}
-
-// replay is the verdict for a call that came after the end.
-func (f *flight) replay() api.Record {
-	rec := f.verdict
-	rec.Log = f.excerpt.Lines()
-	rec.Duration = f.ended.Sub(f.call.start).Seconds()
-	return rec
-}
-
-// size is what an ended flight takes of keepBytes.
-func (f *flight) size() int {
-	n := f.excerpt.Size() + len(f.verdict.Error)
-	for _, w := range f.verdict.Warnings {
-		n += len(w)
-	}
-	return n
 }

@@ -82,6 +82,17 @@ func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 // method, a space, and its path with the query: "GET /builds/42". Without HMAC anybody
 // is the signer.
 func (s *Server) signedBy(r *http.Request) (signer, error) {
+	return s.signedWith(r, signedNeeds{})
+}
+
+// signedNeeds says what a route wants of a signature beyond its key.
+type signedNeeds struct {
+	timestamp bool // it has one, whatever RequireTimestamp says
+	operators bool // it may be an operator's
+}
+
+// signedWith is signedBy for routes that need more.
+func (s *Server) signedWith(r *http.Request, needs signedNeeds) (signer, error) {
 	who, err := s.roster()
 	if err != nil || s.DisableHMAC {
 		return signer{roster: who}, err
@@ -89,6 +100,9 @@ func (s *Server) signedBy(r *http.Request) (signer, error) {
 	t, err := s.timestamp(r)
 	if err != nil {
 		return signer{}, err
+	}
+	if t == "" && needs.timestamp {
+		return signer{}, &api.Error{Code: api.Unauthorized, Msg: api.TimestampHeader + ": requests need a timestamp for this route"}
 	}
 	mac, err := signature.Parse(r.Header.Values(api.SignatureHeader))
 	if err != nil {
@@ -103,9 +117,18 @@ func (s *Server) signedBy(r *http.Request) (signer, error) {
 	if !ok {
 		list, cause = who.unnamed(), errUnnamed
 	}
-	place, ok := keysOf(list).Verify(mac, t, []byte(text))
-	if !ok {
+	keys := keysOf(list)
+	if needs.operators {
+		for _, k := range who.set.Operators {
+			keys = append(keys, k.Secret)
+		}
+	}
+	place, ok := keys.Verify(mac, t, []byte(text))
+	switch {
+	case !ok:
 		return signer{}, who.unauthorized(cause)
+	case place >= len(list):
+		return s.acceptOperator(who, who.set.Operators[place-len(list)], t != "")
 	}
 	return s.accept(who, list[place], t != "")
 }

@@ -23,6 +23,7 @@ import (
 	"handler/function/metrics"
 	"handler/function/page"
 	"handler/function/payload"
+	"handler/function/records"
 	"handler/function/reply"
 	"handler/function/solve"
 )
@@ -76,6 +77,13 @@ type Config struct {
 	// FallbackSecret takes the place of the payload secret in isolation. It is used
 	// only if DisableHMAC is set and there is no payload secret.
 	FallbackSecret []byte
+
+	// Records keeps what is known of builds. Shutdown closes it.
+	Records records.Store
+
+	// RecordsShared says that Records has the builds of all replicas. False is for a store of
+	// this process alone.
+	RecordsShared bool
 
 	// Contexts keeps contexts that are sent ahead. Nil refuses them.
 	Contexts Contexts
@@ -140,6 +148,7 @@ type Server struct {
 	underway          underway
 	contextSlots      slots // for contexts on their way to the registry
 	flights           flights
+	followers         slots // of logs
 	daemons           daemonCount
 	refusals, defects refusals
 
@@ -160,7 +169,8 @@ func New(cfg Config) *Server {
 		builds:       fair.New(cfg.MaxBuilds),
 		underway:     underway{all: make(map[*work]bool)},
 		contextSlots: make(slots, maxContextSlots),
-		flights:      flights{all: make(map[flightID]*flight)},
+		flights:      flights{named: make(map[flightID]*flight), all: make(map[*flight]bool)},
+		followers:    make(slots, records.MaxFollowers),
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
@@ -169,7 +179,7 @@ func New(cfg Config) *Server {
 	})
 	s.builds.Elsewhere = s.countElsewhere
 	s.daemons.count = cfg.Solver.Daemons
-	s.metrics = metrics.New(metrics.Config{Daemons: s.daemons.get, Tenants: cfg.MetricsTenants, Stale: s.staleTenants()})
+	s.metrics = metrics.New(metrics.Config{Daemons: s.daemons.get, Records: cfg.Records.Stats, Tenants: cfg.MetricsTenants, Stale: s.staleTenants()})
 
 	type methods = map[string]http.Handler
 	s.routes = map[string]methods{
@@ -177,9 +187,14 @@ func New(cfg Config) *Server {
 			http.MethodPost: http.HandlerFunc(s.serveBuild),
 			http.MethodGet:  page.Or(s.adapt(description{s})),
 		},
-		"/build":   {http.MethodPost: http.HandlerFunc(s.serveBuild)},
-		"/builds/": {http.MethodGet: http.HandlerFunc(s.serveVerdict)},
-		"/contexts/": {
+		"/build":  {http.MethodPost: http.HandlerFunc(s.serveBuild)},
+		"/builds": {http.MethodGet: http.HandlerFunc(s.serveBuilds)},
+		"/builds/*": {
+			http.MethodGet:    http.HandlerFunc(s.serveRecord),
+			http.MethodDelete: http.HandlerFunc(s.serveStop),
+		},
+		"/builds/*/log": {http.MethodGet: http.HandlerFunc(s.serveLog)},
+		"/contexts/*": {
 			http.MethodHead: http.HandlerFunc(s.serveHasContext),
 			http.MethodPut:  http.HandlerFunc(s.servePutContext),
 		},
@@ -191,17 +206,19 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// route finds the handlers of a path, by method. A route that ends in a slash serves the
-// paths with exactly one more segment, and rest is that segment: "/builds/" serves
-// /builds/42, and neither /builds/ nor /builds/4/2.
-func (s *Server) route(path string) (methods map[string]http.Handler, rest string) {
-	if i := strings.LastIndexByte(path, '/') + 1; i > 1 {
-		if i == len(path) {
-			return nil, ""
-		}
-		path, rest = path[:i], path[i:]
+// route finds the handlers of a path, by method. The second segment of a path is anything where a
+// route has a star, and is the value of name then: "/builds/*/log" serves /builds/42/log, and
+// neither /builds//log nor /builds/4/2/log.
+func (s *Server) route(path string) (methods map[string]http.Handler, name string) {
+	parts := strings.SplitN(path, "/", 4) // the first is empty
+	if len(parts) < 3 {
+		return s.routes[path], ""
 	}
-	return s.routes[path], rest
+	if name = parts[2]; name == "" {
+		return nil, ""
+	}
+	parts[2] = "*"
+	return s.routes[strings.Join(parts, "/")], name
 }
 
 // ServeHTTP matches a path as it is, without cleaning it.
@@ -212,12 +229,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if path == "" {
 		path = "/"
 	}
-	methods, rest := s.route(path)
+	methods, name := s.route(path)
 	if methods == nil {
 		s.refuseUnverified(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
 		return
 	}
-	r.SetPathValue(segment, rest)
+	r.SetPathValue(segment, name)
 	h, ok := methods[r.Method]
 	if !ok && r.Method == http.MethodHead {
 		h, ok = methods[http.MethodGet]
@@ -236,7 +253,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // metrics' handler reads.
 var readHeaders = []string{
 	api.SignatureHeader, api.TimestampHeader, api.TenantHeader, api.CallIDHeader, api.CallbackHeader, forwardedHost,
-	"Accept", "Accept-Encoding", "Content-Type", "User-Agent",
+	"Accept", "Accept-Encoding", "Content-Type", lastEventID, "User-Agent",
 }
 
 // kept is h without the headers that nobody reads. Headers stay in memory until the body
@@ -252,8 +269,7 @@ func kept(h http.Header) http.Header {
 	return few
 }
 
-// segment names a path value of a request: the last segment of its path, if the route ends
-// in a slash.
+// segment names a path value of a request: the segment of its path that a route's star stands for.
 const segment = "segment"
 
 // settle is the least time between the end of a body and the beginning of its answer.
@@ -283,5 +299,28 @@ func (s *Server) Shutdown() {
 	timer := time.AfterFunc(s.ShutdownTimeout, s.stop)
 	defer timer.Stop()
 	s.active.Wait()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	s.lastLines(ctx)
 	s.stop()
+	if err := s.Records.Close(ctx); err != nil {
+		s.Log.Error().Err(err).Msg("records are not stored")
+	}
+}
+
+// closeTimeout bounds what Shutdown does once all builds have ended.
+const closeTimeout = 3 * time.Second
+
+// lastLines waits until the logs of this replica's builds have been read to their ends, or for a
+// third of closeTimeout. Logs of other replicas' builds may go on for longer.
+func (s *Server) lastLines(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout/3)
+	defer cancel()
+	for range cap(s.followers) {
+		select {
+		case s.followers <- struct{}{}: // none is left to read
+		case <-ctx.Done():
+			return
+		}
+	}
 }

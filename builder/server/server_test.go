@@ -27,6 +27,7 @@ import (
 
 	"handler/function/api"
 	"handler/function/payload"
+	"handler/function/records/memory"
 	"handler/function/server"
 	"handler/function/signature"
 	"handler/function/solve"
@@ -96,6 +97,7 @@ func start(t testing.TB, solver *scripted, change func(*server.Config)) *fixture
 	log := new(syncBuffer)
 	cfg := server.Config{
 		Solver:          solver,
+		Records:         memory.New(memory.Default),
 		PayloadSecret:   func() ([]byte, error) { return []byte(secret), nil },
 		BuildSecretsKey: func() ([]byte, error) { return nil, nil },
 		GitCredentials:  func() ([]byte, error) { return nil, nil },

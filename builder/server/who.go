@@ -2,6 +2,8 @@ package server
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"net/http"
 	"strings"
@@ -141,12 +143,14 @@ func keysOf(list []tenants.Candidate) signature.Keys {
 }
 
 // signer is who signed a request. The answer is signed in the same way. Without HMAC it is
-// anybody, who has neither a tenant nor a key, and whose answers are not signed.
+// anybody, who has neither a tenant nor a key, and whose answers are not signed. An operator has a
+// key and no tenant.
 type signer struct {
 	roster
-	tenant  *tenants.Tenant
-	key     tenants.Key
-	stamped bool // with a timestamp
+	tenant   *tenants.Tenant
+	key      tenants.Key
+	stamped  bool // with a timestamp
+	operator bool
 }
 
 // accept makes a signer of the candidate whose key made a signature. With a file of tenants it
@@ -154,7 +158,7 @@ type signer struct {
 // or has ended meanwhile lets nobody in.
 func (s *Server) accept(r roster, c tenants.Candidate, stamped bool) (signer, error) {
 	if !r.file() {
-		return signer{r, c.Tenant, c.Key, stamped}, nil
+		return signer{roster: r, tenant: c.Tenant, key: c.Key, stamped: stamped}, nil
 	}
 	if c.Tenant == nil {
 		return signer{}, r.unauthorized(errNoMAC)
@@ -166,16 +170,24 @@ func (s *Server) accept(r roster, c tenants.Candidate, stamped bool) (signer, er
 	if t := now.set.ByID(c.Tenant.ID); t != nil {
 		for _, key := range t.Keys {
 			if bytes.Equal(key.Secret, c.Key.Secret) && key.Valid(time.Now()) {
-				return signer{now, t, key, stamped}, nil
+				return signer{roster: now, tenant: t, key: key, stamped: stamped}, nil
 			}
 		}
 	}
 	return signer{}, r.unauthorized(errors.New("the key that made the signature has ended"))
 }
 
+// acceptOperator makes a signer of an operator's key, if it is valid.
+func (s *Server) acceptOperator(r roster, key tenants.Key, stamped bool) (signer, error) {
+	if !key.Valid(time.Now()) {
+		return signer{}, r.unauthorized(errors.New("the operator's key has ended"))
+	}
+	return signer{roster: r, key: key, stamped: stamped, operator: true}, nil
+}
+
 // sign is a reply.Options.Sign.
 func (g signer) sign(h http.Header, body []byte) {
-	if g.tenant == nil {
+	if g.key.Secret == nil {
 		return
 	}
 	var t signature.Timestamp
@@ -194,9 +206,19 @@ func (g signer) id() string {
 	return g.tenant.ID
 }
 
+// owner is whose builds the signer sees, in the store of records. With a file of tenants it is the
+// tenant. Without it each key has its own builds.
+func (g signer) owner() string {
+	if g.file() || g.key.Secret == nil {
+		return g.id()
+	}
+	sum := sha256.Sum256(append([]byte("owner of builds\x00"), g.key.Secret...))
+	return g.id() + "." + hex.EncodeToString(sum[:16])
+}
+
 // tenantID is the tenant's id if there is a file of tenants, and "" otherwise.
 func (g signer) tenantID() string {
-	if !g.file() {
+	if !g.file() || g.operator {
 		return ""
 	}
 	return g.tenant.ID
@@ -221,7 +243,10 @@ func (g signer) ownKey() []byte {
 
 // logTo returns log with the signer's ids, if there is a file of tenants.
 func (g signer) logTo(log zerolog.Logger) zerolog.Logger {
-	if !g.file() {
+	switch {
+	case g.operator:
+		return log.With().Str("operator", g.key.ID).Logger()
+	case !g.file():
 		return log
 	}
 	return log.With().Str("tenant", g.tenant.ID).Str("key", g.key.ID).Logger()
@@ -231,7 +256,7 @@ var errSuspended = &api.Error{Code: api.Suspended, Msg: "this tenant is suspende
 
 // suspended returns an error if the signer's tenant may do nothing for now.
 func (g signer) suspended() error {
-	if g.file() && g.tenant.Suspended {
+	if g.file() && !g.operator && g.tenant.Suspended {
 		return errSuspended
 	}
 	return nil

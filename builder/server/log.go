@@ -1,0 +1,120 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strconv"
+
+	"handler/function/api"
+	"handler/function/records"
+	"handler/function/reply"
+)
+
+var errFollowers = &api.Error{Code: api.Busy, Msg: "as many logs are being read as one replica allows (32)"}
+
+// lastEventID is the header in which a client of server-sent events names the last one that it has.
+const lastEventID = "Last-Event-Id"
+
+// serveLog writes the log of a build, from its beginning or after a line, and at the end the record.
+// It is no call of the build: that it is slow or leaves is nothing to the build.
+func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
+	q := s.ask(w, r, signedNeeds{timestamp: true}, "after", "follow", "attempt")
+	if q == nil {
+		return
+	}
+	after, wait, err := q.logQuery()
+	if err != nil {
+		s.refuse(w, q, err)
+		return
+	}
+	if s.followers.acquire(r.Context(), 0) != nil {
+		s.refuse(w, q, errFollowers)
+		return
+	}
+	defer s.followers.release()
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+
+	ref, err := s.ref(q)
+	if err != nil {
+		s.refuse(w, q, err)
+		return
+	}
+	out := reply.NewEvents(w, reply.Accept(r.Header))
+	err = s.writeLog(ctx, q, out, ref, after, wait)
+	switch {
+	case err == nil:
+		err = out.Close()
+	case out.Cancel():
+		s.refuse(w, q, logError(err))
+		return
+	}
+	if err != nil && ctx.Err() == nil {
+		// The client takes a stream without a record for one that was cut off.
+		log := q.by.logTo(s.Log)
+		log.Warn().Str("call_id", q.opts.ID).AnErr("cause", err).Msg("log cut off")
+	}
+}
+
+// logError is err for the client.
+func logError(err error) error {
+	switch {
+	case errors.Is(err, records.ErrNotFound):
+		return errNoBuild
+	case errors.Is(err, records.ErrBusy):
+		return errFollowers
+	}
+	return err
+}
+
+// writeLog writes lines until there are no more, and then the record.
+func (s *Server) writeLog(ctx context.Context, q *question, out *reply.Events, ref records.Ref, after uint64, wait bool) error {
+	rec, err := s.Records.Get(ctx, ref)
+	if err != nil {
+		return err
+	}
+	// A later attempt may begin meanwhile.
+	ref.Attempt = rec.Attempt
+	for line, err := range s.Records.Follow(ctx, ref, after, wait) {
+		switch {
+		case err != nil:
+		case line.N == 0:
+			err = out.Beat()
+		default:
+			if line.Lost > 0 {
+				s.metrics.LogGaps.Inc()
+			}
+			err = out.Send(strconv.FormatUint(line.N, 10), line)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if rec, err = s.Records.Get(ctx, ref); err != nil {
+		return err
+	}
+	return out.Send("", q.by.shown(rec))
+}
+
+// logQuery reads the query of a log, and the header of a client that connects again.
+func (q *question) logQuery() (after uint64, wait bool, err error) {
+	text, from := q.query.text("after"), "after"
+	if id := q.r.Header.Get(lastEventID); id != "" {
+		text, from = id, "Last-Event-ID"
+	}
+	if text != "" {
+		if after, err = strconv.ParseUint(text, 10, 63); err != nil {
+			return 0, false, badQuery("%s %.40q is not the number of a line", from, text)
+		}
+	}
+	switch text := q.query.text("follow"); text {
+	case "", "0":
+	case "1":
+		wait = true
+	default:
+		return 0, false, badQuery("follow=%.40q is neither 1 nor 0", text)
+	}
+	return after, wait, nil
+}
