@@ -1,6 +1,10 @@
 package server
 
-import "context"
+import (
+	"context"
+
+	"handler/function/tenants"
+)
 
 // Uploading returns how many upload slots are taken.
 func (s *Server) Uploading() int {
@@ -19,4 +23,9 @@ func (s *Server) Shares() int {
 // Working is working.
 func (s *Server) Working(tenant string, cancel context.CancelCauseFunc) (end func()) {
 	return s.working(tenant, cancel)
+}
+
+// Owner is whose builds a key of the payload secret has, without a file of tenants.
+func Owner(key []byte) string {
+	return signer{key: tenants.Key{Secret: key}}.owner()
 }

@@ -35,7 +35,7 @@ func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
 	defer s.followers.release()
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	defer context.AfterFunc(s.stopped, func() { cancel(errShuttingDown) })()
+	defer context.AfterFunc(s.closed, func() { cancel(errShuttingDown) })()
 
 	ref, err := s.ref(q)
 	if err != nil {

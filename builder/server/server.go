@@ -152,9 +152,10 @@ type Server struct {
 	daemons           daemonCount
 	refusals, defects refusals
 
-	// draining ends when Shutdown is called. stopped ends ShutdownTimeout later.
-	draining, stopped context.Context
-	drain, stop       context.CancelFunc
+	// draining ends when Shutdown is called. stopped ends ShutdownTimeout later, or when all
+	// builds have ended. closed ends after that, when the last lines of logs have been read.
+	draining, stopped, closed context.Context
+	drain, stop, close        context.CancelFunc
 
 	mu     sync.Mutex // keeps active.Add out of Shutdown's Wait
 	active sync.WaitGroup
@@ -174,6 +175,7 @@ func New(cfg Config) *Server {
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
+	s.closed, s.close = context.WithCancel(context.Background())
 	s.intake = newIntake(s.draining, s.shares.disk, intakeLimits{
 		uploads: cfg.MaxUploads, rate: cfg.UploadMinRate, grace: cfg.UploadGrace, spool: cfg.SpoolBytes / 2,
 	})
@@ -299,10 +301,11 @@ func (s *Server) Shutdown() {
 	timer := time.AfterFunc(s.ShutdownTimeout, s.stop)
 	defer timer.Stop()
 	s.active.Wait()
+	s.stop()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	s.lastLines(ctx)
-	s.stop()
+	s.close()
 	if err := s.Records.Close(ctx); err != nil {
 		s.Log.Error().Err(err).Msg("records are not stored")
 	}

@@ -1,0 +1,503 @@
+package server_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"handler/function/api"
+	"handler/function/records"
+	"handler/function/server"
+	"handler/function/signature"
+	"handler/function/solve"
+)
+
+// later makes the timestamps of such requests differ, and with them their signatures.
+var later atomic.Int64
+
+// asking is a request without a body, with a timestamp and further headers.
+func (f *fixture) asking(t testing.TB, key, method, target string, headers ...string) *http.Request {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, f.URL+target, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stamp := strconv.FormatInt(time.Now().Unix()-100+later.Add(1)%200, 10)
+	r.Header.Set(api.TimestampHeader, stamp)
+	r.Header.Set(api.SignatureHeader, signature.Sign([]byte(key), signature.Timestamp(stamp), []byte(method+" "+target)))
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Set(headers[i], headers[i+1])
+	}
+	return r
+}
+
+// seen is a record as a client reads it.
+type seen struct {
+	Log        []string
+	Tenant     string
+	ID         string
+	Attempt    int
+	Image      string
+	ImageName  string
+	Status     api.Status
+	Code       api.Code
+	Error      string
+	Digest     string
+	Duration   float64
+	Request    string
+	Began      time.Time
+	Ended      time.Time
+	Lines      uint64
+	Queued     bool
+	CanceledBy string
+}
+
+type seenList struct {
+	Builds   []seen
+	Next     string
+	Complete *bool
+	ID       string
+}
+
+func decode[T any](t testing.TB, a answer) (v T) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(a.body), &v); err != nil {
+		t.Fatalf("%v in %d %s", err, a.status, a.body)
+	}
+	return v
+}
+
+// record asks for the record of a build.
+func (f *fixture) record(t testing.TB, key, id string) (int, seen) {
+	t.Helper()
+	a := f.do(t, f.asking(t, key, "GET", "/builds/"+id))
+	return a.status, decode[seen](t, a)
+}
+
+func (f *fixture) ids(t testing.TB, key, query string) (ids []string, next string) {
+	t.Helper()
+	a := f.do(t, f.asking(t, key, "GET", "/builds"+query))
+	if a.status != 200 {
+		t.Fatalf("%q: %d %s", query, a.status, a.body)
+	}
+	list := decode[seenList](t, a)
+	for _, b := range list.Builds {
+		ids = append(ids, b.ID)
+	}
+	return ids, list.Next
+}
+
+// TestBuildsRoutes tries what is wrong with a request about builds.
+func TestBuildsRoutes(t *testing.T) {
+	solver, started, release := speaking()
+	f := start(t, solver, nil)
+	sent := f.deliver(t, "call", pack(t, config))
+	<-started
+	for _, tt := range []struct {
+		method, target string
+		status         int
+		code           api.Code
+	}{
+		{"GET", "/builds", 200, ""},
+		{"HEAD", "/builds", 200, ""},
+		{"GET", "/builds?", 200, ""},
+		{"GET", "/builds?limit=200&status=failed&image=a%2Fb", 200, ""},
+		{"GET", "/builds?limit=0", 400, api.BadQuery},
+		{"GET", "/builds?limit=201", 400, api.BadQuery},
+		{"GET", "/builds?limit=ten", 400, api.BadQuery},
+		{"GET", "/builds?status=failure", 400, api.BadQuery},
+		{"GET", "/builds?before=x", 400, api.BadQuery},
+		{"GET", "/builds?status=failed&status=success", 400, api.BadQuery},
+		{"GET", "/builds?page=2", 400, api.BadQuery},
+		{"GET", "/builds?tenant=default", 400, api.BadQuery},
+		{"GET", "/builds?limit=1;status=failed", 400, api.BadQuery},
+		{"GET", "/builds?image=%zz", 400, api.BadQuery},
+		{"POST", "/builds", 405, api.MethodNotAllowed},
+		{"GET", "/builds/", 404, api.NotFound},
+		{"GET", "/builds/none", 404, api.NotFound},
+		{"GET", "/builds/call?attempt=1", 202, ""},
+		{"GET", "/builds/call?attempt=2", 404, api.NotFound},
+		{"GET", "/builds/call?attempt=0", 400, api.BadQuery},
+		{"GET", "/builds/call?after=1", 400, api.BadQuery},
+		{"HEAD", "/builds/call", 202, ""},
+		{"PUT", "/builds/call", 405, api.MethodNotAllowed},
+		{"DELETE", "/builds/none", 404, api.NotFound},
+		{"DELETE", "/builds/call?attempt=2", 404, api.NotFound},
+		{"DELETE", "/builds/call?attempt=-1", 400, api.BadQuery},
+		{"DELETE", "/builds/call?force=1", 400, api.BadQuery},
+		{"GET", "/builds/call/log", 200, ""},
+		{"GET", "/builds/call/log?attempt=2", 404, api.NotFound},
+		{"GET", "/builds/none/log", 404, api.NotFound},
+		{"GET", "/builds/none/log?follow=1", 404, api.NotFound},
+		{"GET", "/builds/call/log?follow=yes", 400, api.BadQuery},
+		{"GET", "/builds/call/log?after=x", 400, api.BadQuery},
+		{"GET", "/builds/call/log?after=-1", 400, api.BadQuery},
+		{"GET", "/builds/call/log/", 404, api.NotFound},
+		{"GET", "/builds//log", 404, api.NotFound},
+		{"GET", "/builds/call/logs", 404, api.NotFound},
+		{"DELETE", "/builds/call/log", 405, api.MethodNotAllowed},
+	} {
+		a := f.do(t, f.asking(t, secret, tt.method, tt.target))
+		if a.status != tt.status || a.rec.Code != tt.code && tt.method != "HEAD" {
+			t.Errorf("%s %s: %d %s", tt.method, tt.target, a.status, a.body)
+		}
+		// Whoever asks is not asked for a signature when the route is not there.
+		routed := tt.code != api.MethodNotAllowed && (tt.code != api.NotFound || !strings.Contains(tt.target, "//") && !strings.HasSuffix(tt.target, "/") && !strings.HasSuffix(tt.target, "logs"))
+		stream := strings.HasPrefix(a.header.Get("Content-Type"), api.NDJSONType)
+		if tt.method != "HEAD" && (a.header.Get(api.SignatureHeader) != "") != (routed && !stream) {
+			t.Errorf("%s %s: signed %q", tt.method, tt.target, a.header.Get(api.SignatureHeader))
+		}
+		if !routed {
+			continue
+		}
+		if a := f.do(t, f.asking(t, "another key of the same length", tt.method, tt.target)); a.status != 401 {
+			t.Errorf("%s %s with another key: %d", tt.method, tt.target, a.status)
+		}
+		r := f.asking(t, secret, tt.method, tt.target)
+		r.Header.Del(api.TimestampHeader)
+		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(secret), "", []byte(tt.method+" "+tt.target)))
+		want := 401
+		if strings.HasPrefix(tt.target, "/builds/call") && !strings.Contains(tt.target, "log") && tt.method != "DELETE" || tt.target == "/builds/none" && tt.method == "GET" {
+			want = tt.status // a record needs no timestamp
+		}
+		if a := f.do(t, r); a.status != want {
+			t.Errorf("%s %s without a timestamp: %d %s", tt.method, tt.target, a.status, a.body)
+		}
+	}
+	close(release)
+	if a := <-sent; a.status != 200 {
+		t.Errorf("the build ended with %d %s", a.status, a.body)
+	}
+}
+
+// TestRecord follows the record of builds of every kind.
+func TestRecord(t *testing.T) {
+	solver, started, release := speaking()
+	f := start(t, solver, func(c *server.Config) { c.MaxBuilds = 1 })
+	before := time.Now().Add(-time.Second)
+	body := pack(t, config)
+	direct := make(chan answer, 1)
+	go func() { direct <- f.do(t, f.request(t, body, api.CallIDHeader, "direct")) }()
+	<-started
+	queued := f.deliver(t, "queued", pack(t, config, "context/x", "y"))
+	eventually(t, "the second waits", func() bool {
+		status, _ := f.record(t, secret, "queued")
+		return status == 202
+	})
+	status, rec := f.record(t, secret, "direct")
+	if status != 202 || rec.Status != api.InProgress || rec.Attempt != 1 || rec.Queued || rec.Image != "ghcr.io/acme/app:v1" || rec.ImageName != rec.Image ||
+		rec.Began.Before(before) || !rec.Ended.IsZero() || rec.Lines != 1 || rec.Duration <= 0 || rec.Tenant != "" || len(rec.Log) != 0 {
+		t.Errorf("while it runs: %d %+v", status, rec)
+	}
+	if _, rec := f.record(t, secret, "queued"); !rec.Queued || rec.Lines != 0 || rec.Request == "" {
+		t.Errorf("while it waits: %+v", rec)
+	}
+	close(release)
+	first := <-direct
+	<-queued
+	a := f.do(t, f.asking(t, secret, "GET", "/builds/direct"))
+	rec = decode[seen](t, a)
+	if a.status != 200 || rec.Status != api.Success || rec.Digest != first.rec.Digest || rec.Request != first.rec.Request || rec.Ended.Before(rec.Began) ||
+		rec.Lines != 2 || !slices.Equal(rec.Log, first.rec.Log) || rec.Duration <= 0 || rec.Attempt != 1 || strings.Contains(a.body, `"tenant"`) {
+		t.Errorf("after the end: %d %s", a.status, a.body)
+	}
+
+	// The same id again is another attempt.
+	solver.solve = func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+		return solve.Outcome{}, solve.Stats{}, &api.Error{Code: api.BuildFailed, Msg: "exit code 1"}
+	}
+	f.do(t, f.request(t, body, api.CallIDHeader, "direct"))
+	if status, rec := f.record(t, secret, "direct"); status != 200 || rec.Attempt != 2 || rec.Code != api.BuildFailed || rec.Error != "exit code 1" || rec.Digest != "" {
+		t.Errorf("the second attempt: %d %+v", status, rec)
+	}
+	if status, rec := f.record(t, secret, "direct?attempt=1"); status != 200 || rec.Attempt != 1 || rec.Status != api.Success {
+		t.Errorf("the first attempt: %d %+v", status, rec)
+	}
+
+	// A build that never begins has a record, and so has one whose verdict is a defect.
+	f.do(t, f.request(t, pack(t, `{"image":7}`), api.CallIDHeader, "bad"))
+	solver.solve = func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+		panic("a defect")
+	}
+	f.do(t, f.request(t, body, api.CallIDHeader, "panic"))
+	for id, code := range map[string]api.Code{"bad": api.BadConfig, "panic": api.Internal} {
+		if status, rec := f.record(t, secret, id); status != 200 || rec.Code != code || strings.Contains(rec.Error, "defect") && code == api.BadConfig {
+			t.Errorf("%s: %d %+v", id, status, rec)
+		}
+	}
+	// What is refused before it is a build has none.
+	f.do(t, f.request(t, body, api.CallIDHeader, "unsigned", api.SignatureHeader, "x"))
+	if status, _ := f.record(t, secret, "unsigned"); status != 404 {
+		t.Errorf("of an unsigned request: %d", status)
+	}
+}
+
+func TestList(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	f.solver.solve = func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
+		if req.Config.Image == "ghcr.io/acme/bad:v1" {
+			return solve.Outcome{}, solve.Stats{}, &api.Error{Code: api.BuildFailed, Msg: "exit code 1"}
+		}
+		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+	}
+	var all []string
+	for i := range 60 {
+		image := []string{"ghcr.io/acme/app:v1", "ghcr.io/acme/app2:v1", "ghcr.io/acme/bad:v1"}[i%3]
+		id := fmt.Sprintf("call-%02d", i)
+		f.do(t, f.request(t, pack(t, fmt.Sprintf(`{"image":%q}`, image)), api.CallIDHeader, id))
+		all = append(all, id)
+	}
+	slices.Reverse(all)
+	if got, next := f.ids(t, secret, ""); !slices.Equal(got, all[:50]) || next == "" {
+		t.Errorf("the first page is %q, next %q", got, next)
+	} else if got, next := f.ids(t, secret, "?before="+next); !slices.Equal(got, all[50:]) || next != "" {
+		t.Errorf("the second page is %q, next %q", got, next)
+	}
+	var paged []string
+	for next := ""; ; {
+		var ids []string
+		if ids, next = f.ids(t, secret, "?limit=7&before="+next); len(ids) > 7 {
+			t.Errorf("a page of %d", len(ids))
+		}
+		if paged = append(paged, ids...); next == "" {
+			break
+		}
+	}
+	if !slices.Equal(paged, all) {
+		t.Errorf("by pages: %q", paged)
+	}
+	for query, want := range map[string]int{"status=failed": 20, "status=success": 40, "status=in_progress": 0, "image=ghcr.io/acme/app": 20, "image=ghcr.io/acme/app:v1": 20, "image=ghcr.io/acme/app:v2": 0, "image=ghcr.io/acme": 0, "image=ghcr.io/acme/bad&status=success": 0} {
+		if got, _ := f.ids(t, secret, "?limit=200&"+query); len(got) != want {
+			t.Errorf("%s: %d builds, want %d", query, len(got), want)
+		}
+	}
+	r := f.asking(t, secret, "GET", "/builds?limit=1", api.CallIDHeader, "asked")
+	a := f.do(t, r)
+	list := decode[seenList](t, a)
+	if a.header.Get(api.SignatureHeader) != signature.Sign([]byte(secret), signature.Timestamp(a.header.Get(api.TimestampHeader)), []byte(a.body)) || list.ID != "asked" ||
+		list.Complete == nil || *list.Complete || strings.Contains(a.body, `"log"`) || strings.Contains(a.body, `"tenant"`) || !strings.HasPrefix(a.body, "{\n") {
+		t.Errorf("%v %s", a.header, a.body)
+	}
+	shared := start(t, &scripted{}, func(c *server.Config) { c.RecordsShared = true })
+	if a := shared.do(t, shared.asking(t, secret, "GET", "/builds")); !strings.Contains(a.body, `"complete": true`) || !strings.Contains(a.body, `"builds": []`) {
+		t.Errorf("with a store of all replicas: %s", a.body)
+	}
+}
+
+// TestKeysOfOne: without a file of tenants each key has its own builds.
+func TestKeysOfOne(t *testing.T) {
+	const another = "another-payload-secret"
+	f := start(t, &scripted{}, func(c *server.Config) {
+		c.PayloadSecret = func() ([]byte, error) { return []byte(secret + "\n" + another), nil }
+	})
+	f.do(t, f.request(t, pack(t, config), api.CallIDHeader, "call"))
+	for key, want := range map[string]int{secret: 1, another: 0, secret + "\n" + another: 0} {
+		if ids, _ := f.ids(t, key, ""); len(ids) != want {
+			t.Errorf("key %q lists %q", key, ids)
+		}
+		status := 200
+		if want == 0 {
+			status = 404
+		}
+		for _, r := range []*http.Request{f.asking(t, key, "GET", "/builds/call"), f.asking(t, key, "DELETE", "/builds/call"), f.asking(t, key, "GET", "/builds/call/log")} {
+			if a := f.do(t, r); a.status != status {
+				t.Errorf("key %q: %s %s: %d %s", key, r.Method, r.URL.Path, a.status, a.body)
+			}
+		}
+	}
+}
+
+// TestBuildsWithoutHMAC: where nobody signs, anybody sees and stops all builds.
+func TestBuildsWithoutHMAC(t *testing.T) {
+	solver, started, _ := speaking()
+	f := start(t, solver, func(c *server.Config) { c.DisableHMAC, c.FallbackSecret = true, []byte("x") })
+	sent := f.deliver(t, "call", pack(t, config))
+	<-started
+	ask := func(method, target string, status int) {
+		t.Helper()
+		r, _ := http.NewRequestWithContext(t.Context(), method, f.URL+target, nil)
+		if a := f.do(t, r); a.status != status || a.header.Get(api.SignatureHeader) != "" {
+			t.Errorf("%s %s: %d %s", method, target, a.status, a.body)
+		}
+	}
+	ask("GET", "/builds", 200)
+	ask("GET", "/builds/call", 202)
+	ask("GET", "/builds/call/log", 200)
+	ask("DELETE", "/builds/call", 202)
+	<-sent
+	ask("DELETE", "/builds/call", 200)
+	if _, rec := f.record(t, secret, "call"); rec.Code != api.Canceled || rec.CanceledBy != "default" {
+		t.Errorf("stopped: %+v", rec)
+	}
+}
+
+// operator is an entry after which the file has an operator's key.
+func operator(entry string) string {
+	return entry + fmt.Sprintf("\noperator: {keys: [{id: ops, secret: %q}, {id: old, secret: %q, until: 2020-01-31T00:00:00Z}]}", opsKey, oldOpsKey)
+}
+
+const (
+	opsKey    = "the key of the operator"
+	oldOpsKey = "the old key of the operator"
+)
+
+// TestTenantsBuilds has two tenants and an operator: who sees, follows and stops what.
+func TestTenantsBuilds(t *testing.T) {
+	for name, entries := range map[string][]string{"few keys": {tenant("acme", ""), operator(tenant("globex", ""))}, "many keys": many(operator(tenant("last", "")))} {
+		t.Run(name, func(t *testing.T) { testTenantsBuilds(t, entries) })
+	}
+}
+
+func testTenantsBuilds(t *testing.T, entries []string) {
+	solver, started, release := speaking()
+	f, all := startTenants(t, solver, entries, func(c *server.Config) { c.MaxBuilds = 10 })
+	run := func(tenant, id string) <-chan answer {
+		sent := make(chan answer, 1)
+		go func() { sent <- f.do(t, f.as(t, tenant, pack(t, imageOf(tenant)), api.CallIDHeader, id)) }()
+		<-started
+		return sent
+	}
+	shared, own, others := run("acme", "shared"), run("acme", "own"), run("globex", "shared")
+	named := func(tenant, method, target string) *http.Request {
+		return f.asking(t, keyOf(tenant), method, target, api.TenantHeader, tenant)
+	}
+	ops := func(method, target string) *http.Request { return f.asking(t, opsKey, method, target) }
+
+	for tenant, want := range map[string][]string{"acme": {"own", "shared"}, "globex": {"shared"}} {
+		a := f.do(t, named(tenant, "GET", "/builds"))
+		list := decode[seenList](t, a)
+		for i, b := range list.Builds {
+			if b.Tenant != "" || i >= len(want) || b.ID != want[i] || !strings.HasPrefix(b.Image, "ghcr.io/"+tenant) {
+				t.Errorf("%s lists %+v", tenant, b)
+			}
+		}
+		if len(list.Builds) != len(want) {
+			t.Errorf("%s lists %s", tenant, a.body)
+		}
+	}
+	for _, r := range []*http.Request{named("globex", "GET", "/builds/own"), named("globex", "GET", "/builds/own/log"), named("globex", "GET", "/builds/own/log?follow=1"), named("globex", "DELETE", "/builds/own")} {
+		if a := f.do(t, r); a.status != 404 || same(a.body) != same(f.do(t, named("globex", r.Method, "/builds/none")).body) {
+			t.Errorf("%s %s of another: %d %s", r.Method, r.URL, a.status, a.body)
+		}
+	}
+
+	// The operator lists, reads and stops, and names a tenant where the id is not enough.
+	list := decode[seenList](t, f.do(t, ops("GET", "/builds")))
+	if len(list.Builds) != 3 || list.Builds[0].Tenant != "t-globex" || list.Builds[1].Tenant != "t-acme" {
+		t.Errorf("the operator lists %+v", list.Builds)
+	}
+	for target, status := range map[string]int{
+		"/builds/own": 202, "/builds/none": 404, "/builds/shared": 400, "/builds/shared?tenant=t-globex": 202, "/builds/own?tenant=t-globex": 404,
+		"/builds?tenant=t-globex": 200, "/builds/own?attempt=1": 202, "/builds/own?attempt=2": 404,
+	} {
+		if a := f.do(t, ops("GET", target)); a.status != status || !strings.Contains(target, "?") && status == 202 && decode[seen](t, a).Tenant != "t-acme" {
+			t.Errorf("the operator: %s: %d %s", target, a.status, a.body)
+		}
+	}
+	if list := decode[seenList](t, f.do(t, ops("GET", "/builds?tenant=t-globex"))); len(list.Builds) != 1 || list.Builds[0].Tenant != "t-globex" {
+		t.Errorf("the operator lists a tenant's: %+v", list.Builds)
+	}
+	// Nothing else, and nobody with a key that has ended.
+	body := pack(t, imageOf("acme"))
+	stolen := f.request(t, body, api.SignatureHeader, signature.Sign([]byte(opsKey), "", body))
+	for _, r := range []*http.Request{
+		stolen, ops("GET", "/builds/own/log"), ops("GET", "/builds/own/log?follow=1"), ops("HEAD", "/contexts/"+digestOf(nil)),
+		f.asking(t, oldOpsKey, "GET", "/builds"), f.asking(t, oldOpsKey, "DELETE", "/builds/own"), f.asking(t, secret, "GET", "/builds"),
+	} {
+		if a := f.do(t, r); a.status != 401 || a.header.Get(api.SignatureHeader) != "" {
+			t.Errorf("%s %s: %d %s", r.Method, r.URL, a.status, a.body)
+		}
+	}
+	a := f.do(t, ops("DELETE", "/builds/shared?tenant=t-globex"))
+	if a.status != 202 || a.header.Get(api.SignatureHeader) != signature.Sign([]byte(opsKey), signature.Timestamp(a.header.Get(api.TimestampHeader)), []byte(a.body)) {
+		t.Errorf("the operator stops: %d %s", a.status, a.body)
+	}
+	if a := <-others; a.status != 409 || a.rec.Code != api.Canceled {
+		t.Errorf("stopped by the operator: %d %s", a.status, a.body)
+	}
+	if rec := decode[seen](t, f.do(t, named("globex", "GET", "/builds/shared"))); rec.CanceledBy != "operator/ops" {
+		t.Errorf("who has stopped it: %+v", rec)
+	}
+	if a := f.do(t, named("acme", "DELETE", "/builds/own")); a.status != 202 || decode[seen](t, a).CanceledBy != "t-acme/k1" {
+		t.Errorf("acme stops: %d %s", a.status, a.body)
+	}
+	if a := <-own; a.status != 409 {
+		t.Errorf("stopped by its tenant: %d %s", a.status, a.body)
+	}
+	close(release)
+	if a := <-shared; a.status != 200 {
+		t.Errorf("the build that nobody has stopped: %d %s", a.status, a.body)
+	}
+
+	all.write(t, tenant("acme", "suspended: true,"), operator(tenant("globex", "")))
+	for _, r := range []*http.Request{named("acme", "GET", "/builds"), named("acme", "GET", "/builds/own"), named("acme", "GET", "/builds/own/log"), named("acme", "DELETE", "/builds/own")} {
+		if a := f.do(t, r); a.status != 403 || a.rec.Code != api.Suspended {
+			t.Errorf("suspended: %s %s: %d %s", r.Method, r.URL, a.status, a.body)
+		}
+	}
+	if a := f.do(t, ops("GET", "/builds/own")); a.status != 200 || len(decode[seen](t, a).Log) != 0 || decode[seen](t, a).Lines == 0 {
+		t.Errorf("the operator reads an ended build without its log: %d %s", a.status, a.body)
+	}
+}
+
+// unreachable is a store that cannot be asked, and takes what it is given.
+type unreachable struct {
+	records.Store
+	err error
+}
+
+func (u unreachable) Get(context.Context, records.Ref) (records.Record, error) {
+	return records.Record{}, u.err
+}
+func (u unreachable) Find(context.Context, string, string, string) (records.Record, error) {
+	return records.Record{}, u.err
+}
+func (u unreachable) Everywhere(context.Context, string) ([]records.Record, error) { return nil, u.err }
+func (u unreachable) Cancel(context.Context, records.Cancellation) (records.Record, error) {
+	return records.Record{}, u.err
+}
+func (u unreachable) Follow(context.Context, records.Ref, uint64, bool) iter.Seq2[records.Line, error] {
+	return func(yield func(records.Line, error) bool) { yield(records.Line{}, u.err) }
+}
+
+// TestUnreachableStore: what cannot be known now is 503, and builds go on.
+func TestUnreachableStore(t *testing.T) {
+	for _, tt := range []struct {
+		err          error
+		past         *solve.Past
+		get, stop    int
+		code, stopBy api.Code
+	}{
+		{records.ErrUnknown, nil, 503, 503, api.RecordsUnreachable, api.RecordsUnreachable},
+		{records.ErrUnknown, &solve.Past{Running: true, Began: time.Now()}, 202, 503, "", api.OwnerUnreachable},
+		{records.ErrUnknown, &solve.Past{Began: time.Now(), Ended: time.Now()}, 200, 200, "", ""},
+		{records.ErrNotFound, nil, 404, 404, api.NotFound, api.NotFound},
+		{records.ErrNotFound, &solve.Past{Running: true, Began: time.Now()}, 202, 503, "", api.OwnerUnreachable},
+		{records.ErrOwnerUnreachable, nil, 500, 503, api.Internal, api.OwnerUnreachable},
+		{records.ErrUsed, nil, 500, 401, api.Internal, api.Unauthorized},
+		{errors.New("a defect"), nil, 500, 500, api.Internal, api.Internal},
+	} {
+		f := start(t, &scripted{find: func(string, string) (*solve.Past, error) { return tt.past, nil }}, func(c *server.Config) { c.Records = unreachable{c.Records, tt.err} })
+		if a := <-f.deliver(t, "call", pack(t, config)); a.status != 200 {
+			t.Errorf("%v: a build: %d %s", tt.err, a.status, a.body)
+		}
+		if a := f.do(t, f.asking(t, secret, "GET", "/builds/call")); a.status != tt.get || a.rec.Code != tt.code {
+			t.Errorf("%v: the record: %d %s", tt.err, a.status, a.body)
+		}
+		if a := f.do(t, f.asking(t, secret, "DELETE", "/builds/call")); a.status != tt.stop || a.rec.Code != tt.stopBy {
+			t.Errorf("%v: DELETE: %d %s", tt.err, a.status, a.body)
+		}
+		if a := f.do(t, f.asking(t, secret, "GET", "/builds/call/log")); a.status == 200 {
+			t.Errorf("%v: the log: %d %s", tt.err, a.status, a.body)
+		}
+	}
+}
