@@ -51,7 +51,8 @@ func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, q, logError(err))
 		return
 	}
-	if err != nil && ctx.Err() == nil {
+	// net/http ends the context of a request whose answer it cannot write.
+	if slow := errors.Is(err, reply.ErrSlow) || errors.Is(err, records.ErrSlow); slow || err != nil && ctx.Err() == nil {
 		// The client takes a stream without a record for one that was cut off.
 		log := q.by.logTo(s.Log)
 		log.Warn().Str("call_id", q.opts.ID).AnErr("cause", err).Msg("log cut off")
