@@ -38,6 +38,9 @@ type Answer struct {
 	// neither JSON nor a stream. Beside an error it is the last record that came.
 	Record
 
+	// Build is the same of an answer about a build. Otherwise it is zero.
+	Build Build
+
 	StatusCode int // HTTP's
 	Header     http.Header
 	Body       string // as it came
@@ -67,13 +70,8 @@ func (a Answer) IsStream() bool {
 // nothing after the record.
 func Decode(text string) (Record, error) {
 	var r Record
-	d := json.NewDecoder(strings.NewReader(text))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&r); err != nil {
-		return Record{}, fmt.Errorf("reading a record: %w: %.1000q", err, text)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return Record{}, fmt.Errorf("more than one JSON value: %.1000q", text)
+	if err := strictly(text, &r); err != nil {
+		return Record{}, err
 	}
 	switch {
 	case r.Status != "in_progress" && !r.ended():
@@ -86,6 +84,19 @@ func Decode(text string) (Record, error) {
 		return Record{}, fmt.Errorf("status is %q but code %q", r.Status, r.Code)
 	}
 	return r, nil
+}
+
+// strictly decodes one JSON object that has no other key than v, and nothing after it.
+func strictly(text string, v any) error {
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("reading a record: %w: %.1000q", err, text)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return fmt.Errorf("more than one JSON value: %.1000q", text)
+	}
+	return nil
 }
 
 // Read returns ErrNoVerdict for a well-formed stream that ends without success or failed.

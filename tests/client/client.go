@@ -169,7 +169,7 @@ func (c *Client) Build(ctx context.Context, body []byte) (Record, error) {
 	return a.Record, err
 }
 
-// Verdict asks what came of a queued build.
+// Verdict asks what is known of a build.
 func (c *Client) Verdict(ctx context.Context, callID string) (Answer, error) {
 	path := "/builds/" + callID
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL+path, nil)
@@ -178,7 +178,7 @@ func (c *Client) Verdict(ctx context.Context, callID string) (Answer, error) {
 	}
 	req.Header.Set("X-Build-Signature", Sign(c.Secret, []byte("GET "+path)))
 	Header("X-Build-Tenant", c.Tenant)(req)
-	return c.Do(req)
+	return c.Tell(req)
 }
 
 // Get returns the body of an answer with status 200, to a request that is not signed.

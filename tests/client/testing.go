@@ -80,11 +80,12 @@ func (c *Client) MustVerdict(t testing.TB, ctx context.Context, callID string) A
 // HTTPStatus is the contract's status of a failure that is no stream, by its code.
 var HTTPStatus = map[string]int{
 	"bad_tar": 400, "bad_config": 400, "bad_secrets": 400, "bad_envelope": 400, "bad_context": 400, "bad_body": 400,
-	"slow_upload":     400,
+	"slow_upload": 400, "bad_query": 400,
 	"unauthorized":    401,
 	"image_forbidden": 403, "context_forbidden": 403, "platform_forbidden": 403, "from_forbidden": 403, "suspended": 403,
 	"not_found":          404,
 	"method_not_allowed": 405,
+	"canceled":           409,
 	"too_large":          413,
 	"build_failed":       422, "registry_denied": 422, "deadline": 422,
 	"busy": 429, "tenant_busy": 429, // tenant_busy is 503 for a caller that waits for a slot
@@ -92,6 +93,7 @@ var HTTPStatus = map[string]int{
 	"stalled":  503, "queue_timeout": 503, "no_daemon": 503, "daemon_lost": 503, "daemon_full": 503,
 	"registry_failed": 503, "registry_timeout": 503, "context_failed": 503,
 	"no_space": 503, "not_ready": 503, "shutting_down": 503, "lost": 503,
+	"owner_unreachable": 503, "records_unreachable": 503,
 }
 
 // WantFailed checks a failure's code, its HTTP status if the answer is no stream, and that
