@@ -134,3 +134,14 @@ func TestContract(t *testing.T) {
 		})
 	}
 }
+
+// TestNothing lists the builds of a server that has never had one.
+func TestNothing(t *testing.T) {
+	for _, oldest := range []bool{false, true} {
+		s := opened(t, start(t, stack.NATSConfig{Bin: binary(t, oldest)}), nil)
+		page, err := s.List(recordstest.Context(t), records.Query{Tenant: "acme"})
+		if err != nil || !page.Complete || len(page.Builds) != 0 {
+			t.Errorf("oldest %v: listed %+v, %v", oldest, page, err)
+		}
+	}
+}

@@ -110,7 +110,8 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 	if err != nil {
 		return err
 	}
-	first, last := info.State.FirstSeq, info.State.LastSeq
+	// A stream that has never had a message begins at 0, where no consumer can start.
+	first, last := max(info.State.FirstSeq, 1), info.State.LastSeq
 	for hi, part := last+1, uint64(4*sc.size+256); hi > first; part *= 4 {
 		lo := first
 		if hi-first > part {
