@@ -305,3 +305,27 @@ func showLog(t testing.TB, name, path string) {
 		}
 	})
 }
+
+// TestNATS starts a NATS server for this test alone. When the test fails, the end of its log is
+// shown.
+func TestNATS(t testing.TB) *NATS {
+	t.Helper()
+	s := Shared(t)
+	bin, _, err := BuildNATS(t.Context(), s.Repo, s.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	servers, err := StartNATS(Within(t, time.Minute), NATSConfig{Bin: bin, Dir: t.TempDir(), Servers: 1})
+	t.Cleanup(func() {
+		for _, n := range servers {
+			if t.Failed() {
+				t.Logf("%s ended its log with\n%s", n.URL, n.Log())
+			}
+			n.Kill()
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return servers[0]
+}

@@ -1,0 +1,224 @@
+// Package builds follows, stops and finds builds through replicas that do not run them. The
+// replicas, their daemons and the NATS server with their records are real, and each of them dies
+// once.
+package builds
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"handler/function/tests/client"
+	"handler/function/tests/stack"
+)
+
+func TestMain(m *testing.M) {
+	// Most of these tests wait, and need no processor.
+	flag.Set("test.parallel", "4")
+	stack.Main(m)
+}
+
+// patience is how long a test waits for what a busy machine does late.
+const patience = time.Minute
+
+// within is a context that ends before go test would kill the package.
+func within(t testing.TB) context.Context { return stack.Within(t, 3*time.Minute) }
+
+// pool are three daemons, of all tests. They pass on all that steps print.
+var pool struct {
+	sync.Mutex
+	daemons []*stack.Buildkitd
+}
+
+func daemons(t *testing.T) []*stack.Buildkitd {
+	t.Helper()
+	pool.Lock()
+	defer pool.Unlock()
+	for len(pool.daemons) < 3 {
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+		b, err := stack.Shared(t).NewBuildkitd(ctx, stack.BuildkitdConfig{Env: stack.WholeLogs})
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool.daemons = append(pool.daemons, b)
+	}
+	return pool.daemons
+}
+
+// house are two replicas with three daemons and one NATS server.
+type house struct {
+	s       *stack.Stack
+	nats    *stack.NATS
+	a, b    *stack.Function
+	daemons []*stack.Buildkitd
+	config  stack.FunctionConfig
+}
+
+// newHouse returns a house whose replicas see each other. c changes their configuration.
+func newHouse(t *testing.T, c stack.FunctionConfig) *house {
+	t.Helper()
+	h := &house{s: stack.Shared(t), nats: stack.TestNATS(t), daemons: daemons(t), config: c}
+	var addrs []string
+	for _, b := range h.daemons {
+		addrs = append(addrs, b.Addr)
+	}
+	h.config.Env = map[string]string{"buildkit_addr": strings.Join(addrs, ","), "nats_url": h.nats.URL}
+	maps.Copy(h.config.Env, c.Env)
+	h.a, h.b = h.replica(t), h.replica(t)
+	return h
+}
+
+// replica starts another replica.
+func (h *house) replica(t *testing.T) *stack.Function {
+	t.Helper()
+	_, f := stack.Test(t, h.config)
+	return f
+}
+
+// connected waits until a replica has its store. who may ask it for a list.
+func connected(t *testing.T, who *client.Client) {
+	t.Helper()
+	stack.Eventually(t, patience, func() error {
+		l, err := who.Builds(within(t), "")
+		if err == nil && !l.Complete {
+			err = errors.New("the list is not complete")
+		}
+		return err
+	})
+}
+
+// body is a request with a Dockerfile of lines that pushes to a repository of its own.
+func body(t testing.TB, f *stack.Function, name string, dockerfile ...string) []byte {
+	t.Helper()
+	return stack.Body(t, map[string]any{"image": f.Images + "/" + strings.ToLower(name) + ":v1"},
+		map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
+}
+
+// mark is a word that makes a RUN step unlike all others, and that its processes can be found by.
+func mark() string { return "mark-" + rand.Text() }
+
+// held is a step that ends only when it is released, or the build is stopped.
+func held(m string) string { return "RUN sleep 600; : " + m }
+
+func release(t testing.TB, m string) {
+	t.Helper()
+	stack.Release(t, m, patience)
+}
+
+// waitStep returns once a held step sleeps, on whichever daemon.
+func waitStep(t testing.TB, m string) {
+	t.Helper()
+	stack.Eventually(t, patience, func() error {
+		if len(stack.Sleepers(t, m)) == 0 {
+			return errors.New("the step has not begun")
+		}
+		return nil
+	})
+}
+
+// waitGone returns once a held step has no process any more, and how long that took.
+func waitGone(t testing.TB, m string) time.Duration {
+	t.Helper()
+	return stack.Eventually(t, patience, func() error {
+		if n := len(stack.Sleepers(t, m)); n > 0 {
+			return fmt.Errorf("%d processes of the step are still there", n)
+		}
+		return nil
+	})
+}
+
+// named gives a build its id. delivery makes it a delivery of a queue, too.
+func named(id string) client.Change    { return client.Header("X-Call-Id", id) }
+func delivery(id string) client.Change { return client.Queued(id) }
+
+// background builds in a goroutine, and wait returns what came of it.
+func background(t *testing.T, c *client.Client, body []byte, changes ...client.Change) (wait func() client.Answer) {
+	t.Helper()
+	return later(t, func(ctx context.Context) (client.Answer, error) {
+		return c.Post(ctx, body, append([]client.Change{client.Accept(client.NDJSON)}, changes...)...)
+	})
+}
+
+// follow reads a log in a goroutine until the build has ended. begun is closed with its first line.
+func follow(t *testing.T, c *client.Client, id string, query string, changes ...client.Change) (begun <-chan struct{}, wait func() client.Log) {
+	t.Helper()
+	first := make(chan struct{})
+	once := sync.OnceFunc(func() { close(first) })
+	return first, later(t, func(ctx context.Context) (client.Log, error) {
+		return c.ReadLog(ctx, id, query, func(client.Line) { once() }, changes...)
+	})
+}
+
+// later runs f in a goroutine. wait returns its result, and ends the test if that is an error.
+func later[T any](t *testing.T, f func(context.Context) (T, error)) (wait func() T) {
+	t.Helper()
+	ctx := within(t)
+	var v T
+	var err error
+	var done sync.WaitGroup
+	done.Go(func() { v, err = f(ctx) })
+	t.Cleanup(done.Wait)
+	return func() T {
+		t.Helper()
+		done.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+// record is what a replica knows of a build, with any status.
+func record(t testing.TB, c *client.Client, id string) client.Build {
+	t.Helper()
+	a := c.MustVerdict(t, within(t), id)
+	if a.Build.Began.IsZero() {
+		t.Fatalf("no record of %s: %v", id, a)
+	}
+	return a.Build
+}
+
+// waitRecord waits until a replica says of a build what is wanted.
+func waitRecord(t testing.TB, c *client.Client, id string, is func(client.Answer) bool) (a client.Answer, took time.Duration) {
+	t.Helper()
+	took = stack.Eventually(t, patience, func() error {
+		a = c.MustVerdict(t, within(t), id)
+		if !is(a) {
+			return fmt.Errorf("%s: %v", id, a)
+		}
+		return nil
+	})
+	return a, took
+}
+
+// wantStopped checks a record of a build that somebody has stopped.
+func wantStopped(t testing.TB, b client.Build, by string) {
+	t.Helper()
+	if b.Code != "canceled" || b.CanceledBy != by {
+		t.Errorf("%s is %s %s, canceled by %q, want it canceled by %q: %s", b.ID, b.Status, b.Code, b.CanceledBy, by, b.Error)
+	}
+}
+
+// wantSame compares two logs.
+func wantSame(t testing.TB, what string, got, want []string) {
+	t.Helper()
+	if slices.Equal(got, want) {
+		return
+	}
+	for i := range min(len(got), len(want)) {
+		if got[i] != want[i] {
+			t.Errorf("%s: of %d and %d lines, line %d is %q, want %q", what, len(got), len(want), i+1, got[i], want[i])
+			return
+		}
+	}
+	t.Errorf("%s: %d lines, want %d", what, len(got), len(want))
+}

@@ -1,0 +1,164 @@
+package builds
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	"handler/function/tests/client"
+	"handler/function/tests/stack"
+)
+
+// TestStopBuilding stops from one replica what another builds.
+func TestStopBuilding(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, stack.FunctionConfig{})
+	connected(t, &h.a.Client)
+	connected(t, &h.b.Client)
+	m := mark()
+	request := body(t, h.a, m, "FROM busybox", held(m))
+	built := background(t, &h.a.Client, request, named(m))
+	waitStep(t, m)
+	begun, followed := follow(t, &h.b.Client, m, "follow=1")
+	<-begun
+
+	if a := h.b.MustStop(t, within(t), m+"-other"); a.StatusCode != http.StatusNotFound || a.Code != "not_found" {
+		t.Errorf("an unknown id: %v", a)
+	}
+	if a := h.b.MustStop(t, within(t), m+"?attempt=2"); a.StatusCode != http.StatusNotFound || a.Code != "not_found" {
+		t.Errorf("an unknown attempt: %v", a)
+	}
+	start := time.Now()
+	req, err := h.b.Ask(within(t), http.MethodDelete, "/builds/"+m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told, err := h.b.Tell(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := time.Since(start)
+	if told.StatusCode != http.StatusAccepted || told.Build.ID != m || told.Status != "in_progress" {
+		t.Errorf("stopping: %v", told)
+	}
+	gone := waitGone(t, m) + answered
+	t.Logf("answered after %v, the step was gone after %v", answered, gone)
+	if gone > 10*time.Second {
+		t.Errorf("the step was gone after %v, want 2s", gone)
+	}
+	a := built()
+	if a.Status != "failed" || a.Code != "canceled" {
+		t.Errorf("the caller was told %v", a)
+	}
+	l := followed()
+	wantSame(t, "the follower", l.Texts(), a.Log)
+	wantStopped(t, l.Build, "default")
+	wantStopped(t, record(t, &h.b.Client, m), "default")
+
+	// It has ended.
+	if a := h.b.MustStop(t, within(t), m); a.StatusCode != http.StatusOK || a.Code != "canceled" {
+		t.Errorf("stopping it once more: %v", a)
+	}
+	// A later build of the same id is not stopped by the old request, at either replica.
+	n := mark()
+	built = background(t, &h.a.Client, body(t, h.a, n, "FROM busybox", held(n)), named(m))
+	waitStep(t, n)
+	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Build.Attempt == 2 })
+	for _, f := range []*stack.Function{h.a, h.b} {
+		req := req.Clone(within(t))
+		req.URL.Host = f.URL[len("http://"):]
+		a, err := f.Tell(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.WantFailed(t, "unauthorized", "once")
+	}
+	if a := h.b.MustStop(t, within(t), m+"?attempt=1"); a.StatusCode != http.StatusOK || a.Build.Attempt != 1 {
+		t.Errorf("stopping the first attempt: %v", a)
+	}
+	release(t, n)
+	built().WantSuccess(t)
+}
+
+// TestStopWaiting stops a build that waits for a slot: it leaves the queue, and the one that has
+// the slot goes on.
+func TestStopWaiting(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, stack.FunctionConfig{Env: map[string]string{"max_builds": "1"}})
+	connected(t, &h.a.Client)
+	connected(t, &h.b.Client)
+	m, n := mark(), mark()
+	first := background(t, &h.a.Client, body(t, h.a, m, "FROM busybox", held(m)), delivery(m))
+	waitStep(t, m)
+	request := body(t, h.a, n, "FROM busybox", held(n))
+	second := background(t, &h.a.Client, request, delivery(n))
+	waiting := func(want float64) {
+		t.Helper()
+		stack.Eventually(t, patience, func() error {
+			if n, err := h.a.Metric("builder_builds_waiting"); err != nil || n != want {
+				return fmt.Errorf("%v builds wait, want %v: %v", n, want, err)
+			}
+			return nil
+		})
+	}
+	waiting(1)
+	waitRecord(t, &h.b.Client, n, func(a client.Answer) bool { return a.Build.Queued && a.Status == "in_progress" })
+	if a := h.b.MustStop(t, within(t), n); a.StatusCode != http.StatusAccepted {
+		t.Errorf("stopping: %v", a)
+	}
+	if a := second(); a.Status != "failed" || a.Code != "canceled" {
+		t.Errorf("who waited was told %v", a)
+	}
+	waiting(0)
+	wantStopped(t, record(t, &h.b.Client, n), "default")
+	// The queue delivers it again: that somebody stopped it is final.
+	for _, f := range []*stack.Function{h.a, h.b} {
+		if a := f.MustPost(t, within(t), request, delivery(n)); a.Code != "canceled" || a.StatusCode != http.StatusConflict {
+			t.Errorf("delivered again: %v", a)
+		}
+	}
+	release(t, m)
+	first().WantSuccess(t)
+}
+
+// TestStopJoined stops a build that three deliveries wait for, one of them at the other replica.
+func TestStopJoined(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, stack.FunctionConfig{})
+	connected(t, &h.a.Client)
+	connected(t, &h.b.Client)
+	m := mark()
+	request := body(t, h.a, m, "FROM busybox", held(m))
+	deliveries := []func() client.Answer{background(t, &h.a.Client, request, delivery(m))}
+	waitStep(t, m)
+	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Status == "in_progress" })
+	for _, f := range []*stack.Function{h.a, h.b} {
+		joined := make(chan struct{}, 1)
+		deliveries = append(deliveries, later(t, func(ctx context.Context) (client.Answer, error) {
+			return f.PostEach(ctx, request, func(r client.Record) {
+				if len(r.Log) > 0 {
+					select {
+					case joined <- struct{}{}:
+					default:
+					}
+				}
+			}, delivery(m), client.Accept(client.NDJSON))
+		}))
+		<-joined
+	}
+	if a := h.b.MustStop(t, within(t), m); a.StatusCode != http.StatusAccepted {
+		t.Errorf("stopping: %v", a)
+	}
+	waitGone(t, m)
+	for i, wait := range deliveries {
+		if a := wait(); a.Status != "failed" || a.Code != "canceled" {
+			t.Errorf("delivery %d was told %v", i, a)
+		}
+	}
+	wantStopped(t, record(t, &h.a.Client, m), "default")
+	if l := h.b.MustList(t, within(t), ""); len(l.Builds) != 1 {
+		t.Errorf("%d records of one build: %+v", len(l.Builds), l.Builds)
+	}
+}
