@@ -79,6 +79,9 @@ func (e *Events) Beat() error {
 // added writes what waits, now or soon. The caller must hold e.mu, as for all below.
 func (e *Events) added() error {
 	if e.buf.Len() >= maxEvents {
+		if e.timer != nil && e.timer.Stop() {
+			e.timer = nil
+		}
 		e.write()
 	}
 	if e.err == nil && e.timer == nil && e.buf.Len() > 0 {

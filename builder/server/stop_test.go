@@ -240,7 +240,7 @@ func TestLeavingIsNotFinal(t *testing.T) {
 	}
 }
 
-// closing is a store that notes its Close, and how often each build was ended.
+// closing is a store that notes how many builds run at its Close.
 type closing struct {
 	*memory.Store
 	closed chan int // how many builds were running
@@ -277,6 +277,12 @@ func TestShutdownEndsRecords(t *testing.T) {
 	}
 	go func() { follow <- f.do(t, f.asking(t, secret, "GET", "/builds/"+ids[0]+"/log?follow=1")) }()
 	eventually(t, "the log is followed", func() bool { return strings.Contains(f.metrics(t), "builder_log_followers 1\n") })
+	for i, id := range ids {
+		rec, err := store.Get(t.Context(), records.Ref{Tenant: server.Owner([]byte(secret)), ID: id})
+		if err != nil || rec.Building != (i == 0) || (rec.Daemon == "tcp://daemon:1" && rec.Ref == "ref") != (i == 0) {
+			t.Errorf("%s: %+v, %v", id, rec, err)
+		}
+	}
 	f.s.Shutdown()
 	if n := <-store.closed; n != 0 {
 		t.Errorf("%d builds run when the store is closed", n)
