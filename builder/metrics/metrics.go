@@ -47,7 +47,7 @@ var buckets = []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600
 // appears.
 var faults = []api.Code{
 	api.Busy, api.QueueTimeout, api.NoDaemon, api.DaemonLost, api.Stalled, api.DaemonFull, api.RegistryFailed, api.RegistryTimeout,
-	api.ContextFailed, api.NoSpace, api.NotReady, api.Lost, api.OwnerUnreachable, api.RecordsUnreachable, api.Internal,
+	api.ContextFailed, api.NoSpace, api.NotReady, api.Internal,
 }
 
 // Config of Metrics. Each scrape calls its functions, which must be quick.

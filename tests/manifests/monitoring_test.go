@@ -498,6 +498,10 @@ func testAlerts(t *testing.T, series exported, volumes map[string]bool, faults [
 		{"no build ends", sequences{"builder_builds_in_flight": "0x30 2x89"}, "BuilderStuck"},
 		{"builds all the time", sequences{"builder_builds_in_flight": "4x120", success: "0+1x120"}, ""},
 		{"a long build", sequences{"builder_builds_in_flight": "0x30 1x55 0x34"}, ""},
+		{"no store of records", sequences{"builder_records_reachable": "1x60 0x59"}, "BuilderRecordsUnreachable"},
+		{"records wait", sequences{"builder_records_lag_seconds": "0x60 0+60x59"}, "BuilderRecordsUnreachable"},
+		{"the store restarts", sequences{"builder_records_reachable": "1x60 0x3 1x56", "builder_records_lag_seconds": "0x60 0+60x3 0x55"}, ""},
+		{"a replica dies", sequences{"builder_builds_lost_total": "0x60 2x59"}, "BuilderBuildsLost"},
 		{"one failure of hundreds", sequences{success: "0+10x120", failed("registry_failed"): "0x60 1x59", failed("daemon_lost"): "0x60 1x59"}, ""},
 	}
 	for code, alert := range alertOf {

@@ -94,4 +94,21 @@ func TestReadme(t *testing.T) {
 	if err := json.Unmarshal(text, &verdict); err != nil || verdict.Status != "success" {
 		t.Errorf("the verdict is %s, %v", text, err)
 	}
+
+	// Each later example uses the func that the first one defines.
+	define := commands(t, s, "ask() {")
+	for _, example := range []struct{ command, answer string }{
+		{"", `"id": "` + id[1] + `"`},
+		{`/log?follow=1"`, `{"n":1,"t":"v: `},
+		{`/log?follow=1"`, `"status":"success"`},
+		{"ask DELETE", `"status": "success"`},
+	} {
+		script := define
+		if example.command != "" {
+			script += commands(t, s, example.command)
+		}
+		if got := shell(script, "CALL_ID="+id[1]); !strings.Contains(got, example.answer) {
+			t.Errorf("%q answers %s, want %s in it", example.command, got, example.answer)
+		}
+	}
 }

@@ -80,7 +80,7 @@ func codes(files []*ast.File) []string {
 }
 
 // routes are the entries of a table such as {"/path": {http.MethodGet: …}}, as "GET /path".
-// A path that ends in a slash has one more segment.
+// A star in a path stands for one segment.
 func routes(files []*ast.File) []string {
 	var list []string
 	visit(files, func(entry *ast.KeyValueExpr) {
