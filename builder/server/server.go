@@ -4,9 +4,11 @@
 //
 // A request for a build goes through these files: server.go finds its route, call.go says
 // who calls, upload.go receives the body, keys.go finds out who signed it, flights.go
-// finds the build that it may join, build.go does the steps of the build, check.go compares
-// it with what is allowed, isolate.go keeps it apart from others, and flight.go passes the
-// verdict to every call that waits. refuse.go answers where there is no build.
+// finds the build that it may join here, retell.go one of another replica or one that has
+// ended, build.go does the steps of the build, check.go compares it with what is allowed,
+// isolate.go keeps it apart from others, and flight.go passes the verdict to every call that
+// waits. refuse.go answers where there is no build. builds.go and log.go answer requests about
+// builds.
 package server
 
 import (
