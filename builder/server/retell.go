@@ -77,7 +77,11 @@ func (s *Server) retellRunning(ctx context.Context, f *flight, r records.Record)
 	case ctx.Err() != nil:
 		f.end(failedRecord(api.AsError(canceled(context.Cause(ctx))), r.Image))
 		return true
-	case err != nil, r.Running(), r.Code == api.Lost, r.Code == api.Canceled && !r.Final():
+	case err != nil, r.Running():
+		f.call.log.Warn().AnErr("cause", err).Msg("build not followed")
+		f.say("w: the replica that runs this build cannot be followed: looking for it on its daemon")
+		return false
+	case r.Code == api.Lost, r.Code == api.Canceled && !r.Final():
 		// Its replica has died, or its own caller has left.
 		f.say("w: the replica that ran this build has not ended it: building again")
 		return false

@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"iter"
 	"slices"
 	"strings"
 	"testing"
@@ -148,6 +149,27 @@ func TestSuspendedIsNotFinal(t *testing.T) {
 	body := pack(t, config)
 	store.Begin(records.Record{Tenant: server.Owner([]byte(secret)), ID: "call", Request: digestOf(body)[len("sha256:"):], Queued: true}, func(string) {}).End(api.Record{Status: api.Failed, Code: api.Suspended})
 	if a := <-b.deliver(t, "call", body); a.status != 200 || solver.calls.Load() != 1 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+}
+
+// deaf is a store whose logs cannot be followed.
+type deaf struct{ records.Store }
+
+func (deaf) Follow(context.Context, records.Ref, uint64, bool) iter.Seq2[records.Line, error] {
+	return func(yield func(records.Line, error) bool) { yield(records.Line{}, records.ErrBusy) }
+}
+
+// TestNotFollowed: a build that cannot be followed is left to the daemons, which know it by its
+// name.
+func TestNotFollowed(t *testing.T) {
+	store := memory.New(memory.Default)
+	solver := &scripted{}
+	f := start(t, solver, func(c *server.Config) { c.Records = deaf{store} })
+	body := pack(t, config)
+	store.Begin(records.Record{Tenant: server.Owner([]byte(secret)), ID: "call", Request: digestOf(body)[len("sha256:"):], Queued: true}, func(string) {})
+	a := <-f.deliver(t, "call", body)
+	if a.status != 200 || solver.calls.Load() != 1 || len(a.rec.Log) != 1 || !strings.Contains(a.rec.Log[0], "cannot be followed") {
 		t.Errorf("%d %s", a.status, a.body)
 	}
 }
