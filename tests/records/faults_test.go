@@ -159,6 +159,7 @@ func TestServerKilled(t *testing.T) {
 
 // TestServerFrozen freezes the only server for 25 s under 16 builds.
 func TestServerFrozen(t *testing.T) {
+	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)
@@ -210,6 +211,7 @@ func TestServerFrozen(t *testing.T) {
 // TestServerWiped has a server come back without what it had: what runs is there again, and the
 // lines that are gone are said.
 func TestServerWiped(t *testing.T) {
+	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)

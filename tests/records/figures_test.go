@@ -19,15 +19,25 @@ import (
 	"handler/function/tests/stack"
 )
 
-// figures is for a machine that does nothing else, without the race detector.
-var figures = flag.Bool("figures", false, "hold the store to its figures")
+// figures is for a machine that does nothing else, without the race detector. faults is for what
+// takes minutes. make test-records sets both.
+var (
+	figures = flag.Bool("figures", false, "measure the store, and hold it to its figures")
+	faults  = flag.Bool("faults", false, "also freeze, wipe and cut off servers and replicas")
+)
 
-// slower is how much longer things may take where figures are not held.
-func slower() time.Duration {
-	if *figures {
-		return 1
+func onlyFigures(t *testing.T) {
+	t.Helper()
+	if !*figures {
+		t.Skip("measures only with -figures")
 	}
-	return 20
+}
+
+func onlyFaults(t *testing.T) {
+	t.Helper()
+	if !*faults {
+		t.Skip("takes long: only with -faults")
+	}
 }
 
 func median(list []time.Duration) time.Duration {
@@ -37,6 +47,7 @@ func median(list []time.Duration) time.Duration {
 
 // TestCalls measures what the store's calls add to one build, and when its verdict is elsewhere.
 func TestCalls(t *testing.T) {
+	onlyFigures(t)
 	for _, n := range []int{1, 3} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			servers := start(t, stack.NATSConfig{Servers: n})
@@ -60,7 +71,7 @@ func TestCalls(t *testing.T) {
 				visible = append(visible, time.Since(ended))
 			}
 			t.Logf("22 calls of a build: median %v, longest %v; its verdict elsewhere: median %v", median(calls), slices.Max(calls), median(visible))
-			if m := median(calls); m > 140*time.Microsecond*slower() {
+			if m := median(calls); m > 140*time.Microsecond {
 				t.Errorf("the calls of a build took %v", m)
 			}
 		})
@@ -69,6 +80,7 @@ func TestCalls(t *testing.T) {
 
 // TestRate logs 100,000 lines of 100 bytes a second for five seconds, with a follower elsewhere.
 func TestRate(t *testing.T) {
+	onlyFigures(t)
 	for _, n := range []int{1, 3} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			servers := start(t, stack.NATSConfig{Servers: n})
@@ -83,7 +95,7 @@ func TestRate(t *testing.T) {
 			var wg sync.WaitGroup
 			wg.Go(func() {
 				lines, lost, err := recordstest.FollowLog(recordstest.Context(t), b, records.Ref{Tenant: "acme", ID: "0"}, 0, true)
-				if err != nil || *figures && (len(lines) != each || lost != 0) {
+				if err != nil || len(lines) != each || lost != 0 {
 					t.Errorf("a follower has %d lines, and %d lost; %v", len(lines), lost, err)
 				}
 			})
@@ -106,7 +118,7 @@ func TestRate(t *testing.T) {
 			wg.Wait()
 			dropped := a.Stats().Dropped
 			t.Logf("%.0f lines a second, %d of %d dropped; the longest call %v", builds*each/took.Seconds(), dropped, builds*each, worst)
-			if *figures && dropped > 0 {
+			if dropped > 0 {
 				t.Errorf("%d lines were dropped", dropped)
 			}
 		})
@@ -115,6 +127,7 @@ func TestRate(t *testing.T) {
 
 // TestTenThousand has 10,000 records in the store, and measures lists and a look-up.
 func TestTenThousand(t *testing.T) {
+	onlyFigures(t)
 	servers := start(t, stack.NATSConfig{})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)
 	n := 10000
@@ -151,7 +164,7 @@ func TestTenThousand(t *testing.T) {
 		}
 		m := median(all)
 		t.Logf("%s: median %v, longest %v", what, m, all[len(all)-1])
-		if m > limit*slower() {
+		if m > limit {
 			t.Errorf("%s took %v", what, m)
 		}
 	}
@@ -176,17 +189,15 @@ func TestTenThousand(t *testing.T) {
 	}
 	t.Log("while the running records of all are there:")
 	both(600 * time.Millisecond) // 20,000 messages: nobody ends 10,000 builds in a minute
-	if *figures {
-		time.Sleep(2 * time.Minute)
-		recordstest.Eventually(t, func() error {
-			if n := purged(t, servers); n > 0 {
-				return fmt.Errorf("%d running records are left", n)
-			}
-			return nil
-		})
-		t.Log("later:")
-		both(150 * time.Millisecond)
-	}
+	time.Sleep(2 * time.Minute)
+	recordstest.Eventually(t, func() error {
+		if n := purged(t, servers); n > 0 {
+			return fmt.Errorf("%d running records are left", n)
+		}
+		return nil
+	})
+	t.Log("later:")
+	both(150 * time.Millisecond)
 
 	// What one more process takes.
 	o := spawnOwner(t, servers)

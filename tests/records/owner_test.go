@@ -272,6 +272,7 @@ func TestOwnerKilled(t *testing.T) {
 // TestOwnerFrozen freezes a replica until its builds are found lost. One ends while it is thought
 // lost, and the other goes on.
 func TestOwnerFrozen(t *testing.T) {
+	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	other := opened(t, servers, nil)

@@ -155,7 +155,7 @@ find_missing() { # TARGET...
 		case $target in
 		help | envelope | certs | secrets | tenant | tenant-forget | clean) ;;
 		run | up | publish | bench | bench-pool) need_stack "$target" ;;
-		test | test-e2e | test-timing) need_end_to_end "$target" ;;
+		test | test-e2e | test-timing | test-records) need_end_to_end "$target" ;;
 		test-unit) need_compiler ;;
 		test-k8s) need_kubernetes "$target" ;;
 		test-fuzz) need_go ;;
