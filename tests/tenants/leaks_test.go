@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -392,6 +393,42 @@ func TestPrivateBase(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestToldDigest: a registry of globex's own tells the digest of a private base of acme's, and
+// has nothing under it. The daemon has, and would not ask for it.
+func TestToldDigest(t *testing.T) {
+	t.Parallel()
+	told := make(chan string, 1)
+	own := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodHead && strings.Contains(r.URL.Path, "/manifests/") {
+			digest := <-told
+			told <- digest
+			w.Header().Set("Docker-Content-Digest", digest)
+			w.Header().Set("Content-Type", "application/vnd.docker.distribution.manifest.v2+json")
+			w.Header().Set("Content-Length", "1")
+			return
+		}
+		w.WriteHeader(http.StatusNotFound)
+	}))
+	t.Cleanup(own.Close)
+	at := strings.TrimPrefix(own.URL, "http://")
+	var g *guard
+	h := newHouse(t, func(h *house, c *stack.FunctionConfig) {
+		g = newGuard(t, h.s, false, map[string]string{"acme": "private-" + h.acme.Name})
+		h.acme.Registry = g.auths("acme")
+		h.globex.Registry = map[string]any{"auths": map[string]any{at: map[string]any{"username": "globex", "password": "any"}}}
+	})
+	base := g.image("private-" + h.acme.Name + "/base:v1")
+	text, digest := privateImage(t, h.s, base)
+	told <- digest
+	if built := h.of(h.acme).MustBuild(t, within(t), body(t, app(h.acme), "FROM "+base, "RUN cat /private")); file(t, built, "private") != text {
+		t.Error("acme does not get its base")
+	}
+	a := h.of(h.globex).MustPost(t, within(t), body(t, app(h.globex), "FROM "+at+"/any:v1", "RUN cat /private"), client.Accept(client.NDJSON))
+	if a.Code != "registry_denied" || has(a.Log, text) {
+		t.Errorf("globex: %v", a)
 	}
 }
 
