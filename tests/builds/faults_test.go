@@ -54,7 +54,18 @@ func TestOwnerKilled(t *testing.T) {
 	if l.Code != "lost" || !slices.Equal(l.Texts()[:len(sofar)], sofar) {
 		t.Errorf("the follower: %v, %q", l.Answer, l.Texts())
 	}
-	// Both who are left might have said so. It is one record, the same at both, and stays.
+	// Both who are left might have said so, and one has. The record is the same at both, and stays.
+	said := 0.0
+	for _, f := range []*stack.Function{h.b, c} {
+		n, err := f.Metric("builder_builds_lost_total")
+		if err != nil {
+			t.Fatal(err)
+		}
+		said += n
+	}
+	if said != 1 {
+		t.Errorf("it was found lost %v times", said)
+	}
 	for range 3 {
 		for _, f := range []*stack.Function{h.b, c} {
 			b := record(t, &f.Client, m)
