@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"iter"
 	"net/http"
 	"strconv"
 	"strings"
@@ -240,7 +241,8 @@ func TestLeavingIsNotFinal(t *testing.T) {
 	}
 }
 
-// closing is a store that notes how many builds run at its Close.
+// closing is a store that notes how many builds run at its Close. Its logs end a moment after their
+// builds.
 type closing struct {
 	*memory.Store
 	closed chan int // how many builds were running
@@ -249,6 +251,16 @@ type closing struct {
 func (c *closing) Close(ctx context.Context) error {
 	c.closed <- c.running()
 	return c.Store.Close(ctx)
+}
+
+func (c *closing) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
+	return func(yield func(records.Line, error) bool) {
+		c.Store.Follow(ctx, ref, after, wait)(yield)
+		time.Sleep(200 * time.Millisecond)
+		if ctx.Err() != nil {
+			yield(records.Line{}, context.Cause(ctx))
+		}
+	}
 }
 
 func (c *closing) running() (n int) {
