@@ -65,7 +65,7 @@ func TestReadme(t *testing.T) {
 		t.Errorf("hello.txt is %q", got)
 	}
 	for _, example := range []struct{ command, answer string }{
-		{`curl -s "$BUILDER/" --data-binary`, `"status": "success"`},
+		{"curl -s \"$BUILDER/\" --data-binary @req.tar -H \"X-Build-Signature: sha256=$HMAC\"\n", `"status": "success"`},
 		{`X-Build-Timestamp: $NOW`, `"status": "success"`},
 		{`curl -sN "$BUILDER/build"`, `"status":"success"`},
 		{"curl -s \"$BUILDER/\"\n", `"name": "builder"`},
