@@ -46,11 +46,6 @@ type flightID struct {
 	body   [sha256.Size]byte
 }
 
-// isOf says whether the flight is the signer's.
-func (id flightID) isOf(by signer) bool {
-	return id.tenant == by.id() && id.key == string(by.ownKey())
-}
-
 // waiter is one call that waits for a flight.
 type waiter struct {
 	out     *reply.Writer
