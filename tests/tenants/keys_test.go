@@ -22,19 +22,23 @@ import (
 	"handler/function/tests/stack"
 )
 
-// crowd adds a tenant to the file with as many keys as are missing to n.
+// crowd adds tenants of eight keys, the most that one may have, until there are n keys.
 func (h *house) crowd(n int) {
-	other := stack.NewTenant("crowd-"+h.acme.Name, h.s.Registry.Image("crowd-"+h.acme.Name))
-	other.Keys = nil
 	for _, t := range h.file.Tenants {
 		n -= len(t.Keys)
 	}
-	for i := range n {
-		key := stack.NewTenant("").Keys[0]
-		key.ID = fmt.Sprint("k", i)
-		other.Keys = append(other.Keys, key)
+	for i := 0; n > 0; i++ {
+		name := fmt.Sprintf("crowd-%d-%s", i, h.acme.Name)
+		other := stack.NewTenant(name, h.s.Registry.Image(name))
+		other.Keys = nil
+		for k := range min(n, 8) {
+			key := stack.NewTenant("").Keys[0]
+			key.ID = fmt.Sprint("k", k)
+			other.Keys = append(other.Keys, key)
+		}
+		n -= len(other.Keys)
+		h.file.Tenants[name] = other
 	}
-	h.file.Tenants[other.Name] = other
 }
 
 // crowded is a house with so many keys that a request without a name has to say with its
