@@ -125,6 +125,8 @@ func (r *Record) Final() bool {
 		return true
 	case r.Code == api.Canceled:
 		return r.CanceledBy != ""
+	case r.Code == api.Suspended:
+		return false // the tenant may build again later
 	default:
 		return status != http.StatusTooManyRequests && status < 500
 	}

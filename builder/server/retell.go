@@ -47,8 +47,8 @@ func (s *Server) earlier(ctx context.Context, f *flight) (records.Record, bool) 
 	defer cancel()
 	r, err := s.Records.Find(ctx, f.owner, f.call.id, hex.EncodeToString(f.id.body[:]))
 	switch {
-	case err != nil, r.Code == api.Suspended:
-		return r, false // a suspended tenant may build again later
+	case err != nil:
+		return r, false
 	case r.Running() && s.flights.has(&r):
 		return r, false // its last caller has left, and it is being cancelled
 	}
