@@ -115,16 +115,19 @@ func (p *pipe) RecvMsg(m any) error {
 	}
 }
 
-// transfer sends f into dir as a session does.
+// transfer sends f into dir as a session does. Its error is that of both sides: when fsutil cannot
+// read a file, it sometimes waits for the other side until ctx ends, and so is the later one.
 func transfer(t *testing.T, f fsutil.FS, dir string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	up, down := make(chan []byte, 16), make(chan []byte, 16)
 	g, ctx := errgroup.WithContext(ctx)
+	var sent error
 	g.Go(func() error {
 		defer close(down)
-		return fsutil.Send(ctx, &pipe{ctx, up, down}, f, nil)
+		sent = fsutil.Send(ctx, &pipe{ctx, up, down}, f, nil)
+		return sent
 	})
 	g.Go(func() error {
 		return fsutil.Receive(ctx, &pipe{ctx, down, up}, dir, fsutil.ReceiveOpt{
@@ -135,7 +138,7 @@ func transfer(t *testing.T, f fsutil.FS, dir string) error {
 			},
 		})
 	})
-	return g.Wait()
+	return errors.Join(g.Wait(), sent)
 }
 
 func TestTransfer(t *testing.T) {
