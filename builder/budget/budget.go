@@ -31,9 +31,9 @@ func (b *Budget) Used() int64 {
 // have fewer.
 func (b *Budget) Left() int64 { return b.limit - b.Used() }
 
-// take takes n bytes of b, of the Budget that b is a part of, and so on, but not of upTo and
-// those that upTo is a part of. It takes none and returns false if one does not have them. With
-// force, it takes them even if they exceed a limit.
+// take takes n bytes of b and of every Budget above it, up to upTo. It takes none of upTo
+// itself, nor above it. If one of them does not have n bytes, it takes nothing and returns
+// false. With force, it takes them even if they exceed a limit.
 func (b *Budget) take(n int64, force bool, upTo *Budget) bool {
 	if b == nil || b == upTo {
 		return true
@@ -47,8 +47,8 @@ func (b *Budget) take(n int64, force bool, upTo *Budget) bool {
 	return true
 }
 
-// give gives n bytes back to b, to the Budget that b is a part of, and so on, but not to
-// upTo and those that upTo is a part of. With a nil upTo, it gives them back to all.
+// give gives n bytes back to b and to every Budget above it, up to upTo. It gives none to upTo
+// itself, nor above it. With a nil upTo, it gives them back to all.
 func (b *Budget) give(n int64, upTo *Budget) {
 	for ; b != nil && b != upTo; b = b.whole {
 		b.mu.Lock()
@@ -119,9 +119,9 @@ func (a *Account) Give(n int64) {
 	a.taken -= n
 }
 
-// Move makes a an account of the Budget to: it takes there what a has taken, and gives it
-// back to the old one. Where both are parts of one Budget, nothing changes there. If to does
-// not have as much, Move returns false and changes nothing.
+// Move makes a an account of the Budget to: it takes from to what a has taken, and gives it
+// back to the old Budget. If both are parts of one Budget, nothing changes in that one. If to
+// does not have enough, Move returns false and changes nothing.
 func (a *Account) Move(to *Budget) bool {
 	if a == nil {
 		return true

@@ -136,8 +136,8 @@ func (ps *pools) close() error {
 }
 
 // SetPools makes the named pools of daemons those with the given addresses, which have the form
-// of Config.Addrs. All are reached with the same TLS files. Builds on a pool that goes end there
-// first. The error is about addresses; pools with such an address are left out.
+// of Config.Addrs. All are reached with the same TLS files. If a pool goes, the builds that run
+// on it still end there. The error is about addresses; pools with such an address are left out.
 func (s *Solver) SetPools(addrs map[string][]string) error { return s.pools.set(addrs) }
 
 // Daemons counts the daemons of all pools. It takes up to 9 s when one no longer answers.

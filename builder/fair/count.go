@@ -31,8 +31,9 @@ const (
 // may says whether t may have one slot more than it has.
 //
 // Between two counts t gets at most one slot more. Other processes do not see this slot before
-// their next count, and each may give one too. For example t may have 3 slots, and two processes
-// count 2. Each gives t one, so that it has 4: one too many for each process but one.
+// their next count, and each of them may give one too. Example: t may have 3 slots, and two
+// processes count 2. Each gives t one, so that t has 4. With n processes, t can have n-1 too
+// many.
 func (s *Slots) may(t *tenant) answer {
 	switch {
 	case t.Most <= 0:
@@ -51,8 +52,9 @@ func (s *Slots) may(t *tenant) answer {
 	return yes
 }
 
-// wanted says whether a count may decide who gets a slot that is free, or the next that becomes
-// free. A tenant that began to count only then would always come after one that needs no count.
+// wanted says whether a count may decide who gets a free slot, or the next slot that becomes
+// free. If counting began only when a slot is free, a tenant that needs a count would always
+// come after one that needs none.
 func (s *Slots) wanted() bool {
 	for _, t := range s.tenants {
 		if len(t.waiting) > 0 && t.Elsewhere && t.running < t.Most {

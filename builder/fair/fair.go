@@ -1,13 +1,13 @@
 // Package fair gives slots to tenants, so that none of them waits for all builds of another.
 // It does not know what a slot is for.
 //
-// A slot goes to the waiting tenant that has the fewest slots for its weight. Of two that
-// have as few, it goes to the one that was given fewer lately, and then to the one that has
-// waited longer. Within one tenant, first come is first served.
+// A slot goes to the waiting tenant that has the fewest slots for its weight. If two have
+// equally few, it goes to the one that was given fewer lately, and if that is equal too, to the
+// one that has waited longer. Within one tenant, first come is first served.
 //
-// For example there are two slots, and a has both and a hundred more to come. Then b comes,
-// with two. The next two slots that a leaves go to b: it has none, and then one, where a has
-// one. From then on both have one each, until b has no more.
+// Example: there are two slots. Tenant a has both, and a hundred calls waiting. Then b comes
+// with two calls. When a releases a slot, it goes to b, because b has none and a has one. From
+// then on each has one slot, until b wants no more.
 package fair
 
 import (
@@ -25,8 +25,8 @@ type Tenant struct {
 	Most   int // slots at once; zero is no limit
 	Queue  int // that may wait; zero is no limit
 
-	// Elsewhere says that Most counts what the tenant has in other processes too, as
-	// Slots.Elsewhere says it.
+	// With Elsewhere, Most also counts the tenant's slots in other processes, which
+	// Slots.Elsewhere tells.
 	Elsewhere bool
 }
 
@@ -51,12 +51,12 @@ type Slots struct {
 	came    uint64             // how many have begun to wait
 	count   count
 
-	// given is the given of the tenant that got the last slot, before it did. A tenant that
-	// comes begins there: it is owed nothing for the time in which it wanted nothing.
+	// given is where a tenant that comes begins: what the tenant of the last slot had been
+	// given before that slot. A new tenant is owed nothing for the time before it came.
 	given float64
 }
 
-// tenant is one that has or wants slots.
+// tenant is a Tenant that has or wants slots.
 type tenant struct {
 	Tenant
 	running int
@@ -100,9 +100,9 @@ func (s *Slots) Try(t Tenant) bool {
 	return true
 }
 
-// Acquire takes a slot for t. It waits for one for as long as wait. With a wait of zero it waits
-// only for a count of what t has elsewhere, where the slot depends on it: for countAge and a
-// call of Elsewhere, at most t.Most times.
+// Acquire takes a slot for t. It waits for one for as long as wait. With a wait of zero, it
+// waits only if the slot depends on a count of what t has elsewhere. Such a wait takes countAge
+// and a call of Elsewhere, at most t.Most times.
 //
 // # Errors
 //
@@ -183,7 +183,7 @@ func (s *Slots) Release(id string) {
 
 // The caller of all functions below must hold s.mu.
 
-// tenant is t as it is known, with the limits that it has now.
+// tenant returns the known tenant with t's id, or a new one, with t's limits.
 func (s *Slots) tenant(t Tenant) *tenant {
 	t.Weight = max(t.Weight, 1)
 	of := s.tenants[t.ID]
@@ -217,8 +217,9 @@ func (s *Slots) take(t *tenant) {
 	t.running--
 }
 
-// tidy forgets the tenants of whom nothing needs to be known, and ends a count that nobody
-// waits for. Once nobody has or wants a slot, it forgets all.
+// tidy forgets each tenant that has and wants no slot and was not given more than others
+// lately. It ends a count that nobody waits for. Once nobody has or wants a slot, it forgets
+// all.
 func (s *Slots) tidy() {
 	idle := true
 	for id, t := range s.tenants {
@@ -238,7 +239,7 @@ func (s *Slots) tidy() {
 	}
 }
 
-// deal gives the slots that are free, and ends the waits that nothing can come of.
+// deal gives out the free slots, and ends the waits that cannot bring a slot.
 func (s *Slots) deal() {
 	for next := s.next(); next != nil; next = s.next() {
 		w := next.waiting[0]
@@ -278,8 +279,7 @@ func (t *tenant) before(other *tenant) bool {
 	return t.waiting[0].came < other.waiting[0].came
 }
 
-// refuse ends the waits of those who do not wait for others' slots, unless a count can still
-// bring them one.
+// refuse ends the waits of t that are only for a count, unless a count can still bring a slot.
 func (s *Slots) refuse(t *tenant) {
 	why := ErrFull
 	switch may := s.may(t); {

@@ -16,9 +16,8 @@ import (
 const asksAtOnce = 8
 
 // Remove removes the tags that match, and their manifests. A manifest that has another tag too
-// stays, with that tag. It returns what it removed, and what of it the registry has still: tags,
-// and digests of manifests whose tags are gone. err is why the first is left, and nil if nothing
-// is.
+// stays, with that tag. removed are the tags that are gone. left is what is still there: a tag
+// or, if only its manifest is left, a digest. err is the reason for the first of left.
 //
 // A repository that does not exist has nothing to remove.
 func (r *Repository) Remove(ctx context.Context, match func(tag string) bool) (removed, left []string, err error) {
@@ -98,8 +97,8 @@ func (r *Repository) digests(tags []string, opts []remote.Option) (map[string]st
 }
 
 // remove removes a tag, and then its manifest unless another tag shares it. Some registries
-// delete no manifest that has a tag, and others delete no tag but with its manifest. rest is
-// what is still there if err is not nil.
+// delete no manifest that has a tag. Others delete a tag only with its manifest. If err is not
+// nil, rest is what is still there.
 func (r *Repository) remove(tag, digest string, shared bool, opts []remote.Option) (rest string, err error) {
 	if digest == "" {
 		return "", nil

@@ -1,6 +1,6 @@
-// Package records has what is known of builds beyond the connection that asked for them: a
-// record and a log of each, who may follow them, and how a build is stopped from afar. It has
-// the types and the Store that keeps them. Packages below it are the stores.
+// Package records has what is known of a build apart from the connection that asked for it: its
+// record and its log. A build can be followed and stopped through a Store, from any replica.
+// This package has the types and the interface Store. The packages below it are the stores.
 //
 // No build waits for a store, and none fails because of one.
 package records
@@ -30,10 +30,11 @@ const (
 )
 
 var (
-	// ErrNotFound means that no build of that name is known, and that this is certain.
+	// ErrNotFound means that there is certainly no build of that name.
 	ErrNotFound = errors.New("no such build")
 
-	// ErrUnknown means that it cannot be known now. A later try may know.
+	// ErrUnknown means that nobody can tell now whether there is such a build. A later try may
+	// tell.
 	ErrUnknown = errors.New("the store of records cannot be reached")
 
 	// ErrOwnerUnreachable means that the build runs, and that the process that has it does
@@ -58,11 +59,11 @@ type Ref struct {
 	Attempt int
 }
 
-// Record is what is known of a build. While it runs, what is not known yet is zero. Nothing of
-// build arguments, secrets, labels or keys is in it.
+// Record is what is known of a build. While it runs, what is not known yet is zero. It holds no
+// build arguments, secrets, labels or keys.
 //
-// The JSON is what a client sees. Tenant is for operators: an answer to the tenant itself goes
-// without.
+// The JSON is what a client sees. Tenant is for operators: an answer to the tenant itself
+// leaves it out.
 type Record struct {
 	Tenant  string `json:"tenant,omitempty"`
 	ID      string `json:"id"`
@@ -114,9 +115,9 @@ func (r *Record) Verdict() api.Record {
 // Running says whether there is no verdict yet.
 func (r *Record) Running() bool { return r.Status == api.InProgress }
 
-// Final says whether another attempt at the same request would have the same verdict: a
-// redelivery is answered with it. That somebody stopped the build is final. That its caller
-// left is not.
+// Final says whether another attempt at the same request would have the same verdict. A
+// redelivery is then answered with this verdict. A build that somebody stopped is final. A
+// build whose caller left is not.
 func (r *Record) Final() bool {
 	switch status := r.Code.HTTPStatus(); {
 	case r.Running():
@@ -147,9 +148,9 @@ func (r *Record) Bound() {
 	}
 }
 
-// Line is one line of a log. Lines are counted from 1. If Lost is not 0, it says that this
-// many lines up to N, and with it, are lost; Text is then a mark. A Line with N 0 says that
-// the log has been silent for KeepAlive.
+// Line is one line of a log. Lines are counted from 1. If Lost is not 0, the last Lost lines up
+// to and including N are lost, and Text is a mark. Example: N 330 and Lost 312 stand for the
+// lines 19 to 330. A Line with N 0 says that the log has been silent for KeepAlive.
 type Line struct {
 	N    uint64 `json:"n"`
 	Lost uint64 `json:"lost,omitempty"`
@@ -202,8 +203,9 @@ type Cancellation struct {
 	Ref
 	By string // for the record
 
-	// Once is what no other cancellation has, such as the signature of the request. A
-	// second one of a running build with the same Once is ErrUsed. Empty is never used up.
+	// Once tells this cancellation from every other. Example: the signature of the request. A
+	// second cancellation of a running build with the same Once is ErrUsed. An empty Once is
+	// never used up.
 	Once string
 }
 
@@ -262,8 +264,8 @@ type Store interface {
 	// ErrNotFound, ErrUnknown, or ctx's.
 	Get(ctx context.Context, ref Ref) (Record, error)
 
-	// Find returns the latest build of a tenant's call id with the same request that either
-	// runs or is Final: a redelivery of the request is answered with it. Its errors are
+	// Find returns the latest build of a tenant's call id with the same request, of those that
+	// run or are Final. A redelivery of the request is answered with this build. Its errors are
 	// Get's.
 	Find(ctx context.Context, tenant, id, request string) (Record, error)
 

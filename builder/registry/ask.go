@@ -47,10 +47,10 @@ type question struct {
 }
 
 // Ask asks an image's registry for its manifest, with the grant's credentials, and returns the
-// manifest's digest. ref has a tag or a digest. Config.Mirrors says where the registry is; else
-// it is asked over https, and over http at a loopback address. It may have a private address
-// if named is set: the operator has named its host, and no Dockerfile alone. platform is what
-// the image is for; nil is every platform.
+// manifest's digest. ref has a tag or a digest. Config.Mirrors says where the registry is. A
+// registry that is not there is asked over https, or over http at a loopback address. named
+// says that the operator has named the host, and not only a Dockerfile: only then may the
+// registry have a private address. platform is what the image is for; nil is every platform.
 //
 // Every error is an *api.Error: registry_denied if the registry refuses or has no such image,
 // else registry_failed.
@@ -163,8 +163,8 @@ func (q *question) authorized(ctx context.Context, method, object string) (*http
 }
 
 // answer is the value of Authorization that answers a registry's challenge. It is empty where
-// there are no credentials. allow_basic is about what the daemon may have: here it does not
-// count.
+// there are no credentials. allow_basic does not count here: it is about what the daemon may
+// have.
 func (q *question) answer(ctx context.Context, header http.Header) (string, error) {
 	path := reference.Path(q.ref)
 	have, err := q.grant.auth(ctx, q.host, path)
@@ -266,8 +266,8 @@ func (q *question) explain(err error) error {
 	return e
 }
 
-// refusal says what a status other than 200 means. Whether there is an image, the registry
-// tells only those who may read it.
+// refusal says what a status other than 200 means. A registry tells only those who may read an
+// image whether it is there.
 func (q *question) refusal(status int, name string) (api.Code, string) {
 	switch {
 	case status == http.StatusNotFound:

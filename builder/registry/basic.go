@@ -28,10 +28,10 @@ type Scheme struct {
 // private address.
 func (c *Credentials) Scheme(host string) *Scheme { return &Scheme{creds: c, host: host} }
 
-// MayBeBasic says whether the registry asks for Basic authentication. A registry that does not
-// answer may: what depends on it is safe to leave out. Its answer is kept for five minutes,
-// and the lack of one for fifteen seconds. Callers wait for each other, at most for as long as
-// the registry is given.
+// MayBeBasic says whether the registry asks for Basic authentication. It says yes for a
+// registry that does not answer: builds then only go without the registry cache. An answer is
+// kept for five minutes, and a missing one for fifteen seconds. Callers wait for each other, at
+// most for the time that the registry has to answer.
 func (s *Scheme) MayBeBasic(ctx context.Context) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

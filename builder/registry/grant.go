@@ -38,8 +38,8 @@ type Grant struct {
 	none, some map[string]bool
 	// wanted is the repository that a token was for. A key is "host scope scope…".
 	wanted map[string]string
-	// other is, by host, a repository that the build does not push to and that a
-	// challenge wanted the right to push to.
+	// other has a repository for each host: a challenge wanted the right to push there, and the
+	// build does not push there.
 	other map[string]string
 }
 
@@ -100,11 +100,10 @@ func (g *Grant) owner(host, repository string) *Credentials {
 	return g.creds
 }
 
-// Basic returns the user name and password for host. Both are empty where there are
-// none, or none but an identity token. The daemon names the host alone, and uses them
-// for the whole build: so they are those of the first repository that this build
-// pushes to there. Those that are lent count only if the build has none of its own for
-// this host.
+// Basic returns the user name and password for host. Both are empty if there are none, or only
+// an identity token. The daemon names the host alone, and uses them for the whole build. So
+// they are the credentials for the first repository that this build pushes to there. Lent
+// credentials count only if the build has none of its own for this host.
 func (g *Grant) Basic(ctx context.Context, host string) (username, password string, err error) {
 	repository := g.first[serverHost(host)]
 	if g.owner(host, repository) != g.creds {

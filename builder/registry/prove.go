@@ -21,10 +21,10 @@ const (
 	maxProven   = 20_000 // remembered; each takes about 200 bytes
 )
 
-// A registry can tell any digest. The daemon, which may have what is under it from another
-// registry, would not ask for it again: whoever runs a registry could pull whatever somebody
-// else has pulled, and needed to know no more than its digest. So a registry has to show the
-// manifest itself, once.
+// A registry can tell any digest. The daemon may have the image with this digest from another
+// registry, and then does not ask for it again. So somebody who runs a registry, and knows only
+// the digest of a private image, could pull that image out of the cache. For this reason a
+// registry has to show the manifest itself, once.
 
 // proven are the manifests that registries have shown, under "host/repository@digest platform".
 // A digest stays proven, whoever asks: what is under it does not change.

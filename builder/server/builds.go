@@ -65,8 +65,8 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request, needs signedNeeds, 
 	return q
 }
 
-// refuse answers a question with an error. That there is no such build is an answer like any other,
-// which is neither counted nor logged: clients ask until there is one.
+// refuse answers a question with an error. It neither counts nor logs errNoBuild: clients ask
+// until there is a build.
 func (s *Server) refuse(w http.ResponseWriter, q *question, err error) {
 	switch {
 	case errors.Is(err, errNoBuild):
@@ -135,7 +135,7 @@ func (s *Server) list(q *question) (*listed, error) {
 	return list, nil
 }
 
-// shown is a record as the signer is told it.
+// shown returns r as the signer may see it.
 func (g signer) shown(r records.Record) records.Record {
 	if !g.operator {
 		r.Tenant = ""
@@ -231,7 +231,7 @@ func (s *Server) remembered(q *question, ref records.Ref, err error) (records.Re
 		return records.Record{}, err
 	}
 	if q.by.operator || ref.Attempt != 0 {
-		// Daemons know builds by their tenants' names, and the latest attempt alone.
+		// A daemon is asked with the tenant, and knows only the latest attempt.
 		if errors.Is(err, records.ErrNotFound) {
 			err = errNoBuild
 		}
@@ -301,7 +301,7 @@ func (s *Server) stopBuild(q *question) (records.Record, error) {
 	}
 	rec, err = s.remembered(q, ref, err)
 	if err == nil && rec.Running() {
-		// Only a daemon knows of it, and not whose it is now.
+		// Only a daemon knows the build, and does not know which replica runs it.
 		return rec, errOwner
 	}
 	return rec, err

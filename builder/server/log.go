@@ -16,8 +16,9 @@ var errFollowers = &api.Error{Code: api.Busy, Msg: "as many logs are being read 
 // lastEventID is the header in which a client of server-sent events names the last one that it has.
 const lastEventID = "Last-Event-Id"
 
-// serveLog writes the log of a build, from its beginning or after a line, and at the end the record.
-// It is no call of the build: that it is slow or leaves is nothing to the build.
+// serveLog writes the log of a build, from its beginning or after a line, and at the end the
+// record. Its client is no caller of the build: a client that is slow or leaves does not affect
+// the build.
 func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
 	q := s.ask(w, r, signedNeeds{timestamp: true}, "after", "follow", "attempt")
 	if q == nil {

@@ -17,8 +17,8 @@ func badQuery(format string, args ...any) error {
 	return &api.Error{Code: api.BadQuery, Msg: fmt.Sprintf("the query: "+format, args...)}
 }
 
-// parseQuery reads a query that has some of the keys. What another reader could take for something
-// else is an error: proxies do not agree on what is signed then.
+// parseQuery reads a query that has some of the keys. A query that another reader could read
+// differently is an error: a proxy might then see another request than the signed one.
 func parseQuery(raw string, keys []string) (query, error) {
 	values, err := url.ParseQuery(raw)
 	if err != nil {
@@ -52,7 +52,7 @@ func (q query) number(key string, most int) (int, error) {
 	return n, nil
 }
 
-// defaultLimit is how many records a list has at most where the query does not say.
+// defaultLimit bounds the records of a list if the query has no limit.
 const defaultLimit = 50
 
 // list reads the query of a list.

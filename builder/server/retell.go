@@ -11,8 +11,8 @@ import (
 	"handler/function/reply"
 )
 
-// A queue may deliver a request again when its build has ended, or to another replica than the one
-// that builds. Such a delivery is found in the store of records.
+// A queue may deliver a request again after its build has ended, or to a replica that does not
+// run the build. Such a delivery is found in the store of records.
 
 // recordTimeout bounds a question to the store for a build that would begin now. A store that
 // cannot be reached answers at once.
@@ -40,8 +40,8 @@ func (s *Server) retell(f *flight) bool {
 	return true
 }
 
-// earlier returns the record of an earlier delivery whose verdict, when it comes, is this one's
-// too.
+// earlier returns the record of an earlier delivery. Its verdict, now or when it comes, is the
+// verdict of this delivery too.
 func (s *Server) earlier(ctx context.Context, f *flight) (records.Record, bool) {
 	ctx, cancel := context.WithTimeout(ctx, recordTimeout)
 	defer cancel()
@@ -92,7 +92,7 @@ func (s *Server) retellRunning(ctx context.Context, f *flight, r records.Record)
 	return true
 }
 
-// excerpt reads the log of a build that has ended, as it is in a whole answer.
+// excerpt reads the log of a build that has ended, cut as in an answer that does not stream.
 func (s *Server) excerpt(ctx context.Context, r *records.Record) []string {
 	var e reply.Excerpt
 	next := uint64(1)

@@ -13,13 +13,14 @@ import (
 	"handler/function/tenants"
 )
 
-// askBody finds out whose keys are tried for a body that says it itself: a text envelope with a
-// tenant in it, if no header names one, or a body whose config names the image, if nothing else
-// tells. It returns those keys, with the MACs that they make of the body. again is nil if the
-// body need not be asked, because its keys were known before.
+// askBody reads out of the body whose keys to try. A text envelope may name the tenant, which
+// counts if no header does. If nothing names one, the image in the config tells. It returns
+// these keys, and in again the MACs that they make of the body. again is nil if the keys were
+// known before, so that the body need not be read.
 //
-// The body may be anybody's. It is read once more or twice more, within the bounds of all such
-// bodies. A body that does not say whose it is gets the same 401 as one that nobody signed.
+// The body may be anybody's. It is read once or twice more, within the bounds that all such
+// bodies share. A body that does not say whose it is gets the same 401 as one that nobody
+// signed.
 func (s *Server) askBody(ctx context.Context, a *arrival, c claim, spool *payload.Spool) (list []tenants.Candidate, again *signature.Verifier, err error) {
 	name := spool.Tenant()
 	named := c.file() && !c.named && name != ""
@@ -64,8 +65,8 @@ func (s *Server) askBody(ctx context.Context, a *arrival, c claim, spool *payloa
 }
 
 // These bound the searches in bodies whose signatures have not passed. A stranger can send a
-// small body that takes long to decompress. So such bodies have slots and a line of their own:
-// they leave those of plain tars free, which faas-cli and go-sdk send.
+// small body that takes long to decompress. So compressed bodies and envelopes have slots and a
+// line of their own, and cannot take those of plain tars, which faas-cli and go-sdk send.
 const (
 	plainSearches  = 8  // at once, of bodies up to headSize
 	packedSearches = 2  // of bodies up to headSize that are compressed or in a text envelope

@@ -8,10 +8,10 @@ import (
 	"handler/function/payload"
 )
 
-// shares are what tenants have of the memory and the disk for bodies whose signature has passed.
-// With a file of tenants, the bodies of one tenant that wait or are built take half of each at
-// most. Without a file, the only tenant has all. Before the signature nobody is known, and
-// nobody has a share.
+// shares are what tenants have of the memory and the disk for bodies whose signature has
+// passed. With a file of tenants, the bodies of one tenant's waiting and running builds take at
+// most half of each. Without a file, the only tenant has all. Before the signature has passed,
+// the tenant is not known, and has no share.
 type shares struct {
 	memory, disk         *budget.Budget
 	halfMemory, halfDisk int64
@@ -62,7 +62,8 @@ var errShareSpent = &api.Error{
 	Msg:  "no room is left for the body: others of the tenant take all that one tenant may have (half of max_spool_bytes)",
 }
 
-// busy is err, unless err says that the disk has no room and it is the tenant who has none.
+// busy returns errShareSpent in place of ErrNoRoom if it is the tenant's share that is spent,
+// and not the disk. Any other err stays.
 func (s *shares) busy(err error, of *share) error {
 	if err != nil && api.AsError(err) == payload.ErrNoRoom && of.disk != s.disk && of.disk.Left() < s.disk.Left() {
 		return errShareSpent

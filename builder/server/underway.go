@@ -7,7 +7,7 @@ import (
 	"handler/function/tenants"
 )
 
-// underway is what is done for the tenants of a file, so that it can be ended.
+// underway is the work for the tenants of a file, so that the work can be ended.
 type underway struct {
 	mu  sync.Mutex
 	all map[*work]bool
@@ -19,8 +19,9 @@ type work struct {
 	cancel context.CancelCauseFunc
 }
 
-// working has cancel called if the tenant with that id is suspended or removed, now or before end
-// is called. An empty id stands for the only tenant, who is neither.
+// working calls cancel if the tenant with that id is suspended or removed already, or is so
+// before end is called. An empty id stands for the only tenant, which is never suspended or
+// removed.
 func (s *Server) working(tenant string, cancel context.CancelCauseFunc) (end func()) {
 	if tenant == "" {
 		return func() {}
@@ -30,8 +31,8 @@ func (s *Server) working(tenant string, cancel context.CancelCauseFunc) (end fun
 	u.mu.Lock()
 	u.all[w] = true
 	u.mu.Unlock()
-	// A file that has changed since the signature passed came either before this line or, to
-	// TenantsChanged, after the lines before.
+	// The file may have changed since the signature passed. If it changed before the work was
+	// noted, this sees it. If it changed later, TenantsChanged finds the work.
 	if set, err := s.fileOfTenants(); err == nil && ended(set, tenant) {
 		cancel(errSuspended)
 	}
@@ -42,7 +43,7 @@ func (s *Server) working(tenant string, cancel context.CancelCauseFunc) (end fun
 	}
 }
 
-// ended says whether a set, of a file, has no tenant with that id who may build.
+// ended says whether set is of a file in which the tenant with that id is suspended or missing.
 func ended(set *tenants.Set, id string) bool {
 	if set == nil || !set.File {
 		return false
@@ -51,8 +52,8 @@ func ended(set *tenants.Set, id string) bool {
 	return t == nil || t.Suspended
 }
 
-// TenantsChanged ends what tenants that are suspended or removed in set have waiting and running.
-// A key that is revoked ends nothing. It must be called once Tenants.Current returns set.
+// TenantsChanged ends the waiting and running work of tenants that are suspended in set or not
+// in it. Revoking a key ends nothing. It must be called once Tenants.Current returns set.
 func (s *Server) TenantsChanged(set *tenants.Set) {
 	if set.File {
 		s.metrics.Tenants(func(id string) bool { return set.ByID(id) != nil })

@@ -81,8 +81,8 @@ func (s *Server) roster() (roster, error) {
 // file says whether there is a file of tenants.
 func (r roster) file() bool { return r.set != nil && r.set.File }
 
-// unauthorized has one message for every cause: the cause would help somebody who tries keys,
-// or the names of tenants.
+// unauthorized has one message for every cause. A cause would help somebody who tries keys or
+// names of tenants.
 func (r roster) unauthorized(cause error) error {
 	msg := "the request is not signed with the payload secret"
 	if r.file() {
@@ -112,15 +112,15 @@ func (r roster) named(h http.Header, host string) (list []tenants.Candidate, ok 
 	return nil, false
 }
 
-// nameIn returns the tenant that headers name, or "". Several names are together the name of
-// nobody.
+// nameIn returns the tenant that headers name, or "". Several names are joined to one that no
+// tenant has.
 func nameIn(h http.Header) string { return strings.Join(h.Values(api.TenantHeader), ", ") }
 
 // forwardedHost is the header in which the gateway passes on the host of a request.
 const forwardedHost = "X-Forwarded-Host"
 
 // candidates returns the keys that are tried for a request before its body is read. ok is false
-// if the body has to say whose they are.
+// if only the body can tell whose keys to try.
 func (r roster) candidates(req *http.Request) (list []tenants.Candidate, ok bool) {
 	if r.file() {
 		if list, ok := r.named(req.Header, req.Host); ok {
@@ -130,8 +130,8 @@ func (r roster) candidates(req *http.Request) (list []tenants.Candidate, ok bool
 	return r.set.All()
 }
 
-// unnamed returns the keys that are tried for a request that cannot say more than it has said:
-// those of nobody, which take as long to try as a tenant's.
+// unnamed returns the keys that are tried if nothing can tell the tenant of a request. They are
+// decoys, and take as long to try as a tenant's keys.
 func (r roster) unnamed() []tenants.Candidate { return r.set.Named("") }
 
 func keysOf(list []tenants.Candidate) signature.Keys {
@@ -142,9 +142,9 @@ func keysOf(list []tenants.Candidate) signature.Keys {
 	return keys
 }
 
-// signer is who signed a request. The answer is signed in the same way. Without HMAC it is
-// anybody, who has neither a tenant nor a key, and whose answers are not signed. An operator has a
-// key and no tenant.
+// signer is who signed a request. The answer is signed in the same way. Without HMAC a signer
+// has neither a tenant nor a key, and its answers are not signed. An operator has a key and no
+// tenant.
 type signer struct {
 	roster
 	tenant   *tenants.Tenant
@@ -154,8 +154,8 @@ type signer struct {
 }
 
 // accept makes a signer of the candidate whose key made a signature. With a file of tenants it
-// looks the key up once more: a body can take long to come, and a key that has been revoked
-// or has ended meanwhile lets nobody in.
+// looks the key up once more. A body can take long to come, and the key may have ended or been
+// revoked meanwhile: then accept refuses it.
 func (s *Server) accept(r roster, c tenants.Candidate, stamped bool) (signer, error) {
 	if !r.file() {
 		return signer{roster: r, tenant: c.Tenant, key: c.Key, stamped: stamped}, nil
@@ -232,8 +232,8 @@ func (g signer) pool() string {
 	return g.tenant.Pool
 }
 
-// ownKey is what tells the builds of one signer from those of others, beside the tenant's id.
-// All keys of a tenant of the file are one signer. Without the file, each key is a signer.
+// ownKey, with the tenant's id, tells the builds of one signer from those of others. All keys
+// of a tenant of the file are one signer. Without the file, each key is a signer.
 func (g signer) ownKey() []byte {
 	if g.file() {
 		return nil

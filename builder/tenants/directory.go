@@ -24,8 +24,8 @@ const (
 	// row find the same, so that a file that is being written is not taken by half. With the
 	// 0.3 s that 1,000 tenants take to read, a change counts after 1.1 s at most.
 	poll = 400 * time.Millisecond
-	// settled is the age from which on the time of a file tells whether it has changed. File
-	// systems count time in steps of 2 s at most.
+	// settled is the age that a file's time must have to tell whether the file has changed.
+	// File systems count time in steps of 2 s at most.
 	settled = 3 * time.Second
 	// maxLogged bounds how many different problems are remembered.
 	maxLogged = 1000
@@ -33,8 +33,9 @@ const (
 
 // Config of a Directory.
 type Config struct {
-	// Files are the paths of the files. Needed says that all of them must be there. Where it
-	// is false, there is one tenant if none is there at the start, until one appears.
+	// Files are the paths of the files. With Needed, a file that is missing is an error.
+	// Without it, an installation that starts without any file has one tenant, until a right
+	// file appears.
 	Files  []string
 	Needed bool
 
@@ -45,8 +46,8 @@ type Config struct {
 	Log zerolog.Logger
 }
 
-// Directory follows the files. The files are taken whole or not at all: what was read last
-// without a problem stays in force, whatever becomes of the files.
+// Directory follows the files. It takes the files whole or not at all. The last Set that was
+// read without a problem stays in force, whatever becomes of the files.
 type Directory struct {
 	cfg   Config
 	state atomic.Pointer[state]
@@ -62,14 +63,15 @@ type Directory struct {
 	logged map[string]bool   // problems since the files were right
 }
 
-// state is what is in force. Without a set, there is one tenant, or nobody if there is an err.
+// state is what is in force. With a nil set and no err, there is one tenant. With an err,
+// nobody may build.
 type state struct {
 	set   *Set
 	err   *api.Error // there has been no good file since the start
 	wrong bool       // with the files as they are now
 }
 
-// glance is what tells, without reading the files, that they may have changed.
+// glance holds the signs of a change that can be seen without reading the files.
 type glance struct {
 	infos  []os.FileInfo // nil where there is no file
 	secret [sha256.Size]byte
@@ -83,7 +85,7 @@ func Open(cfg Config) *Directory {
 	d.judged, d.seen = found.sum, found.sum
 	d.state.Store(&state{})
 	if d.needed || found.missing < len(found.files) {
-		// Whoever it is for, nobody is let in before the files are right.
+		// Nobody is let in before the files are right.
 		d.state.Store(&state{err: errUnread, wrong: true})
 	}
 	d.judge(found)
@@ -104,9 +106,9 @@ func (d *Directory) Run(ctx context.Context) {
 	}
 }
 
-// Current returns the tenants that are in force. It returns nil and no error if there is no
-// file, and one tenant. Until the files have been read once without a problem, it returns an
-// *api.Error.
+// Current returns the tenants that are in force. If there is no file, and so one tenant, it
+// returns nil and no error. Until the files have been read once without a problem, it returns
+// an *api.Error.
 func (d *Directory) Current() (*Set, error) {
 	s := d.state.Load()
 	if s.err != nil {
@@ -115,7 +117,7 @@ func (d *Directory) Current() (*Set, error) {
 	return s.set, nil
 }
 
-// Stale says whether something is wrong with the files, so that they are not what is in force.
+// Stale says whether something is wrong with the files, so that they are not in force.
 func (d *Directory) Stale() bool { return d.state.Load().wrong }
 
 // BeforeChange calls f with each Set before Current returns it, and with the Set that is in
@@ -150,7 +152,7 @@ func (d *Directory) look() {
 	d.seen = found.sum
 }
 
-// glance asks for the files' times. What it cannot know is as if it were not there: read says
+// glance asks for the files' times. It treats a file that it cannot stat as missing: read says
 // what is wrong.
 func (d *Directory) glance() glance {
 	g := glance{at: time.Now()}
@@ -254,8 +256,8 @@ func (d *Directory) judge(f found) {
 	}
 }
 
-// refuse leaves in force what is. It logs each problem that it has not logged since the files
-// were right.
+// refuse changes nothing that is in force. It logs a problem once, and again only if the files
+// have been right since.
 func (d *Directory) refuse(err error) {
 	now := *d.state.Load()
 	now.wrong = true

@@ -75,7 +75,7 @@ type reader struct {
 	problems *problems
 }
 
-// thing is what may be there once in all files, such as an id.
+// thing may be there once in all files. Example: an id.
 type thing struct{ kind, text string }
 
 // image is an entry of images.
@@ -96,8 +96,7 @@ func (r *reader) once(v value, kind, text string) bool {
 	return true
 }
 
-// file reads one file. Whatever the order of its keys, its version and its defaults come
-// first.
+// file reads one file. It reads version and defaults first, wherever they are in the file.
 func (r *reader) file(f File) {
 	top, ok := parse(f.Name, f.Data, r.problems)
 	if !ok {
@@ -206,8 +205,9 @@ func (r *reader) readImages(v value, t *Tenant) []string {
 	return some(v, "images", list)
 }
 
-// checkImages wants no two tenants to have an image in common. Hosts are the same if they may
-// be. Of two prefixes that overlap, one is above the other.
+// checkImages wants no two tenants to have an image in common. Two hosts count as the same if
+// they may be one. Two prefixes overlap only if one is above the other: acme and acme/app, but
+// not acme/a and acme/b.
 func (r *reader) checkImages() {
 	var above repository.Index[image]
 	// Shorter ones first: an equal one of another tenant is found before it is added.

@@ -6,8 +6,8 @@ import (
 	"handler/function/repository"
 )
 
-// MaxUnnamed is how many keys are tried for a request that does not say whose it is. With
-// more keys the image in its config says it.
+// MaxUnnamed is how many keys are tried for a request that names no tenant. If there are more
+// keys, the image in its config tells the tenant.
 const MaxUnnamed = 8
 
 // Set is all tenants at one time.
@@ -67,8 +67,8 @@ type Candidate struct {
 	Key    Key
 }
 
-// candidates are the keys of a tenant, or of none. There are as many for every tenant, and for
-// none, so that the time of a refusal does not tell whether there is such a tenant.
+// candidates are the keys of a tenant, with decoys. A nil t has only decoys. The number is the
+// same for every t, so that the time of a refusal does not tell whether the tenant exists.
 func (s *Set) candidates(t *Tenant) []Candidate {
 	list := make([]Candidate, 0, s.width)
 	if t != nil {

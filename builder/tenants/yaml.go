@@ -50,8 +50,8 @@ func (p *problems) err() error {
 	return errors.Join(p.list...)
 }
 
-// value is a value in a file, and where it is. Its methods add a problem where it does not
-// have the form that is asked for. No text of a problem holds a value that may be a secret.
+// value is a value in a file, with its place. Its methods add a problem if it does not have the
+// form that they want. No problem quotes a value that may be a secret.
 type value struct {
 	file     string
 	path     string // of keys, such as tenants.acme.keys[1].secret; empty is the file
@@ -129,8 +129,8 @@ func printable(data []byte) (line int, ok bool) {
 	return line, true
 }
 
-// countMarks counts what stands between the values of a file. There are half as many marks
-// as values, or more.
+// countMarks counts the marks between the values of a file. It counts at least half as many
+// marks as there are values.
 func countMarks(data []byte) int {
 	marks := 0
 	for _, c := range data {
@@ -142,8 +142,8 @@ func countMarks(data []byte) int {
 	return marks
 }
 
-// Errors of the YAML library have their line in the text. One of them has a text of the file
-// too, the name of an anchor: a secret that begins with * is read as one.
+// Errors of the YAML library have their line in the text. One of them also quotes the file: the
+// name of an anchor. YAML reads a secret that begins with * as such a name.
 var (
 	syntaxLine   = regexp.MustCompile(`^yaml: line (\d+): `)
 	syntaxAnchor = regexp.MustCompile(`anchor '.*`)

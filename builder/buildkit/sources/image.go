@@ -25,8 +25,8 @@ func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string, platfo
 	}
 	ref = reference.TagNameOnly(ref)
 	if !p.mayPull(ref.Name()) {
-		// These words are the same for the builder's own repositories, for images of other
-		// tenants, and for what nobody has: no build learns from them what there is.
+		// These words do not tell the builder's own repositories from images of other tenants.
+		// Without From, a build can see that one of the two is there.
 		return denied(ref, &api.Error{Code: api.FromForbidden, Msg: fmt.Sprintf("image %q may not be pulled by this build", reference.FamiliarString(ref))}), nil
 	}
 	asks, named, err := p.asks(ref)
@@ -46,8 +46,8 @@ func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string, platfo
 	if _, ok := ref.(reference.Digested); ok {
 		return decision{allow: true}, nil
 	}
-	// Asked for a tag, the daemon would ask the registry with the credentials of whichever
-	// build asks at that moment, and give all of them the answer.
+	// For a tag, the daemon would ask the registry itself. Of the builds that ask at one
+	// moment, it would use the credentials of one, and give all of them the answer.
 	pinned, err := reference.WithDigest(ref, told)
 	if err != nil {
 		return denied(ref, api.AsError(err)), nil
@@ -79,8 +79,9 @@ func (p *Policy) mayPull(name string) bool {
 // that it may have a private address.
 //
 // Docker Hub is asked if somebody here may have credentials for it. Any other registry may be a
-// tenant's own, also one that the tenant pushes to. It could tell the digest of somebody's private
-// image, which the daemon has: so it is asked in any case, and has to show the manifest.
+// tenant's own, also one that the tenant pushes to. It could tell the digest of somebody else's
+// private image that the daemon has. So any other registry is always asked, and has to show the
+// manifest.
 func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 	name, host := ref.Name(), reference.Domain(ref)
 	atCache := p.cfg.Cache != "" && repository.Host(name) == repository.Host(p.cfg.Cache)
@@ -121,8 +122,8 @@ type answer struct {
 	err   error // an *api.Error, or nil
 }
 
-// ask asks for an image once in the build. An answer about a tag is one about the digest that
-// it told, too. Its error is an *api.Error, or that of a ctx that has ended.
+// ask asks for an image once in the build. An answer about a tag counts for the digest in the
+// answer too. Its error is an *api.Error, or that of a ctx that has ended.
 func (p *Policy) ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	name := ref.Name()
 	if platform != nil {

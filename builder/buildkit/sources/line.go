@@ -12,9 +12,10 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 )
 
-// In finds the instruction of a Dockerfile that names the denied source, among those for which
-// the daemon does not say it: ADD, and RUN with mounts. args are the build's arguments. It is
-// nil if no instruction is found, such as one with a variable that comes out of a base image.
+// In finds the instruction of a Dockerfile that names the denied source. It is for ADD and for
+// RUN with mounts, whose lines the daemon does not tell. args are the build's arguments. It
+// returns nil if it finds no instruction. Example: it cannot find one with a variable that a
+// base image sets.
 func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *errdefs.Source {
 	ast, err := parser.Parse(bytes.NewReader(dockerfile))
 	if err != nil {
@@ -111,7 +112,7 @@ func (s *search) is(word string) bool {
 	return err == nil && sameImage(reference.TagNameOnly(ref), s.denial.Image)
 }
 
-// sameImage compares without the tag that stands beside a digest: it means nothing.
+// sameImage compares two images. A tag beside a digest means nothing, and is left out.
 func sameImage(a, b reference.Named) bool {
 	da, ok := a.(reference.Digested)
 	db, ok2 := b.(reference.Digested)

@@ -18,23 +18,24 @@ import (
 	"handler/function/redact"
 )
 
-// A digest and a commit are no proof that a build may read: they are public, and the daemon
-// gives whatever its cache has under them, without asking anybody. Nor is a request of the
-// daemon, which makes one of two equal ones that come at the same moment. So:
+// A build that names a digest or a commit has not proven that it may read it: both are public,
+// and the daemon gives out what its cache has under them without asking anybody. A request by
+// the daemon proves nothing either: the daemon makes one request of two equal ones that come at
+// the same moment. So:
 //
 //   - A URL is read in this build's own session, without its checksum, and then pinned to the
 //     checksum of what came.
 //   - A repository has a place in the cache for each tenant: no tenant gets the commits that
 //     another one has fetched. But the daemon keeps one copy of each repository, for all who
-//     know its URL. So for a commit, the default branch is asked for first, as whoever may read
-//     the repository can.
+//     know its URL. So for a commit, the daemon resolves the default branch first, which only
+//     a build that may read the repository can have resolved.
 
-// proofAttr marks the source that stands for another one while the build proves that it may
-// read. Its value is the other one's fingerprint. BuildKit ignores attributes that it does not
-// know.
+// proofAttr marks a probe: the source that the daemon resolves in place of the one to be
+// proven. Its value is the fingerprint of the source to be proven. BuildKit ignores attributes
+// that it does not know.
 const proofAttr = "builder.proof"
 
-// proof is a source that is to be proven, and what is resolved for it.
+// proof has a source to be proven, op, and the source that is resolved in its place, probe.
 type proof struct {
 	op, probe *pb.SourceOp
 }
@@ -144,9 +145,9 @@ func (p *Policy) git(op *pb.SourceOp, meta *gateway.ResolveSourceGitResponse) de
 		p.allow(b.op)
 		return decision{convert: b.op}
 	}
-	// BuildKit takes every text but "commit" for the default, and has it in the key of its
-	// cache. A repository decides from where its submodules come: they would be in the cache
-	// for everybody who may read the repository.
+	// BuildKit takes every value of git.mtime but "commit" for the default, and has the value
+	// in its cache key. Submodules are skipped: the repository says where they come from, and
+	// everybody who may read the repository would get them from the cache.
 	if own := "tenant " + p.cfg.Tenant; attrs[pb.AttrGitMTime] != own || attrs[pb.AttrGitSkipSubmodules] != "true" {
 		return decision{convert: with(op, map[string]string{pb.AttrGitMTime: own, pb.AttrGitSkipSubmodules: "true"})}
 	}

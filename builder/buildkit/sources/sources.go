@@ -2,9 +2,9 @@
 // reads a source: an image, an address for ADD, a git repository. It knows the rules of a
 // tenant, and the forms in which BuildKit writes sources.
 //
-// A daemon has one cache for all builds, and serves from it without asking anybody. So what
-// somebody here may have credentials for is asked for with this build's own ones, in each build
-// again: the function asks registries itself, and has the daemon ask everything else.
+// A daemon has one cache for all builds, and serves from it without asking anybody. So for each
+// source that somebody here may have credentials for, each build asks again, with its own
+// credentials. The function asks registries itself. It has the daemon ask for everything else.
 package sources
 
 import (
@@ -124,8 +124,8 @@ func (p *Policy) Denied(err error) *Denial {
 // resolving is what BuildKit puts before the error of a source that it resolves for a policy.
 const resolving = "error resolving source metadata from policy request: "
 
-// Unresolved returns what a daemon's error is about, if it is about a source that had to be
-// resolved. It is nil if there were several. p may be nil.
+// Unresolved returns the source of a daemon's error, if the error is about a source that had to
+// be resolved. It returns nil if several sources had to be. p may be nil.
 func (p *Policy) Unresolved(err error) *Denial {
 	if p == nil {
 		return nil
