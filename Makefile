@@ -44,7 +44,7 @@ envelope: ## print a signed build to paste into the OpenFaaS UI: FUNCTION=dir [I
 	@tests/envelope.sh $(or $(FUNCTION),tests/testdata/hello) "$(PAYLOAD_SECRET)" "$(IMAGE)" "$(TENANT)"
 
 .PHONY: test
-test: setup test-unit test-e2e ## all tests but test-timing, test-records, test-k8s and test-fuzz
+test: setup test-unit test-e2e ## all tests but test-timing, test-k8s and test-fuzz
 
 # First without cgo, as in the image. Then with the race detector, under which everything
 # takes ten times as long: -short shrinks the largest inputs. Tests that measure memory
@@ -68,13 +68,6 @@ test-e2e: setup ## end-to-end tests against real daemons
 test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds, tenants in force; on a machine that does nothing else
 	go -C tests test -race -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
 	go -C tests test -race -count=1 -timeout 10m -run '^TestInForce$$' ./tenants -timing
-
-# This takes six minutes, and needs a machine that does nothing else, so make test leaves out what
-# it adds to tests/records.
-.PHONY: test-records
-test-records: setup ## the store of records: servers and replicas that freeze, vanish or are cut off, and its figures
-	go -C tests test -race -count=1 -timeout 30m ./records -faults
-	go -C tests test -count=1 -timeout 30m -v -run '^Test(Calls|Rate|TenThousand)$$' ./records -figures
 
 # This takes half an hour on a fresh machine, half of it to compile Kubernetes, so make test
 # leaves it out.
@@ -100,6 +93,10 @@ bench: setup ## time the function against buildctl and the BuildKit client
 .PHONY: bench-pool
 bench-pool: setup ## time rebuilds on three daemons with the function's placement against random placement
 	go -C tests run ./cmd/bench-pool
+
+.PHONY: bench-records
+bench-records: setup ## measure the store of build records on NATS servers; on a machine that does nothing else
+	go -C tests test -run '^$$' -bench . -benchtime 1x -timeout 30m ./records
 
 .PHONY: certs
 certs: ## the CA and both certificates for buildkitd and the function: DIR=buildkit/certs, FORCE=1 replaces

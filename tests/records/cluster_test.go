@@ -75,7 +75,6 @@ func (p *proxy) pass(to, from net.Conn) {
 // TestPartition cuts one replica off. The others find its build lost. When it is back, it is
 // still there.
 func TestPartition(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	p := startProxy(t, servers[0])
@@ -124,7 +123,6 @@ func TestPartition(t *testing.T) {
 
 // TestLeaderKilled kills the leader of the logs' stream three times under two followers.
 func TestLeaderKilled(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{Servers: 3})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)
@@ -191,7 +189,6 @@ func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
 // TestNodeFrozen freezes the server of a cluster that a replica is connected to. The replica finds
 // another one before it is taken for dead.
 func TestNodeFrozen(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{Servers: 3})
 	first := func(i int) func(*jetstream.Options) {

@@ -159,7 +159,6 @@ func TestServerKilled(t *testing.T) {
 
 // TestServerFrozen freezes the only server for 25 s under 16 builds.
 func TestServerFrozen(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)
@@ -211,7 +210,6 @@ func TestServerFrozen(t *testing.T) {
 // TestServerWiped has a server come back without what it had: what runs is there again, and the
 // lines that are gone are said.
 func TestServerWiped(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	a, b := opened(t, servers, nil), opened(t, servers, nil)

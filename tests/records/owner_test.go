@@ -118,7 +118,7 @@ type owner struct {
 	out *bufio.Reader
 }
 
-func startOwner(t *testing.T, servers []*stack.NATS) *owner {
+func startOwner(t testing.TB, servers []*stack.NATS) *owner {
 	t.Helper()
 	o := spawnOwner(t, servers)
 	o.say(t, "open")
@@ -126,7 +126,7 @@ func startOwner(t *testing.T, servers []*stack.NATS) *owner {
 }
 
 // spawnOwner is startOwner before it opens its store.
-func spawnOwner(t *testing.T, servers []*stack.NATS) *owner {
+func spawnOwner(t testing.TB, servers []*stack.NATS) *owner {
 	t.Helper()
 	o := &owner{cmd: exec.Command(os.Args[0])}
 	o.cmd.Env = append(os.Environ(), ownerVariable+"="+urls(servers))
@@ -150,7 +150,7 @@ func spawnOwner(t *testing.T, servers []*stack.NATS) *owner {
 	return o
 }
 
-func (o *owner) say(t *testing.T, line string) string {
+func (o *owner) say(t testing.TB, line string) string {
 	t.Helper()
 	if _, err := fmt.Fprintln(o.in, line); err != nil {
 		t.Fatal(err)
@@ -272,7 +272,6 @@ func TestOwnerKilled(t *testing.T) {
 // TestOwnerFrozen freezes a replica until its builds are found lost. One ends while it is thought
 // lost, and the other goes on.
 func TestOwnerFrozen(t *testing.T) {
-	onlyFaults(t)
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
 	other := opened(t, servers, nil)

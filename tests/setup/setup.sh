@@ -154,8 +154,8 @@ find_missing() { # TARGET...
 	for target; do
 		case $target in
 		help | envelope | certs | secrets | tenant | tenant-forget | clean) ;;
-		run | up | publish | bench | bench-pool) need_stack "$target" ;;
-		test | test-e2e | test-timing | test-records) need_end_to_end "$target" ;;
+		run | up | publish | bench | bench-pool | bench-records) need_stack "$target" ;;
+		test | test-e2e | test-timing) need_end_to_end "$target" ;;
 		test-unit) need_compiler ;;
 		test-k8s) need_kubernetes "$target" ;;
 		test-fuzz) need_go ;;
