@@ -2,21 +2,38 @@ package records
 
 import (
 	"context"
+	"iter"
 	"time"
 
 	"handler/function/records/batch"
 )
+
+// Followers are those who follow a log in this process, MaxFollowers at most. The channel holds a
+// value for each.
+type Followers chan struct{}
+
+// NewFollowers makes Followers without any.
+func NewFollowers() Followers { return make(Followers, MaxFollowers) }
+
+// Follow is the sequence of one follower, which follow yields. Where there are too many followers
+// already, it is ErrBusy alone.
+func (f Followers) Follow(follow func(*Pacer)) iter.Seq2[Line, error] {
+	return func(yield func(Line, error) bool) {
+		select {
+		case f <- struct{}{}:
+			defer func() { <-f }()
+			follow(&Pacer{yield: yield, last: time.Now()})
+		default:
+			yield(Line{}, ErrBusy)
+		}
+	}
+}
 
 // Pacer is the yield function of a Follow, with the rules that all stores have for it: a
 // KeepAlive in a silence, and ErrSlow for a follower that is too slow.
 type Pacer struct {
 	yield func(Line, error) bool
 	last  time.Time // a Line was yielded
-}
-
-// Pace returns the Pacer of a yield function.
-func Pace(yield func(Line, error) bool) *Pacer {
-	return &Pacer{yield: yield, last: time.Now()}
 }
 
 // Line yields a line. It returns false if it must be the last.

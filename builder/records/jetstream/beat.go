@@ -174,17 +174,8 @@ func (s *Store) hear(msg *nats.Msg) {
 	if len(f) != 4 || f[3] == s.process {
 		return
 	}
-	k := s.ring.Load().byID[f[2]]
-	if k == nil {
-		return
-	}
-	plain, err := open(k.control, msg.Subject, msg.Data)
-	if err != nil {
-		s.tell(errForged)
-		return
-	}
 	var h heartbeat
-	if json.Unmarshal(plain, &h) != nil || time.Since(h.At).Abs() > oldBeat {
+	if _, ok := s.unseal(msg, f[2], &h); !ok || time.Since(h.At).Abs() > oldBeat {
 		return
 	}
 	s.mu.Lock()

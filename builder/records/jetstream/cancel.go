@@ -211,20 +211,24 @@ func (s *Store) listen(conn *nats.Conn) error {
 	return err
 }
 
-// obey ends a build of this process for another process.
-func (s *Store) obey(msg *nats.Msg) {
-	f := strings.Split(msg.Subject, ".")
-	k := s.ring.Load().byID[f[2]]
-	if k == nil {
-		return
+// unseal reads into v what another process has said, with the key of an id. It returns the key.
+func (s *Store) unseal(msg *nats.Msg, id string, v any) (k *key, ok bool) {
+	if k = s.ring.Load().byID[id]; k == nil {
+		return nil, false
 	}
 	plain, err := open(k.control, msg.Subject, msg.Data)
 	if err != nil {
 		s.tell(errForged)
-		return
+		return nil, false
 	}
+	return k, json.Unmarshal(plain, v) == nil
+}
+
+// obey ends a build of this process for another process.
+func (s *Store) obey(msg *nats.Msg) {
 	var o order
-	if json.Unmarshal(plain, &o) != nil {
+	k, ok := s.unseal(msg, strings.Split(msg.Subject, ".")[2], &o)
+	if !ok {
 		return
 	}
 	a := answer{Nonce: o.Nonce}

@@ -45,15 +45,8 @@ type follower struct {
 }
 
 func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
-	return func(yield func(records.Line, error) bool) {
-		select {
-		case s.followers <- struct{}{}:
-			defer func() { <-s.followers }()
-		default:
-			yield(records.Line{}, records.ErrBusy)
-			return
-		}
-		f := &follower{s: s, ctx: ctx, ref: ref, wait: wait, out: records.Pace(yield), next: after + 1, heard: time.Now()}
+	return s.followers.Follow(func(out *records.Pacer) {
+		f := &follower{s: s, ctx: ctx, ref: ref, wait: wait, out: out, next: after + 1, heard: time.Now()}
 		defer f.close()
 		if err := f.find(); err != nil {
 			f.out.Fail(err)
@@ -68,7 +61,7 @@ func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait 
 				return
 			}
 		}
-	}
+	})
 }
 
 // find waits until the build has a place: one that has just begun may have none yet.

@@ -87,7 +87,7 @@ type Store struct {
 	opts      Options
 	process   string // this process, in subjects and records
 	ring      atomic.Pointer[ring]
-	followers chan struct{} // holds one value for each
+	followers records.Followers
 	scans     chan struct{} // holds one value for each scan of all records
 	requests  chan struct{} // holds one value for each request of a writer
 
@@ -153,7 +153,7 @@ func Open(opts Options) (*Store, error) {
 	s := &Store{
 		opts:      opts,
 		process:   strings.ToLower(rand.Text()),
-		followers: make(chan struct{}, records.MaxFollowers),
+		followers: records.NewFollowers(),
 		scans:     make(chan struct{}, 2),
 		requests:  make(chan struct{}, maxRequests),
 		up:        make(chan struct{}),

@@ -11,22 +11,14 @@ import (
 // Follow reads one batch at a time, outside the lock. The batch under the end of the log still
 // grows: Follow reads a Clone.
 func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
-	return func(yield func(records.Line, error) bool) {
-		select {
-		case s.followers <- struct{}{}:
-			defer func() { <-s.followers }()
-		default:
-			yield(records.Line{}, records.ErrBusy)
-			return
-		}
+	return s.followers.Follow(func(out *records.Pacer) {
 		s.mu.Lock()
 		b := s.find(ref)
 		s.mu.Unlock()
 		if b == nil {
-			yield(records.Line{}, records.ErrNotFound)
+			out.Fail(records.ErrNotFound)
 			return
 		}
-		out := records.Pace(yield)
 		for next := after + 1; ; {
 			lines, ended, changed := b.from(next)
 			if lines == nil {
@@ -40,7 +32,7 @@ func (s *Store) Follow(ctx context.Context, ref records.Ref, after uint64, wait 
 			}
 			next = lines.Next()
 		}
-	}
+	})
 }
 
 // from returns the batch that has line n, or the next batch if n was dropped, or nil if there is

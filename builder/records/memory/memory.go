@@ -34,7 +34,7 @@ const overhead = 1 << 10
 // Store is a records.Store.
 type Store struct {
 	limits    Limits
-	followers chan struct{} // holds one value for each
+	followers records.Followers
 
 	mu      sync.Mutex
 	named   map[name][]*build // in the order of their attempts
@@ -74,7 +74,7 @@ type build struct {
 func New(limits Limits) *Store {
 	return &Store{
 		limits:    limits,
-		followers: make(chan struct{}, records.MaxFollowers),
+		followers: records.NewFollowers(),
 		named:     make(map[name][]*build),
 		tenants:   make(map[string]*tenant),
 		used:      make(map[string]time.Time),
