@@ -221,3 +221,35 @@ func TestNodeFrozen(t *testing.T) {
 		t.Errorf("%d builds were found lost, and a call took %v", n, l.worst)
 	}
 }
+
+// TestAllFrozen freezes all servers of a cluster for 30 s. A replica goes from one to the next, and
+// is connecting nearly all the time. No call of a build waits for it.
+func TestAllFrozen(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{Servers: 3})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	loads := []*load{run(a, "before")}
+	recordstest.Known(t, b, loads[0].ref, isRunning)
+	for _, n := range servers {
+		if err := n.Freeze(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 30 {
+		loads = append(loads, run(a, fmt.Sprintf("during-%d", i)))
+		time.Sleep(time.Second)
+	}
+	for _, n := range servers {
+		if err := n.Thaw(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reachable(t, a)
+	for _, l := range loads {
+		l.end()
+		recordstest.Known(t, b, l.ref, isSuccess)
+		if l.worst > quick {
+			t.Errorf("a call of %s took %v", l.ref.ID, l.worst)
+		}
+	}
+}

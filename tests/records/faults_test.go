@@ -114,8 +114,9 @@ func (f *followed) wait(t *testing.T, l *load, mayLose bool) {
 	t.Logf("%d lines, %d lost, longest silence %v", len(f.lines), f.lost, f.silence)
 }
 
-// quick is how long a call of a build may take on a machine that does other things too.
-const quick = 100 * time.Millisecond
+// quick is how long a call of a build may take on a machine that does other things too. A call
+// that waits for a server takes 2 s or more.
+const quick = time.Second
 
 // TestServerKilled kills the only server for 15 s under a build. Nothing is lost, and no build is
 // taken for lost.

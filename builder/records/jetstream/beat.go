@@ -74,6 +74,7 @@ func (s *Store) beat() {
 // heartbeat sends one, and notes whether it got through.
 func (s *Store) heartbeat() {
 	sent := s.sendBeat(false)
+	conn := s.connected()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	gap := time.Since(s.through) > 2*beatEvery
@@ -93,7 +94,7 @@ func (s *Store) heartbeat() {
 		s.through = time.Now()
 	case gap:
 		// The server does not answer. Another one may.
-		if conn := s.conn; conn != nil && conn.IsConnected() {
+		if conn != nil {
 			s.problem = errors.New("NATS does not answer")
 			go conn.ForceReconnect()
 		}
@@ -104,8 +105,8 @@ func (s *Store) heartbeat() {
 // sendBeat sends one heartbeat, for all keys: a replica that has not read the new root secret yet
 // hears it too. It returns false if it is not certain that the server has it.
 func (s *Store) sendBeat(last bool) bool {
+	conn := s.connected()
 	s.mu.Lock()
-	conn := s.conn
 	s.beats++
 	h := heartbeat{N: s.beats, At: time.Now(), Builds: []string{}}
 	load := s.ownLoad()
@@ -118,7 +119,7 @@ func (s *Store) sendBeat(last bool) bool {
 		}
 	}
 	s.mu.Unlock()
-	if conn == nil || !conn.IsConnected() {
+	if conn == nil {
 		return false
 	}
 	text, err := json.Marshal(h)
@@ -131,7 +132,8 @@ func (s *Store) sendBeat(last bool) bool {
 			return false
 		}
 	}
-	return conn.FlushTimeout(beatEvery) == nil
+	// Close flushes the last one.
+	return last || conn.FlushTimeout(beatEvery) == nil
 }
 
 // ownLoad is the load of this process. The caller has s.mu.

@@ -168,9 +168,6 @@ var errNotThere = errors.New("the process does not have the build")
 
 // order tells the owner of a build to end it.
 func (s *Store) order(ctx context.Context, r *stored, by string) error {
-	s.mu.Lock()
-	conn := s.conn
-	s.mu.Unlock()
 	k := r.at.key
 	o := order{r.Record.Tenant, r.Record.ID, r.Build, by, rand.Text()}
 	text, err := json.Marshal(o)
@@ -180,7 +177,7 @@ func (s *Store) order(ctx context.Context, r *stored, by string) error {
 	subject := k.cancel(r.Owner)
 	asked, cancel := context.WithTimeout(ctx, cancelFor)
 	defer cancel()
-	msg, err := conn.RequestWithContext(asked, subject, seal(k.control, subject, text))
+	msg, err := s.conn.Load().RequestWithContext(asked, subject, seal(k.control, subject, text))
 	if err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

@@ -82,9 +82,7 @@ func (s *Store) connect() *nats.Conn {
 		conn, err := nats.Connect(s.opts.URL, s.natsOptions()...)
 		if err == nil {
 			if err = s.listen(conn); err == nil {
-				s.mu.Lock()
-				s.conn = conn
-				s.mu.Unlock()
+				s.conn.Store(conn)
 				return conn
 			}
 			conn.Close()
@@ -97,6 +95,15 @@ func (s *Store) connect() *nats.Conn {
 		case <-time.After(5 * time.Second):
 		}
 	}
+}
+
+// connected returns the connection while it has a server, or else nil. Its caller must not have
+// s.mu.
+func (s *Store) connected() *nats.Conn {
+	if conn := s.conn.Load(); conn != nil && conn.IsConnected() {
+		return conn
+	}
+	return nil
 }
 
 // look finds the streams.

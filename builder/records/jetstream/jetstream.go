@@ -96,8 +96,11 @@ type Store struct {
 	loops   sync.WaitGroup
 	writers sync.WaitGroup
 
+	// The connection is not under mu, and nobody asks it anything with mu: it is locked for
+	// seconds while it connects, or writes to a frozen server, and builds wait for mu.
+	conn atomic.Pointer[nats.Conn]
+
 	mu       sync.Mutex
-	conn     *nats.Conn
 	streams  *streams      // nil while they are not known to be there
 	up       chan struct{} // closed when streams become known
 	trouble  chan struct{} // has a value when the streams may be gone
@@ -219,8 +222,8 @@ func (s *Store) Close(ctx context.Context) error {
 	s.stop()
 	s.loops.Wait()
 	<-stored
-	if s.conn != nil {
-		s.conn.Close()
+	if conn := s.conn.Load(); conn != nil {
+		conn.Close()
 	}
 	return err
 }
