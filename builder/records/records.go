@@ -21,7 +21,7 @@ const (
 	MaxPage      = 200              // records of a Page
 	MaxLog       = 8 << 20          // bytes of one build's log; of a longer one the latest lines are kept
 	MaxLine      = 60 << 10         // bytes of a line; the contract has no longer one
-	MaxFollowers = 32               // at once, of one process
+	MaxFollowers = 48               // at once, of one process
 	KeepAlive    = 10 * time.Second // of silence, after which Follow yields a Line with N 0
 	SlowAfter    = 10 * time.Second // that a follower may take for one Line; a slower one gets ErrSlow
 

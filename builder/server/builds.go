@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/fair"
 	"handler/function/records"
 	"handler/function/reply"
 	"handler/function/signature"
@@ -16,6 +17,9 @@ import (
 
 // The routes about builds that run or have ended: a list, a record, a log (log.go), and a build's
 // end. A tenant sees its own. Operators list, read and stop those of all tenants, and read no log.
+
+// maxLists is how many lists are made at once.
+const maxLists = 2
 
 // Bounds of what is asked of the store and the daemons.
 const (
@@ -28,7 +32,8 @@ var (
 	errNoBuild  = &api.Error{Code: api.NotFound, Msg: "no build of this id is known: it has not been delivered yet, or has been forgotten"}
 	errUnknown  = &api.Error{Code: api.RecordsUnreachable, Msg: "the store of records cannot be reached, and may know of the build"}
 	errOwner    = &api.Error{Code: api.OwnerUnreachable, Msg: "the build runs on a replica that does not answer"}
-	errReplayed = &api.Error{Code: api.Unauthorized, Msg: "this signature has stopped a build once, and works no more: sign the request again, with a later timestamp"}
+	errLists    = &api.Error{Code: api.Busy, Msg: "other lists of builds are being made"}
+	errReplayed = &api.Error{Code: api.Unauthorized, Msg: "this signature has been taken once, and works no more: sign the request again, with a later timestamp"}
 )
 
 // question is a signed request about builds.
@@ -121,6 +126,15 @@ func (s *Server) list(q *question) (*listed, error) {
 	}
 	ctx, cancel := context.WithTimeout(q.r.Context(), readTimeout)
 	defer cancel()
+	// One list of a tenant at a time: a list may read all that the store has, and others want one
+	// too.
+	if err := s.lists.Acquire(ctx, fair.Tenant{ID: asked.Tenant, Most: 1}, readTimeout); err != nil {
+		if q.r.Context().Err() == nil {
+			err = errLists
+		}
+		return nil, err
+	}
+	defer s.lists.Release(asked.Tenant)
 	page, err := s.Records.List(ctx, asked)
 	switch {
 	case ctx.Err() != nil:

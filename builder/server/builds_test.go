@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -456,6 +457,7 @@ type unreachable struct {
 }
 
 func (u unreachable) Get(context.Context, records.Ref) (records.Record, error) {
+	time.Sleep(50 * time.Millisecond) // an answer in events begins sooner
 	return records.Record{}, u.err
 }
 func (u unreachable) Find(context.Context, string, string, string) (records.Record, error) {
@@ -496,8 +498,63 @@ func TestUnreachableStore(t *testing.T) {
 		if a := f.do(t, f.asking(t, secret, "DELETE", "/builds/call")); a.status != tt.stop || a.rec.Code != tt.stopBy {
 			t.Errorf("%v: DELETE: %d %s", tt.err, a.status, a.body)
 		}
-		if a := f.do(t, f.asking(t, secret, "GET", "/builds/call/log")); a.status == 200 {
-			t.Errorf("%v: the log: %d %s", tt.err, a.status, a.body)
+		want := tt.get
+		if tt.past != nil {
+			want = map[error]int{records.ErrUnknown: 503, records.ErrNotFound: 404}[tt.err] // a daemon has no log
+		}
+		for _, accept := range []string{"", api.SSEType} {
+			if a := f.do(t, f.asking(t, secret, "GET", "/builds/call/log?follow=1", "Accept", accept)); a.status != want {
+				t.Errorf("%v: the log as %q: %d %s", tt.err, accept, a.status, a.body)
+			}
 		}
 	}
+}
+
+// held is a store whose lists wait.
+type held struct {
+	records.Store
+	asked   chan string // has the tenant of each list
+	release chan struct{}
+}
+
+func (h *held) List(ctx context.Context, q records.Query) (records.Page, error) {
+	h.asked <- q.Tenant
+	select {
+	case <-h.release:
+	case <-ctx.Done():
+	}
+	return h.Store.List(ctx, q)
+}
+
+// TestListsAreShared: while many lists of one tenant are wanted and each takes long, another
+// tenant's list does not wait for them.
+func TestListsAreShared(t *testing.T) {
+	h := &held{asked: make(chan string, 100), release: make(chan struct{})}
+	f, _ := startTenants(t, &scripted{}, []string{tenant("acme", ""), tenant("globex", "")}, func(c *server.Config) {
+		h.Store, c.Records = c.Records, h
+	})
+	var wg sync.WaitGroup
+	list := func(name string) {
+		r := f.asking(t, keyOf(name), "GET", "/builds", api.TenantHeader, name)
+		wg.Go(func() {
+			if a := f.do(t, r); a.status != 200 {
+				t.Errorf("a list of %s: %d %s", name, a.status, a.body)
+			}
+		})
+	}
+	for range 10 {
+		list("acme")
+	}
+	first := <-h.asked
+	list("globex")
+	if second := <-h.asked; first != "t-acme" || second != "t-globex" {
+		t.Errorf("made at once: the lists of %s and %s", first, second)
+	}
+	select {
+	case third := <-h.asked:
+		t.Errorf("made at once too: a list of %s", third)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(h.release)
+	wg.Wait()
 }

@@ -3,15 +3,30 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 
 	"handler/function/api"
+	"handler/function/fair"
 	"handler/function/records"
 	"handler/function/reply"
 )
 
-var errFollowers = &api.Error{Code: api.Busy, Msg: "as many logs are being read as one replica allows (32)"}
+// maxLogs is how many logs clients read at once. The store has more followers: redeliveries that
+// follow another replica's build, and verdicts that have a log.
+const maxLogs = 32
+
+var errFollowers = &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d logs of a replica may be read at once, and half of them by one tenant where there are several", maxLogs)}
+
+// reader is what a signer may have of the logs that are read at once.
+func (g signer) reader() fair.Tenant {
+	t := fair.Tenant{ID: g.id()}
+	if g.file() {
+		t.Most = maxLogs / 2
+	}
+	return t
+}
 
 // lastEventID is the header in which a client of server-sent events names the last one that it has.
 const lastEventID = "Last-Event-Id"
@@ -29,18 +44,19 @@ func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, q, err)
 		return
 	}
-	if s.followers.acquire(r.Context(), 0) != nil {
+	reader := q.by.reader()
+	if !s.followers.Try(reader) {
 		s.refuse(w, q, errFollowers)
 		return
 	}
-	defer s.followers.release()
+	defer s.followers.Release(reader.ID)
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(s.closed, func() { cancel(errShuttingDown) })()
 
-	ref, err := s.ref(q)
+	ref, err := s.logged(q)
 	if err != nil {
-		s.refuse(w, q, err)
+		s.refuse(w, q, logError(err))
 		return
 	}
 	out := reply.NewEvents(w, reply.Accept(r.Header))
@@ -71,14 +87,22 @@ func logError(err error) error {
 	return err
 }
 
+// logged names the attempt whose log a question is about: a later one may begin while it is read.
+// Its caller must not have begun an answer: an answer in events has the status 200.
+func (s *Server) logged(q *question) (records.Ref, error) {
+	ref, err := s.ref(q)
+	if err != nil {
+		return ref, err
+	}
+	ctx, cancel := context.WithTimeout(q.r.Context(), readTimeout)
+	defer cancel()
+	rec, err := s.Records.Get(ctx, ref)
+	ref.Attempt = rec.Attempt
+	return ref, err
+}
+
 // writeLog writes lines until there are no more, and then the record.
 func (s *Server) writeLog(ctx context.Context, q *question, out *reply.Events, ref records.Ref, after uint64, wait bool) error {
-	rec, err := s.Records.Get(ctx, ref)
-	if err != nil {
-		return err
-	}
-	// A later attempt may begin meanwhile.
-	ref.Attempt = rec.Attempt
 	for line, err := range s.Records.Follow(ctx, ref, after, wait) {
 		switch {
 		case err != nil:
@@ -94,7 +118,8 @@ func (s *Server) writeLog(ctx context.Context, q *question, out *reply.Events, r
 			return err
 		}
 	}
-	if rec, err = s.Records.Get(ctx, ref); err != nil {
+	rec, err := s.Records.Get(ctx, ref)
+	if err != nil {
 		return err
 	}
 	return out.Send("", q.by.shown(rec))

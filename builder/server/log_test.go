@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"handler/function/api"
-	"handler/function/records"
 	"handler/function/solve"
 )
 
@@ -226,6 +225,48 @@ func TestFollowersLeave(t *testing.T) {
 	}
 }
 
+// mostLogs is how many logs of a replica are read at once. A tenant reads half of them.
+const mostLogs = 32
+
+// followMany has n followers of a build, which must see it to its end. The request makes them.
+func (f *fixture) followMany(t *testing.T, wg *sync.WaitGroup, n int, request func() *http.Request) {
+	for range n {
+		wg.Go(func() {
+			if a := f.do(t, request()); a.status != 200 || !strings.Contains(a.body, `"success"`) {
+				t.Errorf("a follower has %d %s", a.status, a.body)
+			}
+		})
+	}
+}
+
+// TestTenantsFollowers: a tenant that reads as many logs as it may leaves others room.
+func TestTenantsFollowers(t *testing.T) {
+	solver, started, release := speaking()
+	f, _ := startTenants(t, solver, []string{tenant("acme", ""), tenant("globex", "")}, nil)
+	var wg sync.WaitGroup
+	for _, name := range []string{"acme", "globex"} {
+		wg.Go(func() { f.do(t, f.as(t, name, pack(t, imageOf(name)), api.CallIDHeader, "call")) })
+		<-started
+	}
+	log := func(name, query string) *http.Request {
+		return f.asking(t, keyOf(name), "GET", "/builds/call/log"+query, api.TenantHeader, name)
+	}
+	for i, name := range []string{"acme", "globex"} {
+		f.followMany(t, &wg, mostLogs/2, func() *http.Request { return log(name, "?follow=1") })
+		eventually(t, name+" follows", func() bool {
+			return strings.Contains(f.metrics(t), fmt.Sprintf("builder_log_followers %d\n", (i+1)*mostLogs/2))
+		})
+		if a := f.do(t, log(name, "")); a.status != http.StatusTooManyRequests || a.rec.Code != api.Busy {
+			t.Errorf("one more of %s: %d %s", name, a.status, a.body)
+		}
+	}
+	close(release)
+	wg.Wait()
+	if a := f.do(t, log("acme", "")); a.status != 200 {
+		t.Errorf("after all have left: %d %s", a.status, a.body)
+	}
+}
+
 // TestFollowersAreBounded: one more than the most is told to come back.
 func TestFollowersAreBounded(t *testing.T) {
 	solver, started, release := speaking()
@@ -233,15 +274,9 @@ func TestFollowersAreBounded(t *testing.T) {
 	sent := f.deliver(t, "call", pack(t, config))
 	<-started
 	var wg sync.WaitGroup
-	for range records.MaxFollowers {
-		wg.Go(func() {
-			if lines, end := f.readLog(t, "/builds/call/log?follow=1", 0); len(lines) != 2 || end.Status != api.Success {
-				t.Errorf("a follower has %q, %+v", lines, end)
-			}
-		})
-	}
+	f.followMany(t, &wg, mostLogs, func() *http.Request { return f.asking(t, secret, "GET", "/builds/call/log?follow=1") })
 	eventually(t, "all follow", func() bool {
-		return strings.Contains(f.metrics(t), fmt.Sprintf("builder_log_followers %d\n", records.MaxFollowers))
+		return strings.Contains(f.metrics(t), fmt.Sprintf("builder_log_followers %d\n", mostLogs))
 	})
 	for _, target := range []string{"/builds/call/log?follow=1", "/builds/call/log"} {
 		if a := f.do(t, f.asking(t, secret, "GET", target)); a.status != http.StatusTooManyRequests || a.rec.Code != api.Busy || a.header.Get("Retry-After") == "" {

@@ -150,7 +150,8 @@ type Server struct {
 	underway          underway
 	contextSlots      slots // for contexts on their way to the registry
 	flights           flights
-	followers         slots // of logs
+	followers         *fair.Slots // clients that read a log
+	lists             *fair.Slots // lists of builds that are made
 	daemons           daemonCount
 	refusals, defects refusals
 
@@ -173,7 +174,8 @@ func New(cfg Config) *Server {
 		underway:     underway{all: make(map[*work]bool)},
 		contextSlots: make(slots, maxContextSlots),
 		flights:      flights{named: make(map[flightID]*flight), all: make(map[*flight]bool)},
-		followers:    make(slots, records.MaxFollowers),
+		followers:    fair.New(maxLogs),
+		lists:        fair.New(maxLists),
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
@@ -313,7 +315,7 @@ func (s *Server) Shutdown() {
 	}
 }
 
-// closeTimeout bounds what Shutdown does once all builds have ended.
+// closeTimeout bounds what Shutdown waits for once all builds have ended.
 const closeTimeout = 3 * time.Second
 
 // lastLines waits until the logs of this replica's builds have been read to their ends, or for a
@@ -321,10 +323,8 @@ const closeTimeout = 3 * time.Second
 func (s *Server) lastLines(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout/3)
 	defer cancel()
-	for range cap(s.followers) {
-		select {
-		case s.followers <- struct{}{}: // none is left to read
-		case <-ctx.Done():
+	for range maxLogs { // with all of them, none is left to read
+		if s.followers.Acquire(ctx, fair.Tenant{}, closeTimeout) != nil {
 			return
 		}
 	}
