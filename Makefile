@@ -10,6 +10,7 @@ IMAGE ?=
 REGISTRY_CONFIG ?=
 PAYLOAD_SECRET ?= payload-secret
 BUILD_SECRETS_KEY ?=
+NATS ?=
 NAME ?=
 IMAGES ?=
 VIA ?= kubectl
@@ -102,9 +103,13 @@ bench-records: setup ## measure the store of build records on NATS servers; on a
 certs: ## the CA and both certificates for buildkitd and the function: DIR=buildkit/certs, FORCE=1 replaces
 	buildkit/certs.sh $(DIR)
 
+.PHONY: certs-nats
+certs-nats: ## the certificate and the credential of a NATS server for records of builds: DIR=buildkit/certs, FORCE=1 replaces the certificate
+	SIDES=nats buildkit/certs.sh $(DIR)
+
 .PHONY: secrets
-secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=
-	@PAYLOAD_SECRET=$(PAYLOAD_SECRET) REGISTRY_CONFIG=$(REGISTRY_CONFIG) BUILD_SECRETS_KEY=$(BUILD_SECRETS_KEY) buildkit/secrets.sh $(VIA)
+secrets: ## the Secrets that stack.yml names: VIA=kubectl or faas-cli, PAYLOAD_SECRET=, REGISTRY_CONFIG=, BUILD_SECRETS_KEY=, NATS=buildkit/certs/nats
+	@PAYLOAD_SECRET=$(PAYLOAD_SECRET) REGISTRY_CONFIG=$(REGISTRY_CONFIG) BUILD_SECRETS_KEY=$(BUILD_SECRETS_KEY) NATS=$(NATS) buildkit/secrets.sh $(VIA)
 
 .PHONY: tenant
 tenant: ## print an entry of the file of tenants, with a new id and a new key: NAME=acme IMAGES=registry.example.com/acme

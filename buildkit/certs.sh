@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the certificates with which buildkitd and the function know each other.
+# Makes the certificates with which buildkitd and the function know each other, and those of
+# a NATS server for records of builds.
 #
 #   certs.sh DIR [NAME-OR-ADDRESS...]
 #
@@ -8,8 +9,13 @@
 #   DIR/daemon/{ca.pem,cert.pem,key.pem}  for buildkitd, with the names below
 #   DIR/client/{ca.pem,cert.pem,key.pem}  for the function
 #
-# It keeps a CA that is in DIR. It replaces certificates only with FORCE=1. They are valid
-# for DAYS days (365), and the CA for CA_DAYS days (3650).
+# and with SIDES=nats instead of the last two (SIDES="daemon client"):
+#
+#   DIR/nats/{ca.pem,cert.pem,key.pem}    for the NATS server, with the names below
+#   DIR/nats/credential                   the function's user and password there
+#
+# It keeps a CA and a credential that are in DIR. It replaces certificates only with FORCE=1.
+# They are valid for DAYS days (365), and the CA for CA_DAYS days (3650).
 set -eu
 umask 077
 
@@ -18,27 +24,40 @@ dir=$1
 shift
 days=${DAYS:-365}
 ca_days=${CA_DAYS:-3650}
+sides=${SIDES:-daemon client}
 
-for side in daemon client; do
+for side in $sides; do
+	case $side in
+	daemon | client | nats) ;;
+	*) echo "$0: SIDES has neither daemon nor client nor nats: $side" >&2; exit 2 ;;
+	esac
+done
+for side in $sides; do
 	if [ -e "$dir/$side/cert.pem" ] && [ "${FORCE:-}" != 1 ]; then
 		echo "$0: $dir/$side/cert.pem is there; FORCE=1 replaces it" >&2
 		exit 1
 	fi
 done
 
-# The function expects the name buildkitd at every address that it dials. The other names
-# are for buildctl and for clients that expect the address.
-names="DNS:buildkitd,DNS:buildkitd.openfaas,DNS:buildkitd.openfaas.svc,DNS:buildkitd.openfaas.svc.cluster.local,DNS:localhost,IP:127.0.0.1,IP:::1"
+# The function expects the name buildkitd at every daemon's address that it dials. It expects
+# the address itself of a NATS server. The other names are for buildctl, and for other clients
+# that expect the address.
+services() { # NAME
+	echo "DNS:$1,DNS:$1.openfaas,DNS:$1.openfaas.svc,DNS:$1.openfaas.svc.cluster.local"
+}
+more="DNS:localhost,IP:127.0.0.1,IP:::1"
 for name; do
 	case $name in
 	*[!0-9a-zA-Z.:*-]* | '') echo "$0: neither a name nor an address: $name" >&2; exit 2 ;;
-	*:*) names="$names,IP:$name" ;;
-	*[!0-9.]*) names="$names,DNS:$name" ;;
-	*) names="$names,IP:$name" ;;
+	*:*) more="$more,IP:$name" ;;
+	*[!0-9.]*) more="$more,DNS:$name" ;;
+	*) more="$more,IP:$name" ;;
 	esac
 done
 
-mkdir -p "$dir/daemon" "$dir/client"
+for side in $sides; do
+	mkdir -p "$dir/$side"
+done
 # Inside DIR, so that finished files are moved into place on one file system.
 tmp=$(mktemp -d "$dir/.certs.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
@@ -60,13 +79,21 @@ keyUsage = critical,digitalSignature
 extendedKeyUsage = serverAuth
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
-subjectAltName = $names
+subjectAltName = $(services buildkitd),$more
 [client]
 basicConstraints = critical,CA:false
 keyUsage = critical,digitalSignature
 extendedKeyUsage = clientAuth
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
+# Servers of a cluster are clients of one another, by the names that nats-three gives them.
+[nats]
+basicConstraints = critical,CA:false
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth,clientAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = $(services builder-nats),DNS:*.builder-nats-routes,$more
 EOF
 
 new_key() {
@@ -86,10 +113,11 @@ else
 		-key "$tmp/ca-key.pem" -days "$ca_days" -out "$tmp/ca.pem"
 fi
 
-for side in daemon client; do
+for side in $sides; do
 	case $side in
 	daemon) subject=/CN=buildkitd ;;
 	client) subject=/CN=builder ;;
+	nats) subject=/CN=builder-nats ;;
 	esac
 	mkdir "$tmp/$side"
 	new_key "$tmp/$side/key.pem"
@@ -99,12 +127,17 @@ for side in daemon client; do
 		-extfile "$tmp/openssl.cnf" -extensions "$side" -out "$tmp/$side/cert.pem" 2>/dev/null
 	cp "$tmp/ca.pem" "$tmp/$side/ca.pem"
 done
+if [ -d "$tmp/nats" ] && [ ! -e "$dir/nats/credential" ]; then
+	# The server reads this as a setting too. A letter at the beginning keeps it from being
+	# a number there.
+	echo "builder:k$(openssl rand -hex 32)" >"$tmp/nats/credential"
+fi
 
 # DIR is changed only now, after everything has been made: a failure leaves it as it was.
 mv "$tmp/ca-key.pem" "$tmp/ca.pem" "$dir/"
-for side in daemon client; do
-	mv "$tmp/$side/ca.pem" "$tmp/$side/key.pem" "$tmp/$side/cert.pem" "$dir/$side/"
+for side in $sides; do
+	mv "$tmp/$side"/* "$dir/$side/"
 	chmod 644 "$dir/$side/cert.pem" "$dir/$side/ca.pem"
 done
 chmod 644 "$dir/ca.pem"
-echo "$dir: daemon and client certificates until $(openssl x509 -in "$dir/daemon/cert.pem" -noout -enddate | cut -d= -f2)"
+echo "$dir: $(echo "$sides" | sed 's/ / and /g') certificates until $(openssl x509 -in "$dir/$side/cert.pem" -noout -enddate | cut -d= -f2)"

@@ -9,6 +9,8 @@
 #   buildkit-key       from CERTS/client
 #   registry-config    from REGISTRY_CONFIG    (~/.docker/config.json)
 #   build-secrets-key  from BUILD_SECRETS_KEY  (none: without it there is no such Secret)
+#   nats-credential    from NATS               (none: without it there are no such Secrets)
+#   nats-ca            from NATS
 #
 # NAMESPACE is the namespace of the functions (openfaas-fn). faas-cli needs a login, and
 # reads OPENFAAS_URL.
@@ -30,6 +32,7 @@ set -- \
 	buildkit-key "$certs/key.pem" \
 	registry-config "${REGISTRY_CONFIG:-$HOME/.docker/config.json}"
 [ -z "${BUILD_SECRETS_KEY:-}" ] || set -- "$@" build-secrets-key "$BUILD_SECRETS_KEY"
+[ -z "${NATS:-}" ] || set -- "$@" nats-credential "$NATS/credential" nats-ca "$NATS/ca.pem"
 
 # No Secret is created unless all files are there.
 missing=0
@@ -39,6 +42,7 @@ want() { # NAME FILE
 	case $1 in
 	payload-secret) how='faas-cli secret generate -o payload-secret, or openssl rand -hex 32 > payload-secret, or PAYLOAD_SECRET=file' ;;
 	buildkit-*) how='make certs' ;;
+	nats-*) how='make certs-nats' ;;
 	registry-config) how='REGISTRY_CONFIG=config.json' ;;
 	*) how='BUILD_SECRETS_KEY=file' ;;
 	esac

@@ -153,7 +153,7 @@ find_missing() { # TARGET...
 	packages=() problems=()
 	for target; do
 		case $target in
-		help | envelope | certs | secrets | tenant | tenant-forget | clean) ;;
+		help | envelope | certs | certs-nats | secrets | tenant | tenant-forget | clean) ;;
 		run | up | publish | bench | bench-pool | bench-records) need_stack "$target" ;;
 		test | test-e2e | test-timing) need_end_to_end "$target" ;;
 		test-unit) need_compiler ;;
