@@ -39,10 +39,10 @@ func TestKubernetes(t *testing.T) {
 		t.Fatal(err)
 	}
 	// What there are volumes for: each is claimed once.
-	if err := c.Volumes(t.Context(), 6, "50Gi"); err != nil {
+	if err := c.Volumes(t.Context(), 7, "50Gi"); err != nil {
 		t.Fatal(err)
 	}
-	c.run(t, "buildkit/certs.sh", filepath.Join(c.dir, "buildkit", "certs"))
+	c.run(t, []string{"SIDES=daemon client nats"}, "buildkit/certs.sh", filepath.Join(c.dir, "buildkit", "certs"))
 	for _, namespace := range []string{"openfaas", "openfaas-fn"} {
 		c.kubectl(t, "create", "namespace", namespace)
 	}
@@ -59,6 +59,7 @@ func TestKubernetes(t *testing.T) {
 	step("build", c.buildAndRun)
 	step("userns", func(t *testing.T) { c.isolated(t, "pool") })
 	step("restart", c.restart)
+	step("records", c.records)
 	step("tenants", c.tenants)
 	c.kubectl(t, "delete", "--ignore-not-found", "-k", c.overlay(t, "pool"))
 	for _, variant := range []string{"single", "single-privileged", "single-rootless"} {
@@ -70,13 +71,13 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
-// run runs a script of the copy in the cluster's node, which has kubectl.
-func (c *cluster) run(t *testing.T, script string, args ...string) {
+// run runs a script of the copy in the cluster's node, which has kubectl, with variables.
+func (c *cluster) run(t *testing.T, env []string, script string, args ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := c.Command(ctx, "/bin/sh", append([]string{filepath.Join(c.dir, script)}, args...)...)
-	cmd.Env = append(cmd.Env, "PAYLOAD_SECRET="+filepath.Join(c.dir, "payload-secret"), "REGISTRY_CONFIG="+filepath.Join(c.dir, "config.json"))
+	cmd.Env = append(append(cmd.Env, env...), "PAYLOAD_SECRET="+filepath.Join(c.dir, "payload-secret"), "REGISTRY_CONFIG="+filepath.Join(c.dir, "config.json"))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v: %s", script, err, out)
 	}
@@ -88,6 +89,12 @@ func (c *cluster) accepted(t *testing.T) {
 	for _, variant := range []string{"single", "single-rootless", "single-privileged", "single-cert-manager", "pool", "pool-rootless", "pool-privileged", "pool-cert-manager"} {
 		out := c.kubectl(t, "apply", "--dry-run=server", "--validate=strict", "-o", "name", "-k", filepath.Join(c.dir, "buildkit", variant))
 		if !strings.Contains(out, "networkpolicy.networking.k8s.io/buildkitd") {
+			t.Errorf("%s has %q", variant, out)
+		}
+	}
+	for _, variant := range []string{"nats", "nats-three"} {
+		out := c.kubectl(t, "apply", "--dry-run=server", "--validate=strict", "-o", "name", "-k", filepath.Join(c.dir, "buildkit", variant))
+		if !strings.Contains(out, "networkpolicy.networking.k8s.io/builder-nats") || !strings.Contains(out, "statefulset.apps/builder-nats") {
 			t.Errorf("%s has %q", variant, out)
 		}
 	}
@@ -105,7 +112,7 @@ func (c *cluster) secrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.run(t, "buildkit/secrets.sh", "kubectl")
+	c.run(t, nil, "buildkit/secrets.sh", "kubectl")
 	list := strings.Fields(c.kubectl(t, "-n", "openfaas-fn", "get", "secrets", "-o", `jsonpath={.items[*].metadata.name}`))
 	d, err := c.s.Description()
 	if err != nil {
@@ -125,6 +132,10 @@ func (c *cluster) deploy(t *testing.T, more ...string) {
 		t.Fatal(err)
 	}
 	d.Secrets = append(d.Secrets, more...)
+	c.deployAs(t, d)
+}
+
+func (c *cluster) deployAs(t *testing.T, d *stack.Description) {
 	c.input(t, manifests(t, d, c.Registry+"/builder:latest"), "apply", "-f", "-")
 	c.kubectl(t, "-n", "openfaas-fn", "rollout", "status", "deployment/builder", "--timeout=3m")
 }
@@ -288,6 +299,84 @@ func (c *cluster) restart(t *testing.T) {
 	}
 }
 
+// records applies the NATS server for records of builds, and has two replicas of the function
+// use it. What one of them builds, the other lists, reads and stops, also after the server has
+// come again with what is on its volume.
+func (c *cluster) records(t *testing.T) {
+	c.kubectl(t, "apply", "-k", filepath.Join(c.dir, "buildkit", "nats"))
+	c.kubectl(t, "-n", "openfaas", "rollout", "status", "statefulset/builder-nats", "--timeout=5m")
+	c.run(t, []string{"NATS=" + filepath.Join(c.dir, "buildkit", "certs", "nats")}, "buildkit/secrets.sh", "kubectl")
+	d, err := c.s.Description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Secrets = append(d.Secrets, "nats-credential", "nats-ca")
+	d.Environment["nats_url"] = "tls://builder-nats.openfaas:4222"
+	c.kubectl(t, "-n", "openfaas-fn", "scale", "deployment/builder", "--replicas=2")
+	c.deployAs(t, d)
+	a, b := c.replicas(t)
+
+	image := c.Registry + "/k8s/records:v1"
+	built, err := a.Post(t.Context(), c.body(t, "k8s/records:v1", "FROM busybox", "RUN echo of the one replica"), client.Header("X-Call-Id", "kept"))
+	if err != nil || built.Status != "success" {
+		t.Fatalf("%v, %v", err, built)
+	}
+	stopped := make(chan string, 1)
+	endless := c.body(t, "k8s/records:v2", "FROM busybox", "RUN sleep 600")
+	go func() {
+		answer, err := a.Post(t.Context(), endless, client.Header("X-Call-Id", "stopped"))
+		stopped <- fmt.Sprint(answer.Code, " ", err)
+	}()
+	stack.Eventually(t, 3*time.Minute, func() error {
+		v := b.MustVerdict(t, t.Context(), "stopped")
+		if v.Status != "in_progress" {
+			return fmt.Errorf("the other replica says %v", v)
+		}
+		return nil
+	})
+	b.MustStop(t, t.Context(), "stopped")
+	if got := <-stopped; got != "canceled <nil>" {
+		t.Errorf("the build that was stopped: %s", got)
+	}
+
+	c.kubectl(t, "-n", "openfaas", "rollout", "restart", "statefulset/builder-nats")
+	c.kubectl(t, "-n", "openfaas", "rollout", "status", "statefulset/builder-nats", "--timeout=5m")
+	stack.Eventually(t, 3*time.Minute, func() error {
+		list, err := b.Builds(t.Context(), "")
+		if err != nil || !list.Complete || len(list.Builds) != 2 || list.Builds[1].ID != "kept" || list.Builds[1].Image != image {
+			return fmt.Errorf("the other replica lists %+v, %v", list, err)
+		}
+		return nil
+	})
+	if log := b.MustReadLog(t, t.Context(), "kept", ""); !slices.Equal(log.Texts(), built.Log) {
+		t.Errorf("the other replica has %q, want %q", log.Texts(), built.Log)
+	}
+	c.kubectl(t, "-n", "openfaas-fn", "scale", "deployment/builder", "--replicas=1")
+	c.deploy(t) // as the next ones expect it
+	c.kubectl(t, "delete", "-k", filepath.Join(c.dir, "buildkit", "nats"))
+}
+
+// replicas are both pods of the function, once each has its store.
+func (c *cluster) replicas(t *testing.T) (a, b *client.Client) {
+	var found []*client.Client
+	stack.Eventually(t, 3*time.Minute, func() error {
+		pods := strings.Fields(c.kubectl(t, "-n", "openfaas-fn", "get", "pods", "-l", "faas_function=builder", "-o", "jsonpath={.items[*].status.podIP}"))
+		if len(pods) != 2 {
+			return fmt.Errorf("the pods are at %q", pods)
+		}
+		found = nil
+		for _, ip := range pods {
+			one := &client.Client{URL: "http://" + ip + ":8080", Secret: c.s.PayloadSecret, HTTP: c.Client()}
+			if list, err := one.Builds(t.Context(), ""); err != nil || !list.Complete {
+				return fmt.Errorf("%s lists %+v, %v", ip, list, err)
+			}
+			found = append(found, one)
+		}
+		return nil
+	})
+	return found[0], found[1]
+}
+
 // tenants deploys the function with a file of tenants, and changes the file while a build
 // runs. The build goes on, and the change counts without a restart, once the kubelet has
 // written it into the pod.
@@ -354,6 +443,7 @@ func (c *cluster) explain(t *testing.T) {
 		{"get", "pods,statefulsets,deployments,pvc,pv", "-A", "-o", "wide"},
 		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
 		{"-n", "openfaas", "logs", "-l", "app=buildkitd", "--tail=30", "--prefix"},
+		{"-n", "openfaas", "logs", "-l", "app=builder-nats", "--tail=30", "--prefix"},
 		{"-n", "openfaas-fn", "logs", "deployment/builder", "--tail=40"},
 	} {
 		out, err := c.Kubectl(ctx, nil, args...)

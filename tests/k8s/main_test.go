@@ -61,6 +61,17 @@ func images(t *testing.T, s *stack.Stack) {
 		send(t, f, daemon, map[string]any{"image": s.Registry.Image("moby/buildkit:" + tag), "target": target})
 	}
 
+	server, _, err := stack.BuildNATS(t.Context(), s.Repo, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// docker.io/library/nats:2.15.3 is the program alone too.
+	nats := stack.Context(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY nats-server /\nENTRYPOINT [\"/nats-server\"]\n"})
+	if err := copyProgram(nats, "nats-server", server); err != nil {
+		t.Fatal(err)
+	}
+	send(t, f, nats, map[string]any{"image": s.Registry.Image("library/nats:2.15.3")})
+
 	function, args, err := s.Own(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -250,17 +261,31 @@ func (c *cluster) function(t *testing.T) *client.Client {
 
 // build sends one Dockerfile through the deployed function.
 func (c *cluster) build(ctx context.Context, f *client.Client, image string, dockerfile ...string) (client.Record, error) {
-	dir, err := os.MkdirTemp(c.dir, "context-")
-	if err != nil {
-		return client.Record{}, err
-	}
-	defer os.RemoveAll(dir)
-	if err := stack.WriteContext(dir, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"}); err != nil {
-		return client.Record{}, err
-	}
-	body, err := stack.Tar(dir, &builder.BuildConfig{Image: c.Registry + "/" + image})
+	body, err := c.tar(image, dockerfile...)
 	if err != nil {
 		return client.Record{}, err
 	}
 	return f.Build(ctx, body)
+}
+
+// body is the request of build.
+func (c *cluster) body(t *testing.T, image string, dockerfile ...string) []byte {
+	t.Helper()
+	body, err := c.tar(image, dockerfile...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+func (c *cluster) tar(image string, dockerfile ...string) ([]byte, error) {
+	dir, err := os.MkdirTemp(c.dir, "context-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	if err := stack.WriteContext(dir, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"}); err != nil {
+		return nil, err
+	}
+	return stack.Tar(dir, &builder.BuildConfig{Image: c.Registry + "/" + image})
 }

@@ -26,13 +26,13 @@ func TestBroken(t *testing.T) {
 		if err != nil {
 			return
 		}
-		for _, p := range promises {
+		for _, p := range promisesOf(name) {
 			if p.check(name, v) != nil {
 				breaks[p.name]++
 			}
 		}
 	}
-	for _, name := range []string{"single-rootless", "pool"} {
+	for _, name := range []string{"single-rootless", "pool", "nats-three"} {
 		manifests, err := render(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
@@ -64,7 +64,7 @@ func TestBroken(t *testing.T) {
 	if _, err := decode(nil); err == nil {
 		t.Error("an empty document is taken for a manifest")
 	}
-	for _, p := range promises {
+	for _, p := range slices.Concat(promises, natsPromises) {
 		if breaks[p.name] == 0 {
 			t.Errorf("nothing breaks the promise %q", p.name)
 		}

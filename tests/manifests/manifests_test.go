@@ -33,12 +33,23 @@ func checkout(t *testing.T) string {
 	if err := os.CopyFS(dir, os.DirFS(filepath.Join(repo, "buildkit"))); err != nil {
 		t.Fatal(err)
 	}
-	for _, side := range []string{"daemon", "client"} { // of whoever runs this
-		if err := os.RemoveAll(filepath.Join(dir, "certs", side)); err != nil {
+	certs := filepath.Join(dir, "certs")
+	for _, side := range []string{"daemon", "client", "nats"} { // of whoever runs this
+		made, err := filepath.Glob(filepath.Join(certs, side, "*"))
+		if err != nil {
 			t.Fatal(err)
 		}
+		for _, file := range made {
+			if filepath.Base(file) != "kustomization.yaml" {
+				if err := os.Remove(file); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
 	}
-	if out, err := exec.Command(filepath.Join(dir, "certs.sh"), filepath.Join(dir, "certs")).CombinedOutput(); err != nil {
+	cmd := exec.Command(filepath.Join(dir, "certs.sh"), certs)
+	cmd.Env = append(os.Environ(), "SIDES=daemon client nats")
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return dir
@@ -76,6 +87,7 @@ type variant struct {
 	deployment *appsv1.Deployment  // nil in a pool
 	set        *appsv1.StatefulSet // nil without a pool
 	service    *corev1.Service
+	routes     *corev1.Service // of NATS servers, for one another
 	policies   map[string]*networkingv1.NetworkPolicy
 	claims     []corev1.PersistentVolumeClaim // a StatefulSet's templates among them
 	budget     *policyv1.PodDisruptionBudget
@@ -83,7 +95,7 @@ type variant struct {
 	configs    map[string]*corev1.ConfigMap
 }
 
-// pod is the daemon's.
+// pod is the daemon's or the NATS server's.
 func (v *variant) pod() corev1.PodTemplateSpec {
 	if v.set != nil {
 		return v.set.Spec.Template
@@ -127,7 +139,12 @@ func (v *variant) add(object runtime.Object) error {
 	case *corev1.PersistentVolumeClaim:
 		v.claims, namespace = append(v.claims, *o), o.Namespace
 	case *corev1.Service:
-		v.service, namespace = o, o.Namespace
+		namespace = o.Namespace
+		if o.Name == natsRoutes {
+			v.routes = o
+		} else {
+			v.service = o
+		}
 	case *networkingv1.NetworkPolicy:
 		v.policies[o.Name], namespace = o, o.Namespace
 	case *policyv1.PodDisruptionBudget:
@@ -194,6 +211,7 @@ func only[T any](list []T) (v T) {
 var variants = []string{
 	"single", "single-rootless", "single-privileged", "single-cert-manager",
 	"pool", "pool-rootless", "pool-privileged", "pool-cert-manager",
+	"nats", "nats-three",
 }
 
 func TestVariants(t *testing.T) {
@@ -212,12 +230,15 @@ func TestVariants(t *testing.T) {
 	for _, name := range variants {
 		t.Run(name, func(t *testing.T) {
 			v := mustLoad(t, filepath.Join(dir, name))
-			for _, p := range promises {
+			for _, p := range promisesOf(name) {
 				t.Run(p.name, func(t *testing.T) {
 					if err := p.check(name, v); err != nil {
 						t.Error(err)
 					}
 				})
+			}
+			if isNATS(name) {
+				return
 			}
 			t.Run("metrics", func(t *testing.T) {
 				if err := checkMetrics(v, mustLoad(t, withMetrics(t, dir, name))); err != nil {

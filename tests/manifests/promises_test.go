@@ -18,12 +18,23 @@ import (
 	"handler/function/hosts"
 )
 
-// promises are what buildkit/README.md says of every variant. Each takes any manifests
+// promise is what buildkit/README.md says of every variant of a kind. It takes any manifests
 // that can be decoded, broken ones too: value and only make what is missing zero.
-var promises = []struct {
+type promise struct {
 	name  string
 	check func(name string, v *variant) error
-}{
+}
+
+// promisesOf are those of a variant.
+func promisesOf(name string) []promise {
+	if isNATS(name) {
+		return natsPromises
+	}
+	return promises
+}
+
+// promises are those of daemons.
+var promises = []promise{
 	{"replaced", checkReplaced},
 	{"no service account", checkServiceAccount},
 	{"time to end", checkTimeToEnd},

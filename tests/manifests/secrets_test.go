@@ -60,11 +60,12 @@ func TestMakeSecrets(t *testing.T) {
 	dir := checkout(t)
 	config := filepath.Join(t.TempDir(), "config.json")
 	payload := filepath.Join(t.TempDir(), "payload")
-	run := func(via string) (calls, output string, err error) {
+	run := func(via string, more ...string) (calls, output string, err error) {
 		path, log := fakeCLI(t, via)
 		cmd := exec.Command(filepath.Join(dir, "secrets.sh"), via)
 		cmd.Dir = t.TempDir()
 		cmd.Env = []string{"PATH=" + path + ":" + os.Getenv("PATH"), "HOME=/nonexistent", "PAYLOAD_SECRET=" + payload, "REGISTRY_CONFIG=" + config}
+		cmd.Env = append(cmd.Env, more...)
 		out, err := cmd.CombinedOutput()
 		text, readErr := os.ReadFile(log)
 		if readErr != nil && !os.IsNotExist(readErr) {
@@ -82,10 +83,23 @@ func TestMakeSecrets(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	nats := filepath.Join(dir, "certs", "nats")
 	for _, via := range []string{"kubectl", "faas-cli"} {
 		calls, out, err := run(via)
-		if err != nil {
-			t.Errorf("%s: %v: %s", via, err, out)
+		if err != nil || strings.Contains(calls, "nats") {
+			t.Errorf("%s: %v: %s\n%s", via, err, out, calls)
+		}
+		if calls, out, err := run(via, "NATS=/nonexistent"); err == nil || calls != "" || !strings.Contains(out, "nats-ca: /nonexistent/ca.pem is missing") || !strings.Contains(out, "make certs-nats") {
+			t.Errorf("%s: without the files of NATS: %v, %q, %s", via, err, calls, out)
+		}
+		if calls, out, err = run(via, "NATS="+nats); err != nil {
+			t.Errorf("%s with NATS: %v: %s", via, err, out)
+		}
+		c := mustDefaults(t)
+		for name, file := range map[string]string{c.NATSCredential: "credential", c.NATSCA: "ca.pem"} {
+			if !strings.Contains(calls, "secret") || !strings.Contains(calls, filepath.Join(nats, file)) || !strings.Contains(calls, name) {
+				t.Errorf("%s: no %s of %s in\n%s", via, name, file, calls)
+			}
 		}
 		for _, name := range description(t).Secrets {
 			want := "secret create " + name + " --from-file "

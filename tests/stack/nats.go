@@ -92,6 +92,17 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 	return servers, nil
 }
 
+// ConfiguredNATS starts one server with a configuration, beside which there may be files that it
+// includes. The server listens where url says. Ready waits for it.
+func ConfiguredNATS(bin, dir, conf, url string) (*NATS, error) {
+	port, err := FreePort()
+	if err != nil {
+		return nil, err
+	}
+	n := &NATS{URL: url, bin: bin, dir: dir, conf: conf + fmt.Sprintf("\nhttp: 127.0.0.1:%d\n", port), monitor: fmt.Sprintf("http://127.0.0.1:%d/healthz", port)}
+	return n, n.start()
+}
+
 func (n *NATS) start() error {
 	if err := os.MkdirAll(n.dir, 0o755); err != nil {
 		return err
