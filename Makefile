@@ -116,10 +116,11 @@ tenant: ## print an entry of the file of tenants, with a new id and a new key: N
 	@buildkit/tenant.sh '$(NAME)' '$(IMAGES)'
 
 .PHONY: tenant-forget
-tenant-forget: ## remove a tenant's contexts and cache tags: ID=, CONTEXT_REPOSITORY=, CACHE_REPOSITORY=, TENANTS=, REGISTRY_CONFIG=, REGISTRY_CA=host=file
+tenant-forget: ## remove a tenant's contexts, cache tags and records: ID=, CONTEXT_REPOSITORY=, CACHE_REPOSITORY=, TENANTS=, REGISTRY_CONFIG=, REGISTRY_CA=host=file, NATS_URL=, NATS=buildkit/certs/nats, PAYLOAD_SECRET=
 	@go -C builder build -o ../.cache/bin/tenant-forget ./cmd/tenant-forget
 	@.cache/bin/tenant-forget -id=$(ID) -contexts=$(CONTEXT_REPOSITORY) -cache=$(CACHE_REPOSITORY) \
-		$(addprefix -tenants=,$(TENANTS)) $(addprefix -ca=,$(REGISTRY_CA)) -registry-config=$(or $(REGISTRY_CONFIG),$$HOME/.docker/config.json)
+		$(addprefix -tenants=,$(TENANTS)) $(addprefix -ca=,$(REGISTRY_CA)) -registry-config=$(or $(REGISTRY_CONFIG),$$HOME/.docker/config.json) \
+		$(if $(NATS_URL),-nats=$(NATS_URL) -payload-secret=$(PAYLOAD_SECRET) $(if $(NATS),-nats-credential=$(NATS)/credential -nats-ca=$(NATS)/ca.pem))
 
 # go vet and staticcheck read the tests on Kubernetes too, which need a tag.
 .PHONY: lint

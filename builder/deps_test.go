@@ -20,7 +20,7 @@ var imports = map[string][]string{
 	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "records", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "buildkit/sources", "redact", "registry", "repository", "solve"},
 
-	"cmd/tenant-forget": {"owned", "registry", "tenants"},
+	"cmd/tenant-forget": {"owned", "records/jetstream", "registry", "signature", "tenants"},
 
 	"buildkit/contextfs": {"api", "payload"},
 	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},

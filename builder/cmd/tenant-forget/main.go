@@ -1,6 +1,6 @@
-// Command tenant-forget removes what the builder keeps for one tenant in repositories of its
-// own: the contexts that the tenant sent ahead, and its cache. It prints what it removed, and
-// what else there is of the tenant.
+// Command tenant-forget removes what the builder keeps for one tenant: the contexts that the
+// tenant sent ahead, its cache, and the records and logs of its builds in NATS. It prints what it
+// removed, and what else there is of the tenant.
 package main
 
 import (
@@ -19,7 +19,9 @@ import (
 	"github.com/rs/zerolog"
 
 	"handler/function/owned"
+	"handler/function/records/jetstream"
 	"handler/function/registry"
+	"handler/function/signature"
 	"handler/function/tenants"
 )
 
@@ -36,7 +38,7 @@ func main() {
 	}
 }
 
-// timeout is for one repository.
+// timeout is for one repository, and for the records.
 const timeout = 30 * time.Minute
 
 // options are what the command line says.
@@ -46,6 +48,10 @@ type options struct {
 	registryConfig  string            // a file; empty for no credentials
 	cas             map[string]string // files, by the registry's host
 	tenants         []string          // files
+
+	nats          string // the addresses of servers; empty for none
+	access        jetstream.Access
+	payloadSecret string // a file
 }
 
 func parse(args []string, help io.Writer) (*options, error) {
@@ -68,14 +74,20 @@ func parse(args []string, help io.Writer) (*options, error) {
 		o.tenants = append(o.tenants, v)
 		return nil
 	})
+	f.StringVar(&o.nats, "nats", "", "the function's nats_url, with records and logs of builds")
+	f.StringVar(&o.access.Credential, "nats-credential", "", "the function's secret nats-credential, a `file`")
+	f.StringVar(&o.access.CA, "nats-ca", "", "the function's secret nats-ca, a `file`")
+	f.StringVar(&o.payloadSecret, "payload-secret", "", "the payload secret, a `file`: the names of records are made with its lines")
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
 	switch {
 	case f.NArg() > 0:
 		return nil, fmt.Errorf("%q is no flag", f.Arg(0))
-	case o.contexts == "" && o.cache == "":
-		return nil, errors.New("neither a repository of contexts nor one of cache is named, so there is nothing to remove")
+	case o.contexts == "" && o.cache == "" && o.nats == "":
+		return nil, errors.New("neither a repository of contexts nor one of cache nor NATS is named, so there is nothing to remove")
+	case o.nats != "" && o.payloadSecret == "":
+		return nil, errors.New("without the payload secret, a tenant's records in NATS cannot be told from those of others")
 	}
 	return o, nil
 }
@@ -87,6 +99,12 @@ func run(ctx context.Context, args []string, out, help io.Writer) error {
 	}
 	if err := o.check(); err != nil {
 		return err
+	}
+	var roots [][]byte
+	if o.nats != "" {
+		if roots, err = readRoots(o.payloadSecret); err != nil {
+			return err
+		}
 	}
 	log := zerolog.New(os.Stderr).Level(zerolog.WarnLevel)
 	credentials := registry.New(registry.Config{File: o.registryConfig, CAFiles: o.cas, Log: log})
@@ -102,8 +120,46 @@ func run(ctx context.Context, args []string, out, help io.Writer) error {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", r.repository, err))
 		}
 	}
-	fmt.Fprintf(out, stays, o.id)
+	if o.nats == "" {
+		fmt.Fprintf(out, stays, o.id, recordsStay)
+		return failed
+	}
+	if err := o.removeRecords(ctx, roots, out); err != nil {
+		failed = errors.Join(failed, fmt.Errorf("records: %w", err))
+	}
+	fmt.Fprintf(out, stays, o.id, otherRecordsStay)
 	return failed
+}
+
+// readRoots returns the lines of the payload secret.
+func readRoots(name string) ([][]byte, error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("reading the payload secret: %w", err)
+	}
+	keys, _ := signature.ParseKeys(text)
+	if len(keys) == 0 {
+		return nil, fmt.Errorf("reading the payload secret: %s has no key", name)
+	}
+	return keys, nil
+}
+
+// removeRecords removes the records and logs of builds that have ended, and says how many.
+func (o *options) removeRecords(ctx context.Context, roots [][]byte, out io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	f, err := jetstream.Forget(ctx, jetstream.Options{
+		URL: o.nats, NATS: o.access.Options(), Roots: roots,
+		Problem: func(err error) { fmt.Fprintln(out, "records:", err) },
+	}, o.id)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "records: %d removed\n", f.Removed)
+	if f.Running > 0 {
+		return fmt.Errorf("%d left, of builds that run: run this again when they have ended", f.Running)
+	}
+	return nil
 }
 
 // check wants an id of the right form that no tenant has any more.
@@ -176,11 +232,19 @@ func remove(ctx context.Context, credentials *registry.Credentials, repository s
 	return err
 }
 
-// stays says what else there is of a tenant, whose id is its only argument.
+// stays says what else there is of a tenant. Its arguments are the tenant's id and a line about
+// records.
 const stays = `Of %s there still is:
   in the registries: the images that it pushed; and the bytes of what was removed, until garbage collection
   on the daemons: its layers, contexts and cache mounts, until garbage collection or buildctl prune
   on the daemons: the history of its builds, for the time in buildkitd.toml
-  in the function: the verdicts and logs of its queued builds, for a day at most
-  in the log: the lines of its builds
+  in the memory of the function: the records and logs of its builds, for a day at most
+%s  in the log: the lines of its builds
 `
+
+const (
+	recordsStay = `  in NATS, if the function has nats_url: the records and logs of its builds, for a week; -nats and -payload-secret remove them
+`
+	otherRecordsStay = `  in NATS: the records and logs of its builds under lines that the payload secret no longer has, for a week
+`
+)

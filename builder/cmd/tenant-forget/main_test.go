@@ -146,6 +146,9 @@ func TestRefusals(t *testing.T) {
 		{"is the id of tenant acme", []string{"-id=t-1", cache, "-tenants=" + two, "-tenants=" + one}},
 		{"no such file", []string{"-id=t-1", cache, "-tenants=" + one + "x"}},
 		{"line 1", []string{"-id=t-1", cache, "-tenants=" + write("version: 2")}},
+		{"without the payload secret", []string{"-id=t-1", "-nats=nats://127.0.0.1:1"}},
+		{"no such file", []string{"-id=t-1", cache, "-nats=nats://127.0.0.1:1", "-payload-secret=/nonexistent"}},
+		{"has no key", []string{"-id=t-1", cache, "-nats=nats://127.0.0.1:1", "-payload-secret=" + write("short")}},
 		{"is no flag", []string{"-id=t-1", cache, "t-2"}},
 		{"want host=file", []string{"-id=t-1", cache, "-ca=ca.pem"}},
 		{"repository can only contain", []string{"-id=t-1", "-cache=registry.example.com/A"}},
@@ -164,5 +167,34 @@ func TestRefusals(t *testing.T) {
 	}
 	if left, err := remote.List(repositoryOf(t, host, "cache")); err != nil || len(left) != 0 {
 		t.Errorf("%q is left, %v", left, err)
+	}
+}
+
+// TestNoNATS has servers that cannot be asked. What is in the registry is removed all the same.
+func TestNoNATS(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "payload-secret")
+	if err := os.WriteFile(secret, []byte("0123456789abcdef\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		want string
+		args []string
+	}{
+		{"records: connecting to NATS: ", []string{"-nats=nats://127.0.0.1:1"}},
+		{"records: connecting to NATS: ", []string{"-nats=nats://127.0.0.1:1", "-nats-credential=/nonexistent"}},
+		{"records: reading the address of NATS: ", []string{"-nats=builder:password@127.0.0.1"}},
+	} {
+		host := newRegistry(t, nil, []string{"t-1-" + sharedKey})
+		var out bytes.Buffer
+		err := run(t.Context(), append(tt.args, "-id=t-1", "-cache="+host+"/cache", "-payload-secret="+secret), &out, io.Discard)
+		if err == nil || !strings.HasPrefix(err.Error(), tt.want) || strings.Contains(err.Error(), "password") {
+			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
+		}
+		if want := removed(host+"/cache", []string{"t-1-" + sharedKey}); !strings.HasPrefix(out.String(), want) {
+			t.Errorf("%q: it prints %s, want %s", tt.args, &out, want)
+		}
+		if left, err := remote.List(repositoryOf(t, host, "cache")); err != nil || len(left) != 0 {
+			t.Errorf("%q: %q is left, %v", tt.args, left, err)
+		}
 	}
 }

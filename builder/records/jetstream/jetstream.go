@@ -133,11 +133,8 @@ type streams struct {
 
 // Open returns a store at once. It connects in the background, for as long as it takes.
 func Open(opts Options) (*Store, error) {
-	for server := range strings.SplitSeq(opts.URL, ",") {
-		if u, err := url.Parse(strings.TrimSpace(server)); err != nil || u.Host == "" || !slices.Contains([]string{"nats", "tls", "ws", "wss"}, u.Scheme) {
-			// Not %q: there may be a password in it.
-			return nil, errors.New("reading the address of NATS: it is not nats://host:port, or several with commas between them")
-		}
+	if err := checkURL(opts.URL); err != nil {
+		return nil, err
 	}
 	r, err := newRing(opts.Roots)
 	if err != nil {
@@ -173,6 +170,17 @@ func Open(opts Options) (*Store, error) {
 	s.loops.Go(s.beat)
 	s.loops.Go(s.sweep)
 	return s, nil
+}
+
+// checkURL refuses what is no Options.URL.
+func checkURL(list string) error {
+	for server := range strings.SplitSeq(list, ",") {
+		if u, err := url.Parse(strings.TrimSpace(server)); err != nil || u.Host == "" || !slices.Contains([]string{"nats", "tls", "ws", "wss"}, u.Scheme) {
+			// Not %q: there may be a password in it.
+			return errors.New("reading the address of NATS: it is not nats://host:port, or several with commas between them")
+		}
+	}
+	return nil
 }
 
 // SetRoots replaces the lines of the root secret. Builds that run keep the key that they began
