@@ -23,7 +23,7 @@ func TestOwnerKilled(t *testing.T) {
 	}
 	m := mark()
 	request := body(t, h.a, m, "FROM busybox", held(m))
-	cut := later(t, func(ctx context.Context) (error, error) {
+	cut := stack.Later(t, func(ctx context.Context) (error, error) {
 		_, err := h.a.Post(ctx, request, client.Accept(client.NDJSON), delivery(m))
 		return err, nil
 	})

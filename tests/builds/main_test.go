@@ -5,7 +5,6 @@ package builds
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"flag"
 	"fmt"
@@ -26,11 +25,15 @@ func TestMain(m *testing.M) {
 	stack.Main(m)
 }
 
-// patience is how long a test waits for what a busy machine does late.
-const patience = time.Minute
+// Of the kit that all such tests share.
+const patience = stack.Patience
 
-// within is a context that ends before go test would kill the package.
-func within(t testing.TB) context.Context { return stack.Within(t, 3*time.Minute) }
+var (
+	within     = stack.Soon
+	mark       = stack.Mark
+	held       = stack.Held
+	background = stack.Background
+)
 
 // pool are three daemons, of all tests. They pass on all that steps print.
 var pool struct {
@@ -99,15 +102,8 @@ func connected(t *testing.T, who *client.Client) {
 // body is a request with a Dockerfile of lines that pushes to a repository of its own.
 func body(t testing.TB, f *stack.Function, name string, dockerfile ...string) []byte {
 	t.Helper()
-	return stack.Body(t, map[string]any{"image": f.Images + "/" + strings.ToLower(name) + ":v1"},
-		map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
+	return stack.Body(t, map[string]any{"image": f.Images + "/" + strings.ToLower(name) + ":v1"}, stack.Dockerfile(dockerfile...))
 }
-
-// mark is a word that makes a RUN step unlike all others, and that its processes can be found by.
-func mark() string { return "mark-" + rand.Text() }
-
-// held is a step that ends only when it is released, or the build is stopped.
-func held(m string) string { return "RUN sleep 600; : " + m }
 
 func release(t testing.TB, m string) {
 	t.Helper()
@@ -140,41 +136,16 @@ func waitGone(t testing.TB, m string) time.Duration {
 func named(id string) client.Change    { return client.Header("X-Call-Id", id) }
 func delivery(id string) client.Change { return client.Queued(id) }
 
-// background builds in a goroutine, and wait returns what came of it.
-func background(t *testing.T, c *client.Client, body []byte, changes ...client.Change) (wait func() client.Answer) {
-	t.Helper()
-	return later(t, func(ctx context.Context) (client.Answer, error) {
-		return c.Post(ctx, body, append([]client.Change{client.Accept(client.NDJSON)}, changes...)...)
-	})
-}
-
-// follow reads a log in a goroutine until the build has ended. begun is closed with its first line.
+// follow reads a log in a goroutine until the build has ended. begun is closed with its first line,
+// or its end.
 func follow(t *testing.T, c *client.Client, id string, query string, changes ...client.Change) (begun <-chan struct{}, wait func() client.Log) {
 	t.Helper()
 	first := make(chan struct{})
 	once := sync.OnceFunc(func() { close(first) })
-	return first, later(t, func(ctx context.Context) (client.Log, error) {
+	return first, stack.Later(t, func(ctx context.Context) (client.Log, error) {
+		defer once()
 		return c.ReadLog(ctx, id, query, func(client.Line) { once() }, changes...)
 	})
-}
-
-// later runs f in a goroutine. wait returns its result, and ends the test if that is an error.
-func later[T any](t *testing.T, f func(context.Context) (T, error)) (wait func() T) {
-	t.Helper()
-	ctx := within(t)
-	var v T
-	var err error
-	var done sync.WaitGroup
-	done.Go(func() { v, err = f(ctx) })
-	t.Cleanup(done.Wait)
-	return func() T {
-		t.Helper()
-		done.Wait()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
 }
 
 // record is what a replica knows of a build, with any status.

@@ -29,7 +29,7 @@ func TestTenants(t *testing.T) {
 	// Both have a build of the same id, on different replicas.
 	m, n := mark(), mark()
 	dockerfile := func(m string) map[string]string {
-		return map[string]string{"Dockerfile": "FROM busybox\n" + held(m) + "\n"}
+		return stack.Dockerfile("FROM busybox", held(m))
 	}
 	app := func(who *stack.Tenant) map[string]any { return map[string]any{"image": who.Images[0] + "/app:v1"} }
 	built := background(t, at(h.a, acme), stack.Body(t, app(acme), dockerfile(m)), named(m))

@@ -6,7 +6,6 @@ package faults
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -60,9 +59,7 @@ func request(t *testing.T, config any, dockerfile ...string) []byte {
 // local is the config of a build that pushes nothing.
 func local() *builder.BuildConfig { return &builder.BuildConfig{SkipPush: true} }
 
-// mark is a word that makes a RUN step unlike all others, and that its
-// processes can be found by.
-func mark() string { return "mark-" + rand.Text() }
+var mark = stack.Mark
 
 // sleep is a RUN line whose shell has m in its command line while it sleeps.
 func sleep(m string, d time.Duration) string {

@@ -9,8 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -45,27 +43,13 @@ type fault struct {
 func newFaultProxy(t *testing.T, registry string) *faultProxy {
 	t.Helper()
 	p := &faultProxy{}
-	next := &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(&url.URL{Scheme: "http", Host: registry})
-			r.Out.Host = r.In.Host // or its redirects lead past the proxy
-		},
-		FlushInterval: -1,
-		// An aborted upload is what these tests are about.
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { w.WriteHeader(http.StatusBadGateway) },
-	}
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	p.addr = stack.Front(t, registry, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		if f := p.pick(r); f != nil {
 			f.breaks(w, r, next)
 			return
 		}
 		next.ServeHTTP(w, r)
-	}))
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
 	})
-	p.addr = server.Listener.Addr().String()
 	return p
 }
 

@@ -3,7 +3,6 @@
 package openfaas
 
 import (
-	"crypto/rand"
 	"io"
 	"net"
 	"net/http"
@@ -48,8 +47,7 @@ func around(t *testing.T, c stack.OpenFaaSConfig, fc stack.FunctionConfig) (*sta
 	return s, f, o
 }
 
-// mark is a word that makes a RUN step unlike all others.
-func mark() string { return "mark-" + rand.Text() }
+var mark = stack.Mark
 
 // request is a tar with one Dockerfile, to be pushed to repository.
 func request(t *testing.T, s *stack.Stack, repository string, dockerfile ...string) []byte {

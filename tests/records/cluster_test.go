@@ -2,10 +2,7 @@ package records
 
 import (
 	"fmt"
-	"io"
-	"net"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,67 +15,13 @@ import (
 	"handler/function/tests/stack"
 )
 
-// proxy is a way to a server that can be cut.
-type proxy struct {
-	url string
-	cut atomic.Bool
-}
-
-func startProxy(t *testing.T, server *stack.NATS) *proxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	p := &proxy{url: "nats://" + l.Addr().String()}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			d, err := net.Dial("tcp", strings.TrimPrefix(server.URL, "nats://"))
-			if err != nil {
-				c.Close()
-				continue
-			}
-			go p.pass(c, d)
-			go p.pass(d, c)
-		}
-	}()
-	return p
-}
-
-// pass passes bytes on. While the way is cut, they vanish, as on a network that drops them.
-func (p *proxy) pass(to, from net.Conn) {
-	defer to.Close()
-	buf := make([]byte, 64<<10)
-	broken := false
-	for {
-		n, err := from.Read(buf)
-		if err != nil {
-			return
-		}
-		if broken = broken || p.cut.Load(); broken {
-			if p.cut.Load() {
-				continue
-			}
-			return // bytes are missing: the connection is of no use any more
-		}
-		if _, err := io.Writer(to).Write(buf[:n]); err != nil {
-			return
-		}
-	}
-}
-
 // TestPartition cuts one replica off. The others find its build lost. When it is back, it is
 // still there.
 func TestPartition(t *testing.T) {
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{})
-	p := startProxy(t, servers[0])
-	a := opened(t, servers, func(o *jetstream.Options) { o.URL = p.url })
+	link := stack.NewLink(t, strings.TrimPrefix(servers[0].URL, "nats://"))
+	a := opened(t, servers, func(o *jetstream.Options) { o.URL = "nats://" + link.Addr })
 	b := opened(t, servers, nil)
 	l := run(a, "one")
 	other := run(b, "other")
@@ -86,7 +29,7 @@ func TestPartition(t *testing.T) {
 	recordstest.Known(t, a, other.ref, recordstest.Any)
 	f, g := follow(t, b, l.ref), follow(t, a, other.ref)
 	time.Sleep(time.Second)
-	p.cut.Store(true)
+	link.Cut(true)
 	cut := time.Now()
 	recordstest.Known(t, b, l.ref, isLost)
 	t.Logf("found lost after %v", time.Since(cut))
@@ -100,7 +43,7 @@ func TestPartition(t *testing.T) {
 		t.Errorf("its load is %+v", load)
 	}
 	<-f.done // it ended with the lost build
-	p.cut.Store(false)
+	link.Cut(false)
 	healed := time.Now()
 	recordstest.Known(t, b, l.ref, isRunning)
 	t.Logf("it runs again %v after the cut", time.Since(healed))

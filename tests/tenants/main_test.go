@@ -7,7 +7,6 @@ package tenants_test
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -17,9 +16,7 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -31,11 +28,15 @@ import (
 
 func TestMain(m *testing.M) { stack.Main(m) }
 
-// patience is how long a test waits for what a busy machine does late.
-const patience = time.Minute
+// Of the kit that all such tests share.
+const patience = stack.Patience
 
-// within is a context that ends before go test would kill the package.
-func within(t testing.TB) context.Context { return stack.Within(t, 3*time.Minute) }
+var (
+	within     = stack.Soon
+	mark       = stack.Mark
+	held       = stack.Held
+	background = stack.Background
+)
 
 // house is a function with tenants: acme, whose things the others want, and globex. They
 // share the stack's daemon, unless the function has another.
@@ -110,7 +111,7 @@ func app(of *stack.Tenant) config { return config{"image": of.Images[0] + "/app:
 // body is a request with a Dockerfile of lines, and no other file.
 func body(t testing.TB, c config, dockerfile ...string) []byte {
 	t.Helper()
-	return stack.Body(t, c, map[string]string{"Dockerfile": strings.Join(dockerfile, "\n") + "\n"})
+	return stack.Body(t, c, stack.Dockerfile(dockerfile...))
 }
 
 // printed are the lines that the steps of a build printed.
@@ -168,34 +169,6 @@ func publicKey(t testing.TB, c *client.Client) string {
 	}
 	return key.PublicKey
 }
-
-// background builds in a goroutine. wait returns what came of it.
-func background(t *testing.T, c *client.Client, body []byte, changes ...client.Change) (wait func() client.Answer) {
-	t.Helper()
-	ctx := within(t)
-	var a client.Answer
-	var err error
-	var done sync.WaitGroup
-	done.Go(func() {
-		a, err = c.Post(ctx, body, append([]client.Change{client.Accept(client.NDJSON)}, changes...)...)
-	})
-	t.Cleanup(done.Wait)
-	return func() client.Answer {
-		t.Helper()
-		done.Wait()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a
-	}
-}
-
-// mark is a word that makes a RUN step unlike all others, and that its processes can be
-// found by.
-func mark() string { return "mark-" + rand.Text() }
-
-// held is a step that ends only when release ends it.
-func held(m string) string { return "RUN sleep 600; : " + m }
 
 // release ends the held steps with the mark.
 func release(t testing.TB, m string) {
