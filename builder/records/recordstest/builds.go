@@ -212,8 +212,13 @@ func testCancel(t *testing.T, open Open) {
 		if err != nil || !rec.Running() || rec.Attempt != 1 {
 			t.Fatalf("stopping a running build: %+v, %v", rec, err)
 		}
-		if by := <-told; by != "k1" {
-			t.Errorf("it was stopped by %q", by)
+		select {
+		case by := <-told:
+			if by != "k1" {
+				t.Errorf("it was stopped by %q", by)
+			}
+		case <-time.After(Timeout):
+			t.Fatal("its process has not been told")
 		}
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("its owner was told after %v", took)
