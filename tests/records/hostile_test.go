@@ -112,7 +112,11 @@ func TestHostile(t *testing.T) {
 	if _, err := b.Cancel(recordstest.Context(t), records.Cancellation{Ref: ref("canary-bad"), By: "canary-key", Once: "canary-signature"}); err != nil {
 		t.Fatal(err)
 	}
-	<-stopped
+	select {
+	case <-stopped:
+	case <-time.After(recordstest.Timeout):
+		t.Fatal("its process has not been told to stop it")
+	}
 	verdict := recordstest.Success()
 	verdict.Image, verdict.ImageName = "registry.example.com/canary-image", "registry.example.com/canary-image"
 	good.End(verdict)
@@ -242,6 +246,17 @@ func TestHostile(t *testing.T) {
 		}
 		sub.Unsubscribe()
 	}
+
+	// Nor do heartbeats that are sent again keep its build alive, also for who has not heard them
+	// before.
+	opened(t, servers, nil)
+	beats := x.heard("builder.beat.", "")
+	recordstest.Known(t, b, ref("canary-other"), func(r records.Record) error {
+		for _, m := range beats {
+			x.send(m.Subject, m.Data)
+		}
+		return isLost(r)
+	})
 
 	// Nothing can be read without the key.
 	time.Sleep(100 * time.Millisecond)
