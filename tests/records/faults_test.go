@@ -2,11 +2,15 @@ package records
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go"
+	js "github.com/nats-io/nats.go/jetstream"
 
 	"handler/function/records"
 	"handler/function/records/jetstream"
@@ -307,6 +311,73 @@ func TestDiskFull(t *testing.T) {
 		t.Errorf("%d bytes are pending, and a call took %v", st.Pending, l.worst)
 	}
 }
+
+// TestRefused has a server that answers, and takes no further record. Nobody takes a build that is
+// not there for one that never was.
+func TestRefused(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	conn, err := nats.Connect(urls(servers))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	j, err := js.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := js.StreamConfig{Name: jetstream.RecordStream, Subjects: []string{"builder.rec.>"}, MaxMsgsPerSubject: 1, MaxMsgs: 2, Discard: js.DiscardNew}
+	if _, err := j.CreateStream(recordstest.Context(t), cfg); err != nil {
+		t.Fatal(err)
+	}
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	before := run(a, "before")
+	recordstest.Known(t, b, before.ref, isRunning)
+	before.end()
+	recordstest.Known(t, b, before.ref, isSuccess)
+	never := records.Ref{Tenant: "acme", ID: "never"}
+	if _, err := b.Get(recordstest.Context(t), never); !errors.Is(err, records.ErrNotFound) {
+		t.Errorf("a build that never was: %v", err)
+	}
+
+	during := run(a, "during")
+	recordstest.Eventually(t, func() error {
+		if _, err := b.Get(recordstest.Context(t), during.ref); !errors.Is(err, records.ErrUnknown) {
+			return fmt.Errorf("another process: %v", err)
+		}
+		return nil
+	})
+	if rec, err := a.Get(recordstest.Context(t), during.ref); err != nil || isRunning(rec) != nil {
+		t.Errorf("its own process: %+v, %v", rec, err)
+	}
+	for what, err := range map[string]error{"stopping it": errOf(b.Cancel(recordstest.Context(t), records.Cancellation{Ref: during.ref, By: "k1"})), "finding it": errOf(b.Find(recordstest.Context(t), "acme", "during", "aa")), "everywhere": errOf(b.Everywhere(recordstest.Context(t), "during"))} {
+		if !errors.Is(err, records.ErrUnknown) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	page, err := b.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10})
+	if err != nil || page.Complete || len(page.Builds) != 1 {
+		t.Errorf("another process lists %+v, %v", page, err)
+	}
+	during.end()
+
+	cfg.MaxMsgs = -1
+	if _, err := j.UpdateStream(recordstest.Context(t), cfg); err != nil {
+		t.Fatal(err)
+	}
+	recordstest.Known(t, b, during.ref, isSuccess)
+	recordstest.Eventually(t, func() error {
+		if page, err := b.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10}); err != nil || !page.Complete || len(page.Builds) != 2 {
+			return fmt.Errorf("afterwards it lists %+v, %v", page, err)
+		}
+		return nil
+	})
+	if _, err := b.Get(recordstest.Context(t), never); !errors.Is(err, records.ErrNotFound) {
+		t.Errorf("afterwards, a build that never was: %v", err)
+	}
+}
+
+func errOf[T any](_ T, err error) error { return err }
 
 // TestMaxPayload has a server that takes smaller messages than a batch of lines. They are lost, and
 // followers are told; the build has its verdict.

@@ -23,6 +23,7 @@ type heartbeat struct {
 	N       uint64                   `json:"n"`  // rises; one that does not is an earlier one, sent again
 	At      time.Time                `json:"at"` // by the sender's clock
 	Builds  []string                 `json:"builds"`
+	Behind  bool                     `json:"behind,omitempty"` // one of them is not in the store as it should
 	Tenants map[string]records.Count `json:"tenants"`
 	Daemons map[string]int           `json:"daemons"`
 }
@@ -36,6 +37,7 @@ type peer struct {
 	n       uint64
 	heard   time.Time
 	builds  map[string]bool
+	behind  bool
 	tenants map[string]records.Count
 	daemons map[string]int
 	missing map[string]time.Time // builds that are in its name and not in its heartbeat: since when
@@ -116,6 +118,7 @@ func (s *Store) sendBeat(last bool) bool {
 	for _, all := range s.builds {
 		for _, b := range all {
 			h.Builds = append(h.Builds, b.id)
+			h.Behind = h.Behind || b.behind()
 		}
 	}
 	s.mu.Unlock()
@@ -191,6 +194,7 @@ func (s *Store) hear(msg *nats.Msg) {
 		return
 	}
 	p.n, p.heard, p.tenants, p.daemons = h.N, time.Now(), h.Tenants, h.Daemons
+	p.behind = h.Behind
 	p.builds = make(map[string]bool, len(h.Builds))
 	for _, id := range h.Builds {
 		p.builds[id] = true

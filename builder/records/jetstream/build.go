@@ -34,6 +34,7 @@ type build struct {
 	order   uint64
 	turn    int
 	dirty   bool // the record has changed
+	failed  bool // the latest write was refused
 	doubt   bool // others may have found the build lost
 	done    bool // the verdict is stored
 	marked  bool // the end of the log is

@@ -94,7 +94,7 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 		complete = false
 	}
 	page := s.pageOf(sc)
-	page.Complete = complete
+	page.Complete = complete && !s.othersBehind()
 	return page, nil
 }
 

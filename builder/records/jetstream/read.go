@@ -256,7 +256,7 @@ func (s *Store) get(ctx context.Context, ref records.Ref) (*stored, error) {
 		return nil, err
 	}
 	if len(found) == 0 {
-		return nil, records.ErrNotFound
+		return nil, s.notFound()
 	}
 	return found[0], nil
 }
@@ -271,7 +271,7 @@ func (s *Store) Find(ctx context.Context, tenant, id, request string) (records.R
 			return r.Record, nil
 		}
 	}
-	return records.Record{}, records.ErrNotFound
+	return records.Record{}, s.notFound()
 }
 
 func (s *Store) Everywhere(ctx context.Context, id string) ([]records.Record, error) {
@@ -295,7 +295,7 @@ func (s *Store) Everywhere(ctx context.Context, id string) ([]records.Record, er
 	case err != nil:
 		return nil, err
 	}
-	return nil, records.ErrNotFound
+	return nil, s.notFound()
 }
 
 // everywhere collects what the store has.

@@ -31,7 +31,7 @@ func (b *build) write() {
 			if !ok {
 				continue
 			}
-			s.wrote(err)
+			b.wrote(err)
 			if err == nil || s.ctx.Err() != nil {
 				pause = 0
 				continue
@@ -64,16 +64,6 @@ func (b *build) try(step func() error) (err error, ok bool) {
 	case <-s.ctx.Done():
 	}
 	return nil, false
-}
-
-// wrote notes whether the store takes what it is given: one that answers may have a full disk.
-func (s *Store) wrote(err error) {
-	s.mu.Lock()
-	s.refused = err
-	s.mu.Unlock()
-	if err != nil {
-		s.tell(fmt.Errorf("writing to NATS: %w", err))
-	}
 }
 
 // idle returns what wakes a writer that has nothing to do. One that could not write waits for
