@@ -92,12 +92,13 @@ type result struct {
 	outcome solve.Outcome // its warnings are set beside an error too
 	stats   solve.Stats
 	mask    *redact.Redactor // for everything that is said about the job
+	kept    *redact.Redactor // for what is kept in its record, beside mask
 	err     error
 }
 
 // build does a job. It calls one function for each step, in the order of a build's life.
 func (s *Server) build(j *job) (res result) {
-	res.mask = redact.New(nil)
+	res.mask, res.kept = redact.New(nil), redact.New(nil)
 	defer func() {
 		if p := recover(); p != nil {
 			// faas-cli takes a stream without a verdict for a success.
@@ -122,7 +123,7 @@ func (s *Server) build(j *job) (res result) {
 		res.err = err
 		return res
 	}
-	res.mask = sp.mask()
+	res.mask, res.kept = sp.mask(), sp.arguments()
 	isolation := s.isolate(j, &sp)
 	j.logStart()
 

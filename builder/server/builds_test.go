@@ -242,6 +242,22 @@ func TestRecord(t *testing.T) {
 	}
 }
 
+// TestRecordHidesArguments has a build fail at a step that names a build argument. Its caller is told
+// the step as BuildKit names it, and its record has no value of the argument.
+func TestRecordHidesArguments(t *testing.T) {
+	const value = "value-of-an-argument"
+	f := start(t, &scripted{solve: func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
+		return solve.Outcome{}, solve.Stats{}, &api.Error{Code: api.BuildFailed, Msg: "[2/2] RUN make " + value + ": exit code 2, debug=on"}
+	}}, nil)
+	a := <-f.deliver(t, "failed", pack(t, `{"image":"ghcr.io/acme/app:v1","buildArgs":{"TOKEN":"`+value+`","DEBUG":"on"}}`))
+	if a.status != 422 || !strings.Contains(a.rec.Error, value) {
+		t.Errorf("its caller was told: %d %s", a.status, a.body)
+	}
+	if _, rec := f.record(t, secret, "failed"); rec.Error != "[2/2] RUN make ***: exit code 2, debug=on" {
+		t.Errorf("the record has the error %q", rec.Error)
+	}
+}
+
 func TestList(t *testing.T) {
 	f := start(t, &scripted{}, nil)
 	f.solver.solve = func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {

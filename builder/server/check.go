@@ -197,6 +197,16 @@ func (l gitLogin) authorization() string {
 	return "Basic " + l.basic
 }
 
+// arguments hides the values of build arguments. BuildKit writes them into the names of steps, and
+// a failure names its step.
+func (sp *spec) arguments() *redact.Redactor {
+	hidden := make(map[string][]byte)
+	for name, value := range sp.config.BuildArgs {
+		hidden[name] = []byte(value)
+	}
+	return redact.New(hidden)
+}
+
 // mask hides everything that is secret in the spec.
 func (sp *spec) mask() *redact.Redactor {
 	hidden := maps.Clone(sp.secrets)

@@ -99,7 +99,7 @@ func (s *Server) run(f *flight, body *upload) {
 	}
 	s.metrics.Built(f.tenant, rec.Status, rec.Code, took, res.stats)
 	last := rec
-	last.Duration = took.Seconds()
+	last.Duration, last.Error = took.Seconds(), res.kept.Text(last.Error)
 	f.record.End(last)
 	f.end(rec)
 	s.flights.end(f)
