@@ -3,6 +3,7 @@ package stack
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
@@ -14,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/openfaas/go-sdk/seal"
 
 	"handler/function/tests/client"
 )
@@ -60,6 +63,32 @@ func Background(t testing.TB, c *client.Client, body []byte, changes ...client.C
 	return Later(t, func(ctx context.Context) (client.Answer, error) {
 		return c.Post(ctx, body, append([]client.Change{client.Accept(client.NDJSON)}, changes...)...)
 	})
+}
+
+// SealingKey is the public key that a function gives a client for its build secrets.
+func SealingKey(t testing.TB, c *client.Client) string {
+	t.Helper()
+	text, err := c.Get(Soon(t), "/publickey")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var key struct {
+		PublicKey string `json:"public_key"`
+	}
+	if err := json.Unmarshal([]byte(text), &key); err != nil || key.PublicKey == "" {
+		t.Fatalf("%v: %s", err, text)
+	}
+	return key.PublicKey
+}
+
+// Sealed are build secrets, sealed to SealingKey: those of the client's tenant.
+func Sealed(t testing.TB, c *client.Client, secrets map[string][]byte) []byte {
+	t.Helper()
+	envelope, err := seal.Seal([]byte(SealingKey(t, c)), secrets)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return envelope
 }
 
 // Front stands before a registry. It has serve answer each request, which may pass it on to next,

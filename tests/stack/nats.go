@@ -12,6 +12,9 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // BuildNATS returns the paths of the newest and the oldest NATS server that the function's
@@ -162,6 +165,28 @@ func (n *NATS) Kill() { n.process.kill() }
 // Freeze and Thaw stop a server, and let it go on.
 func (n *NATS) Freeze() error { return n.process.signal(syscall.SIGSTOP) }
 func (n *NATS) Thaw() error   { return n.process.signal(syscall.SIGCONT) }
+
+// Subjects counts the subjects of a stream that match a filter.
+func (n *NATS) Subjects(ctx context.Context, stream, filter string) (int, error) {
+	conn, err := nats.Connect(n.URL)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	j, err := jetstream.New(conn)
+	if err != nil {
+		return 0, err
+	}
+	s, err := j.Stream(ctx, stream)
+	if err != nil {
+		return 0, err
+	}
+	info, err := s.Info(ctx, jetstream.WithSubjectFilter(filter))
+	if err != nil {
+		return 0, err
+	}
+	return len(info.State.Subjects), nil
+}
 
 // Memory is a server's resident memory in bytes.
 func (n *NATS) Memory() (int64, error) {

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -108,6 +109,25 @@ func MustTar(t testing.TB, contextDir string, config any) []byte {
 func Body(t testing.TB, config any, files map[string]string) []byte {
 	t.Helper()
 	return MustTar(t, Context(t, files), config)
+}
+
+// ConfigAlone is a request without a context.
+func ConfigAlone(t testing.TB, config any) []byte {
+	t.Helper()
+	text, err := json.Marshal(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	err = w.WriteHeader(&tar.Header{Name: "com.openfaas.docker.config", Mode: 0o600, Size: int64(len(text))})
+	if err == nil {
+		_, err = w.Write(text)
+	}
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 // WithSecrets appends com.openfaas.secrets to a body of Tar.
@@ -306,16 +326,17 @@ func showLog(t testing.TB, name, path string) {
 	})
 }
 
-// TestNATS starts a NATS server for this test alone. When the test fails, the end of its log is
-// shown.
-func TestNATS(t testing.TB) *NATS {
+// TestNATS starts a NATS server for this test alone. c need not say which, where or how many. When
+// the test fails, the end of its log is shown.
+func TestNATS(t testing.TB, c NATSConfig) *NATS {
 	t.Helper()
 	s := Shared(t)
 	bin, _, err := BuildNATS(t.Context(), s.Repo, s.log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	servers, err := StartNATS(Within(t, time.Minute), NATSConfig{Bin: bin, Dir: t.TempDir(), Servers: 1})
+	c.Bin, c.Dir, c.Servers = bin, t.TempDir(), 1
+	servers, err := StartNATS(Within(t, time.Minute), c)
 	t.Cleanup(func() {
 		for _, n := range servers {
 			if t.Failed() {

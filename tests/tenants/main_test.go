@@ -20,7 +20,6 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/openfaas/go-sdk/seal"
 
 	"handler/function/tests/client"
 	"handler/function/tests/stack"
@@ -36,6 +35,10 @@ var (
 	mark       = stack.Mark
 	held       = stack.Held
 	background = stack.Background
+	publicKey  = stack.SealingKey
+	sealed     = stack.Sealed
+
+	configAlone = stack.ConfigAlone
 )
 
 // house is a function with tenants: acme, whose things the others want, and globex. They
@@ -144,32 +147,6 @@ func cutTag(image string) (repository, tag string, ok bool) {
 	return image[:i], image[i+1:], true
 }
 
-// sealed are build secrets for a tenant: sealed to the key that the function says is the
-// tenant's.
-func sealed(t testing.TB, c *client.Client, secrets map[string][]byte) []byte {
-	t.Helper()
-	envelope, err := seal.Seal([]byte(publicKey(t, c)), secrets)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return envelope
-}
-
-func publicKey(t testing.TB, c *client.Client) string {
-	t.Helper()
-	text, err := c.Get(within(t), "/publickey")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var key struct {
-		PublicKey string `json:"public_key"`
-	}
-	if err := json.Unmarshal([]byte(text), &key); err != nil || key.PublicKey == "" {
-		t.Fatalf("%v: %s", err, text)
-	}
-	return key.PublicKey
-}
-
 // release ends the held steps with the mark.
 func release(t testing.TB, m string) {
 	t.Helper()
@@ -221,16 +198,6 @@ func tarOf(t testing.TB, dir string) []byte {
 		t.Fatal(err)
 	}
 	return b.Bytes()
-}
-
-// configAlone is a request without a context.
-func configAlone(t testing.TB, c config) []byte {
-	t.Helper()
-	text, err := json.Marshal(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tarOf(t, stack.Context(t, map[string]string{"com.openfaas.docker.config": string(text)}))
 }
 
 // sendAhead is a signed request for a context that is sent ahead.
