@@ -105,12 +105,16 @@ func TestOwnerFrozen(t *testing.T) {
 	m := mark()
 	built := background(t, &h.a.Client, body(t, h.a, m, "FROM busybox", held(m), "RUN echo thawed; : "+m), named(m))
 	waitStep(t, m)
-	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Status == "in_progress" })
+	begun, followed := follow(t, &h.b.Client, m, "follow=1")
+	<-begun
 	if err := h.a.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	_, took := waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Code == "lost" })
 	t.Logf("lost after %v", took)
+	if l := followed(); l.Code != "lost" || len(l.Lines) == 0 {
+		t.Errorf("who followed it until then: %v, %q", l.Answer, l.Texts())
+	}
 	if err := h.a.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
@@ -124,6 +128,48 @@ func TestOwnerFrozen(t *testing.T) {
 	wantSame(t, "the log", h.b.MustReadLog(t, within(t), m, "follow=1").Texts(), a.Log)
 }
 
+// TestStopFrozen has a build stopped whose replica is frozen. Whoever asks is told in time, and the
+// build is as it was until the replica goes on.
+func TestStopFrozen(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, stack.FunctionConfig{})
+	connected(t, &h.a.Client)
+	connected(t, &h.b.Client)
+	m := mark()
+	built := background(t, &h.a.Client, body(t, h.a, m, "FROM busybox", held(m)), named(m))
+	waitStep(t, m)
+	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Status == "in_progress" })
+	if err := h.a.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	a := h.b.MustStop(t, within(t), m)
+	a.WantFailed(t, "owner_unreachable")
+	t.Logf("answered after %v", a.Took)
+	if a.Took > stopWithin {
+		t.Errorf("answered after %v", a.Took)
+	}
+	if b := record(t, &h.b.Client, m); b.Status != "in_progress" || b.CanceledBy != "" {
+		t.Errorf("meanwhile: %+v", b)
+	}
+	if len(stack.Sleepers(t, m)) == 0 {
+		t.Error("the step has ended")
+	}
+	// The request waits for the replica.
+	if err := h.a.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	waitGone(t, m)
+	if a := built(); a.Code != "canceled" {
+		t.Errorf("its caller was told %v", a)
+	}
+	b, _ := waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Status == "failed" })
+	wantStopped(t, b.Build, "default")
+}
+
+// stopWithin is how long an answer to DELETE may take: the 5 s that the function gives the store,
+// and as much as a busy machine takes. A frozen replica stays frozen for longer.
+const stopWithin = 5*time.Second + patience/4
+
 // TestNATSKilled kills the server under a build. Its caller notices nothing.
 func TestNATSKilled(t *testing.T) {
 	t.Parallel()
@@ -133,7 +179,8 @@ func TestNATSKilled(t *testing.T) {
 	m, n := mark(), mark()
 	built := background(t, &h.a.Client, body(t, h.a, m, "FROM busybox", held(m), "RUN seq 1 500; : "+m), named(m))
 	waitStep(t, m)
-	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Status == "in_progress" })
+	begun, followed := follow(t, &h.b.Client, m, "follow=1")
+	<-begun
 	h.nats.Kill()
 
 	stack.Eventually(t, patience, func() error {
@@ -178,6 +225,11 @@ func TestNATSKilled(t *testing.T) {
 		t.Errorf("its record is %+v", b.Build)
 	}
 	wantSame(t, "the log", h.b.MustReadLog(t, within(t), m, "").Texts(), a.Log)
+	l := followed()
+	wantSame(t, "who has followed it all the time", l.Texts(), a.Log)
+	if l.Digest != a.Digest {
+		t.Errorf("who has followed it all the time: %v", l.Answer)
+	}
 	s, _ := waitRecord(t, &h.b.Client, n, func(a client.Answer) bool { return a.Status == "failed" })
 	wantStopped(t, s.Build, "default")
 	connected(t, &h.b.Client)

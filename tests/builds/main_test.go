@@ -41,7 +41,7 @@ var pool struct {
 	daemons []*stack.Buildkitd
 }
 
-func daemons(t *testing.T) []*stack.Buildkitd {
+func daemons(t testing.TB) []*stack.Buildkitd {
 	t.Helper()
 	pool.Lock()
 	defer pool.Unlock()
@@ -67,9 +67,15 @@ type house struct {
 }
 
 // newHouse returns a house whose replicas see each other. c changes their configuration.
-func newHouse(t *testing.T, c stack.FunctionConfig) *house {
+func newHouse(t testing.TB, c stack.FunctionConfig) *house {
 	t.Helper()
-	h := &house{s: stack.Shared(t), nats: stack.TestNATS(t), daemons: daemons(t), config: c}
+	return newHouseOn(t, stack.NATSConfig{}, c)
+}
+
+// newHouseOn is newHouse with a server of some kind.
+func newHouseOn(t testing.TB, server stack.NATSConfig, c stack.FunctionConfig) *house {
+	t.Helper()
+	h := &house{s: stack.Shared(t), nats: stack.TestNATS(t, server), daemons: daemons(t), config: c}
 	var addrs []string
 	for _, b := range h.daemons {
 		addrs = append(addrs, b.Addr)
@@ -81,14 +87,14 @@ func newHouse(t *testing.T, c stack.FunctionConfig) *house {
 }
 
 // replica starts another replica.
-func (h *house) replica(t *testing.T) *stack.Function {
+func (h *house) replica(t testing.TB) *stack.Function {
 	t.Helper()
 	_, f := stack.Test(t, h.config)
 	return f
 }
 
 // connected waits until a replica has its store. who may ask it for a list.
-func connected(t *testing.T, who *client.Client) {
+func connected(t testing.TB, who *client.Client) {
 	t.Helper()
 	stack.Eventually(t, patience, func() error {
 		l, err := who.Builds(within(t), "")

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -157,5 +159,67 @@ func TestStopJoined(t *testing.T) {
 	wantStopped(t, record(t, &h.a.Client, m), "default")
 	if l := h.b.MustList(t, within(t), ""); len(l.Builds) != 1 {
 		t.Errorf("%d records of one build: %+v", len(l.Builds), l.Builds)
+	}
+}
+
+// TestStopPushing stops a build whose push has begun: the push is let finish.
+func TestStopPushing(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, stack.FunctionConfig{})
+	connected(t, &h.a.Client)
+	connected(t, &h.b.Client)
+	let := make(chan struct{})
+	front := stack.Front(t, h.s.Registry.Addr, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/") {
+			select {
+			case <-let:
+			case <-r.Context().Done():
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+	m := mark()
+	image := front + "/" + strings.ToLower(m) + ":v1"
+	request := stack.Body(t, map[string]any{"image": image}, stack.Dockerfile("FROM busybox", "RUN : "+m))
+	first := background(t, &h.a.Client, request, delivery(m))
+	pushing := func(line string) bool { return strings.Contains(line, "pushing manifest") }
+	stack.Eventually(t, patience, func() error {
+		if l, err := h.b.ReadLog(within(t), m, "", nil); err != nil || !slices.ContainsFunc(l.Texts(), pushing) {
+			return fmt.Errorf("it does not push yet: %q, %v", l.Texts(), err)
+		}
+		return nil
+	})
+	second := background(t, &h.b.Client, request, delivery(m)) // at the other replica
+	begun, followed := follow(t, &h.b.Client, m, "follow=1")
+	<-begun
+
+	// Two equal requests within a second have one signature, which works once.
+	if a := h.b.MustStop(t, within(t), m); a.StatusCode != http.StatusAccepted || a.Status != "in_progress" {
+		t.Errorf("stopping: %v", a)
+	}
+	if a := h.a.MustStop(t, within(t), m+"?attempt=1"); a.StatusCode != http.StatusAccepted || a.Status != "in_progress" {
+		t.Errorf("stopping at its own replica: %v", a)
+	}
+	b, _ := waitRecord(t, &h.b.Client, m, func(a client.Answer) bool { return a.Build.CanceledBy != "" })
+	if b.Status != "in_progress" || b.Build.CanceledBy != "default" {
+		t.Errorf("meanwhile: %+v", b.Build)
+	}
+	close(let)
+	a := first()
+	a.WantSuccess(t)
+	if a := second(); a.Status != "success" {
+		t.Errorf("the other delivery: %v", a)
+	}
+	l := followed()
+	wantSame(t, "the follower", l.Texts(), a.Log)
+	if l.Status != "success" || l.Digest != a.Digest || l.Build.CanceledBy != "default" {
+		t.Errorf("the record at the end is %+v", l.Build)
+	}
+	if digest, err := stack.MustPull(t, within(t), image).Digest(); err != nil || digest.String() != a.Digest {
+		t.Errorf("under the tag is %v, %v, want %s", digest, err, a.Digest)
+	}
+	if a := h.b.MustStop(t, within(t), m); a.StatusCode != http.StatusOK || a.Status != "success" {
+		t.Errorf("stopping it once more: %v", a)
 	}
 }
