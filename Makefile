@@ -97,7 +97,7 @@ bench-pool: setup ## time rebuilds on three daemons with the function's placemen
 
 .PHONY: bench-records
 bench-records: setup ## measure the store of build records on NATS servers; on a machine that does nothing else
-	go -C tests test -run '^$$' -bench . -benchtime 1x -timeout 30m ./records
+	go -C tests test -run '^$$' -bench . -benchtime 1x -timeout 30m -p 1 ./records ./builds
 
 .PHONY: certs
 certs: ## the CA and both certificates for buildkitd and the function: DIR=buildkit/certs, FORCE=1 replaces
