@@ -120,9 +120,14 @@ func (b *benchmark) inProcess(ctx context.Context, fs fsutil.FS, ref string, his
 	return time.Since(start), err
 }
 
-// overHTTP posts a signed body and waits for the verdict.
+// overHTTP is post to the function.
 func (b *benchmark) overHTTP(ctx context.Context, body []byte) (time.Duration, error) {
-	req, err := b.function.Request(ctx, body)
+	return post(ctx, b.function, body)
+}
+
+// post posts a signed body and waits for the verdict.
+func post(ctx context.Context, f *stack.Function, body []byte) (time.Duration, error) {
+	req, err := f.Request(ctx, body)
 	if err != nil {
 		return 0, err
 	}

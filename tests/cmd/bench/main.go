@@ -26,6 +26,7 @@ func main() {
 	flag.IntVar(&sizes.oneFile, "one-file", 5, "`runs` of the one-file change in a 200 MB context")
 	flag.IntVar(&sizes.ingest, "ingest", 5, "`runs` of the 1 GiB body")
 	flag.IntVar(&sizes.tenants, "tenants", 9, "`runs` of the 200 MB body with tenants; of the small body there are thirty times as many")
+	flag.IntVar(&sizes.records, "records", 30, "`runs` of the cached rebuild with a server for records and without; half as many builds are followed and stopped")
 	flag.BoolVar(&sizes.image, "image", true, "build the builder's own image, for its size")
 	flag.Parse()
 	if err := bench(ctx, sizes); err != nil {
@@ -36,8 +37,8 @@ func main() {
 }
 
 type workload struct {
-	cached, oneFile, ingest, tenants int
-	image                            bool
+	cached, oneFile, ingest, tenants, records int
+	image                                     bool
 }
 
 // result is the last line. The ratios of times are the function's to the
@@ -61,6 +62,10 @@ type result struct {
 	TenantsSmallMS             float64 `json:"tenants_small_ms"`
 	TenantsNamedRatio          float64 `json:"tenants_named_ratio"`
 	TenantsImageRatio          float64 `json:"tenants_image_ratio"`
+	RecordsMS                  float64 `json:"records_ms"`
+	AttachMS                   float64 `json:"attach_ms"`
+	CancelMS                   float64 `json:"cancel_ms"`
+	CancelStepMS               float64 `json:"cancel_step_ms"`
 	ReadyMS                    float64 `json:"ready_ms"`
 	IdleRSSMiB                 float64 `json:"idle_rss_mib"`
 	ImageMiB                   float64 `json:"image_mib"`
@@ -91,6 +96,9 @@ func bench(ctx context.Context, sizes workload) (err error) {
 	}
 	if sizes.cached > 0 {
 		steps = append(steps, b.cached)
+	}
+	if sizes.records > 0 {
+		steps = append(steps, b.records)
 	}
 	if sizes.oneFile > 0 {
 		steps = append(steps, b.oneFile)
