@@ -420,22 +420,25 @@ func TestAllowPlatforms(t *testing.T) {
 // TestImage reads the image of configs that are right and of those that are wrong elsewhere.
 func TestImage(t *testing.T) {
 	for config, want := range map[string]string{
-		`{"image":"acme/app:v1"}`:                              "docker.io/acme/app",
-		"\ufeff" + ` {"x":[{}],"image":"GHCR.io/acme/app@ "}`:  "",
-		"\ufeff" + ` {"x":[{"image":"a"}],"image":"b.io/c/d"}`: "b.io/c/d",
-		`{"platforms":5,"image":"b.io/c","tags":"x"}`:          "b.io/c",
-		`{"image":"b.io/c","image":"d.io/e"}`:                  "b.io/c",
-		`{"image":"b.io/c"`:                                    "b.io/c", // the rest is not read
-		`{"image":"b.io/c`:                                     "",
-		`{"image":null}`:                                       "",
-		`{"image":""}`:                                         "",
-		`{"image":["b.io/c"]}`:                                 "",
-		`{"image":"UPPER"}`:                                    "",
-		`{"Image":"b.io/c"}`:                                   "",
-		`{"skipPush":true}`:                                    "",
-		`["image","b.io/c"]`:                                   "",
-		"{\x00\"\x00":                                          "",
-		``:                                                     "",
+		`{"image":"acme/app:v1"}`:                                "docker.io/acme/app",
+		"\ufeff" + ` {"x":[{}],"image":"GHCR.io/acme/app@ "}`:    "",
+		"\ufeff" + ` {"x":[{"image":"a"}],"image":"b.io/c/d"}`:   "b.io/c/d",
+		`{"platforms":5,"image":"b.io/c","tags":"x"}`:            "b.io/c",
+		`{"image":"b.io/c","image":"d.io/e"}`:                    "b.io/c",
+		`{"image":"b.io/c"`:                                      "b.io/c", // the rest is not read
+		`{"image":"b.io/c`:                                       "",
+		`{"image":null}`:                                         "",
+		`{"image":""}`:                                           "",
+		`{"image":["b.io/c"]}`:                                   "",
+		`{"image":"UPPER"}`:                                      "",
+		`{"Image":"b.io/c"}`:                                     "",
+		`{"skipPush":true}`:                                      "",
+		`["image","b.io/c"]`:                                     "",
+		"{\x00\"\x00":                                            "",
+		"{\"x\":\"\xff\",\"image\":\"b.io/c\"}":                  "", // no UTF-8
+		`{"image":"\u0062\u002e\u0069\u006f\u002f\u0063"}`:       "b.io/c",
+		`{"image":"b.io/` + strings.Repeat(`\u0063`, 250) + `"}`: "b.io/" + strings.Repeat("c", 250),
+		``: "",
 	} {
 		image, ok := buildconfig.Image([]byte(config))
 		if ok != (want != "") || ok && image.Name() != want {

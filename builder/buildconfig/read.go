@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"unicode/utf8"
 
 	"github.com/distribution/reference"
 
@@ -236,8 +237,13 @@ func objectMembers(data []byte) ([]member, error) {
 }
 
 // Image returns the image of a config, normalised, and nothing else. It does not look at the rest
-// of the config, which may be wrong. ok is false if there is no image that can be read.
+// of the config, which may be wrong. ok is false if there is no image that can be read, and if
+// data is not UTF-8: encoding/json replaces each such byte by three, in several copies. Image
+// allocates about six times the bytes of a long config.
 func Image(data []byte) (image reference.Named, ok bool) {
+	if !utf8.Valid(data) {
+		return nil, false
+	}
 	dec := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(data, []byte(byteOrderMark))))
 	if tok, err := dec.Token(); err != nil || tok != json.Delim('{') {
 		return nil, false

@@ -29,6 +29,7 @@ const (
 	skimSize   = 4 << 10   // of a plain tar that is read at once: more would read data in vain
 	skimMemory = 512 << 10 // of the longest header, and of buffers
 	zstdMemory = 12 << 20  // of a decoder with the largest window
+	findFactor = 6         // of what looks into the config, for each byte of the config
 )
 
 var (
@@ -40,14 +41,15 @@ var (
 // longer than the body took to receive.
 func (s *Spool) Plain() bool { return s.form == formTar }
 
-// FindConfig calls found with the first config in the body. Its caller bounds how many bodies
-// are searched at once. The body is not checked further: what is wrong with it is for
+// FindConfig calls found with the first config in the body. found may take six bytes of memory
+// for each byte of the config: they are counted as the search's own. The caller bounds how many
+// bodies are searched at once. The body is not checked further: what is wrong with it is for
 // [Spool.Payload]. An error says why no config was found, or is ctx's cause.
 //
 // FindConfig must not be called concurrently with another method.
 func (s *Spool) FindConfig(ctx context.Context, found func(config []byte)) error {
 	if s.payload != nil {
-		found(s.payload.Config)
+		s.hand(s.payload.Config, found)
 		return nil
 	}
 	_, err := guard(func() (_ struct{}, err error) {
@@ -118,10 +120,18 @@ func (s *Spool) skim(in *skimmed, found func([]byte)) error {
 		if _, err := io.ReadFull(tr, config); err != nil {
 			return err
 		}
-		found(config)
+		s.hand(config, found)
 		return nil
 	}
 	return errTooFar
+}
+
+// hand calls found, and counts the memory that it may take.
+func (s *Spool) hand(config []byte, found func([]byte)) {
+	n := findFactor * int64(len(config))
+	s.memory.Must(n)
+	defer s.memory.Give(n)
+	found(config)
 }
 
 // skimmed is a tar of which little more than the headers is read. A tar.Reader skips the data
