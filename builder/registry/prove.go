@@ -16,9 +16,10 @@ import (
 )
 
 const (
-	maxChildren = 64     // manifests of one image that are read
-	maxObjects  = 10_000 // of JSON in one manifest; each takes about 100 bytes of memory
-	maxProven   = 20_000 // remembered; each takes about 200 bytes
+	maxChildren = 64      // manifests of one image that are read
+	maxObjects  = 10_000  // of JSON in one manifest; each takes about 100 bytes of memory
+	maxValues   = 100_000 // of JSON in one manifest; each takes about 50 bytes while its list grows
+	maxProven   = 20_000  // remembered; each takes about 200 bytes
 )
 
 // A registry can tell any digest. The daemon may have the image with this digest from another
@@ -80,6 +81,9 @@ func (q *question) show(ctx context.Context, d digest.Digest, platform *ocispecs
 	}
 	if bytes.Count(text, []byte{'{'}) > maxObjects {
 		return fmt.Errorf("%w: a manifest of over %d objects", errAnswer, maxObjects)
+	}
+	if bytes.Count(text, []byte{','}) > maxValues {
+		return fmt.Errorf("%w: a manifest of over %d values", errAnswer, maxValues)
 	}
 	var index struct {
 		Manifests []struct {

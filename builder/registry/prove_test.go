@@ -129,23 +129,35 @@ func TestProvenElsewhere(t *testing.T) {
 	}
 }
 
-// TestManyObjects: a manifest of a few MiB can be of so many objects that they take a hundred
-// times as much memory.
-func TestManyObjects(t *testing.T) {
-	text := `{"manifests":[` + strings.Repeat("{},", maxObjects) + `{}]}`
-	f := newFakeRegistry(t, false, &fakeRegistry{})
-	f.instead = func(w http.ResponseWriter, r *http.Request) bool {
-		w.Header().Set("Docker-Content-Digest", digest.FromString(text).String())
-		if r.Method == http.MethodGet {
-			fmt.Fprint(w, text)
+// TestManyValues: a manifest of a few MiB can be of so many objects, or of so many other values,
+// that they take a hundred times as much memory.
+func TestManyValues(t *testing.T) {
+	for _, tt := range []struct {
+		list string
+		says string
+	}{
+		{strings.Repeat("{},", maxObjects) + "{}", "over 10000 objects"},
+		{strings.Repeat("0,", maxValues+1) + "0", "over 100000 values"},
+		{strings.Repeat("null,", maxValues+1) + "null", "over 100000 values"},
+		{`{"platform":{"os.features":[` + strings.Repeat(`"",`, maxValues+1) + `""]}}`, "over 100000 values"},
+		{strings.Repeat("null,", maxValues) + "null", "a manifest without a digest"},
+	} {
+		text := `{"manifests":[` + tt.list + `]}`
+		f := newFakeRegistry(t, false, &fakeRegistry{})
+		f.instead = func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Docker-Content-Digest", digest.FromString(text).String())
+			if r.Method == http.MethodGet {
+				fmt.Fprint(w, text)
+			}
+			return true
 		}
-		return true
-	}
-	ref, err := reference.ParseNormalizedNamed(f.host() + "/app:1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := New(Config{}).Grant(nil).Ask(t.Context(), ref, true, nil); err == nil || !strings.Contains(err.Error(), "objects") {
-		t.Errorf("%v, want an error about the objects", err)
+		ref, err := reference.ParseNormalizedNamed(f.host() + "/app:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := New(Config{}).Grant(nil).Ask(t.Context(), ref, true, nil)
+		if e := api.AsError(err); err == nil || e.Code != api.RegistryFailed || !strings.Contains(e.Err.Error(), tt.says) {
+			t.Errorf("%.40s: %s, %v, want %q", text, d, err, tt.says)
+		}
 	}
 }
