@@ -36,13 +36,13 @@ func ParsePrefix(text string) (string, error) {
 	if !strings.Contains(trimmed, "/") {
 		// The reference library reads a single name as docker.io/library/name. As a
 		// prefix it means the account of that name.
-		return hub + "/" + trimmed, nil
+		return Hub + "/" + trimmed, nil
 	}
 	return named.Name(), nil
 }
 
-// hub is Docker Hub's host in names of images.
-const hub = "docker.io"
+// Hub is Docker Hub's host in names of images.
+const Hub = "docker.io"
 
 // Within says whether name surely is prefix or below it.
 func Within(name, prefix string) bool { return within(form(name, sure), form(prefix, sure)) }
@@ -97,7 +97,7 @@ func possible(h hosts.Host) string {
 func oneHub(h hosts.Host) string {
 	switch host := h.String(); host {
 	case "registry-1.docker.io", "index.docker.io":
-		return hub
+		return Hub
 	default:
 		return host
 	}

@@ -191,8 +191,10 @@ func (r *reader) readImages(v value, t *Tenant) []string {
 			one.wrong("%v", err)
 			return
 		}
-		if strings.HasPrefix(text, "docker.io/") && !repository.Within(prefix, text) {
-			one.wrong("%q is the image %q; the account is %q", text, prefix, strings.TrimPrefix(text, "docker.io/"))
+		// docker reads docker.io/acme as docker.io/library/acme. The host has other names.
+		if repository.Host(text) == repository.Hub && !repository.Within(prefix, text) {
+			_, account, _ := strings.Cut(text, "/")
+			one.wrong("%q is the image %q; the account is %q", text, prefix, account)
 			return
 		}
 		if len(r.allowed) > 0 && !slices.ContainsFunc(r.allowed, func(a string) bool { return repository.Within(prefix, a) }) {

@@ -239,6 +239,7 @@ func TestReadRefuses(t *testing.T) {
 		{"[ghcr.io/globex]", "[index.docker.io/acme/app]", `line 9: tenants.globex.images[0]: "docker.io/acme/app" overlaps "docker.io/acme" of tenant acme in tenants: line 17`},
 
 		{"[ghcr.io/globex]", "[docker.io/globex]", `line 9: tenants.globex.images[0]: "docker.io/globex" is the image "docker.io/library/globex"; the account is "globex"`},
+		{"[ghcr.io/globex]", "[index.docker.io/globex]", `line 9: tenants.globex.images[0]: "index.docker.io/globex" is the image "docker.io/library/globex"; the account is "globex"`},
 		{"[ghcr.io/globex]", "[docker.io/globex/app]", `line 9: tenants.globex.images[0]: "docker.io/globex/app" is outside allowed_images`},
 
 		// What may be pulled.
