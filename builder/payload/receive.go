@@ -39,7 +39,7 @@ func (s *Spool) receive(body io.Reader, signed io.Writer) error {
 	if whole {
 		s.raw.endHead()
 		if s.form == formEnvelope {
-			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(s.Raw(), s.size, signed) })
+			s.readEnvelope(s.Raw(), s.size, signed)
 		}
 		return nil
 	}
@@ -117,9 +117,7 @@ func (s *Spool) stream(rest io.Reader, signed io.Writer) error {
 	}
 	copyTo(&work, in.tap(), s.raw)
 	if s.form == formEnvelope {
-		tap(func(r io.Reader) {
-			s.hold(func() (*Payload, error) { return nil, s.readEnvelope(r, readSize, signed) })
-		})
+		tap(func(r io.Reader) { s.readEnvelope(r, readSize, signed) })
 	} else {
 		copyTo(&work, in.tap(), signed)
 	}

@@ -52,18 +52,17 @@ func (s *Spool) FindConfig(ctx context.Context, found func(config []byte)) error
 		s.hand(s.payload.Config, found)
 		return nil
 	}
-	_, err := guard(func() (_ struct{}, err error) {
+	return guard(func() error {
 		p := &pace{ctx: ctx, gate: s.opts.Gate}
 		defer p.rest()
 		s.memory.Must(skimMemory)
 		defer s.memory.Give(skimMemory)
 		if s.form == formTar {
 			raw := s.Raw()
-			return struct{}{}, s.skim(newSkimmed(&paced{r: raw, pace: p, left: math.MaxInt64}, raw, skimSize), found)
+			return s.skim(newSkimmed(&paced{r: raw, pace: p, left: math.MaxInt64}, raw, skimSize), found)
 		}
-		return struct{}{}, s.searchPacked(p, found)
+		return s.searchPacked(p, found)
 	})
-	return err
 }
 
 // searchPacked searches a body that is compressed, or in a text envelope.
@@ -71,11 +70,9 @@ func (s *Spool) searchPacked(p *pace, found func([]byte)) error {
 	var r io.Reader = bufio.NewReaderSize(&paced{r: s.Raw(), pace: p, left: math.MaxInt64}, readSize)
 	f := s.form
 	if f == formEnvelope {
-		inner, end := s.openEnvelope(r)
+		var end func()
+		r, f, end = s.openEnvelope(r)
 		defer end()
-		b := bufio.NewReaderSize(inner, readSize)
-		first, _ := b.Peek(magicLen)
-		r, f = b, formOf(first)
 	}
 	if f == formZstd {
 		s.memory.Must(zstdMemory)
@@ -177,7 +174,7 @@ func (k *skimmed) Seek(n int64, _ int) (int64, error) {
 //
 // WriteSigned must not be called concurrently with another method.
 func (s *Spool) WriteSigned(ctx context.Context, w io.Writer) error {
-	_, err := guard(func() (_ struct{}, err error) {
+	return guard(func() error {
 		p := &pace{ctx: ctx, gate: s.opts.Gate}
 		defer p.rest()
 		size := min(s.size, readSize)
@@ -185,13 +182,12 @@ func (s *Spool) WriteSigned(ctx context.Context, w io.Writer) error {
 		defer s.memory.Give(size)
 		r := &paced{r: s.Raw(), pace: p, left: math.MaxInt64}
 		if s.form == formEnvelope {
-			return struct{}{}, new(envelope).read(r, size, w)
+			return new(envelope).read(r, size, w)
 		}
 		// The structs hide WriteTo and ReadFrom, which would not use the buffer.
-		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, max(size, 1)))
-		return struct{}{}, err
+		_, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, max(size, 1)))
+		return err
 	})
-	return err
 }
 
 // pace lets work on one body through the gate, a piece of chunkSize bytes at a time.

@@ -36,16 +36,17 @@ type Spool struct {
 	err     error    // why there never will be an index
 }
 
-// readEnvelope writes the tar in a text envelope to w, and keeps what is beside the tar. size is
-// the size of the text, or more.
-func (s *Spool) readEnvelope(text io.Reader, size int64, w io.Writer) error {
-	return s.envelope.read(text, size, w)
+// readEnvelope writes the tar in a text envelope to w. It keeps what is beside the tar, and its
+// error for [Spool.Payload]. size is the size of the text, or more.
+func (s *Spool) readEnvelope(text io.Reader, size int64, w io.Writer) {
+	s.hold(func() (*Payload, error) { return nil, s.envelope.read(text, size, w) })
 }
 
 // hold keeps what f returns, for [Spool.Payload]. It drops errMemory and errLater, because the
 // index can be made later.
 func (s *Spool) hold(f func() (*Payload, error)) {
-	p, err := guard(f)
+	var p *Payload
+	err := guard(func() (err error) { p, err = f(); return err })
 	if errors.Is(err, errMemory) || errors.Is(err, errLater) {
 		return
 	}
@@ -71,11 +72,10 @@ func (s *Spool) dropIndex() {
 
 // guard turns a panic of f into an error: hostile bytes that make a decompressor panic must not
 // end the builds of other clients.
-func guard[T any](f func() (T, error)) (result T, err error) {
+func guard(f func() error) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			var none T
-			result, err = none, fmt.Errorf("reading payload: panic: %v\n%s", v, debug.Stack())
+			err = fmt.Errorf("reading payload: panic: %v\n%s", v, debug.Stack())
 		}
 	}()
 	return f()
@@ -151,11 +151,9 @@ func (s *Spool) open() (*Payload, error) {
 		return index(r, s.raw, false, &s.opts, s.memory)
 	}
 	if f == formEnvelope {
-		inner, end := s.openEnvelope(r)
+		var end func()
+		r, f, end = s.openEnvelope(r)
 		defer end()
-		b := bufio.NewReaderSize(inner, readSize)
-		first, _ := b.Peek(magicLen) // without a byte it is a tar that is cut short
-		r, f = b, formOf(first)
 	}
 	d, err := newDecompressor(f, bufio.NewReaderSize(r, readSize))
 	if err != nil {
@@ -181,16 +179,17 @@ func (s *Spool) open() (*Payload, error) {
 	return p, nil
 }
 
-// openEnvelope returns the tar in the text envelope r. The envelope has been read once before,
-// for the signature. The caller must call end.
-func (s *Spool) openEnvelope(r io.Reader) (tar io.Reader, end func()) {
+// openEnvelope returns what the text envelope has as its tar, and the form of it. The envelope has
+// been read once before, for the signature. The caller must call end.
+func (s *Spool) openEnvelope(text io.Reader) (inner io.Reader, f form, end func()) {
 	pr, pw := io.Pipe()
 	var work sync.WaitGroup
 	work.Go(func() {
-		_, err := guard(func() (*Payload, error) { return nil, new(envelope).read(r, s.size, pw) })
-		pw.CloseWithError(err)
+		pw.CloseWithError(guard(func() error { return new(envelope).read(text, s.size, pw) }))
 	})
-	return pr, func() {
+	b := bufio.NewReaderSize(pr, readSize)
+	first, _ := b.Peek(magicLen) // without a byte it is a tar that is cut short
+	return b, formOf(first), func() {
 		pr.Close()
 		work.Wait()
 	}
