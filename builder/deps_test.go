@@ -64,7 +64,7 @@ var reserved = []struct {
 	{"cloud.google.com/", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"golang.org/x/oauth2", []string{"clouds"}, "the rest knows Docker's helpers by name"},
 	{"github.com/google/go-containerregistry", []string{"contexts", "owned"}, "BuildKit pushes images"},
-	{"github.com/google/go-containerregistry/pkg/authn", []string{".", "cmd/tenant-forget", "contexts", "owned"}, "it has the form in which owned asks for a login"},
+	{"github.com/google/go-containerregistry/pkg/authn", []string{"contexts", "owned", "registry"}, "it has the form of a login in which owned asks and registry answers"},
 	{"github.com/nats-io/", []string{"records/jetstream"}, "everything else knows a store of records"},
 	{"github.com/openfaas/go-sdk", []string{"sealed"}, "only its envelope of secrets belongs in the function"},
 	{"github.com/openfaas/templates-sdk", []string{"server"}, "it has the form of a handler of small answers"},

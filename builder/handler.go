@@ -19,7 +19,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/rs/zerolog"
 
 	"handler/function/api"
@@ -240,11 +239,7 @@ func newContexts(cfg *Config, credentials *registry.Credentials, log zerolog.Log
 	if c.Repository == "" {
 		return nil, nil
 	}
-	c.Login = func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
-		l, err := credentials.Login(ctx, host, repository)
-		return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
-	}
-	c.RootCAs, c.Log = credentials.RootCAs, log
+	c.Login, c.RootCAs, c.Log = credentials.Login, credentials.RootCAs, log
 	store, err := contexts.New(c)
 	if err != nil {
 		return nil, err

@@ -19,6 +19,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/docker/cli/cli/config/configfile"
 	"github.com/docker/cli/cli/config/types"
+	"github.com/google/go-containerregistry/pkg/authn"
 
 	"handler/function/api"
 	"handler/function/clouds"
@@ -185,24 +186,19 @@ func (c *Credentials) logHelper(file *configfile.ConfigFile, helper string, err 
 	c.cfg.Log.Warn().Err(err).Str("credsStore", helper).Msg("using the credentials in the registry config itself")
 }
 
-// Login is the user that is configured for a repository; all of it is empty if none is.
-type Login struct {
-	Username, Password           string
-	IdentityToken, RegistryToken string
-}
-
-// Login returns what is configured for a repository that the function itself uses.
-func (c *Credentials) Login(ctx context.Context, host, repository string) (Login, error) {
+// Login returns what is configured for a repository that the function itself uses. All of it is
+// empty if nothing is.
+func (c *Credentials) Login(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
 	file, err := c.load()
 	if err != nil {
-		return Login{}, err
+		return authn.AuthConfig{}, err
 	}
 	f, err := c.lookup(ctx, file, sourceOf(file, host, repository))
 	if err == nil {
 		err = f.failed
 	}
 	auth := f.auth
-	return Login{auth.Username, auth.Password, auth.IdentityToken, auth.RegistryToken}, err
+	return authn.AuthConfig{Username: auth.Username, Password: auth.Password, IdentityToken: auth.IdentityToken, RegistryToken: auth.RegistryToken}, err
 }
 
 // Prepare is called before a build with the repositories that it pushes to. It creates

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/rs/zerolog"
 
 	"handler/function/owned"
@@ -206,11 +205,8 @@ func remove(ctx context.Context, credentials *registry.Credentials, repository s
 	defer cancel()
 	r, err := owned.New(owned.Config{
 		Repository: repository,
-		Login: func(ctx context.Context, host, repository string) (authn.AuthConfig, error) {
-			l, err := credentials.Login(ctx, host, repository)
-			return authn.AuthConfig{Username: l.Username, Password: l.Password, IdentityToken: l.IdentityToken, RegistryToken: l.RegistryToken}, err
-		},
-		RootCAs: credentials.RootCAs,
+		Login:      credentials.Login,
+		RootCAs:    credentials.RootCAs,
 	})
 	if err != nil {
 		return err
