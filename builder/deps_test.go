@@ -42,6 +42,7 @@ var imports = map[string][]string{
 	"records":     {"api", "records/batch"},
 	"registry":    {"api", "clouds", "hosts", "redact"},
 	"contexts":    {"api", "owned"},
+	"owned":       {"hosts"},
 }
 
 // reserved are prefixes of import paths that only some packages may import, and why. Of several

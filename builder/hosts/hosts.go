@@ -102,6 +102,13 @@ func (h Host) Without(ports ...int) Host {
 	return h
 }
 
+// IsLoopback says whether h is this machine by its name or its address: localhost, 127.0.0.1 or
+// ::1, or another address of 127.0.0.0/8.
+func (h Host) IsLoopback() bool {
+	ip, err := netip.ParseAddr(h.Name)
+	return h.Name == "localhost" || err == nil && ip.IsLoopback()
+}
+
 // DefaultPort returns the default port of http or https, and 0 for any other scheme.
 func DefaultPort(scheme string) int {
 	switch scheme {

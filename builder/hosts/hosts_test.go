@@ -44,6 +44,18 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestIsLoopback(t *testing.T) {
+	for s, want := range map[string]bool{
+		"localhost": true, "LocalHost.:5000": true, "127.0.0.1:5000": true, "127.9.9.9": true, "[::1]:5000": true, "[::ffff:127.0.0.1]": true,
+		"localhost.example": false, "127.example": false, "10.0.0.1": false, "[fd00::1]": false, "0.0.0.0": false, "example": false,
+	} {
+		h, err := Parse(s)
+		if err != nil || h.IsLoopback() != want {
+			t.Errorf("%q: %v, %v, want %v", s, h.IsLoopback(), err, want)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	for _, s := range []string{"Registry.Example.com.:443", "registry:05000", "[::FFFF:10.0.0.1]:80", "127.1:1", "a:65536"} {
 		f.Add(s)

@@ -7,9 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -17,6 +15,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"handler/function/hosts"
 )
 
 // Config says where a repository is. All fields are needed.
@@ -52,15 +52,8 @@ func New(cfg Config) (*Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Repository{repo, cfg, plainHTTP || isLoopback(repo.RegistryStr())}, nil
-}
-
-func isLoopback(host string) bool {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	addr, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && addr.IsLoopback()
+	host, err := hosts.Parse(repo.RegistryStr())
+	return &Repository{repo, cfg, plainHTTP || err == nil && host.IsLoopback()}, nil
 }
 
 // RequestTimeout is for the answer to one request.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -93,19 +92,10 @@ func (c *Credentials) base(host string) *url.URL {
 	if where := c.mirrors[host]; where != nil {
 		return where
 	}
-	if isLoopback(host) {
+	if h, err := hosts.Parse(host); err == nil && h.IsLoopback() {
 		return &url.URL{Scheme: "http", Host: host}
 	}
 	return &url.URL{Scheme: "https", Host: host}
-}
-
-func isLoopback(host string) bool {
-	h, err := hosts.Parse(host)
-	if err != nil {
-		return false
-	}
-	ip, err := netip.ParseAddr(h.Name)
-	return h.Name == "localhost" || err == nil && ip.IsLoopback()
 }
 
 // ask asks once, and once more with an answer to the registry's challenge. Most registries
