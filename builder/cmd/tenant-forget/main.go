@@ -1,6 +1,7 @@
-// Command tenant-forget removes what the builder keeps for one tenant: the contexts that the
-// tenant sent ahead, its cache, and the records and logs of its builds in NATS. It prints what it
-// removed, and what else there is of the tenant.
+// Command tenant-forget removes what the builder keeps of a tenant: the contexts that the tenant
+// sent ahead and its cache, which are in the builder's own repositories, and the records and logs
+// of its builds in NATS. The tenant must be out of the file of tenants before. The command prints
+// what it has removed, what it could not remove, and what else there is of the tenant elsewhere.
 package main
 
 import (
@@ -182,7 +183,7 @@ func (o *options) check() error {
 		return fmt.Errorf("reading tenants: %w", err)
 	}
 	if t := set.ByID(o.id); t != nil {
-		return fmt.Errorf("%s is the id of tenant %s: revoke the tenant first", o.id, t.Name)
+		return fmt.Errorf("%s is the id of tenant %s: remove the tenant from the file first", o.id, t.Name)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -31,7 +32,15 @@ var sharedKey = isolation.Derive([]byte("payload-secret")).SharedKey("t-1", "reg
 // newRegistry is a registry in memory with tags in two repositories.
 func newRegistry(t *testing.T, contexts, cache []string) (host string) {
 	t.Helper()
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	return serve(t, memory(), contexts, cache)
+}
+
+func memory() http.Handler { return registry.New(registry.Logger(log.New(io.Discard, "", 0))) }
+
+// serve serves a registry, and puts tags into two of its repositories.
+func serve(t *testing.T, h http.Handler, contexts, cache []string) (host string) {
+	t.Helper()
+	server := httptest.NewServer(h)
 	t.Cleanup(server.Close)
 	host = strings.TrimPrefix(server.URL, "http://")
 	for repository, tags := range map[string][]string{"contexts": contexts, "cache": cache} {
@@ -92,6 +101,48 @@ func removed(repository string, tags []string) string {
 		text += "  " + tag + "\n"
 	}
 	return text
+}
+
+// TestLogin has a registry that lets one user in, whose password is in the registry config.
+func TestLogin(t *testing.T) {
+	var private atomic.Bool
+	inner := memory()
+	host := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); private.Load() && user+":"+password != "builder:secret" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		inner.ServeHTTP(w, r)
+	}), nil, []string{"t-1-" + sharedKey})
+	private.Store(true)
+	config := func(password string) string {
+		path := filepath.Join(t.TempDir(), "config.json")
+		text := fmt.Sprintf(`{"auths":{%q:{"username":"builder","password":%q}}}`, host, password)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	cache := host + "/cache"
+	for _, tt := range []struct{ flag, removed, err string }{
+		{"", "", "401"},
+		{"-registry-config=" + config("wrong"), "", "401"},
+		{"-registry-config=" + config("secret"), removed(cache, []string{"t-1-" + sharedKey}), ""},
+	} {
+		args := []string{"-id=t-1", "-cache=" + cache}
+		if tt.flag != "" {
+			args = append(args, tt.flag)
+		}
+		var out bytes.Buffer
+		err := run(t.Context(), args, &out, io.Discard)
+		if (err != nil) != (tt.err != "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("%q: %v, want %q", tt.flag, err, tt.err)
+		}
+		if text, _, _ := strings.Cut(out.String(), "Of t-1 "); text != tt.removed {
+			t.Errorf("%q: it prints %s, want %s", tt.flag, text, tt.removed)
+		}
+	}
 }
 
 // TestLeft has a registry that deletes nothing.
