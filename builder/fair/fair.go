@@ -156,7 +156,7 @@ func (s *Slots) leave(of *tenant, w *waiter, cause error) error {
 	if i < 0 {
 		err := <-w.result
 		if err == nil && cause != nil {
-			s.take(of)
+			s.takeBack(of)
 			s.deal()
 			return cause
 		}
@@ -177,7 +177,7 @@ func (s *Slots) Release(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer s.tidy()
-	s.take(s.tenants[id])
+	s.takeBack(s.tenants[id])
 	s.deal()
 }
 
@@ -212,7 +212,7 @@ func (s *Slots) give(t *tenant) {
 	t.given = s.given + 1/float64(t.Weight)
 }
 
-func (s *Slots) take(t *tenant) {
+func (s *Slots) takeBack(t *tenant) {
 	s.free++
 	t.running--
 }
