@@ -9,7 +9,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"handler/function/budget"
 	"handler/function/payload"
@@ -169,35 +169,36 @@ func TestFindConfigLimits(t *testing.T) {
 // their context there.
 func TestSearchWaits(t *testing.T) {
 	for form, body := range map[string]string{"tar": archive(), "gzip": gzipped(t, archive()), "envelope": enveloped(archive())} {
-		opts := testOptions(t)
-		opts.Gate = payload.NewGate(1)
-		s, _ := head(t, body, opts)
-		for name, work := range map[string]func(context.Context) error{
-			"search": func(ctx context.Context) error { _, err := search(ctx, s); return err },
-			"sign":   func(ctx context.Context) error { return s.WriteSigned(ctx, io.Discard) },
-		} {
-			opts.Gate <- struct{}{}
-			done := make(chan error, 1)
-			go func() { done <- work(t.Context()) }()
-			select {
-			case <-done:
-				t.Errorf("%s, %s: did not wait", form, name)
-			case <-time.After(50 * time.Millisecond):
+		synctest.Test(t, func(t *testing.T) {
+			opts := testOptions(t)
+			opts.Gate = payload.NewGate(1)
+			s, _ := head(t, body, opts)
+			for name, work := range map[string]func(context.Context) error{
+				"search": func(ctx context.Context) error { _, err := search(ctx, s); return err },
+				"sign":   func(ctx context.Context) error { return s.WriteSigned(ctx, io.Discard) },
+			} {
+				opts.Gate <- struct{}{}
+				done := make(chan error, 1)
+				go func() { done <- work(t.Context()) }()
+				synctest.Wait()
+				if len(done) > 0 {
+					t.Errorf("%s, %s: did not wait", form, name)
+				}
+				<-opts.Gate
+				if err := <-done; err != nil {
+					t.Errorf("%s, %s: %v", form, name, err)
+				}
+				gone := errors.New("gone")
+				ctx, cancel := context.WithCancelCause(t.Context())
+				cancel(gone)
+				if err := work(ctx); !errors.Is(err, gone) && (form != "envelope" || err == nil) {
+					t.Errorf("%s, %s: %v, not the cause", form, name, err)
+				}
+				if len(opts.Gate) > 0 {
+					t.Errorf("%s, %s: left in the gate", form, name)
+				}
 			}
-			<-opts.Gate
-			if err := <-done; err != nil {
-				t.Errorf("%s, %s: %v", form, name, err)
-			}
-			gone := errors.New("gone")
-			ctx, cancel := context.WithCancelCause(t.Context())
-			cancel(gone)
-			if err := work(ctx); !errors.Is(err, gone) && (form != "envelope" || err == nil) {
-				t.Errorf("%s, %s: %v, not the cause", form, name, err)
-			}
-			if len(opts.Gate) > 0 {
-				t.Errorf("%s, %s: left in the gate", form, name)
-			}
-		}
+		})
 	}
 }
 

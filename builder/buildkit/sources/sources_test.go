@@ -8,7 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
@@ -306,32 +306,31 @@ func TestAskedForPlatforms(t *testing.T) {
 }
 
 func TestAskedAtOnce(t *testing.T) {
-	r := &registries{named: map[string]bool{"r.example": true}, wait: make(chan struct{})}
-	p := New(Config{Asker: r, Known: r})
-	var all sync.WaitGroup
-	for i := range 40 {
-		all.Go(func() {
-			ref := image(fmt.Sprintf("r.example/x%d:1", i%20))
-			if op, why, err := new(daemon).read(t, p, ref); err != nil || op == nil {
-				t.Errorf("%s: %q, %v", ref, why, err)
-			}
-		})
-	}
-	for r.count() < maxAsking {
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(50 * time.Millisecond)
-	if n := r.count(); n != maxAsking {
-		t.Errorf("%d questions at once", n)
-	}
-	close(r.wait)
-	all.Wait()
-	if len(r.asked) != 20 {
-		t.Errorf("%d questions for 20 references", len(r.asked))
-	}
+	synctest.Test(t, func(t *testing.T) {
+		r := &registries{named: map[string]bool{"r.example": true}, wait: make(chan struct{})}
+		p := New(Config{Asker: r, Known: r})
+		var all sync.WaitGroup
+		for i := range 40 {
+			all.Go(func() {
+				ref := image(fmt.Sprintf("r.example/x%d:1", i%20))
+				if op, why, err := new(daemon).read(t, p, ref); err != nil || op == nil {
+					t.Errorf("%s: %q, %v", ref, why, err)
+				}
+			})
+		}
+		synctest.Wait()
+		if n := r.count(); n != maxAsking {
+			t.Errorf("%d questions at once", n)
+		}
+		close(r.wait)
+		all.Wait()
+		if len(r.asked) != 20 {
+			t.Errorf("%d questions for 20 references", len(r.asked))
+		}
+	})
 }
 
-// TestRefused wants the registry's own answer, and nothing learnt of a caller that has gone.
+// TestRefused wants the registry's own answer.
 func TestRefused(t *testing.T) {
 	r := &registries{named: map[string]bool{"r.example": true}}
 	for _, want := range []*api.Error{{Code: api.RegistryDenied, Msg: "no"}, {Code: api.RegistryFailed, Msg: "down"}} {
@@ -346,29 +345,37 @@ func TestRefused(t *testing.T) {
 	if len(r.asked) != 2 {
 		t.Errorf("asked for %q", r.asked)
 	}
-	r.refuses, r.wait = nil, make(chan struct{})
 	p := New(Config{Asker: r, Known: r})
-	ctx, cancel := context.WithCancel(t.Context())
-	var gone sync.WaitGroup
-	gone.Go(func() {
-		req := &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")}}
-		if _, _, err := p.check(ctx, req); !errors.Is(err, context.Canceled) {
-			t.Errorf("a caller that has gone: %v", err)
-		}
-	})
-	for r.count() < 3 {
-		time.Sleep(time.Millisecond)
-	}
-	cancel()
-	gone.Wait()
-	close(r.wait)
-	if op, why, err := new(daemon).read(t, p, image("r.example/x:1")); err != nil || op == nil {
-		t.Errorf("%q, %v", why, err)
-	}
 	r.broken = &api.Error{Code: api.RegistryFailed, Msg: "unreadable"}
 	if _, why, err := new(daemon).read(t, p, image("r.example/y:1")); err != nil || why != "unreadable" {
 		t.Errorf("%q, %v", why, err)
 	}
+}
+
+// TestGone wants nothing learnt of a caller that has gone.
+func TestGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &registries{named: map[string]bool{"r.example": true}, wait: make(chan struct{})}
+		p := New(Config{Asker: r, Known: r})
+		ctx, cancel := context.WithCancel(t.Context())
+		var gone sync.WaitGroup
+		gone.Go(func() {
+			req := &policysession.CheckPolicyRequest{Source: &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")}}
+			if _, _, err := p.check(ctx, req); !errors.Is(err, context.Canceled) {
+				t.Errorf("a caller that has gone: %v", err)
+			}
+		})
+		synctest.Wait()
+		if n := r.count(); n != 1 {
+			t.Errorf("%d questions", n)
+		}
+		cancel()
+		gone.Wait()
+		close(r.wait)
+		if op, why, err := new(daemon).read(t, p, image("r.example/x:1")); err != nil || op == nil {
+			t.Errorf("%q, %v", why, err)
+		}
+	})
 }
 
 // TestForms wants what is unknown denied.
