@@ -405,8 +405,8 @@ func TestOwnDaemons(t *testing.T) {
 	h.of(h.acme).MustPost(t, within(t), body(t, app(h.acme), "FROM busybox", "RUN : "+mark())).WantSuccess(t)
 }
 
-// TestAsked: the function itself asks a registry that somebody here has credentials for,
-// where registry_mirrors says that it is, and not for what from_unasked matches.
+// TestAsked: the function itself asks Docker Hub, because somebody here has credentials for it. It
+// asks where registry_mirrors says that Docker Hub is, and not for what from_unasked matches.
 func TestAsked(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {

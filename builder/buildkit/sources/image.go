@@ -92,7 +92,7 @@ func (p *Policy) asks(ref reference.Named) (asks, named bool, err error) {
 		return false, false, err
 	}
 	named = named || registry.Covers(p.cfg.Asked, host) || p.names(host)
-	if repository.Host(name) != "docker.io" {
+	if repository.Host(name) != repository.Hub {
 		return true, named, nil
 	}
 	serves, err := p.cfg.Known.Serves(host)

@@ -2,9 +2,13 @@
 // reads a source: an image, an address for ADD, a git repository. It knows the rules of a
 // tenant, and the forms in which BuildKit writes sources.
 //
-// A daemon has one cache for all builds, and serves from it without asking anybody. So for each
-// source that somebody here may have credentials for, each build asks again, with its own
-// credentials. The function asks registries itself. It has the daemon ask for everything else.
+// A daemon has one cache for all builds, and serves from it without asking anybody. So each build
+// asks again, with its own credentials:
+//
+//   - The function itself asks the registry of an image, which has to tell the digest, and once
+//     to show the manifest. Docker Hub is not asked where nobody here may have credentials for
+//     it, and no registry is asked for what Config.Unasked matches.
+//   - For an address or a git repository, the function has the daemon ask.
 package sources
 
 import (
