@@ -229,7 +229,6 @@ func TestSuspendedBuilds(t *testing.T) {
 	}
 	waits := f.send(t, "bad", "waits", "Accept", "", api.CallbackHeader, calledBack, api.CallIDHeader, "call")
 	f.waiting(t, 1)
-	start := time.Now()
 	f.change(t, "bad", "suspended: true", "good", "")
 	for name, a := range map[string]<-chan answer{"a build": bad, "a waiting build": waits} {
 		if a := ending(t, a); a.status != http.StatusForbidden || a.rec.Code != api.Suspended {
@@ -238,9 +237,6 @@ func TestSuspendedBuilds(t *testing.T) {
 	}
 	if a := ending(t, gone); a.rec.Code != api.Suspended {
 		t.Errorf("a build of a tenant that is gone: %s", a.body)
-	}
-	if took := time.Since(start); took > 2*time.Second {
-		t.Errorf("it took %v", took)
 	}
 	if a := ending(t, f.send(t, "bad", "x", "Accept", "")); a.status != http.StatusForbidden || a.rec.Code != api.Suspended {
 		t.Errorf("a new build: %d %s", a.status, a.body)

@@ -208,34 +208,58 @@ func TestBuildsOverReplicas(t *testing.T) {
 	leave()
 }
 
-// TestWeight: freed slots are shared by weight.
+// TestWeight: freed slots are shared by weight. Of four slots, acme has three with the weight 3,
+// and globex one, for as long as builds of both wait.
 func TestWeight(t *testing.T) {
 	t.Parallel()
+	const slots, each = 4, 10
 	h := newHouse(t, func(h *house, c *stack.FunctionConfig) {
 		h.acme.Weight = 3
-		c.Env = map[string]string{"max_builds": "4"}
+		c.Env = map[string]string{"max_builds": strconv.Itoa(slots)}
 	})
 	fl := &fleet{house: h, replicas: []*stack.Function{h.f}, daemons: []*stack.Buildkitd{h.s.Buildkitd}}
-	acmes, leave := fl.crowdOf(t, h.acme, 6)
-	globexs, leaveToo := fl.crowdOf(t, h.globex, 6)
+	acmes, leave := fl.crowdOf(t, h.acme, each)
+	globexs, leaveToo := fl.crowdOf(t, h.globex, each)
 	defer leave()
 	defer leaveToo()
-	stack.Eventually(t, patience, func() error {
-		a, b := fl.running(t, acmes), fl.running(t, globexs)
-		if len(a) == 3 && len(b) == 1 {
-			return nil
-		}
-		if waiting, err := h.f.Metric("builder_builds_waiting"); err == nil && waiting == 8 && len(a)+len(b) == 4 {
-			// Whoever came first has more than its share, until it ends.
-			switch {
-			case len(a) > 3:
-				release(t, a[0])
-			case len(b) > 1:
-				release(t, b[0])
+	ended := 0
+	end := func(m string) {
+		release(t, m)
+		ended++
+	}
+	// running waits until every slot is taken and all other builds wait.
+	running := func() (acme, globex []string) {
+		t.Helper()
+		stack.Eventually(t, patience, func() error {
+			waiting, err := h.f.Metric("builder_builds_waiting")
+			acme, globex = fl.running(t, acmes), fl.running(t, globexs)
+			if n := len(acme) + len(globex); err != nil || n != slots || int(waiting) != 2*each-slots-ended {
+				return fmt.Errorf("%d builds run and %v wait: %v", n, waiting, err)
 			}
+			return nil
+		})
+		return acme, globex
+	}
+	acme, globex := running()
+	// Who came first may have more than its share. It gets no slot back until it has its share.
+	for ended < 3 && len(acme) != 3 {
+		if len(globex) > 1 {
+			end(globex[0])
+		} else {
+			end(acme[0])
 		}
-		return fmt.Errorf("acme has %d slots and globex %d", len(a), len(b))
-	})
+		acme, globex = running()
+	}
+	for range 3 {
+		if len(acme) != 3 || len(globex) != 1 {
+			t.Fatalf("after %d builds have ended, acme has %d slots and globex %d", ended, len(acme), len(globex))
+		}
+		end(acme[0])
+		acme, globex = running()
+	}
+	if len(acme) != 3 || len(globex) != 1 {
+		t.Errorf("acme gave a slot back, and then has %d slots and globex %d", len(acme), len(globex))
+	}
 }
 
 // TestQueue: more than queue builds of a tenant do not wait on one replica. Another tenant's
