@@ -26,10 +26,10 @@ type limits struct {
 	told func(pushing bool) // a solve.Request.Pushing
 }
 
-// newLimits are those of a tenant's build; t may be nil.
+// newLimits are those of a build. t may be nil. Its timeout replaces the installation's.
 func (s *Solver) newLimits(t *solve.Tenant) *limits {
 	l := &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
-	if t != nil && t.BuildTimeout > 0 && (l.build == 0 || t.BuildTimeout < l.build) {
+	if t != nil && t.BuildTimeout > 0 {
 		l.build = t.BuildTimeout
 	}
 	return l

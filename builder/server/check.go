@@ -90,20 +90,12 @@ func (s *Server) contextHosts(by signer) []string {
 	return s.ContextHosts
 }
 
-// buildTimeout is the tenant's. Zero leaves the installation's.
-func (g signer) buildTimeout() time.Duration {
-	if !g.file() {
-		return 0
+// buildTimeout is the lesser of the installation's and the tenant's.
+func (s *Server) buildTimeout(by signer) time.Duration {
+	if !by.file() || by.tenant.BuildTimeout == 0 {
+		return s.BuildTimeout
 	}
-	return g.tenant.BuildTimeout
-}
-
-// smaller is the smaller of two limits, where a limit of zero is none.
-func smaller(a, b time.Duration) time.Duration {
-	if a == 0 || b != 0 && b < a {
-		return b
-	}
-	return a
+	return min(s.BuildTimeout, by.tenant.BuildTimeout)
 }
 
 // solveTenant is what the Solver needs to know of the signer's tenant: nil without a file.
@@ -118,7 +110,7 @@ func (s *Server) solveTenant(by signer) *solve.Tenant {
 		Pool:            t.Pool,
 		Memory:          t.Memory,
 		CPUs:            t.CPUs,
-		BuildTimeout:    smaller(s.BuildTimeout, t.BuildTimeout),
+		BuildTimeout:    s.buildTimeout(by),
 		RegistryConfig:  t.Registry.Config,
 		BuilderRegistry: t.Registry.Builder,
 		Sources: solve.Sources{

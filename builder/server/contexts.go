@@ -169,7 +169,7 @@ func (s *Server) fetchContext(j *job, digest string) (*payload.Spool, *payload.P
 	if s.Contexts == nil {
 		return nil, nil, &api.Error{Code: api.BadContext, Msg: "this builder keeps no contexts: context_repository is not set"}
 	}
-	limit := smaller(s.BuildTimeout, j.body.buildTimeout())
+	limit := s.buildTimeout(j.body.signer)
 	ctx, cancel := context.WithTimeoutCause(j.ctx, limit, &api.Error{
 		Code: api.RegistryTimeout, Msg: fmt.Sprintf("the registry has not sent the context within build_timeout, %v", limit),
 	})

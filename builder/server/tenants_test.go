@@ -382,7 +382,9 @@ func TestTenantsMay(t *testing.T) {
 		{"arm", `{"image":"ghcr.io/arm/app","platforms":["linux/aarch64"]}`, "", func(r *solve.Request) bool { return r.Config.Platforms[0] == "linux/arm64" }},
 		{"arm", `{"image":"ghcr.io/arm/app"}`, "", func(r *solve.Request) bool { return r.Config.Platforms[0] == "linux/amd64" }},
 		{"riscv", `{"image":"ghcr.io/riscv/app"}`, "", func(r *solve.Request) bool { return r.Config.Platforms[0] == "linux/riscv64" }},
-		{"acme", `{"image":"ghcr.io/acme/app"}`, "", func(r *solve.Request) bool { return len(r.Config.Platforms) == 0 }},
+		{"acme", `{"image":"ghcr.io/acme/app"}`, "", func(r *solve.Request) bool {
+			return len(r.Config.Platforms) == 0 && r.Tenant.BuildTimeout == 10*time.Minute
+		}},
 		// The installation's credentials go to nobody.
 		{"acme", git("acme", "github.com/a/b"), "", func(r *solve.Request) bool { return r.GitAuthorization == "" }},
 		{"acme", git("acme", "git.example.com/a/b"), api.ContextForbidden, nil},

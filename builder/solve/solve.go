@@ -56,9 +56,9 @@ type Tenant struct {
 	Pool string // of daemons; empty is the shared one
 
 	Memory int64   // bytes of one step; zero is no limit
-	CPUs   float64 // of one step; zero is no limit
+	CPUs   float64 // of one step, at least 0.01; zero is no limit
 
-	BuildTimeout time.Duration // zero leaves the Solver's
+	BuildTimeout time.Duration // in place of the Solver's; zero leaves that
 
 	// RegistryConfig is a Docker config.json with the tenant's credentials; nil for none.
 	// BuilderRegistry says that the tenant has the builder's own in its place.
