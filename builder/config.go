@@ -24,6 +24,7 @@ import (
 	"handler/function/registry"
 	"handler/function/repository"
 	"handler/function/server"
+	"handler/function/tenants"
 )
 
 // Config is the function's configuration. Buildkit, Registry, Contexts and Server configure the
@@ -31,8 +32,8 @@ import (
 // need. The comment of each field names its variables. CONFIGURATION.md has the defaults.
 type Config struct {
 	// default_platform, allow_syntax, from_unasked, cache_repository, image_compression,
-	// buildkit_addr, buildkit_server_name,
-	// build_timeout, push_timeout, stall_timeout, daemon_builds
+	// buildkit_addr, buildkit_server_name, build_timeout, push_timeout, stall_timeout,
+	// daemon_builds
 	Buildkit buildkit.Config
 
 	// allow_basic, create_repositories, token_hosts, token_paths, registry_mirrors
@@ -42,11 +43,9 @@ type Config struct {
 	Contexts contexts.Config
 
 	// disable_hmac, require_timestamp, default_platform, allowed_images, context_hosts,
-	// metrics_tenants,
-	// max_builds, max_uploads, queue_wait, build_timeout, shutdown_timeout,
-	// upload_min_rate, upload_grace,
-	// max_body_bytes, max_unpacked_bytes, max_entries, max_path_bytes, max_names_bytes,
-	// max_config_bytes, max_secrets_bytes,
+	// metrics_tenants, max_builds, max_uploads, queue_wait, build_timeout, shutdown_timeout,
+	// upload_min_rate, upload_grace, max_body_bytes, max_unpacked_bytes, max_entries,
+	// max_path_bytes, max_names_bytes, max_config_bytes, max_secrets_bytes,
 	// spool_memory_bytes, max_spool_bytes, temp_dir
 	Server server.Config
 
@@ -210,24 +209,17 @@ func (e *environment) size(name string, fallback int64) int64 {
 	return n
 }
 
-// duration reads Go's form, or a whole number of seconds, as of-watchdog does.
+// duration reads a duration as the file of tenants has it.
 func (e *environment) duration(name string, fallback time.Duration) time.Duration {
 	v := e.text(name, "")
 	if v == "" {
 		return fallback
 	}
-	d, err := parseDuration(v)
+	d, err := tenants.ParseDuration(v)
 	if err != nil || d <= 0 {
 		e.wrong(name, v, `a duration such as "15m"`)
 	}
 	return d
-}
-
-func parseDuration(v string) (time.Duration, error) {
-	if n, err := strconv.ParseInt(v, 10, 32); err == nil {
-		return time.Duration(n) * time.Second, nil
-	}
-	return time.ParseDuration(v)
 }
 
 func (e *environment) boolean(name string, fallback bool) bool {

@@ -270,7 +270,7 @@ func shorterTimeouts(buildTimeout time.Duration, getenv func(string) string) []s
 	var short []string
 	for _, name := range []string{"write_timeout", "exec_timeout"} {
 		// An exec_timeout of zero is no timeout; write_timeout cannot be zero.
-		if d, err := parseDuration(getenv(name)); err != nil || d > 0 && d <= buildTimeout {
+		if d, err := tenants.ParseDuration(getenv(name)); err != nil || d > 0 && d <= buildTimeout {
 			short = append(short, name)
 		}
 	}

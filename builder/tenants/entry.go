@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/platforms"
 	"github.com/docker/go-units"
 
 	"handler/function/buildconfig"
@@ -85,11 +84,11 @@ func contextHost(text string) (string, error) {
 }
 
 func platform(text string) (string, error) {
-	spec, err := platforms.Parse(text)
+	name, err := buildconfig.NormalPlatform(text)
 	if err != nil {
 		return "", fmt.Errorf(`%q is not a platform such as "linux/amd64"`, text)
 	}
-	return platforms.Format(platforms.Normalize(spec)), nil
+	return name, nil
 }
 
 // host returns a host in the form in which requests and tenants are compared.
@@ -141,16 +140,20 @@ func (v value) size(least int64) int64 {
 	return n
 }
 
-// duration is in seconds, or has a unit.
+// ParseDuration reads a duration in Go's form, or a whole number of seconds, as of-watchdog does.
+func ParseDuration(text string) (time.Duration, error) {
+	if n, err := strconv.ParseInt(text, 10, 32); err == nil {
+		return time.Duration(n) * time.Second, nil
+	}
+	return time.ParseDuration(text)
+}
+
 func (v value) duration() time.Duration {
 	s, ok := v.scalar("a duration such as 10m", "!!str", "!!int")
 	if !ok {
 		return 0
 	}
-	d, err := time.ParseDuration(s)
-	if n, failed := strconv.ParseInt(s, 10, 32); failed == nil {
-		d, err = time.Duration(n)*time.Second, nil
-	}
+	d, err := ParseDuration(s)
 	if err != nil || d <= 0 {
 		v.wrong("%.40q is not a duration such as 10m", s)
 		return 0
