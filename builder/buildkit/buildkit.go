@@ -103,9 +103,9 @@ func (s *Solver) Close() error { return s.pools.close() }
 // # Errors
 //
 // Every error is an *api.Error: bad_tar, build_failed, registry_denied, registry_failed,
-// registry_timeout, from_forbidden, deadline, stalled, daemon_lost, daemon_full, no_daemon, bad_context,
-// context_failed or internal. When ctx ended, it is ctx's cause if that is an *api.Error, and
-// otherwise deadline or canceled.
+// registry_timeout, from_forbidden, deadline, stalled, daemon_lost, daemon_full, no_daemon,
+// bad_context, context_failed or internal. When ctx ended, it is ctx's cause if that is an
+// *api.Error, and otherwise deadline or canceled.
 func (s *Solver) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
 	files := contextfs.New(req.Context)
 	defer files.Close()

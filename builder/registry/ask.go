@@ -101,7 +101,7 @@ func (c *Credentials) base(host string) *url.URL {
 // ask asks once, and once more with an answer to the registry's challenge. Most registries
 // tell the digest in a header. The others are asked for the manifest itself.
 func (q *question) ask(ctx context.Context) (digest.Digest, error) {
-	object := "latest"
+	var object string
 	want, byDigest := q.ref.(reference.Digested)
 	if byDigest {
 		object = want.Digest().String()
@@ -135,8 +135,8 @@ func (q *question) ask(ctx context.Context) (digest.Digest, error) {
 
 var errAnswer = errors.New("an answer that fits no question")
 
-// authorized sends a request for the manifest of a tag or a digest, and repeats it if the registry wants
-// credentials and there are some. The caller closes the body.
+// authorized sends a request for the manifest of a tag or a digest, and repeats it if the registry
+// wants credentials and there are some. The caller closes the body.
 func (q *question) authorized(ctx context.Context, method, object string) (*http.Response, error) {
 	resp, err := q.send(ctx, method, object)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized || q.header != "" {

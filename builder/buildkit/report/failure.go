@@ -39,8 +39,7 @@ type Failure struct {
 
 // Classify returns the error for the client: registry_denied, registry_failed, daemon_full,
 // build_failed, from_forbidden, or the code of the error in Denied, or in Refused, that the
-// daemon passes on. later says
-// that the registry wants the push to be repeated after a while.
+// daemon passes on. later says that the registry wants the push to be repeated after a while.
 func (f *Failure) Classify() (e *api.Error, later bool) {
 	text := strings.TrimPrefix(f.Err.Error(), "failed to solve: ")
 	said := Unquoted(text)
