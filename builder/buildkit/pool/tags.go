@@ -28,20 +28,14 @@ func (t Tags) Ref(ref string) string {
 	return ref + "x" + t.Tenant + "x" + t.Build
 }
 
-// tagsOf are the tags at the end of a Ref. A Ref without a tag is shorter than two tags, or has no
-// x between them.
+// tagsOf are the tags at the end of a Ref. ok is false if it ends otherwise. No tag has an x in it.
 func tagsOf(ref string) (t Tags, ok bool) {
-	rest, build, _ := cutLast(ref)
-	_, tenant, ok := cutLast(rest)
-	return Tags{tenant, build}, ok && isTag(tenant) && isTag(build)
-}
-
-func cutLast(s string) (before, after string, ok bool) {
-	i := strings.LastIndexByte(s, 'x')
-	if i < 0 {
-		return "", "", false
+	parts := strings.Split(ref, "x")
+	if len(parts) < 3 {
+		return Tags{}, false
 	}
-	return s[:i], s[i+1:], true
+	last := parts[len(parts)-2:]
+	return Tags{Tenant: last[0], Build: last[1]}, isTag(last[0]) && isTag(last[1])
 }
 
 func isTag(s string) bool {
