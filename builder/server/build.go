@@ -221,6 +221,21 @@ func (s *Server) findContext(j *job, sp *spec) (openContext, error) {
 	return openContext{p.Context, p.Warnings, func() { spool.Close() }}, nil
 }
 
+// record is the verdict. Its text is masked.
+func (res *result) record(image string) api.Record {
+	rec := api.Record{Image: image, ImageName: image, Status: api.Success}
+	if res.err != nil {
+		rec = failedRecord(api.AsError(res.err), image)
+		rec.Error = res.mask.Text(rec.Error)
+	} else {
+		rec.Digest, rec.Commit, rec.Tags, rec.Platforms = res.outcome.Digest, res.outcome.Commit, res.outcome.Tags, res.outcome.Platforms
+	}
+	for _, warning := range res.outcome.Warnings {
+		rec.Warnings = append(rec.Warnings, res.mask.Line(warning))
+	}
+	return rec
+}
+
 func (j *job) logStart() {
 	started := time.Now()
 	// The sum of a large body takes a while, and the build need not wait for it.

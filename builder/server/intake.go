@@ -20,7 +20,8 @@ import (
 
 // The limits of all bodies whose signatures have not passed yet.
 const (
-	// Together with waitingMemory these two have to stay below GOMEMLIMIT in stack.yml.
+	// These two, waitingMemory, and the 16 MiB of records in memory have to stay below GOMEMLIMIT
+	// in stack.yml together.
 	headMemory   = 32 << 20 // bytes of memory for all heads
 	uploadMemory = 64 << 20 // bytes of memory for all bodies with a slot
 
@@ -29,7 +30,8 @@ const (
 	headSize = 1 << 20
 
 	// At maxArrivals bodies, each new body ends an old one: the body that has been silent
-	// the longest, or else the slowest below slowRate. At twice maxArrivals, new bodies are refused.
+	// the longest, or else the slowest below slowRate. At twice maxArrivals, new bodies are
+	// refused.
 	maxArrivals = 1024
 
 	// slowRate is in bytes per second. An upload below it can be ended, if another body

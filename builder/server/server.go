@@ -2,13 +2,25 @@
 // to a Solver, and writes the result in the form that the client asked for. It does not
 // know BuildKit.
 //
-// A request for a build goes through these files: server.go finds its route, call.go says
-// who calls, upload.go receives the body, keys.go finds out who signed it, flights.go
-// finds the build that it may join here, retell.go one of another replica or one that has
-// ended, build.go does the steps of the build, check.go compares it with what is allowed,
-// isolate.go keeps it apart from others, and flight.go passes the verdict to every call that
-// waits. refuse.go answers where there is no build. builds.go and log.go answer requests about
-// builds.
+// A request for a build goes through these files:
+//
+//   - server.go finds its route. call.go reads what kind of answer the caller wants.
+//   - who.go finds the keys to try, and search.go looks for them in the body if nothing else
+//     tells. keys.go reads the payload secret and the timestamp, and checks signatures of
+//     requests without a body.
+//   - upload.go receives the body and checks its signature. intake.go bounds all bodies before
+//     their signatures, and shares.go each tenant's after that.
+//   - flights.go finds the build that the call may join here, and retell.go one that another
+//     replica runs or that has ended.
+//   - build.go does the steps of the build. check.go compares it with what is allowed, slots.go
+//     waits for its slot, contexts.go fetches its context, and isolate.go keeps it apart from
+//     others.
+//   - flight.go passes the log and the verdict to every call that waits, and to the store of
+//     records. usage.go logs what the build has used.
+//
+// underway.go ends what a suspended tenant has under way. refuse.go answers where there is no
+// build. builds.go, log.go and query.go answer requests about builds, contexts.go those about
+// contexts, and about.go all others.
 package server
 
 import (
