@@ -8,15 +8,15 @@ import (
 	"handler/function/records/batch"
 )
 
-// Followers are those who follow a log in this process, MaxFollowers at most. The channel holds a
-// value for each.
+// Followers counts the calls of a Store's Follow that run in this process. The channel holds a value
+// for each, and has room for MaxFollowers.
 type Followers chan struct{}
 
 // NewFollowers makes Followers without any.
 func NewFollowers() Followers { return make(Followers, MaxFollowers) }
 
-// Follow is the sequence of one follower, which follow yields. Where there are too many followers
-// already, it is ErrBusy alone.
+// Follow returns the sequence of one follower. The sequence calls follow, which yields its lines
+// with the Pacer. If MaxFollowers have begun and not ended, the sequence yields ErrBusy alone.
 func (f Followers) Follow(follow func(*Pacer)) iter.Seq2[Line, error] {
 	return func(yield func(Line, error) bool) {
 		select {
@@ -29,11 +29,12 @@ func (f Followers) Follow(follow func(*Pacer)) iter.Seq2[Line, error] {
 	}
 }
 
-// Pacer is the yield function of a Follow, with the rules that all stores have for it: a
-// KeepAlive in a silence, and ErrSlow for a follower that is too slow.
+// Pacer yields the lines of one Follow. It has the rules that all stores share: after KeepAlive
+// without a line it yields one with N 0, and it yields ErrSlow to a follower that took longer than
+// SlowAfter for a line.
 type Pacer struct {
 	yield func(Line, error) bool
-	last  time.Time // a Line was yielded
+	last  time.Time // when a Line was last yielded
 }
 
 // Line yields a line. It returns false if it must be the last.
@@ -67,7 +68,8 @@ func (p *Pacer) Batch(lines *batch.Batch, next uint64) bool {
 // Fail yields an error.
 func (p *Pacer) Fail(err error) { p.yield(Line{}, err) }
 
-// Tick yields a Line with N 0 if it is time for one. It returns false if nothing must follow.
+// Tick yields a Line with N 0 if none has been yielded for KeepAlive. It returns false if nothing
+// must follow.
 func (p *Pacer) Tick() bool {
 	return time.Since(p.last) < KeepAlive || p.Line(Line{})
 }

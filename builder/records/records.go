@@ -53,8 +53,12 @@ var (
 
 // Ref names a build. Attempt is 0 for the latest build of the id. Attempts are counted from 1
 // for each id, as long as the store knows an earlier one.
+//
+// Tenant, here and in all of this package, says whose the build is: it is the tenant's id or,
+// without a file of tenants, an id made of the key that signed. Holders of different keys have
+// never seen each other's builds.
 type Ref struct {
-	Tenant  string // the tenant's id
+	Tenant  string
 	ID      string // the call id
 	Attempt int
 }
@@ -171,7 +175,7 @@ func ClipLine(line string) string {
 
 // Query says which records a Page has.
 type Query struct {
-	Tenant   string     // the tenant's id
+	Tenant   string     // as in a Ref
 	Operator bool       // the records of all tenants; Tenant is ignored
 	Status   api.Status // if it is not empty
 	Image    string     // if it is not empty: this reference, or the repository of it with any tag or digest

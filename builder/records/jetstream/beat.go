@@ -180,7 +180,7 @@ func (s *Store) hear(msg *nats.Msg) {
 		return
 	}
 	var h heartbeat
-	if _, ok := s.unseal(msg, f[2], &h); !ok || time.Since(h.At).Abs() > oldBeat {
+	if _, ok := s.openMessage(msg, f[2], &h); !ok || time.Since(h.At).Abs() > oldBeat {
 		return
 	}
 	s.mu.Lock()

@@ -208,8 +208,8 @@ func (s *Store) listen(conn *nats.Conn) error {
 	return err
 }
 
-// unseal reads into v what another process has said, with the key of an id. It returns the key.
-func (s *Store) unseal(msg *nats.Msg, id string, v any) (k *key, ok bool) {
+// openMessage reads into v what another process has said, with the key of an id. It returns the key.
+func (s *Store) openMessage(msg *nats.Msg, id string, v any) (k *key, ok bool) {
 	if k = s.ring.Load().byID[id]; k == nil {
 		return nil, false
 	}
@@ -224,7 +224,7 @@ func (s *Store) unseal(msg *nats.Msg, id string, v any) (k *key, ok bool) {
 // obey ends a build of this process for another process.
 func (s *Store) obey(msg *nats.Msg) {
 	var o order
-	k, ok := s.unseal(msg, strings.Split(msg.Subject, ".")[2], &o)
+	k, ok := s.openMessage(msg, strings.Split(msg.Subject, ".")[2], &o)
 	if !ok {
 		return
 	}
