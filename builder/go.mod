@@ -56,9 +56,11 @@ require (
 	golang.org/x/oauth2 v0.37.0
 )
 
+// Many requests side by side, under one bound.
+require golang.org/x/sync v0.24.0
+
 // Tests.
 require (
-	golang.org/x/sync v0.24.0
 	google.golang.org/protobuf v1.36.12
 	gopkg.in/yaml.v3 v3.0.1
 )

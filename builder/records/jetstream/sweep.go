@@ -2,13 +2,12 @@ package jetstream
 
 import (
 	"context"
-	"errors"
 	"maps"
 	"math/rand/v2"
-	"sync"
 	"time"
 
 	js "github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/errgroup"
 
 	"handler/function/api"
 	"handler/function/records/batch"
@@ -137,19 +136,16 @@ func (s *Store) buryAll(st *streams, dead []place) error {
 	}
 	// Of several processes one is the first, and the others need not ask a daemon.
 	time.Sleep(rand.N(500 * time.Millisecond))
-	var group sync.WaitGroup
-	turns := make(chan struct{}, 64)
-	failed := make([]error, len(dead))
-	for i, p := range dead {
-		turns <- struct{}{}
-		group.Go(func() {
-			failed[i] = s.bury(st, p)
-			<-turns
-		})
+	var burying errgroup.Group
+	burying.SetLimit(maxBurying)
+	for _, p := range dead {
+		burying.Go(func() error { return s.bury(st, p) })
 	}
-	group.Wait()
-	return errors.Join(failed...)
+	return burying.Wait()
 }
+
+// maxBurying is how many builds a process buries at once.
+const maxBurying = 64
 
 // see reads a running record for the first time.
 func (s *Store) see(ctx context.Context, st *streams, p place) (*seen, error) {
