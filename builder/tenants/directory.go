@@ -52,7 +52,9 @@ type Directory struct {
 	cfg   Config
 	state atomic.Pointer[state]
 
-	mu            sync.Mutex // for a change of state, with the calls that it makes
+	// mu is held while a Set comes into force and the funcs are called with it. So a func that
+	// is registered meanwhile is called once with each Set.
+	mu            sync.Mutex
 	before, after []func(*Set)
 
 	// The rest is for the goroutine that looks.

@@ -6,8 +6,9 @@ import (
 	"handler/function/repository"
 )
 
-// MaxUnnamed is how many keys are tried for a request that names no tenant. If there are more
-// keys, the image in its config tells the tenant.
+// MaxUnnamed is the largest number of keys that are all tried for a request that names no tenant.
+// If the file has more keys, none is tried before the image in the request's config has told the
+// tenant.
 const MaxUnnamed = 8
 
 // Set is all tenants at one time.
@@ -99,7 +100,8 @@ func (s *Set) AtHost(text string) (list []Candidate, ok bool) {
 	return s.candidates(t), true
 }
 
-// All returns the keys of all tenants. ok is false if there are more than MaxUnnamed.
+// All returns the keys of all tenants. ok is false if a file has more than MaxUnnamed. The payload
+// secret may have any number.
 func (s *Set) All() (list []Candidate, ok bool) {
 	if s.File && s.keys > MaxUnnamed {
 		return nil, false
