@@ -25,13 +25,13 @@ type keyring struct {
 	log  zerolog.Logger
 
 	mu   sync.Mutex
-	sum  *[sha256.Size]byte // of the file that holds keys; nil before it is first read
+	sum  *[sha256.Size]byte // of the payload secret; nil before it is first read
 	keys signature.Keys
-	only *tenants.Set // with these keys
+	only *tenants.Set // of the tenant who has these keys where there is no file of tenants
 }
 
-// current reads the file. It returns its keys, and the Set of the only tenant, who has them. A
-// file without a key is no error.
+// current reads the payload secret. It returns the keys in it, and the Set of the one tenant that
+// has them where there is no file of tenants. A secret without a key is no error.
 func (k *keyring) current() (signature.Keys, *tenants.Set, error) {
 	file, err := k.read()
 	if err != nil {
@@ -57,7 +57,7 @@ func (k *keyring) current() (signature.Keys, *tenants.Set, error) {
 	return keys, k.only, nil
 }
 
-// These are in the answer of /ready, and the first also in the log.
+// The answer of /ready has these texts, and the log has noKey.
 const (
 	noKey    = "the payload secret holds no key: one has 16 bytes or more"
 	noSecret = "the payload secret cannot be read"
@@ -78,9 +78,9 @@ func (s *Server) timestamp(r *http.Request) (signature.Timestamp, error) {
 	return t, nil
 }
 
-// signedBy checks the signature of a request without a body. Such a request signs its
-// method, a space, and its path with the query: "GET /builds/42". Without HMAC anybody
-// is the signer.
+// signedBy checks the signature of a request without a body, and returns whose key made it. What is
+// signed is the method, a space, and the path with the query: "GET /builds/42". Without HMAC nothing
+// is checked, and the signer has no key.
 func (s *Server) signedBy(r *http.Request) (signer, error) {
 	return s.signedWith(r, signedNeeds{})
 }
@@ -137,17 +137,17 @@ func (s *Server) signedWith(r *http.Request, needs signedNeeds) (signer, error) 
 var bodiless = regexp.MustCompile(`^[A-Z]+ /`)
 
 // ambiguous says whether a signed body may also be something else that is signed: a request
-// without a body, an answer of the builder, or another body with a timestamp before it.
-// Whoever has seen the signature of the other thing could send it as a body. message is the
-// beginning of the body, 1 KiB or all; for a text envelope, of the tar in it. A timestamp that
-// was sent beside the body is not in message.
+// without a body, an answer of the builder, or a timestamp and another body. Whoever has seen one of
+// these with its signature could send it as a body. message is the first 1 KiB of the body, or all
+// of a shorter one. Of a text envelope it is the first 1 KiB of the tar in it. A timestamp in a
+// header is not in message.
 func ambiguous(message []byte) bool {
 	rest, stamped := signature.CutTimestamp(message)
 	return bodiless.Match(rest) || reply.IsAnswer(rest) || stamped && payload.IsBody(rest)
 }
 
-// headerIgnored is the error of a text envelope that has no signature inside, beside a signature
-// in a header. It tells nothing about a key: nothing compares the header with one.
+// headerIgnored is the error of a text envelope that has no signature inside, while a header has
+// one. It tells nothing about a key, because the header is compared with none.
 func (r roster) headerIgnored() error {
 	e := api.AsError(r.unauthorized(errors.New("no signature")))
 	e.Msg += `: a body that begins with { is taken for a text envelope, ` +

@@ -46,7 +46,7 @@ func (v value) id() string {
 	return s
 }
 
-// limits are the keys that a tenant and the defaults have.
+// limits are the keys that an entry of tenants and defaults both have.
 func (r *reader) limits(t *Tenant) map[string]func(value) {
 	return map[string]func(value){
 		"from":           func(v value) { t.From = v.texts(repository.ParsePattern) },
@@ -91,7 +91,7 @@ func platform(text string) (string, error) {
 	return name, nil
 }
 
-// host returns a host in the form in which requests and tenants are compared.
+// host returns a host in the form that is compared: hosts of tenants, and the Host of a request.
 func host(text string) (string, error) {
 	h, err := hosts.Parse(text)
 	if err != nil {

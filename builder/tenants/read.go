@@ -21,7 +21,7 @@ type File struct {
 	Data []byte
 }
 
-// Installation is what the file is compared with.
+// Installation is what the files have to agree with.
 type Installation struct {
 	PayloadSecret []byte
 	AllowedImages []string // prefixes that hold all images of tenants; empty holds every one
@@ -69,13 +69,13 @@ type reader struct {
 	root     []byte // the payload secret's first line; nil if there is none
 	allowed  []string
 	set      *Set
-	places   map[thing]string // of what may be there once
+	places   map[thing]string // where each thing is that may be there only once
 	pools    []value          // that tenants name
 	images   []image
 	problems *problems
 }
 
-// thing may be there once in all files. Example: an id.
+// thing is what all files together may have only once. Example: an id.
 type thing struct{ kind, text string }
 
 // image is an entry of images.

@@ -62,7 +62,7 @@ func (r *reader) secret(v value) []byte {
 	case len(secret) < signature.MinKey:
 		v.wrong("it has %d bytes: a key has %d or more", len(secret), signature.MinKey)
 	case bytes.Equal(secret, r.root):
-		v.wrong("it is the first line of the payload secret, which what keeps tenants apart is derived from")
+		v.wrong("it is the first line of the payload secret: what keeps tenants apart is derived from that line")
 	case r.once(v, "key", s):
 		return secret
 	}

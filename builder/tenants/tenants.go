@@ -14,8 +14,8 @@ const DefaultID = "default"
 // IsID says whether a text has the form of an id in the file.
 func IsID(text string) bool { return idForm.MatchString(text) && text != DefaultID }
 
-// Tenant is one entry of the file, with the file's defaults filled in. What the installation
-// allows is a limit beside each of a tenant's own: whichever is less counts.
+// Tenant is one entry of the file, with the file's defaults filled in. The installation has limits
+// of its own. Where a tenant has the same limit, the lesser of the two counts.
 type Tenant struct {
 	Name string // by which requests name the tenant; it may change
 	ID   string // in every salt, name, tag and record; it is never used for another tenant
@@ -27,14 +27,14 @@ type Tenant struct {
 	// allows every repository, which only the default tenant has.
 	Images []string
 
-	// From are patterns of what the tenant may pull, in which * is any text, compared with a
-	// normalised name without tag and digest. Nil allows everything but the images of other
-	// tenants. Images may be pulled in any case.
+	// From are patterns of what the tenant may pull. In a pattern, * is any text. It is compared
+	// with a normalised name without tag and digest. Nil allows everything but the images of
+	// other tenants. The tenant may always pull what Images has.
 	From []string
 
 	Registry       Registry
 	ContextHosts   []string // in place of the installation's; nil leaves the installation's
-	GitCredentials []byte   // in the form of git's credential store; nil leaves the installation's to the default tenant, and none to others
+	GitCredentials []byte   // in the form of git's credential store; nil is the installation's for the default tenant, and none for others
 
 	Platforms []string // normalised; empty allows every platform
 
@@ -44,7 +44,7 @@ type Tenant struct {
 
 	Builds int // at once; zero is no limit
 	Queue  int // builds that wait, on one replica; zero is no limit
-	Weight int // its share of the slots, beside the others'; 1 or more
+	Weight int // its share of the slots in proportion to the weights of others; 1 or more
 
 	BuildTimeout time.Duration // zero leaves the installation's
 	MaxBodyBytes int64         // zero leaves the installation's

@@ -50,8 +50,8 @@ func (p *problems) err() error {
 	return errors.Join(p.list...)
 }
 
-// value is a value in a file, with its place. Its methods add a problem if it does not have the
-// form that they want. No problem quotes a value that may be a secret.
+// value is a value in a file, with its place. A method that wants a form adds a problem if the value
+// has another one. No problem quotes a value that may be a secret.
 type value struct {
 	file     string
 	path     string // of keys, such as tenants.acme.keys[1].secret; empty is the file
@@ -164,8 +164,8 @@ func syntax(err error) (line int, cause error) {
 	return line, errors.New(text)
 }
 
-// plain says whether v is a value of that kind, with nothing of YAML that this package does not
-// read.
+// plain says whether v is a value of that kind. Aliases, anchors, tags and empty values are problems:
+// this package does not read them.
 func (v value) plain(kind yaml.Kind, want string) bool {
 	switch {
 	case v.node.Kind == yaml.AliasNode:

@@ -61,7 +61,7 @@ func with(op *pb.SourceOp, set map[string]string, without ...string) *pb.SourceO
 	return &pb.SourceOp{Identifier: op.GetIdentifier(), Attrs: attrs}
 }
 
-// allow lets a source pass when the daemon asks for it again.
+// allow notes that a source is proven: it passes when the daemon asks about it again.
 func (p *Policy) allow(op *pb.SourceOp) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -74,7 +74,7 @@ func (p *Policy) isAllowed(op *pb.SourceOp) bool {
 	return p.allowed[fingerprint(op)]
 }
 
-// begin has probe resolved in place of op.
+// begin begins the proof of op: the daemon resolves probe in its place.
 func (p *Policy) begin(op, probe *pb.SourceOp) decision {
 	p.mu.Lock()
 	defer p.mu.Unlock()

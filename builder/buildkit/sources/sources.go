@@ -32,7 +32,7 @@ import (
 	"handler/function/solve"
 )
 
-// Asker asks an image's registry for it, as package registry's Grant does.
+// Asker asks the registry of an image for the image, as package registry's Grant does.
 type Asker interface {
 	Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error)
 }
@@ -57,8 +57,8 @@ type Config struct {
 	Asker Asker
 	Known Known
 
-	// Unasked are patterns of repositories that only the daemon reaches. Nobody asks for
-	// them.
+	// Unasked are patterns of repositories that only the daemon reaches. The function does
+	// not ask for them.
 	Unasked []string
 
 	// Cache is the repository of the builder's cache, or empty. Unasked does not count at
@@ -146,7 +146,7 @@ func (p *Policy) Unresolved(err error) *Denial {
 	return nil
 }
 
-// decision is what to do with a source. It has one field.
+// decision is what to do with a source. One field is set.
 type decision struct {
 	allow   bool
 	convert *pb.SourceOp // to be decided on again
