@@ -16,8 +16,12 @@ import (
 	"handler/function/records"
 )
 
-// scanBatch is how many messages a scan asks for at once.
-const scanBatch = 1024
+// What a scan asks for at once.
+const (
+	scanBatch = 1024                   // messages
+	scanBytes = 4 << 20                // of these messages: a record is of about 1 KB, and can be of 100 KB
+	scanFor   = 200 * time.Millisecond // that it waits for them; usually all are there
+)
 
 // candidate is a record that a page may have.
 type candidate struct {
@@ -156,31 +160,36 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	left := int(int64(info.NumPending) - int64(sc.pending))
 	sc.pending = info.NumPending
 	for left > 0 {
-		batch, err := c.FetchNoWait(min(left, scanBatch))
-		if err != nil {
+		got, at, err := sc.take(c.Fetch(min(left, scanBatch), js.FetchMaxBytes(scanBytes), js.FetchMaxWait(scanFor)))
+		if got == 0 && err == nil {
+			// The rest was replaced meanwhile, or the next message alone is over scanBytes.
+			got, at, err = sc.take(c.FetchNoWait(1))
+		}
+		if err := cmp.Or(err, ctx.Err()); err != nil {
 			return err
 		}
-		got := 0
-		for msg := range batch.Messages() {
-			meta, err := msg.Metadata()
-			if err != nil {
-				return err
-			}
-			got++
-			sc.top = max(sc.top, meta.Sequence.Stream)
-			sc.add(&message{msg.Subject(), msg.Data(), meta.Sequence.Stream})
-			if meta.Sequence.Stream >= hi {
-				left = got // the rest of the fetch is of no use
-			}
-		}
-		if err := cmp.Or(batch.Error(), ctx.Err()); err != nil {
-			return err
-		}
-		if left -= got; got == 0 {
-			break // the rest was replaced meanwhile
+		if left -= got; got == 0 || at >= hi {
+			break
 		}
 	}
 	return nil
+}
+
+// take adds the messages of a fetch. It returns how many there were, and the sequence of the last.
+func (sc *scan) take(msgs js.MessageBatch, err error) (got int, at uint64, _ error) {
+	if err != nil {
+		return 0, 0, err
+	}
+	for msg := range msgs.Messages() {
+		meta, err := msg.Metadata()
+		if err != nil {
+			return got, at, err
+		}
+		got, at = got+1, meta.Sequence.Stream
+		sc.top = max(sc.top, at)
+		sc.add(&message{msg.Subject(), msg.Data(), at})
+	}
+	return got, at, msgs.Error()
 }
 
 // drop removes a consumer, in the background. What fails is removed by the server.

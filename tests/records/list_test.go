@@ -1,0 +1,66 @@
+package records
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"handler/function/records"
+	"handler/function/records/recordstest"
+	"handler/function/tests/stack"
+)
+
+// TestLargeRecords lists records that together are far larger than what a list may ask the server
+// for at once, and one that is larger alone.
+func TestLargeRecords(t *testing.T) {
+	t.Parallel()
+	const most = 4 << 20
+	servers := start(t, stack.NATSConfig{More: "max_payload: 8MB"})
+	s := opened(t, servers, nil)
+	want := make(map[string]int)
+	for i := range 40 {
+		size := 300 << 10
+		if i == 20 {
+			size = most + 1<<20
+		}
+		id := fmt.Sprintf("b%d", i)
+		want[id] = size
+		b := s.Begin(records.Record{Tenant: "acme", ID: id, Began: time.Now(), Tags: []string{strings.Repeat("t", size)}}, func(string) {})
+		verdict := recordstest.Success()
+		verdict.Tags = []string{strings.Repeat("t", size)}
+		b.End(verdict)
+	}
+	recordstest.Eventually(t, func() error {
+		if st := s.Stats(); st.Pending > 0 {
+			return fmt.Errorf("%d bytes are pending", st.Pending)
+		}
+		return nil
+	})
+	// Another process: it has no builds of its own to list.
+	other := opened(t, servers, nil)
+	x := newStranger(t, servers)
+	page, err := other.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 200})
+	if err != nil || !page.Complete || len(page.Builds) != len(want) {
+		t.Errorf("%d builds of %d, complete %v, %v", len(page.Builds), len(want), page.Complete, err)
+	}
+	for _, r := range page.Builds {
+		if r.Running() || len(r.Tags) != 1 || len(r.Tags[0]) != want[r.ID] {
+			t.Errorf("%s: %s, with %d tags", r.ID, r.Status, len(r.Tags))
+		}
+	}
+	asked := x.heard("$JS.API.CONSUMER.MSG.NEXT.", "")
+	if len(asked) < 40*300<<10/most {
+		t.Errorf("the server was asked %d times", len(asked))
+	}
+	for _, m := range asked {
+		var q struct {
+			Batch int `json:"batch"`
+			Bytes int `json:"max_bytes"`
+		}
+		if err := json.Unmarshal(m.Data, &q); err != nil || q.Batch != 1 && (q.Bytes == 0 || q.Bytes > most) {
+			t.Errorf("a list asks for %s, %v: no more than %d bytes, or one message", m.Data, err, most)
+		}
+	}
+}
