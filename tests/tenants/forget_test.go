@@ -37,7 +37,7 @@ func kept(t *testing.T, stream jetstream.Stream, filter string) map[string]map[s
 // TestForgetRecords removes a tenant's records and logs from NATS with make tenant-forget: all of
 // builds that have ended, none of one that runs, and none of another tenant's.
 func TestForgetRecords(t *testing.T) {
-	server := stack.TestNATS(t)
+	server := stack.TestNATS(t, stack.NATSConfig{})
 	h := newHouse(t, func(_ *house, c *stack.FunctionConfig) { c.Env = map[string]string{"nats_url": server.URL} })
 	acme, globex := h.of(h.acme), h.of(h.globex)
 	conn, err := nats.Connect(server.URL)
