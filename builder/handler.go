@@ -102,6 +102,13 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	b := cfg.Buildkit
 	b.CAFile, b.CertFile, b.KeyFile = cfg.Secret(cfg.BuildkitCA), cfg.Secret(cfg.BuildkitCert), cfg.Secret(cfg.BuildkitKey)
 	b.Credentials, b.Log = credentials, log
+	var shared *sharedRecords // nil without NATS
+	if cfg.NATSURL != "" {
+		b.Elsewhere = func() (map[string]int, bool) {
+			load := shared.Elsewhere()
+			return load.Daemons, load.Complete
+		}
+	}
 	solver, err := buildkit.New(b)
 	if err != nil {
 		return nil, err
@@ -116,11 +123,10 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 	if cfg.NATSURL == "" {
 		s.Records = memory.New(memory.Default)
 	} else {
-		shared, err := newRecords(cfg, log)
-		if err != nil {
+		if shared, err = newRecords(cfg, solver.Seats, log); err != nil {
 			return nil, err
 		}
-		s.Records, s.RecordsShared, s.PayloadSecret = shared.Store, true, shared.payloadSecret
+		s.Records, s.Elsewhere, s.PayloadSecret = shared.Store, shared.Elsewhere, shared.payloadSecret
 	}
 	s.BuildSecretsKey = func() ([]byte, error) {
 		key, err := cfg.ReadSecret(cfg.BuildSecretsKey, true)
@@ -160,7 +166,8 @@ type sharedRecords struct {
 	sum [sha256.Size]byte // of the payload secret whose keys the store has
 }
 
-func newRecords(cfg *Config, log zerolog.Logger) (*sharedRecords, error) {
+// newRecords connects in the background. daemons is a jetstream.Options.Daemons.
+func newRecords(cfg *Config, daemons func() map[string]int, log zerolog.Logger) (*sharedRecords, error) {
 	r := &sharedRecords{cfg: cfg, log: log}
 	var access jetstream.Access
 	for name, path := range map[string]*string{cfg.NATSCredential: &access.Credential, cfg.NATSCA: &access.CA} {
@@ -175,6 +182,7 @@ func newRecords(cfg *Config, log zerolog.Logger) (*sharedRecords, error) {
 		// Nobody is let in before the payload secret has been read.
 		Roots:    [][]byte{cfg.FallbackSecret},
 		Replicas: cfg.NATSReplicas,
+		Daemons:  daemons,
 		Problem:  func(err error) { log.Warn().Err(err).Msg("the store of records is in trouble") },
 	})
 	if err != nil {

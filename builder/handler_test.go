@@ -150,7 +150,7 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := newRecords(cfg, zerolog.Nop())
+	r, err := newRecords(cfg, nil, zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,7 +173,7 @@ func TestRecords(t *testing.T) {
 	}
 
 	cfg.NATSURL = "http://user:password@host"
-	if _, err := newRecords(cfg, zerolog.Nop()); err == nil || strings.Contains(err.Error(), "password") || !strings.Contains(err.Error(), "nats_url") {
+	if _, err := newRecords(cfg, nil, zerolog.Nop()); err == nil || strings.Contains(err.Error(), "password") || !strings.Contains(err.Error(), "nats_url") {
 		t.Errorf("a wrong address: %v", err)
 	}
 }

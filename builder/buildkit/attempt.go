@@ -164,9 +164,9 @@ func (a *attempt) solveOpt() client.SolveOpt {
 	opt := a.plan.solveOpt(a.ref, a.auths)
 	// Internal keeps a build out of the daemon's history, where its build arguments would
 	// stay in the clear as long as the record. The record takes a quarter of a cached
-	// build's time, too. But a named build has to be found there, and in a pool the replicas
-	// count each daemon's builds by its records.
-	opt.Internal = !a.plan.named() && !a.plan.pool.Several()
+	// build's time, too. But a named build has to be found there, and replicas that cannot tell
+	// each other count a daemon's builds by its records.
+	opt.Internal = !a.plan.named() && !a.plan.pool.Counts()
 	if a.built {
 		// noCache asks for new results. The daemon has them, from the attempt before.
 		delete(opt.FrontendAttrs, "no-cache")

@@ -44,6 +44,10 @@ type Config struct {
 	// that has fewer. Zero is no limit.
 	DaemonBuilds int
 
+	// Elsewhere tells how many builds other processes have on daemons, as in pool.Config. Nil
+	// asks the daemons.
+	Elsewhere func() (builds map[string]int, all bool)
+
 	// DefaultPlatform is for a request that names no platform. Empty is the daemon's own.
 	DefaultPlatform string
 
@@ -82,6 +86,7 @@ func New(cfg Config) (*Solver, error) {
 		CertFile:   cfg.CertFile,
 		KeyFile:    cfg.KeyFile,
 		Builds:     cfg.DaemonBuilds,
+		Elsewhere:  cfg.Elsewhere,
 		Log:        cfg.Log,
 	})
 	if err != nil {

@@ -140,6 +140,18 @@ func (ps *pools) close() error {
 // on it still end there. The error is about addresses; pools with such an address are left out.
 func (s *Solver) SetPools(addrs map[string][]string) error { return s.pools.set(addrs) }
 
+// Seats are the places that builds of this process, and their parts, have on daemons, by the
+// address.
+func (s *Solver) Seats() map[string]int {
+	list, leave := s.pools.all()
+	defer leave()
+	seats := make(map[string]int)
+	for _, p := range list {
+		p.AddSeats(seats)
+	}
+	return seats
+}
+
 // Daemons counts the daemons of all pools. It takes up to 9 s when one no longer answers.
 func (s *Solver) Daemons(ctx context.Context) solve.Daemons {
 	list, leave := s.pools.all()

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,13 +37,14 @@ type daemon struct {
 
 	mu     sync.Mutex
 	active map[string]bool // Refs
+	hidden map[string]bool // those of them that are in no history
 	past   []string        // Refs of builds that have ended
 }
 
 func newDaemon(t *testing.T, name string) *daemon {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), name)
-	d := &daemon{addr: "unix://" + socket, release: make(chan struct{}), active: make(map[string]bool)}
+	d := &daemon{addr: "unix://" + socket, release: make(chan struct{}), active: make(map[string]bool), hidden: make(map[string]bool)}
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
@@ -60,9 +62,21 @@ func (d *daemon) refs() []string {
 	return slices.Sorted(maps.Keys(d.active))
 }
 
+// recorded is how many builds run that are in the history.
+func (d *daemon) recorded() (n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for ref := range d.active {
+		if !d.hidden[ref] {
+			n++
+		}
+	}
+	return n
+}
+
 func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
 	d.mu.Lock()
-	d.active[req.Ref] = true
+	d.active[req.Ref], d.hidden[req.Ref] = true, req.Internal
 	d.mu.Unlock()
 	defer func() {
 		d.mu.Lock()
@@ -82,6 +96,9 @@ func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream 
 	defer d.mu.Unlock()
 	var records []*controlapi.BuildHistoryRecord
 	for ref := range d.active {
+		if d.hidden[ref] {
+			continue
+		}
 		records = append(records, &controlapi.BuildHistoryRecord{Ref: ref, CreatedAt: timestamppb.Now()})
 	}
 	for _, ref := range d.past {
@@ -119,7 +136,12 @@ func (*daemon) Status(*controlapi.StatusRequest, grpc.ServerStreamingServer[cont
 
 func newSolver(t *testing.T, daemons ...*daemon) *Solver {
 	t.Helper()
-	cfg := Config{Credentials: registry.New(registry.Config{})}
+	return newSolverOf(t, Config{}, daemons...)
+}
+
+func newSolverOf(t *testing.T, cfg Config, daemons ...*daemon) *Solver {
+	t.Helper()
+	cfg.Credentials = registry.New(registry.Config{})
 	for _, d := range daemons {
 		cfg.Addrs = append(cfg.Addrs, d.addr)
 	}
@@ -302,6 +324,59 @@ func TestRunning(t *testing.T) {
 	}
 	if len(one.running.all) != 0 {
 		t.Errorf("%d builds are left", len(one.running.all))
+	}
+}
+
+// TestTold: while all other processes tell what they have, the daemons of a pool keep no record of a
+// build, unless a queue may ask for it.
+func TestTold(t *testing.T) {
+	t.Parallel()
+	daemons := []*daemon{newDaemon(t, "one"), newDaemon(t, "two")}
+	var all atomic.Bool
+	s := newSolverOf(t, Config{Elsewhere: func() (map[string]int, bool) { return nil, all.Load() }}, daemons...)
+	tenant := &solve.Tenant{ID: "wide"}
+	named := request(t, tenant, "named")
+	named.Name = solve.Name{Call: "1f", Body: "2e"}
+	var results []<-chan ended
+	for _, tt := range []struct {
+		all  bool
+		req  *solve.Request
+		want int // builds in the histories
+	}{
+		{true, request(t, tenant, "told"), 0},
+		{true, named, 1},
+		{false, request(t, tenant, "untold"), 2},
+	} {
+		all.Store(tt.all)
+		results = append(results, build(t, s, tt.req, daemons...))
+		n := 0
+		for _, d := range daemons {
+			n += d.recorded()
+		}
+		if n != tt.want {
+			t.Errorf("%s: the histories have %d builds, want %d", tt.req.ID, n, tt.want)
+		}
+	}
+	sum := 0
+	for addr, n := range s.Seats() {
+		if addr != daemons[0].addr && addr != daemons[1].addr {
+			t.Errorf("a seat on %s", addr)
+		}
+		sum += n
+	}
+	if sum != 3 {
+		t.Errorf("%d seats", sum)
+	}
+	for _, d := range daemons {
+		close(d.release)
+	}
+	for _, result := range results {
+		if e := <-result; e.err != nil {
+			t.Error(e.err)
+		}
+	}
+	if seats := s.Seats(); len(seats) != 0 {
+		t.Errorf("after the end: seats %v", seats)
 	}
 }
 

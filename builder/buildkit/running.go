@@ -12,8 +12,9 @@ import (
 	"handler/function/solve"
 )
 
-// A tenant may have so many builds at once, over all replicas. Each replica knows its own. Those of
-// the others it counts on the daemons, by the tags in their Refs.
+// A tenant may have so many builds at once, over all replicas. Each replica knows its own. If the
+// others cannot tell it what they have, it counts their builds on the daemons, by the tags in their
+// Refs.
 
 // tenantTag is how Refs name a tenant.
 func tenantTag(id string) string { return tag("tenant " + id) }
@@ -73,7 +74,7 @@ func (r *running) remove(tags map[pool.Tags]bool) {
 
 // Counted says whether Running counts the builds in the pool of that name: it has several
 // daemons. A lone daemon keeps no record of a build, because a record takes a quarter of the time
-// of a cached one.
+// of a cached one. Of a build that began while Config.Elsewhere told of all, no daemon has one.
 func (s *Solver) Counted(name string) bool {
 	p, leave, err := s.pools.use(name)
 	if err != nil {

@@ -213,32 +213,12 @@ type Cancellation struct {
 	Once string
 }
 
-// Load is how many builds there are now.
+// Load is what other processes have now. A process tells the others of a change within a tenth of a
+// second, unless the store is slow.
 type Load struct {
-	Tenants  map[string]Count // by the tenant's id
-	Daemons  map[string]int   // builds that a daemon has, by Record.Daemon
-	Replicas int              // processes that are in the sums, this one included
-	Complete bool             // false if other processes may have builds that are not in the sums
-}
-
-// Count is the builds of one tenant.
-type Count struct {
-	Building int // have a slot
-	Waiting  int // wait for one
-}
-
-// Add counts one running build. The maps must not be nil.
-func (l *Load) Add(tenant string, r *Record) {
-	c := l.Tenants[tenant]
-	if r.Building {
-		c.Building++
-	} else {
-		c.Waiting++
-	}
-	l.Tenants[tenant] = c
-	if r.Daemon != "" && r.Building {
-		l.Daemons[r.Daemon]++
-	}
+	Tenants  map[string]int // builds with a slot, by Record.Tenant
+	Daemons  map[string]int // places that builds and their parts have on daemons, by the address
+	Complete bool           // false if other processes may have builds that are not in the sums
 }
 
 // Stats is how the store does.
@@ -302,8 +282,7 @@ type Store interface {
 	// Forget removes all that is known of a tenant's builds that have ended.
 	Forget(ctx context.Context, tenant string) error
 
-	// Load and Stats never wait.
-	Load() Load
+	// Stats never waits.
 	Stats() Stats
 
 	// Close waits until everything is stored, or ctx ends. The store is of no use afterwards.

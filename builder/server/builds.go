@@ -142,7 +142,7 @@ func (s *Server) list(q *question) (*listed, error) {
 	case err != nil:
 		return nil, &api.Error{Code: api.BadQuery, Msg: "before is not the next of an earlier page", Err: err}
 	}
-	list := &listed{Builds: []records.Record{}, Next: page.Next, Complete: page.Complete && s.RecordsShared, ID: q.opts.ID}
+	list := &listed{Builds: []records.Record{}, Next: page.Next, Complete: page.Complete && s.Elsewhere != nil, ID: q.opts.ID}
 	for _, rec := range page.Builds {
 		list.Builds = append(list.Builds, q.by.shown(rec))
 	}

@@ -304,7 +304,7 @@ func TestList(t *testing.T) {
 		list.Complete == nil || *list.Complete || strings.Contains(a.body, `"log"`) || strings.Contains(a.body, `"tenant"`) || !strings.HasPrefix(a.body, "{\n") {
 		t.Errorf("%v %s", a.header, a.body)
 	}
-	shared := start(t, &scripted{}, func(c *server.Config) { c.RecordsShared = true })
+	shared := start(t, &scripted{}, func(c *server.Config) { c.Elsewhere = func() records.Load { return records.Load{} } })
 	if a := shared.do(t, shared.asking(t, secret, "GET", "/builds")); !strings.Contains(a.body, `"complete": true`) || !strings.Contains(a.body, `"builds": []`) {
 		t.Errorf("with a store of all replicas: %s", a.body)
 	}

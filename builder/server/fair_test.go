@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/records"
 	"handler/function/server"
 	"handler/function/signature"
 	"handler/function/solve"
@@ -187,18 +188,44 @@ func TestTenantQueueTimeout(t *testing.T) {
 	<-runs
 }
 
-// TestBuildsElsewhere counts the builds that another replica has for a tenant.
+// TestBuildsElsewhere counts the builds that another replica has for a tenant: as the replica tells
+// or, unless all replicas tell, as the daemons say. The higher number of the two counts.
 func TestBuildsElsewhere(t *testing.T) {
-	solver, began, end := stepwise()
-	var there atomic.Int32
-	there.Store(2)
-	solver.running = func(tenant string) int {
-		if tenant != "t-wide" {
-			return 0
-		}
-		return int(there.Load())
+	for _, tt := range []struct {
+		name             string
+		shared, complete bool
+		told, said       int // of each build
+	}{
+		{"said by the daemons", false, false, 0, 1},
+		{"told by all", true, true, 1, 9},
+		{"told by some", true, false, 1, 0},
+		{"told by none", true, false, 0, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var there atomic.Int32
+			solver, began, end := stepwise()
+			solver.running = func(tenant string) int {
+				if tenant != "t-wide" {
+					return 0
+				}
+				return tt.said * int(there.Load())
+			}
+			solver.lone = tt.shared // a lone daemon is not counted, but other replicas tell
+			elsewhere(t, solver, began, end, &there, func(c *server.Config) {
+				if tt.shared {
+					c.Elsewhere = func() records.Load {
+						return records.Load{Tenants: map[string]int{"t-wide": tt.told * int(there.Load())}, Complete: tt.complete}
+					}
+				}
+			})
+		})
 	}
-	f := startFair(t, solver, nil, "wide", "builds: 2", "other", "builds: 2")
+}
+
+// elsewhere has a tenant wait until there is one build less in another replica.
+func elsewhere(t *testing.T, solver *scripted, began chan string, end chan struct{}, there *atomic.Int32, change func(*server.Config)) {
+	there.Store(2)
+	f := startFair(t, solver, change, "wide", "builds: 2", "other", "builds: 2")
 	if a := ending(t, f.send(t, "wide", "x", "Accept", "")); a.status != http.StatusTooManyRequests || a.rec.Code != api.TenantBusy {
 		t.Errorf("%d %s", a.status, a.body)
 	}

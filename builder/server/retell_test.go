@@ -18,7 +18,7 @@ import (
 func replicas(t *testing.T, solver *scripted) (a, b *fixture, store *memory.Store) {
 	t.Helper()
 	store = memory.New(memory.Default)
-	share := func(c *server.Config) { c.Records, c.RecordsShared = store, true }
+	share := func(c *server.Config) { c.Records, c.Elsewhere = store, func() records.Load { return records.Load{} } }
 	return start(t, solver, share), start(t, solver, share), store
 }
 

@@ -95,9 +95,9 @@ type Config struct {
 	// Records keeps what is known of builds. Shutdown closes it.
 	Records records.Store
 
-	// RecordsShared says that Records has the builds of all replicas. False is for a store of
-	// this process alone.
-	RecordsShared bool
+	// Elsewhere is what other replicas have, if Records has the builds of all replicas. It
+	// must not wait. Nil is for a store of this process alone.
+	Elsewhere func() records.Load
 
 	// Contexts keeps contexts that are sent ahead. Nil refuses them.
 	Contexts Contexts

@@ -41,6 +41,7 @@ type scripted struct {
 	calls atomic.Int64
 
 	running func(tenant string) int // nil does not count
+	lone    bool                    // does not say that it counts
 }
 
 func (s *scripted) Solve(ctx context.Context, req *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
@@ -58,7 +59,7 @@ func (s *scripted) Find(_ context.Context, pool, call string) (*solve.Past, erro
 	return s.find(pool, call)
 }
 
-func (s *scripted) Counted(pool string) bool { return s.running != nil }
+func (s *scripted) Counted(pool string) bool { return s.running != nil && !s.lone }
 
 func (s *scripted) Running(context.Context) func(tenant string) int { return s.running }
 

@@ -8,6 +8,7 @@ import (
 
 	"handler/function/api"
 	"handler/function/fair"
+	"handler/function/records"
 )
 
 // slots bounds how many goroutines do the same thing at once. Goroutines get a slot in the
@@ -73,18 +74,27 @@ func (s *Server) fairTenant(by signer) fair.Tenant {
 	t := by.tenant
 	return fair.Tenant{
 		ID: t.ID, Weight: t.Weight, Most: t.Builds, Queue: t.Queue,
-		Elsewhere: t.Builds > 0 && s.Solver.Counted(t.Pool),
+		Elsewhere: t.Builds > 0 && (s.Elsewhere != nil || s.Solver.Counted(t.Pool)),
 	}
 }
 
 // countTimeout bounds a count of what other replicas build for tenants.
 const countTimeout = 2 * time.Second
 
-// countElsewhere is a fair.Slots.Elsewhere.
+// countElsewhere is a fair.Slots.Elsewhere. If not all replicas have told what they have, the
+// daemons are asked, and the higher of both counts: neither need know of all builds.
 func (s *Server) countElsewhere(ctx context.Context) func(tenant string) int {
+	var told records.Load
+	if s.Elsewhere != nil {
+		told = s.Elsewhere()
+	}
+	if told.Complete {
+		return func(tenant string) int { return told.Tenants[tenant] }
+	}
 	ctx, cancel := context.WithTimeout(ctx, countTimeout)
 	defer cancel()
-	return s.Solver.Running(ctx)
+	counted := s.Solver.Running(ctx)
+	return func(tenant string) int { return max(told.Tenants[tenant], counted(tenant)) }
 }
 
 // noSlot is the error of a build that got no slot. waits says that its caller waited for one.

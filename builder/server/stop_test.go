@@ -263,11 +263,9 @@ func (c *closing) Follow(ctx context.Context, ref records.Ref, after uint64, wai
 	}
 }
 
-func (c *closing) running() (n int) {
-	for _, count := range c.Load().Tenants {
-		n += count.Building + count.Waiting
-	}
-	return n
+func (c *closing) running() int {
+	page, _ := c.List(context.Background(), records.Query{Operator: true, Status: api.InProgress, Limit: records.MaxPage})
+	return len(page.Builds)
 }
 
 // TestShutdownEndsRecords: every record has a verdict when the store is closed, and whoever reads a

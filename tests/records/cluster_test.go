@@ -39,7 +39,7 @@ func TestPartition(t *testing.T) {
 	if page, err := a.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10}); err != nil || page.Complete || len(page.Builds) != 1 {
 		t.Errorf("the list of the replica that is cut off is %+v, %v", page, err)
 	}
-	if load := a.Load(); load.Complete {
+	if load := a.Elsewhere(); load.Complete {
 		t.Errorf("its load is %+v", load)
 	}
 	<-f.done // it ended with the lost build

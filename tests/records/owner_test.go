@@ -213,7 +213,7 @@ func TestOwnerKilled(t *testing.T) {
 	}
 	recordstest.Known(t, others[0], ref, isRunning)
 	recordstest.Eventually(t, func() error {
-		if l := others[0].Load(); l.Tenants["acme"].Building != more+1 || l.Daemons["tcp://one:1234"] != more+1 {
+		if l := others[0].Elsewhere(); !l.Complete || l.Tenants["acme"] != more+1 {
 			return fmt.Errorf("the load is %+v", l)
 		}
 		return nil
@@ -255,7 +255,7 @@ func TestOwnerKilled(t *testing.T) {
 	var found uint64
 	for _, s := range others {
 		found += s.Stats().Lost
-		if l := s.Load(); l.Tenants["acme"].Building != 0 || l.Replicas != 3 {
+		if l := s.Elsewhere(); !l.Complete || l.Tenants["acme"] != 0 {
 			t.Errorf("the load is %+v", l)
 		}
 	}

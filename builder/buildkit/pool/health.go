@@ -22,9 +22,10 @@ type health struct {
 	losses int  // in a row
 	full   bool // its disk was full, and has not been pruned since
 
-	mine   int       // seats that this process has there
-	others int       // builds of others when the daemon was last asked
-	asked  time.Time // when that was
+	mine    int       // seats that this process has there
+	others  int       // builds of others, as they have told, or as the daemon said
+	counted int       // builds of others when the daemon was last asked
+	asked   time.Time // when that was
 
 	pruning chan struct{} // holds one value while somebody prunes
 }
@@ -104,11 +105,15 @@ func (h *health) give() {
 	h.mine--
 }
 
-// builds is how many builds the daemon has: the last count of others, and this process's
-// own.
-func (h *health) builds() int {
+// told notes how many builds others have told of, and returns how many the daemon has, with this
+// process's own. Unless all have told, what the daemon said counts if it is more.
+func (h *health) told(others int, all bool) int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if !all {
+		others = max(others, h.counted)
+	}
+	h.others = others
 	return h.others + h.mine
 }
 
@@ -126,11 +131,11 @@ func (h *health) seats() int {
 	return h.mine
 }
 
-// counted notes the daemon's own count of its builds. mine is how many seats this process had
+// count notes the daemon's own count of its builds. mine is how many seats this process had
 // when the daemon was asked. A build that has a seat and has not begun is in mine and not in
-// active: others is then too low by one, for loadAge at most.
-func (h *health) counted(active, mine int) {
+// active: the count of others is then too low by one, for loadAge at most.
+func (h *health) count(active, mine int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.others, h.asked = max(active-mine, 0), time.Now()
+	h.counted, h.asked = max(active-mine, 0), time.Now()
 }

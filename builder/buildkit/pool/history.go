@@ -133,14 +133,32 @@ func (p *Pool) Search(ctx context.Context, prefix string) ([]Found, error) {
 	return found, failed
 }
 
-// load is how many builds d has. It asks the daemon if the last count is stale.
-func (d *Daemon) load(ctx context.Context, c *conn) (int, error) {
-	if d.health.stale() {
+// Counts says whether the daemons have to be asked how many builds they have. They count only
+// builds of which they keep a record.
+func (p *Pool) Counts() bool {
+	_, all := p.elsewhere()
+	return p.Several() && !all
+}
+
+// elsewhere is Config.Elsewhere.
+func (p *Pool) elsewhere() (builds map[string]int, all bool) {
+	if p.cfg.Elsewhere == nil {
+		return nil, false
+	}
+	return p.cfg.Elsewhere()
+}
+
+// load is how many builds d has. Unless the other processes have told, it asks the daemon if the
+// last count is stale. What only some of them have told counts if it is more than what the daemon
+// says: of a build that began while all were told, the daemon keeps no record.
+func (p *Pool) load(ctx context.Context, d *Daemon, c *conn) (int, error) {
+	builds, all := p.elsewhere()
+	if !all && d.health.stale() {
 		if _, err := d.count(ctx, c); err != nil {
 			return 0, err
 		}
 	}
-	return d.health.builds(), nil
+	return d.health.told(builds[d.addr], all), nil
 }
 
 // count asks d for the builds that it has, and returns the tags of those that have some.
@@ -157,7 +175,7 @@ func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.health.counted(active, mine)
+	d.health.count(active, mine)
 	return tags, nil
 }
 

@@ -176,7 +176,7 @@ func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
 func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce bool) (s *Seat, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	several := len(order) > 1
-	q := &inquiry{daemons: slices.Concat(fit, rest), count: several, atOnce: atOnce}
+	q := &inquiry{pool: p, daemons: slices.Concat(fit, rest), count: several, atOnce: atOnce}
 	q.answers = make([]chan answer, len(q.daemons))
 	defer q.end()
 	defer cancel()
@@ -218,6 +218,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 
 // inquiry asks daemons for a seat.
 type inquiry struct {
+	pool    *Pool
 	daemons []*Daemon
 	answers []chan answer // of daemons that were asked; nil before that and once it is taken
 	count   bool          // the builds of each daemon
@@ -246,7 +247,7 @@ func (q *inquiry) answer(ctx context.Context, i int) answer {
 	}
 	for j := i; j <= last; j++ {
 		if q.answers[j] == nil {
-			q.answers[j] = q.daemons[j].ask(ctx, q.count)
+			q.answers[j] = q.pool.ask(ctx, q.daemons[j], q.count)
 		}
 	}
 	a := <-q.answers[i]
@@ -264,13 +265,13 @@ func (q *inquiry) end() {
 }
 
 // ask sends one answer.
-func (d *Daemon) ask(ctx context.Context, count bool) chan answer {
+func (p *Pool) ask(ctx context.Context, d *Daemon, count bool) chan answer {
 	ch := make(chan answer, 1)
 	go func() {
 		a := answer{daemon: d}
 		a.conn, a.err = d.acquire(ctx)
 		if a.err == nil && count {
-			if a.builds, a.err = d.load(ctx, a.conn); a.err != nil {
+			if a.builds, a.err = p.load(ctx, d, a.conn); a.err != nil {
 				d.release(a.conn, ctx.Err() == nil)
 			}
 		}

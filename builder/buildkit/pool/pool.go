@@ -4,8 +4,8 @@
 //
 // The builds of a repository go to the daemon that comes first in the repository's order,
 // where their cache is. While that one has its share of builds, or is down, they go to the
-// next. Replicas of the function agree on the order and share nothing else: each daemon says
-// itself how many builds it has.
+// next. Replicas of the function agree on the order. How many builds the others have on a daemon
+// they tell each other, or else the daemon says it.
 package pool
 
 import (
@@ -37,6 +37,11 @@ type Config struct {
 	// Builds is how many builds a daemon has before others go to the next daemon, if that
 	// has fewer. Zero is no limit.
 	Builds int
+
+	// Elsewhere tells how many builds other processes have on daemons, by the address, and
+	// whether that is all of them. It must not wait. Where it is nil, or does not know of
+	// all, the daemons are asked.
+	Elsewhere func() (builds map[string]int, all bool)
 
 	Log zerolog.Logger
 }
@@ -273,6 +278,17 @@ func nativesOf(list []*Daemon) (natives []string, all bool) {
 		}
 	}
 	return natives, len(natives) == len(list)
+}
+
+// AddSeats adds the seats that this process has on each daemon to seats, by the address.
+func (p *Pool) AddSeats(seats map[string]int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, d := range p.daemons {
+		if n := d.health.seats(); n > 0 {
+			seats[d.addr] += n
+		}
+	}
 }
 
 // Several says whether more than one daemon is known.

@@ -117,6 +117,45 @@ func TestLoadOfOthers(t *testing.T) {
 	}
 }
 
+// TestToldOfOthers takes the word of the other replicas for what they have. Only if not all have
+// told is a daemon asked, and the higher of both counts.
+func TestToldOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		told   int
+		all    bool
+		active int // by the daemon's own count
+		at     int
+		counts bool
+	}{
+		{0, true, 4, 0, false},
+		{4, true, 0, 1, false},
+		{4, false, 0, 1, true},
+		{0, false, 4, 1, true},
+		{3, false, 3, 0, true},
+	} {
+		tr := newTrio(t, 4)
+		first := tr.order()[0].addr
+		tr.ctl[first].active = tt.active
+		tr.cfg.Elsewhere = func() (map[string]int, bool) { return map[string]int{first: tt.told}, tt.all }
+		at, s := tr.placed(nil, nil)
+		if counts := tr.Counts(); at != tt.at || counts != tt.counts {
+			t.Errorf("%+v: placed at %d, counts %v", tt, at, counts)
+		}
+		if asked := !s.Daemon.health.asked.IsZero(); asked == tt.all {
+			t.Errorf("%+v: the daemon was asked: %v", tt, asked)
+		}
+		seats := make(map[string]int)
+		if tr.AddSeats(seats); len(seats) != 1 || seats[s.Daemon.addr] != 1 {
+			t.Errorf("%+v: the seats are %v", tt, seats)
+		}
+		s.Leave()
+	}
+	if p := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1"}}); p.Counts() {
+		t.Error("a lone daemon is asked")
+	}
+}
+
 // TestRest leaves a daemon alone for longer after its third loss in a row.
 func TestRest(t *testing.T) {
 	t.Parallel()

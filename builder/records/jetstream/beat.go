@@ -20,12 +20,12 @@ import (
 
 // heartbeat is one of them.
 type heartbeat struct {
-	N       uint64                   `json:"n"`  // rises; one that does not is an earlier one, sent again
-	At      time.Time                `json:"at"` // by the sender's clock
-	Builds  []string                 `json:"builds"`
-	Behind  bool                     `json:"behind,omitempty"` // one of them is not in the store as it should
-	Tenants map[string]records.Count `json:"tenants"`
-	Daemons map[string]int           `json:"daemons"`
+	N       uint64         `json:"n"`  // rises; one that does not is an earlier one, sent again
+	At      time.Time      `json:"at"` // by the sender's clock
+	Builds  []string       `json:"builds"`
+	Behind  bool           `json:"behind,omitempty"` // one of them is not in the store as it should
+	Tenants map[string]int `json:"tenants"`          // as in records.Load
+	Daemons map[string]int `json:"daemons"`          // as in records.Load
 }
 
 // oldBeat is how old a heartbeat may be. A process that has just begun cannot know that it was
@@ -38,7 +38,7 @@ type peer struct {
 	heard   time.Time
 	builds  map[string]bool
 	behind  bool
-	tenants map[string]records.Count
+	tenants map[string]int
 	daemons map[string]int
 	missing map[string]time.Time // builds that are in its name and not in its heartbeat: since when
 }
@@ -108,17 +108,20 @@ func (s *Store) heartbeat() {
 // hears it too. It returns false if it is not certain that the server has it.
 func (s *Store) sendBeat(last bool) bool {
 	conn := s.connected()
+	h := heartbeat{At: time.Now(), Builds: []string{}, Tenants: make(map[string]int)}
+	if s.opts.Daemons != nil && !last {
+		h.Daemons = s.opts.Daemons()
+	}
 	s.mu.Lock()
 	s.beats++
-	h := heartbeat{N: s.beats, At: time.Now(), Builds: []string{}}
-	load := s.ownLoad()
-	if h.Tenants, h.Daemons = load.Tenants, load.Daemons; last {
-		h.Tenants, h.Daemons = nil, nil
-	}
-	for _, all := range s.builds {
+	h.N = s.beats
+	for n, all := range s.builds {
 		for _, b := range all {
 			h.Builds = append(h.Builds, b.id)
 			h.Behind = h.Behind || b.behind()
+			if b.ended == nil && b.rec.Building && !last {
+				h.Tenants[n.tenant]++
+			}
 		}
 	}
 	s.mu.Unlock()
@@ -139,32 +142,20 @@ func (s *Store) sendBeat(last bool) bool {
 	return last || conn.FlushTimeout(beatEvery) == nil
 }
 
-// ownLoad is the load of this process. The caller has s.mu.
-func (s *Store) ownLoad() records.Load {
-	load := records.Load{Tenants: make(map[string]records.Count), Daemons: make(map[string]int), Replicas: 1}
-	for n, all := range s.builds {
-		for _, b := range all {
-			if b.ended == nil {
-				load.Add(n.tenant, &b.rec)
-			}
-		}
-	}
-	return load
-}
-
-func (s *Store) Load() records.Load {
+// Elsewhere is the sum of the other processes' latest heartbeats. It needs no streams. It never
+// waits.
+func (s *Store) Elsewhere() records.Load {
+	load := records.Load{Tenants: make(map[string]int), Daemons: make(map[string]int)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	load := s.ownLoad()
-	load.Complete = s.problem == nil && s.streams != nil
+	// Whoever lives has been heard within beatEvery.
+	load.Complete = time.Since(s.through) <= 2*beatEvery && time.Since(s.since) > beatEvery
 	for _, p := range s.heard {
 		if time.Since(p.heard) > grace {
 			continue
 		}
-		load.Replicas++
-		for t, c := range p.tenants {
-			sum := load.Tenants[t]
-			load.Tenants[t] = records.Count{Building: sum.Building + c.Building, Waiting: sum.Waiting + c.Waiting}
+		for t, n := range p.tenants {
+			load.Tenants[t] += n
 		}
 		for d, n := range p.daemons {
 			load.Daemons[d] += n
@@ -173,7 +164,8 @@ func (s *Store) Load() records.Load {
 	return load
 }
 
-// hear notes another process's heartbeat.
+// hear notes another process's heartbeat. To one that it has not heard before it answers with its
+// own: a process that has just begun would otherwise know nothing for beatEvery.
 func (s *Store) hear(msg *nats.Msg) {
 	f := strings.Split(msg.Subject, ".")
 	if len(f) != 4 || f[3] == s.process {
@@ -189,6 +181,7 @@ func (s *Store) hear(msg *nats.Msg) {
 	if p == nil {
 		p = &peer{missing: make(map[string]time.Time)}
 		s.heard[f[3]] = p
+		s.beatSoon()
 	}
 	if h.N <= p.n {
 		return

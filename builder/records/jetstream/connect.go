@@ -28,8 +28,8 @@ func (s *Store) natsOptions() []nats.Option {
 		// While a write to a frozen server hangs, the connection is locked.
 		nats.FlusherTimeout(2 * time.Second),
 		nats.IgnoreAuthErrorAbort(),
-		nats.ReconnectHandler(func(*nats.Conn) { s.suspect() }),
-		nats.ConnectHandler(func(*nats.Conn) { s.suspect() }),
+		nats.ReconnectHandler(func(*nats.Conn) { s.suspect(); s.beatSoon() }),
+		nats.ConnectHandler(func(*nats.Conn) { s.suspect(); s.beatSoon() }),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.tell(err) }),
 	}, s.opts.NATS...)
 }

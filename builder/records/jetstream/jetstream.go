@@ -74,6 +74,10 @@ type Options struct {
 	LogBytes    int64
 	Replicas    int
 
+	// Daemons are the places that builds of this process have on daemons, by the address: the
+	// other processes are told. Without it they are told of none.
+	Daemons func() map[string]int
+
 	// Ask is what became of a build whose process has died, if somebody knows: it completes
 	// the record. Without it, or if ctx ends before, nobody knows. It may be nil.
 	Ask func(ctx context.Context, r records.Record) records.Record

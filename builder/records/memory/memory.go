@@ -398,20 +398,6 @@ func (s *Store) Forget(ctx context.Context, id string) error {
 	return nil
 }
 
-func (s *Store) Load() records.Load {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	load := records.Load{Tenants: make(map[string]records.Count), Daemons: make(map[string]int), Replicas: 1}
-	for id, t := range s.tenants {
-		for _, b := range t.builds {
-			if b.rec.Running() {
-				load.Add(id, &b.rec)
-			}
-		}
-	}
-	return load
-}
-
 func (s *Store) Stats() records.Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -35,7 +35,6 @@ func Run(t *testing.T, setup func(t *testing.T) Open) {
 		{"Followers", testFollowers},
 		{"Cancel", testCancel},
 		{"Tenants", testTenants},
-		{"Load", testLoad},
 		{"Bounds", testBounds},
 		{"Names", testNames},
 	} {
@@ -177,38 +176,6 @@ func testTenants(t *testing.T, open Open) {
 	}
 	running.End(Success())
 	Known(t, b, records.Ref{Tenant: "acme", ID: "running"}, Ended)
-}
-
-func testLoad(t *testing.T, open Open) {
-	a, b := open(t), open(t)
-	one := Begin(a, "acme", "one")
-	Begin(a, "acme", "two")
-	three := Begin(b, "other", "three")
-	one.Update(func(r *records.Record) { r.Building, r.Daemon = true, "tcp://one:1234" })
-	three.Update(func(r *records.Record) { r.Building, r.Daemon = true, "tcp://one:1234" })
-	load := func(s records.Store) string {
-		l := s.Load()
-		return fmt.Sprint(l.Tenants, l.Daemons)
-	}
-	want := "map[acme:{1 1} other:{1 0}] map[tcp://one:1234:2]"
-	for _, s := range []records.Store{a, b} {
-		Eventually(t, func() error {
-			if got := load(s); got != want {
-				return fmt.Errorf("the load is %s, want %s", got, want)
-			}
-			return nil
-		})
-	}
-	one.End(Success())
-	want = "map[acme:{0 1} other:{1 0}] map[tcp://one:1234:1]"
-	for _, s := range []records.Store{a, b} {
-		Eventually(t, func() error {
-			if got := load(s); got != want {
-				return fmt.Errorf("the load is %s, want %s", got, want)
-			}
-			return nil
-		})
-	}
 }
 
 func testBounds(t *testing.T, open Open) {
