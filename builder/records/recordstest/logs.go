@@ -60,10 +60,12 @@ func testFollow(t *testing.T, open Open) {
 			t.Errorf("after the last line: %v, %d lost", got, lost)
 		}
 	}
+}
 
-	// Without waiting it ends at the latest line of a running build.
-	build = Begin(a, "acme", "short")
-	ref.ID = "short"
+// testSoFar reads the log of a running build without waiting: it ends at the latest line.
+func testSoFar(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	build, ref := Begin(a, "acme", "short"), records.Ref{Tenant: "acme", ID: "short"}
 	build.Log("one", "two")
 	Eventually(t, func() error {
 		if _, err := b.Get(Context(t), ref); err != nil {
@@ -74,8 +76,14 @@ func testFollow(t *testing.T, open Open) {
 		}
 		return nil
 	})
+}
 
-	// A follower that leaves cancels nothing.
+// testFollowerLeaves: a follower that leaves cancels nothing.
+func testFollowerLeaves(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	build, ref := Begin(a, "acme", "short"), records.Ref{Tenant: "acme", ID: "short"}
+	build.Log("one", "two")
+	Known(t, b, ref, Any)
 	ctx, cancel := context.WithCancel(Context(t))
 	left := make(chan error)
 	go func() {
