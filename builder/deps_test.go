@@ -16,7 +16,7 @@ const module = "handler/function"
 // imports says which of our packages each package may import. Data flows one way: request,
 // verified payload, solve, records, reply. A package that is not here may import none of ours.
 var imports = map[string][]string{
-	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "records/jetstream", "records/memory", "redact", "registry", "repository", "server", "signature", "tenants"},
+	".":        {"api", "buildconfig", "buildkit", "contexts", "hosts", "payload", "records", "records/jetstream", "records/memory", "redact", "registry", "repository", "server", "signature", "tenants"},
 	"server":   {"api", "budget", "buildconfig", "fair", "isolation", "metrics", "page", "payload", "records", "redact", "reply", "sealed", "signature", "solve", "tenants"},
 	"buildkit": {"api", "buildconfig", "buildkit/contextfs", "buildkit/pool", "buildkit/report", "buildkit/sources", "redact", "registry", "repository", "solve"},
 

@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 	"handler/function/api"
 	"handler/function/buildkit"
 	"handler/function/contexts"
+	"handler/function/records"
 	"handler/function/records/jetstream"
 	"handler/function/records/memory"
 	"handler/function/redact"
@@ -148,6 +150,9 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 		})
 	}
 	srv := server.New(s)
+	if shared != nil {
+		shared.server.Store(srv)
+	}
 	if directory != nil {
 		directory.OnChange(srv.TenantsChanged)
 		// It follows the files for as long as the process lives.
@@ -159,8 +164,9 @@ func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {
 // sharedRecords are records in NATS, sealed with keys that are derived from the payload secret.
 type sharedRecords struct {
 	*jetstream.Store
-	cfg *Config
-	log zerolog.Logger
+	cfg    *Config
+	log    zerolog.Logger
+	server atomic.Pointer[server.Server] // is asked what became of a build
 
 	mu  sync.Mutex
 	sum [sha256.Size]byte // of the payload secret whose keys the store has
@@ -183,6 +189,7 @@ func newRecords(cfg *Config, daemons func() map[string]int, log zerolog.Logger) 
 		Roots:    [][]byte{cfg.FallbackSecret},
 		Replicas: cfg.NATSReplicas,
 		Daemons:  daemons,
+		Ask:      r.ask,
 		Problem:  func(err error) { log.Warn().Err(err).Msg("the store of records is in trouble") },
 	})
 	if err != nil {
@@ -190,6 +197,14 @@ func newRecords(cfg *Config, daemons func() map[string]int, log zerolog.Logger) 
 	}
 	r.payloadSecret() // with disable_hmac it need not be there
 	return r, nil
+}
+
+// ask is a jetstream.Options.Ask. Before there is a Server, nobody knows what became of a build.
+func (r *sharedRecords) ask(ctx context.Context, rec records.Record) records.Record {
+	if s := r.server.Load(); s != nil {
+		return s.Became(ctx, rec)
+	}
+	return rec
 }
 
 // payloadSecret is a server.Config.PayloadSecret. Whenever the secret changes, the store gets its

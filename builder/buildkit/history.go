@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"strconv"
 
+	"github.com/distribution/reference"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"google.golang.org/grpc/codes"
@@ -100,6 +101,45 @@ func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, erro
 		return nil, &api.Error{Code: api.NoDaemon, Msg: "a buildkitd that may know of the build cannot be asked", Err: err}
 	}
 	return nil, nil
+}
+
+// Pushed returns the digest that a build has pushed whose process has died. The daemon at an address
+// knows the build's Ref, and remembers what the build made, also of one that was ended during the
+// push. The registry tells whether this is under the image's tag now. The digest is empty if it is
+// not, or if the daemon has no record of the build.
+func (s *Solver) Pushed(ctx context.Context, t *solve.Tenant, daemon, ref, image string) (string, error) {
+	name, credentials := "", s.cfg.Credentials
+	if t != nil {
+		name = t.Pool
+		if !t.BuilderRegistry {
+			var err error
+			if credentials, err = credentials.Of(t.RegistryConfig); err != nil {
+				return "", err
+			}
+		}
+	}
+	daemons, leave, err := s.pools.use(name)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
+	record, err := daemons.RecordAt(ctx, daemon, ref)
+	if err != nil || record == nil || record.Digest == "" {
+		return "", err
+	}
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return "", err
+	}
+	tagged, ok := reference.TagNameOnly(named).(reference.NamedTagged)
+	if !ok {
+		return "", nil
+	}
+	there, err := credentials.Grant([]reference.Named{tagged}).Tagged(ctx, tagged)
+	if err != nil || there.String() != record.Digest {
+		return "", err
+	}
+	return record.Digest, nil
 }
 
 // command finds a step's command in the error about its exit code.

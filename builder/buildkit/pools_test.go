@@ -18,6 +18,8 @@ import (
 	apitypes "github.com/moby/buildkit/api/types"
 	"github.com/moby/buildkit/solver/pb"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"handler/function/api"
@@ -36,9 +38,10 @@ type daemon struct {
 	release chan struct{}
 
 	mu     sync.Mutex
-	active map[string]bool // Refs
-	hidden map[string]bool // those of them that are in no history
-	past   []string        // Refs of builds that have ended
+	active map[string]bool   // Refs
+	hidden map[string]bool   // those of them that are in no history
+	past   []string          // Refs of builds that have ended
+	made   map[string]string // the digests of some of past
 }
 
 func newDaemon(t *testing.T, name string) *daemon {
@@ -103,7 +106,13 @@ func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream 
 	}
 	for _, ref := range d.past {
 		if !req.ActiveOnly {
-			records = append(records, &controlapi.BuildHistoryRecord{Ref: ref, CreatedAt: timestamppb.Now(), CompletedAt: timestamppb.Now()})
+			r := &controlapi.BuildHistoryRecord{Ref: ref, CreatedAt: timestamppb.Now(), CompletedAt: timestamppb.Now()}
+			if digest := d.made[ref]; digest != "" {
+				// As of a build that was ended during its push.
+				r.Error = status.New(codes.Canceled, "context canceled").Proto()
+				r.Result = &controlapi.BuildResultInfo{Results: map[int64]*controlapi.Descriptor{0: {Digest: digest}}}
+			}
+			records = append(records, r)
 		}
 	}
 	for _, r := range records {

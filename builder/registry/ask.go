@@ -56,14 +56,10 @@ type question struct {
 func (g *Grant) Ask(ctx context.Context, ref reference.Named, named bool, platform *ocispecs.Platform) (digest.Digest, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	q := &question{grant: g, ref: ref, host: reference.Domain(ref)}
-	q.base = g.creds.base(q.host)
-	var err error
-	if q.client, err = g.creds.client(q.host, q.base, named); err != nil {
+	q, err := g.question(ref, named)
+	if err != nil {
 		return "", err
 	}
-	// Only the requests of this question share a connection.
-	q.client.Transport.(*http.Transport).DisableKeepAlives = false
 	defer q.client.CloseIdleConnections()
 	wait := tokenBackoff
 	for attempt := 1; ; attempt++ {
@@ -84,6 +80,35 @@ func (g *Grant) Ask(ctx context.Context, ref reference.Named, named bool, platfo
 		}
 		wait *= 2
 	}
+}
+
+// Tagged asks an image's registry once which digest is under the image's tag, with the grant's
+// credentials. The registry may have a private address: it is one to which an image was pushed. The
+// errors are Ask's.
+func (g *Grant) Tagged(ctx context.Context, ref reference.NamedTagged) (digest.Digest, error) {
+	q, err := g.question(ref, true)
+	if err != nil {
+		return "", err
+	}
+	defer q.client.CloseIdleConnections()
+	d, err := q.ask(ctx)
+	if err != nil {
+		return "", q.explain(err)
+	}
+	return d, nil
+}
+
+// question is one about an image. The caller closes the idle connections of its client.
+func (g *Grant) question(ref reference.Named, named bool) (*question, error) {
+	q := &question{grant: g, ref: ref, host: reference.Domain(ref)}
+	q.base = g.creds.base(q.host)
+	var err error
+	if q.client, err = g.creds.client(q.host, q.base, named); err != nil {
+		return nil, err
+	}
+	// Only the requests of this question share a connection.
+	q.client.Transport.(*http.Transport).DisableKeepAlives = false
+	return q, nil
 }
 
 // base is where the function asks for the images of a host.

@@ -127,6 +127,30 @@ func wantAsked(t *testing.T, d digest.Digest, err error, code api.Code, text str
 	}
 }
 
+// TestTagged: the registry is asked for the tag once, and has to show nothing.
+func TestTagged(t *testing.T) {
+	f := newFakeRegistry(t, false, &fakeRegistry{user: "u"})
+	c, err := New(Config{TokenHosts: tokenHosts(t, f.host())}).Of([]byte(`{"auths":{"` + f.host() + `":` + basicAuth("u", "pw") + `}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for image, code := range map[string]api.Code{"app:1": "", "app:2": api.RegistryDenied} {
+		ref, err := reference.ParseNormalizedNamed(f.host() + "/" + image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := c.Grant(nil).Tagged(t.Context(), ref.(reference.NamedTagged))
+		wantAsked(t, d, err, code, "404")
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, request := range f.log {
+		if strings.HasPrefix(request, "GET /v2/") {
+			t.Errorf("it was asked %q", request)
+		}
+	}
+}
+
 func TestAsk(t *testing.T) {
 	other := "sha256:" + strings.Repeat("0", 64)
 	status := func(code int) func(http.ResponseWriter, *http.Request) bool {

@@ -20,7 +20,7 @@
 //
 // underway.go ends what a suspended tenant has under way. refuse.go answers where there is no
 // build. builds.go, log.go and query.go answer requests about builds, contexts.go those about
-// contexts, and about.go all others.
+// contexts, and about.go all others. lost.go finds out about builds whose replica has died.
 package server
 
 import (
@@ -49,6 +49,9 @@ type Solver interface {
 	// Find returns what the daemons of a pool remember of the last build whose solve.Name
 	// has this Call. It returns nil if they remember none. pool is a solve.Tenant.Pool.
 	Find(ctx context.Context, pool, call string) (*solve.Past, error)
+	// Pushed returns the digest that a build has pushed whose replica has died, or nothing.
+	// daemon and ref are what solve.Request.Placed was told last.
+	Pushed(ctx context.Context, t *solve.Tenant, daemon, ref, image string) (digest string, err error)
 	// Counted says whether Running counts the builds in a pool.
 	Counted(pool string) bool
 	// Running asks the daemons how many builds other processes have there, by the tenant's

@@ -40,6 +40,7 @@ type scripted struct {
 	find  func(pool, call string) (*solve.Past, error)
 	calls atomic.Int64
 
+	pushed  func(t *solve.Tenant, daemon, ref, image string) (string, error)
 	running func(tenant string) int // nil does not count
 	lone    bool                    // does not say that it counts
 }
@@ -57,6 +58,10 @@ func (s *scripted) Find(_ context.Context, pool, call string) (*solve.Past, erro
 		return nil, nil
 	}
 	return s.find(pool, call)
+}
+
+func (s *scripted) Pushed(_ context.Context, t *solve.Tenant, daemon, ref, image string) (string, error) {
+	return s.pushed(t, daemon, ref, image)
 }
 
 func (s *scripted) Counted(pool string) bool { return s.running != nil && !s.lone }

@@ -59,8 +59,29 @@ func recordOf(r *controlapi.BuildHistoryRecord) *Record {
 
 // Record is the daemon's record of the build with the given Ref, or nil.
 func (s *Seat) Record(ctx context.Context, ref string) (*Record, error) {
+	return s.conn.record(ctx, ref)
+}
+
+// RecordAt is the record that the daemon at an address has of the build with the given Ref. It is nil
+// if there is no such record, or no such daemon in the pool any more.
+func (p *Pool) RecordAt(ctx context.Context, addr, ref string) (*Record, error) {
+	for _, d := range p.list(ctx) {
+		if d.addr != addr {
+			continue
+		}
+		c, err := d.acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer d.release(c, false)
+		return c.record(ctx, ref)
+	}
+	return nil, nil
+}
+
+func (c *conn) record(ctx context.Context, ref string) (*Record, error) {
 	var record *Record
-	err := s.conn.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
+	err := c.history(ctx, &controlapi.BuildHistoryRequest{Ref: ref, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
 		if record == nil {
 			record = recordOf(r)
 		}
