@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"maps"
 	"net/http"
 	"strings"
 	"time"
@@ -105,6 +106,21 @@ func (r *Record) SetVerdict(v api.Record) {
 	if v.Request != "" {
 		r.Request = v.Request
 	}
+}
+
+// Change calls change for a Build.Update, and puts back what that may not change.
+func (r *Record) Change(change func(r *Record)) {
+	was := *r
+	change(r)
+	r.Tenant, r.ID, r.Attempt, r.Status = was.Tenant, was.ID, was.Attempt, was.Status
+	r.Lines, r.CanceledBy = was.Lines, was.CanceledBy
+}
+
+// End ends the record now, with a verdict.
+func (r *Record) End(verdict api.Record) {
+	r.SetVerdict(verdict)
+	r.Ended, r.Building = time.Now(), false
+	r.Bound()
 }
 
 // Verdict is the record as a caller of the build is told it, without a log.
@@ -211,6 +227,25 @@ type Cancellation struct {
 	// second cancellation of a running build with the same Once is ErrUsed. An empty Once is
 	// never used up.
 	Once string
+}
+
+// useFor is how long a Cancellation.Once is remembered. A signed DELETE is good for ten minutes
+// at most: its timestamp may be five minutes to either side.
+const useFor = 11 * time.Minute
+
+// Used are the values of Cancellation.Once that were used, and when.
+type Used map[string]time.Time
+
+// Use uses a value up. It returns false if the value was used before.
+func (u Used) Use(once string) bool {
+	maps.DeleteFunc(u, func(_ string, at time.Time) bool { return time.Since(at) > useFor })
+	if _, used := u[once]; used {
+		return false
+	}
+	if once != "" {
+		u[once] = time.Now()
+	}
+	return true
 }
 
 // Load is what other processes have now. A process tells the others of a change within a tenth of a

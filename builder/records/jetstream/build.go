@@ -94,9 +94,7 @@ func (b *build) Update(change func(r *records.Record)) {
 		return
 	}
 	was := b.rec
-	change(&b.rec)
-	b.rec.Tenant, b.rec.ID, b.rec.Attempt, b.rec.Status = was.Tenant, was.ID, was.Attempt, was.Status
-	b.rec.Lines, b.rec.CanceledBy = was.Lines, was.CanceledBy
+	b.rec.Change(change)
 	if b.rec.Building != was.Building || b.rec.Daemon != was.Daemon {
 		s.beatSoon()
 	}
@@ -146,9 +144,7 @@ func (b *build) End(verdict api.Record) {
 	if b.ended != nil {
 		return
 	}
-	b.rec.SetVerdict(verdict)
-	b.rec.Ended, b.rec.Building = time.Now(), false
-	b.rec.Bound()
+	b.rec.End(verdict)
 	end := &item{build: b, cost: buildCost + len(b.rec.Error), at: time.Now()}
 	for _, w := range b.rec.Warnings {
 		end.cost += len(w)

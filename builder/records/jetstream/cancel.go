@@ -15,10 +15,6 @@ import (
 	"handler/function/records"
 )
 
-// useFor is how long a process remembers that a Cancellation.Once was used. The streams remember
-// it longer.
-const useFor = 11 * time.Minute
-
 // order is a request to the owner of a build. Build tells it from all other builds, so that an
 // order that is sent again does nothing: this build has been ended already.
 type order struct {
@@ -134,15 +130,9 @@ func (s *Store) use(ctx context.Context, once string, wait time.Duration) error 
 		return nil
 	}
 	s.mu.Lock()
-	for text, at := range s.used {
-		if time.Since(at) > useFor {
-			delete(s.used, text)
-		}
-	}
-	_, used := s.used[once]
-	s.used[once] = time.Now()
+	first := s.used.Use(once)
 	s.mu.Unlock()
-	if used {
+	if !first {
 		return records.ErrUsed
 	}
 	st, err := s.current()

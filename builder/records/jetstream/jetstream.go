@@ -115,8 +115,8 @@ type Store struct {
 	since    time.Time // this process hears heartbeats without a break
 	through  time.Time // its latest heartbeat got through
 	beatWake chan struct{}
-	beats    uint64               // heartbeats sent
-	used     map[string]time.Time // Cancellation.Once
+	beats    uint64       // heartbeats sent
+	used     records.Used // by this process; the streams remember longer
 	purges   []purge
 	told     time.Time // Options.Problem
 	problem  error     // why there are no streams
@@ -165,7 +165,7 @@ func Open(opts Options) (*Store, error) {
 		beatWake:  make(chan struct{}, 1),
 		builds:    make(map[name][]*build),
 		heard:     make(map[string]*peer),
-		used:      make(map[string]time.Time),
+		used:      make(records.Used),
 		problem:   errors.New("connecting to NATS"),
 	}
 	s.ring.Store(r)

@@ -43,7 +43,7 @@ type Store struct {
 	bytes   int      // of all builds
 	order   uint64   // of the latest build
 	dropped uint64
-	used    map[string]time.Time // Cancellation.Once, and when it was used
+	used    records.Used
 }
 
 type name struct{ tenant, id string }
@@ -77,7 +77,7 @@ func New(limits Limits) *Store {
 		followers: records.NewFollowers(),
 		named:     make(map[name][]*build),
 		tenants:   make(map[string]*tenant),
-		used:      make(map[string]time.Time),
+		used:      make(records.Used),
 	}
 }
 
@@ -115,10 +115,7 @@ func (b *build) Update(change func(r *records.Record)) {
 	if !b.rec.Running() {
 		return
 	}
-	was := b.rec
-	change(&b.rec)
-	b.rec.Tenant, b.rec.ID, b.rec.Attempt, b.rec.Status = was.Tenant, was.ID, was.Attempt, was.Status
-	b.rec.Lines, b.rec.CanceledBy = was.Lines, was.CanceledBy
+	b.rec.Change(change)
 }
 
 func (b *build) Log(lines ...string) {
@@ -189,9 +186,7 @@ func (b *build) End(verdict api.Record) {
 	if !b.rec.Running() {
 		return
 	}
-	b.rec.SetVerdict(verdict)
-	b.rec.Ended, b.rec.Building = time.Now(), false
-	b.rec.Bound()
+	b.rec.End(verdict)
 	s.ended = append(s.ended, b)
 	s.tenants[b.name.tenant].ended++
 	b.resize()
@@ -354,10 +349,6 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 	return page, nil
 }
 
-// useFor is how long a Cancellation.Once is remembered. A signed DELETE is good for ten minutes
-// at most: its timestamp may be five minutes to either side.
-const useFor = 11 * time.Minute
-
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
 	s.mu.Lock()
 	b := s.find(c.Ref)
@@ -368,17 +359,9 @@ func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Rec
 		}
 		return b.rec, nil
 	}
-	for once, at := range s.used {
-		if time.Since(at) > useFor {
-			delete(s.used, once)
-		}
-	}
-	if _, used := s.used[c.Once]; used {
+	if !s.used.Use(c.Once) {
 		s.mu.Unlock()
 		return records.Record{}, records.ErrUsed
-	}
-	if c.Once != "" {
-		s.used[c.Once] = time.Now()
 	}
 	if b.rec.CanceledBy == "" {
 		b.rec.CanceledBy = c.By
