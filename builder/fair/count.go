@@ -13,11 +13,11 @@ const countAge = time.Second
 type count struct {
 	began time.Time
 	ended time.Time
-	of    func(id string) int // nil before the first count
+	of    func(id string) int // nil if there are no other processes
 	stop  context.CancelFunc  // of the goroutine that counts; nil without one
 }
 
-func (c *count) fresh() bool { return c.of != nil && time.Since(c.ended) < 2*countAge }
+func (c *count) fresh() bool { return time.Since(c.ended) < 2*countAge }
 
 // answer says whether a tenant may have one slot more.
 type answer int
@@ -44,6 +44,8 @@ func (s *Slots) may(t *tenant) answer {
 		return yes
 	case !s.count.fresh():
 		return unknown
+	case s.count.of == nil:
+		return yes
 	case t.running+s.count.of(t.ID) >= t.Most:
 		return no
 	case t.running > t.counted:

@@ -39,7 +39,8 @@ var (
 
 // Slots are a number of slots. Its methods may be called concurrently.
 type Slots struct {
-	// Elsewhere counts what tenants have in other processes, by the tenant's id. It is called
+	// Elsewhere counts what tenants have in other processes, by the tenant's id. It returns nil
+	// if there are none. It is called
 	// about once a second while somebody waits for its result, one call at a time, and must
 	// return soon after ctx has ended. It is needed for a Tenant with Elsewhere, and must not
 	// be changed after the first Acquire.

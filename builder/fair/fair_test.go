@@ -320,6 +320,42 @@ func TestElsewhere(t *testing.T) {
 	})
 }
 
+// TestAlone: where no other process is, nothing waits for a count after the first.
+func TestAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, 10)
+		var counts atomic.Int32
+		var others atomic.Bool
+		b.Elsewhere = func(context.Context) func(string) int {
+			counts.Add(1)
+			if !others.Load() {
+				return nil
+			}
+			return func(string) int { return 1 }
+		}
+		wide := Tenant{ID: "wide", Most: 4, Elsewhere: true}
+		for i := range 3 {
+			b.ask(wide, fmt.Sprint(i), time.Hour)
+		}
+		b.want("after the first count", "0", "1", "2")
+		if !b.Try(wide) || b.Try(wide) || counts.Load() != 1 {
+			t.Errorf("it has not its most, after %d counts", counts.Load())
+		}
+		for range 4 {
+			b.Release("wide")
+		}
+		// Another process comes. It is seen with the next count.
+		others.Store(true)
+		time.Sleep(2 * countAge)
+		for i := range 4 {
+			b.ask(wide, fmt.Sprint(i+3), time.Hour)
+		}
+		b.want("one for the count", "3")
+		time.Sleep(5 * countAge)
+		b.want("with the other's, its most", "4", "5")
+	})
+}
+
 // TestTwoProcesses has two processes share what one tenant may have.
 func TestTwoProcesses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

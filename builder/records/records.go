@@ -253,6 +253,7 @@ func (u Used) Use(once string) bool {
 type Load struct {
 	Tenants  map[string]int // builds with a slot, by Record.Tenant
 	Daemons  map[string]int // places that builds and their parts have on daemons, by the address
+	Others   int            // processes that are in the sums
 	Complete bool           // false if other processes may have builds that are not in the sums
 }
 

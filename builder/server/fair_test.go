@@ -214,11 +214,38 @@ func TestBuildsElsewhere(t *testing.T) {
 			elsewhere(t, solver, began, end, &there, func(c *server.Config) {
 				if tt.shared {
 					c.Elsewhere = func() records.Load {
-						return records.Load{Tenants: map[string]int{"t-wide": tt.told * int(there.Load())}, Complete: tt.complete}
+						return records.Load{Tenants: map[string]int{"t-wide": tt.told * int(there.Load())}, Others: 1, Complete: tt.complete}
 					}
 				}
 			})
 		})
+	}
+}
+
+// TestBuildsAlone: if no other replica is there, builds of a tenant begin at once.
+func TestBuildsAlone(t *testing.T) {
+	solver, began, end := stepwise()
+	solver.running = func(string) int { t.Error("the daemons are asked"); return 0 }
+	f := startFair(t, solver, func(c *server.Config) {
+		c.MaxBuilds = 9
+		c.Elsewhere = func() records.Load { return records.Load{Complete: true} }
+	}, "wide", "builds: 8")
+	var all []<-chan answer
+	sent := time.Now()
+	for i := range 8 {
+		all = append(all, f.send(t, "wide", fmt.Sprint(i)))
+	}
+	for range 8 {
+		next(t, began)
+	}
+	if took := time.Since(sent); took > 4*time.Second {
+		t.Errorf("eight builds began after %v: one a second, as with another replica", took)
+	}
+	close(end)
+	for _, a := range all {
+		if a := ending(t, a); a.rec.Status != api.Success {
+			t.Errorf("%s", a.body)
+		}
 	}
 }
 

@@ -88,7 +88,10 @@ func (s *Server) countElsewhere(ctx context.Context) func(tenant string) int {
 	if s.Elsewhere != nil {
 		told = s.Elsewhere()
 	}
-	if told.Complete {
+	switch {
+	case told.Complete && told.Others == 0:
+		return nil
+	case told.Complete:
 		return func(tenant string) int { return told.Tenants[tenant] }
 	}
 	ctx, cancel := context.WithTimeout(ctx, countTimeout)

@@ -86,6 +86,11 @@ func TestElsewhere(t *testing.T) {
 		t.Errorf("%d new processes were told after %v", fresh, took)
 	}
 	told(c, "map[acme:1 other:1] map[tcp://one:1234:3 tcp://two:1234:1] true")
+	for i, s := range []*jetstream.Store{a, c} {
+		if l := s.Elsewhere(); l.Others != fresh+1 {
+			t.Errorf("store %d hears %d others", i, l.Others)
+		}
+	}
 
 	builds.End(recordstest.Success())
 	seats.Store(0)

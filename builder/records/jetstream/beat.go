@@ -154,6 +154,7 @@ func (s *Store) Elsewhere() records.Load {
 		if time.Since(p.heard) > grace {
 			continue
 		}
+		load.Others++
 		for t, n := range p.tenants {
 			load.Tenants[t] += n
 		}
@@ -164,8 +165,9 @@ func (s *Store) Elsewhere() records.Load {
 	return load
 }
 
-// hear notes another process's heartbeat. To one that it has not heard before it answers with its
-// own: a process that has just begun would otherwise know nothing for beatEvery.
+// hear notes another process's heartbeat. To one that it has not heard before, or not for a while, it
+// answers with its own: a process that has just begun, or has just found the server again, would
+// otherwise know nothing for beatEvery.
 func (s *Store) hear(msg *nats.Msg) {
 	f := strings.Split(msg.Subject, ".")
 	if len(f) != 4 || f[3] == s.process {
@@ -181,10 +183,12 @@ func (s *Store) hear(msg *nats.Msg) {
 	if p == nil {
 		p = &peer{missing: make(map[string]time.Time)}
 		s.heard[f[3]] = p
-		s.beatSoon()
 	}
 	if h.N <= p.n {
 		return
+	}
+	if time.Since(p.heard) > 2*beatEvery {
+		s.beatSoon()
 	}
 	p.n, p.heard, p.tenants, p.daemons = h.N, time.Now(), h.Tenants, h.Daemons
 	p.behind = h.Behind
