@@ -436,7 +436,7 @@ func TestSpool(t *testing.T) {
 	src := rand.New(rand.NewPCG(1, 2))
 	var parts []string
 	want := map[string]string{}
-	for i := range 60 {
+	for i := range max(20, fewer(60)) {
 		data := make([]byte, src.IntN(100_000))
 		for j := range data {
 			data[j] = byte(src.Uint32())
