@@ -2,9 +2,11 @@ package clients_test
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
-	"math/rand/v2"
+	mathrand "math/rand/v2"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -19,10 +21,23 @@ import (
 // TestSelf builds the builder's own image with the builder, from what stack.yml
 // says, and runs it. The template's Dockerfile does the rest, the function's own
 // tests included.
+//
+// To compile all of it takes as long as everything else here. So the daemon keeps its cache
+// mounts from one run to the next, and Go compiles and tests what has changed. noCache would
+// empty them.
 func TestSelf(t *testing.T) {
-	_, s, f := start(t, stack.FunctionConfig{})
+	s := stack.Shared(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 	defer cancel()
+	daemon, err := s.NewBuildkitd(ctx, stack.BuildkitdConfig{Kept: "self"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(daemon.Kill)
+	// Cache mounts are in a namespace that is made of the secret.
+	const secret = "the same in each run"
+	_, _, f := start(t, stack.FunctionConfig{Buildkitd: daemon, Secrets: map[string][]byte{"payload-secret": []byte(secret)}})
+	f.Secret = secret
 
 	function, err := s.Description()
 	if err != nil {
@@ -39,6 +54,10 @@ func TestSelf(t *testing.T) {
 	// make test runs them at length, and make lint vets them: here it is enough that they
 	// run where the image is built.
 	args["GOFLAGS"] = strings.TrimSpace(args["GOFLAGS"] + " -short -vet=off")
+	// No result of the last run's steps serves for this one.
+	if err := os.WriteFile(filepath.Join(dir, "function", "run"), []byte(rand.Text()), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	ref := s.Registry.Image("self/builder:latest")
 	body := stack.MustTar(t, dir, config{"image": ref, "buildArgs": args})
 	got := f.MustBuild(t, ctx, body)
@@ -62,15 +81,15 @@ func TestSelf(t *testing.T) {
 		t.Error("stack.yml does not ask for a read-only root file system")
 	}
 	f.Kill() // the real of-watchdog's metrics port is fixed
-	checkSelfBuilds(t, ctx, s, img, f.SecretsDir, function.Environment)
+	checkSelfBuilds(t, ctx, s, img, f, function.Environment)
 }
 
 // checkSelfBuilds runs the image as OpenFaaS does, but for its ports, and builds with
 // it: its user reads the secrets, and of its file system only /tmp can be written.
-func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.Image, secretsDir string, environment map[string]string) {
+func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.Image, f *stack.Function, environment map[string]string) {
 	t.Helper()
 	secrets := t.TempDir() // for all to read, as Kubernetes mounts them
-	if err := os.CopyFS(secrets, os.DirFS(secretsDir)); err != nil {
+	if err := os.CopyFS(secrets, os.DirFS(f.SecretsDir)); err != nil {
 		t.Fatal(err)
 	}
 	var ports [2]int
@@ -100,9 +119,9 @@ func checkSelfBuilds(t *testing.T, ctx context.Context, s *stack.Stack, img v1.I
 	}
 	// Larger than spool_memory_bytes, so that it goes through /tmp.
 	noise := make([]byte, 8<<20)
-	rand.NewChaCha8([32]byte{}).Read(noise)
+	mathrand.NewChaCha8([32]byte{}).Read(noise)
 	ref := s.Registry.Image("self/built-by-it:latest")
-	itself := &client.Client{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: s.PayloadSecret, Strict: true}
+	itself := &client.Client{URL: fmt.Sprint("http://127.0.0.1:", ports[0]), Secret: f.Secret, Strict: true}
 	got := itself.MustBuild(t, ctx, stack.Body(t, config{"image": ref}, map[string]string{
 		"Dockerfile": "FROM busybox\nRUN echo built > /built\nCOPY noise /\n", "noise": string(noise),
 	}))

@@ -41,6 +41,12 @@ type BuildkitdConfig struct {
 	// Certs is a directory of buildkit/certs.sh, read at each start; empty is
 	// the stack's.
 	Certs string
+
+	// Kept names a directory in .cache that has the daemon's state, and keeps it from
+	// one run to the next: a build that compiles much then takes what its cache mounts
+	// have. One daemon has it at a time, and another waits. Empty is a state of this
+	// daemon's own, which goes with the stack.
+	Kept string
 }
 
 // WholeLogs has a daemon pass on all that steps print. By itself it clips a step at
@@ -68,6 +74,13 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 		env:    c.Env,
 		tools:  s.Tools,
 	}
+	if c.Kept != "" {
+		unlock, err := b.keep(ctx, filepath.Join(s.Repo, ".cache", c.Kept))
+		if err != nil {
+			return nil, err
+		}
+		s.onClose(unlock)
+	}
 	toml, err := b.config(s)
 	if err != nil {
 		return nil, err
@@ -84,6 +97,30 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 	}
 	s.onClose(b.close)
 	return b, nil
+}
+
+// keep has the daemon's state in dir, once no other daemon has it there. The state of another
+// version of the daemon is removed: an older daemon may not read a newer one's.
+func (b *Buildkitd) keep(ctx context.Context, dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	unlock, err = waitLock(ctx, filepath.Join(dir, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	b.Root = filepath.Join(dir, filepath.Base(b.tools.Buildkitd))
+	states, err := filepath.Glob(filepath.Join(dir, "buildkitd*"))
+	for _, state := range states {
+		if state != b.Root {
+			err = cmp.Or(err, os.RemoveAll(state))
+		}
+	}
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	return unlock, nil
 }
 
 var ociWorkerTable = regexp.MustCompile(`(?m)^\[worker\.oci\][^\n]*\n`)

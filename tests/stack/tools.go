@@ -230,7 +230,12 @@ func lockCache(ctx context.Context, repo string) (unlock func(), err error) {
 	if err := os.MkdirAll(filepath.Join(dir, "bin"), 0o755); err != nil {
 		return nil, err
 	}
-	f, err := os.Create(filepath.Join(dir, "lock"))
+	return waitLock(ctx, filepath.Join(dir, "lock"))
+}
+
+// waitLock takes the lock of a file, which it makes, once no other process has it.
+func waitLock(ctx context.Context, file string) (unlock func(), err error) {
+	f, err := os.Create(file)
 	if err != nil {
 		return nil, err
 	}
@@ -241,12 +246,12 @@ func lockCache(ctx context.Context, repo string) (unlock func(), err error) {
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			f.Close()
-			return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+			return nil, fmt.Errorf("locking %s: %w", file, err)
 		}
 		select {
 		case <-ctx.Done():
 			f.Close()
-			return nil, fmt.Errorf("waiting for another process to build: %w", ctx.Err())
+			return nil, fmt.Errorf("waiting for the process that has locked %s: %w", file, ctx.Err())
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
