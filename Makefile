@@ -49,20 +49,23 @@ test: setup test-unit test-e2e ## all tests but test-timing, test-k8s and test-f
 
 # First without cgo, as in the image. Then with the race detector, under which everything
 # takes ten times as long: -short shrinks the largest inputs. Tests that measure memory
-# are built without it alone.
+# are built without it alone. Four packages at a time, since some of them wait more than
+# they compute.
 .PHONY: test-unit
 test-unit: setup ## the function's and the template's own tests: no root, no network, no daemon
-	CGO_ENABLED=0 go -C builder test -timeout 20m ./...
-	go -C builder test -race -short -timeout 20m ./...
+	CGO_ENABLED=0 go -C builder test -p 4 -timeout 20m ./payload ./server ./...
+	go -C builder test -race -short -p 4 -timeout 20m ./payload ./server ./...
 	go -C template/golang-middleware test -race -timeout 20m ./... ./function/...
 
-# Each package starts its own stack. Two packages run at a time, except faults: it measures
-# time limits, so it runs alone. -count=1: the test cache would not notice a change of the
-# function, which is another module.
+# Each package starts its own stack, and waits more than it computes: four at a time keep two
+# cores busy. They start in this order, the longest first, so that none of these runs alone at
+# the end. The tests of strangers run alone: they have a limit for how long signed builds wait
+# meanwhile. -count=1: the test cache would not notice a change of the function, which is
+# another module.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
-	go -C tests test -race -count=1 -p 2 -timeout 40m $$(go -C tests list ./... | grep -v '/faults$$')
-	go -C tests test -race -count=1 -timeout 40m ./faults
+	go -C tests test -race -count=1 -p 4 -timeout 40m -skip 'Strangers$$' ./faults ./clients ./content ./openfaas ./records ./page ./...
+	go -C tests test -race -count=1 -timeout 40m -run 'Strangers$$' ./faults
 
 # This takes long, and needs a machine that does nothing else, so make test leaves it out.
 .PHONY: test-timing
