@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 	js "github.com/nats-io/nats.go/jetstream"
 
+	"handler/function/api"
 	"handler/function/records"
 	"handler/function/records/jetstream"
 	"handler/function/records/memory"
@@ -397,6 +398,60 @@ func TestMaxPayload(t *testing.T) {
 	lines, lost := recordstest.ReadLog(t, s, ref, 0, true)
 	if lines[1001] != "the last" || len(lines)+int(lost) != 1001 || lost < 900 || s.Stats().Dropped != lost {
 		t.Errorf("%d lines, %d lost, %d dropped", len(lines), lost, s.Stats().Dropped)
+	}
+}
+
+// TestLogsRefused has the server refuse all lines, and take records. A build that has ended has its
+// verdict all the same, and its log a gap.
+func TestLogsRefused(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	a, b := opened(t, servers, nil), opened(t, servers, nil)
+	build, ref := recordstest.Begin(a, "acme", "one"), records.Ref{Tenant: "acme", ID: "one"}
+	build.Log("l: stored")
+	recordstest.Known(t, b, ref, recordstest.Any)
+	recordstest.Eventually(t, func() error {
+		if lines, _ := recordstest.ReadLog(t, b, ref, 0, false); len(lines) != 1 {
+			return fmt.Errorf("%d lines", len(lines))
+		}
+		return nil
+	})
+	refuseLogs(t, servers)
+	build.Log("l: refused", "l: refused too")
+	build.End(recordstest.Success())
+	if rec := recordstest.Known(t, b, ref, recordstest.Ended); rec.Status != api.Success || rec.Lines != 3 {
+		t.Errorf("the build is %+v", rec)
+	}
+	lines, lost := recordstest.ReadLog(t, b, ref, 0, true)
+	if len(lines) != 1 || lines[1] != "l: stored" || lost != 2 {
+		t.Errorf("the log is %v, and %d lines lost", lines, lost)
+	}
+	if st := a.Stats(); st.Dropped != 2 || st.Forgotten != 0 || st.Pending != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// refuseLogs has the stream of logs take no message more.
+func refuseLogs(t *testing.T, servers []*stack.NATS) {
+	t.Helper()
+	conn, err := nats.Connect(urls(servers))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	j, err := js.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := recordstest.Context(t)
+	s, err := j.Stream(ctx, jetstream.LogStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.CachedInfo().Config
+	cfg.Discard, cfg.MaxMsgs = js.DiscardNew, 1
+	if _, err := j.UpdateStream(ctx, cfg); err != nil {
+		t.Fatal(err)
 	}
 }
 

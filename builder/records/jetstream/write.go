@@ -271,8 +271,8 @@ func (b *build) putLines() error {
 	plain := lines.AppendTo(nil)
 	subject := b.place.log()
 	seq, err := s.publish(subject, seal(b.aead, subject, plain))
-	if err != nil && tooLarge(err) {
-		// It would never be stored. The followers see a gap.
+	if err != nil && b.givenUp(err) {
+		// The followers see a gap.
 		s.mu.Lock()
 		s.dropped += lines.Count
 		s.mu.Unlock()
@@ -295,9 +295,21 @@ func (s *Store) release(b *build) {
 	b.writer = nil
 }
 
-// tooLarge says whether a message will never be stored: the server's max_payload is too small.
-func tooLarge(err error) bool {
-	return errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, js.ErrStreamMessageExceedsMaximum)
+// refuseFor is how long lines that the server refuses may keep the verdict of their build waiting.
+// The stream of logs can be full, or broken, where that of records is not.
+const refuseFor = 5 * time.Second
+
+// givenUp says whether lines that could not be stored, because of err, are not tried again.
+func (b *build) givenUp(err error) bool {
+	if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, js.ErrStreamMessageExceedsMaximum) {
+		return true // the server's max_payload is too small
+	}
+	if _, refused := errors.AsType[*js.APIError](err); !refused {
+		return false // there may be no server
+	}
+	b.store.mu.Lock()
+	defer b.store.mu.Unlock()
+	return b.ended != nil && time.Since(b.ended.Value.(*item).at) > refuseFor
 }
 
 // trim removes the oldest lines of a log that has become longer than MaxLog, in large parts.
