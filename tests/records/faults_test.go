@@ -426,9 +426,13 @@ func TestLogsRefused(t *testing.T) {
 	if len(lines) != 1 || lines[1] != "l: stored" || lost != 2 {
 		t.Errorf("the log is %v, and %d lines lost", lines, lost)
 	}
-	if st := a.Stats(); st.Dropped != 2 || st.Forgotten != 0 || st.Pending != 0 {
-		t.Errorf("%+v", st)
-	}
+	// The lines are tried for a minute.
+	stack.Eventually(t, 3*time.Minute, func() error {
+		if st := a.Stats(); st.Dropped != 2 || st.Forgotten != 0 || st.Pending != 0 {
+			return fmt.Errorf("%+v", st)
+		}
+		return nil
+	})
 }
 
 // refuseLogs has the stream of logs take no message more.

@@ -28,19 +28,21 @@ type build struct {
 	writer *list.Element   // of lines: the writer has it, and nobody may change it
 
 	// What is stored.
-	place   place
-	tried   int       // an attempt that may have been stored: the answer is missing
-	epoch   time.Time // of the stream that has the record; zero if none has
-	order   uint64
-	turn    int
-	dirty   bool // the record has changed
-	failed  bool // the latest write was refused
-	doubt   bool // others may have found the build lost
-	done    bool // the verdict is stored
-	marked  bool // the end of the log is
-	aead    cipher.AEAD
-	stored  []segment // of the log
-	storedN int       // bytes of stored
+	place      place
+	tried      int       // an attempt that may have been stored: the answer is missing
+	epoch      time.Time // of the stream that has the record; zero if none has
+	order      uint64
+	turn       int
+	dirty      bool      // the record has changed
+	failed     bool      // the latest write was refused
+	doubt      bool      // others may have found the build lost
+	done       bool      // the verdict is stored
+	stuckSince time.Time // the oldest lines could not be stored; zero if they have not been tried
+	overtakes  bool      // the verdict is tried before the lines
+	marked     bool      // the end of the log is
+	aead       cipher.AEAD
+	stored     []segment // of the log
+	storedN    int       // bytes of stored
 }
 
 // item is something in the queue of what is not stored yet: lines, or the end of a build.
@@ -156,21 +158,23 @@ func (b *build) End(verdict api.Record) {
 	b.poke()
 }
 
-// shrink drops the oldest of what is not stored, until the rest is below the limit. What a
-// writer has in hand stays.
+// shrink drops the oldest lines that are not stored, until the rest is below the limit. What a
+// writer has in hand stays. If there are no more lines, it forgets the builds that ended first.
 func (s *Store) shrink() {
 	for e := s.queue.Front(); e != nil && s.pending > maxPending; {
 		next := e.Next()
-		it := e.Value.(*item)
-		switch b := it.build; {
-		case it.lines == nil:
-			s.forget(b)
-			next = s.queue.Front()
-		case e != b.writer:
+		if it := e.Value.(*item); it.lines != nil && e != it.build.writer {
 			s.dropped += it.lines.Count
-			b.remove(e)
+			it.build.remove(e)
 		}
 		e = next
+	}
+	for e := s.queue.Front(); e != nil && s.pending > maxPending; {
+		it := e.Value.(*item)
+		if e = e.Next(); it.lines == nil {
+			s.forget(it.build)
+			e = s.queue.Front()
+		}
 	}
 }
 

@@ -112,6 +112,25 @@ func TestPending(t *testing.T) {
 	}
 }
 
+// TestVerdictsOutliveLines has a build print more than a process may hold, after another has ended:
+// the verdict of that one is kept.
+func TestVerdictsOutliveLines(t *testing.T) {
+	s := unreachable(t)
+	ended, chatty := recordstest.Begin(s, "acme", "ended"), recordstest.Begin(s, "globex", "chatty")
+	ended.Log("one")
+	ended.End(recordstest.Success())
+	line := strings.Repeat("x", 1000)
+	for range 20000 {
+		chatty.Log(line)
+	}
+	if rec, err := s.Get(t.Context(), records.Ref{Tenant: "acme", ID: "ended"}); err != nil || rec.Status != api.Success {
+		t.Errorf("the build that has ended is %+v, %v", rec, err)
+	}
+	if st := s.Stats(); st.Forgotten != 0 || st.Dropped == 0 || st.Pending > 8<<20 {
+		t.Errorf("%+v", st)
+	}
+}
+
 // TestDropped has builds that run on after their lines were dropped. They keep none in memory.
 func TestDropped(t *testing.T) {
 	s := unreachable(t)

@@ -95,6 +95,8 @@ func (b *build) next() (step func() error, wait time.Duration, up <-chan struct{
 		return b.put, 0, s.up
 	}
 	switch left := b.unripe(); {
+	case b.overtakes && !b.done:
+		return b.putVerdict, 0, s.up
 	case left > 0:
 		return nil, left, s.up
 	case len(b.lines) > 0:
@@ -271,7 +273,7 @@ func (b *build) putLines() error {
 	plain := lines.AppendTo(nil)
 	subject := b.place.log()
 	seq, err := s.publish(subject, seal(b.aead, subject, plain))
-	if err != nil && b.givenUp(err) {
+	if b.stuck(err) {
 		// The followers see a gap.
 		s.mu.Lock()
 		s.dropped += lines.Count
@@ -295,21 +297,28 @@ func (s *Store) release(b *build) {
 	b.writer = nil
 }
 
-// refuseFor is how long lines that the server refuses may keep the verdict of their build waiting.
-// The stream of logs can be full, or broken, where that of records is not.
-const refuseFor = 5 * time.Second
+// Times of lines that cannot be stored. The stream of logs can be full, or without a leader, where
+// that of records is not.
+const (
+	overtakeAfter = 5 * time.Second // after which the verdict of their build is tried too
+	giveUpAfter   = time.Minute     // after which they are dropped, if the verdict could be stored
+)
 
-// givenUp says whether lines that could not be stored, because of err, are not tried again.
-func (b *build) givenUp(err error) bool {
-	if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, js.ErrStreamMessageExceedsMaximum) {
-		return true // the server's max_payload is too small
-	}
-	if _, refused := errors.AsType[*js.APIError](err); !refused {
-		return false // there may be no server
-	}
+// stuck notes whether lines could be stored, and says whether they are dropped because of err.
+func (b *build) stuck(err error) (drop bool) {
 	b.store.mu.Lock()
 	defer b.store.mu.Unlock()
-	return b.ended != nil && time.Since(b.ended.Value.(*item).at) > refuseFor
+	if err == nil {
+		b.stuckSince, b.overtakes = time.Time{}, false
+		return false
+	}
+	if b.stuckSince.IsZero() {
+		b.stuckSince = time.Now()
+	}
+	since := time.Since(b.stuckSince)
+	b.overtakes = b.ended != nil && since > overtakeAfter
+	return b.done && since > giveUpAfter ||
+		errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, js.ErrStreamMessageExceedsMaximum) // the server's max_payload is too small
 }
 
 // trim removes the oldest lines of a log that has become longer than MaxLog, in large parts.
@@ -373,6 +382,7 @@ func (b *build) putVerdict() error {
 	s := b.store
 	s.mu.Lock()
 	r := b.record()
+	b.overtakes = false // in turn with lines, if there are any
 	s.mu.Unlock()
 	if _, err := s.putOnce(b.place, ended, &r, 0); err != nil {
 		return err
