@@ -28,8 +28,9 @@ type heartbeat struct {
 	Daemons map[string]int `json:"daemons"`          // as in records.Load
 }
 
-// oldBeat is how old a heartbeat may be. A process that has just begun cannot know that it was
-// sent before: a shorter time would take clocks that are wrong for death.
+// oldBeat is how old a heartbeat may be. Older ones are dropped, because a process that has just
+// begun cannot tell whether one is sent again. The time is long, because the builds of a process
+// whose clock is wrong by more are found lost.
 const oldBeat = 10 * time.Minute
 
 // peer is another process.
@@ -40,7 +41,6 @@ type peer struct {
 	behind  bool
 	tenants map[string]int
 	daemons map[string]int
-	missing map[string]time.Time // builds that are in its name and not in its heartbeat: since when
 }
 
 // beatSoon sends a heartbeat before its time: a build has begun or ended.
@@ -69,7 +69,6 @@ func (s *Store) beat() {
 			}
 		}
 		s.heartbeat()
-		s.purge(time.Now())
 	}
 }
 
@@ -181,7 +180,7 @@ func (s *Store) hear(msg *nats.Msg) {
 	defer s.mu.Unlock()
 	p := s.heard[f[3]]
 	if p == nil {
-		p = &peer{missing: make(map[string]time.Time)}
+		p = &peer{}
 		s.heard[f[3]] = p
 	}
 	if h.N <= p.n {
@@ -196,13 +195,26 @@ func (s *Store) hear(msg *nats.Msg) {
 	for _, id := range h.Builds {
 		p.builds[id] = true
 	}
-	maps.DeleteFunc(p.missing, func(id string, _ time.Time) bool { return p.builds[id] })
 }
 
 // purge is a record that can be removed from then on.
 type purge struct {
 	subject string
 	due     time.Time
+}
+
+// purging purges now and then. It is apart from beat: a slow server must not delay a heartbeat.
+func (s *Store) purging() {
+	ticker := time.NewTicker(beatEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-ticker.C:
+			s.purge(time.Now())
+		}
+	}
 }
 
 // purge removes the running records of builds that have ended: a list reads one record less. It

@@ -24,7 +24,7 @@ func Forget(ctx context.Context, opts Options, tenant string) (Forgotten, error)
 	if err := checkURL(opts.URL); err != nil {
 		return Forgotten{}, err
 	}
-	r, err := newRing(opts.Roots)
+	r, err := newRing(opts.Roots, nil)
 	if err != nil {
 		return Forgotten{}, err
 	}

@@ -140,7 +140,7 @@ func Open(opts Options) (*Store, error) {
 	if err := checkURL(opts.URL); err != nil {
 		return nil, err
 	}
-	r, err := newRing(opts.Roots)
+	r, err := newRing(opts.Roots, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +172,7 @@ func Open(opts Options) (*Store, error) {
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.loops.Go(s.manage)
 	s.loops.Go(s.beat)
+	s.loops.Go(s.purging)
 	s.loops.Go(s.sweep)
 	return s, nil
 }
@@ -190,7 +191,7 @@ func checkURL(list string) error {
 // SetRoots replaces the lines of the root secret. Builds that run keep the key that they began
 // with.
 func (s *Store) SetRoots(roots [][]byte) error {
-	r, err := newRing(roots)
+	r, err := newRing(roots, s.ring.Load())
 	if err != nil {
 		return err
 	}

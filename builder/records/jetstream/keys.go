@@ -27,8 +27,9 @@ const (
 	beatSubjects   = "builder.beat.*.*"
 )
 
-// Kinds of a build's record. Each is the whole record, and each replaces the ones before it,
-// whatever comes later: so a payload that somebody sends again changes nothing.
+// Kinds of a build's record. Each has the whole record. A later kind in this list wins, in whatever
+// order they were stored, so a payload that somebody sends again changes nothing. But a running
+// record of a later turn wins over a lost one.
 const (
 	running = "b" // by the owner, while it runs
 	lost    = "l" // by one of the others, when the owner's heartbeat has ended
@@ -51,12 +52,17 @@ type ring struct {
 	byID map[string]*key
 }
 
-func newRing(roots [][]byte) (*ring, error) {
+// newRing makes a ring. Keys that an older one has stay the same, because a place is compared by
+// its key. old may be nil.
+func newRing(roots [][]byte, old *ring) (*ring, error) {
 	r := &ring{byID: make(map[string]*key)}
 	for _, root := range roots {
 		k, err := newKey(root)
 		if err != nil {
 			return nil, err
+		}
+		if old != nil && old.byID[k.id] != nil {
+			k = old.byID[k.id]
 		}
 		if r.byID[k.id] == nil {
 			r.keys, r.byID[k.id] = append(r.keys, k), k

@@ -12,7 +12,7 @@ func mustRing(t *testing.T, roots ...string) *ring {
 	for _, r := range roots {
 		list = append(list, []byte(r))
 	}
-	r, err := newRing(list)
+	r, err := newRing(list, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,10 @@ func TestRing(t *testing.T) {
 	if plain, err := open(got.key.records, p.record(lost), seal(p.key.records, p.record(lost), []byte("x"))); err != nil || string(plain) != "x" {
 		t.Errorf("an old record opens as %q, %v", plain, err)
 	}
-	if _, err := newRing(nil); err == nil {
+	if again, err := newRing([][]byte{[]byte("newer"), []byte("old")}, r); err != nil || again.keys[1] != r.keys[0] {
+		t.Errorf("a line that stays has another key, %v", err)
+	}
+	if _, err := newRing(nil, nil); err == nil {
 		t.Error("a ring without a root is no error")
 	}
 	for _, subject := range []string{
