@@ -24,6 +24,8 @@ import (
 type seen struct {
 	owner, build string
 	first        time.Time // it was found
+	missing      time.Time // its owner lives without the build since then; zero if it has it
+	buried       time.Time // there is a verdict, or a lost record; zero if that is not known
 	unreadable   bool
 }
 
@@ -76,14 +78,13 @@ func (s *Store) sweepOnce(known map[string]*seen) error {
 		return err
 	}
 	r := s.ring.Load()
-	var dead []place
+	var all []grave
 	for subject, k := range known {
-		if p, _, ok := r.parse(subject); ok && !k.unreadable && s.isDead(k) {
-			delete(known, subject)
-			dead = append(dead, p)
+		if p, _, ok := r.parse(subject); ok && !k.unreadable && s.isDead(k) && time.Since(k.buried) > keepRunning {
+			all = append(all, grave{p, k})
 		}
 	}
-	return s.buryAll(st, dead)
+	return s.buryAll(st, all)
 }
 
 // seeAll reads the running records that are not known, up to maxSee. The next sweep reads others.
@@ -130,18 +131,33 @@ func (s *Store) ownSubjects() map[string]bool {
 
 // buryAll buries builds side by side: a process that dies leaves many, and a daemon may be slow to
 // say what became of one.
-func (s *Store) buryAll(st *streams, dead []place) error {
-	if len(dead) == 0 {
+func (s *Store) buryAll(st *streams, all []grave) error {
+	if len(all) == 0 {
 		return nil
 	}
 	// Of several processes one is the first, and the others need not ask a daemon.
 	time.Sleep(rand.N(500 * time.Millisecond))
 	var burying errgroup.Group
 	burying.SetLimit(maxBurying)
-	for _, p := range dead {
-		burying.Go(func() error { return s.bury(st, p) })
+	// All of them together have this time: a daemon that hangs must not make others wait.
+	asked, done := context.WithTimeout(s.ctx, askFor)
+	defer done()
+	for _, g := range all {
+		burying.Go(func() error {
+			err := s.bury(asked, st, g.place)
+			if err == nil {
+				g.seen.buried = time.Now()
+			}
+			return err
+		})
 	}
 	return burying.Wait()
+}
+
+// grave is a build whose process has died.
+type grave struct {
+	place
+	seen *seen
 }
 
 // maxBurying is how many builds a process buries at once.
@@ -181,13 +197,14 @@ func (s *Store) isDead(k *seen) bool {
 		return true
 	}
 	if p.builds[k.build] {
+		k.missing, k.buried = time.Time{}, time.Time{}
 		return false
 	}
 	// It is alive without the build: the build has just ended, or its record could not be stored.
-	if p.missing[k.build].IsZero() {
-		p.missing[k.build] = time.Now()
+	if k.missing.IsZero() {
+		k.missing = time.Now()
 	}
-	return time.Since(p.missing[k.build]) > grace
+	return time.Since(k.missing) > grace
 }
 
 // has says whether this process has a build. The caller has s.mu.
@@ -203,8 +220,8 @@ func (s *Store) has(id string) bool {
 }
 
 // bury writes down that a build is lost, if it has no verdict, and removes the running record
-// of one that has.
-func (s *Store) bury(st *streams, p place) error {
+// of one that has. A daemon is asked until asked ends.
+func (s *Store) bury(asked context.Context, st *streams, p place) error {
 	ctx, cancel := s.request()
 	defer cancel()
 	run, err := s.read(ctx, st, p, running)
@@ -231,9 +248,7 @@ func (s *Store) bury(st *streams, p place) error {
 	rec.Ended, rec.Building = time.Now(), false
 	rec.Duration = rec.Ended.Sub(rec.Began).Seconds()
 	if s.opts.Ask != nil {
-		asked, done := context.WithTimeout(ctx, askFor)
 		rec = s.opts.Ask(asked, rec)
-		done()
 	}
 	rec.Tenant, rec.ID, rec.Attempt = run.Record.Tenant, run.Record.ID, run.Record.Attempt
 	rec.Bound()
