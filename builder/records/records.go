@@ -168,9 +168,9 @@ func (r *Record) Bound() {
 	}
 }
 
-// Line is one line of a log. Lines are counted from 1. If Lost is not 0, the last Lost lines up
-// to and including N are lost, and Text is a mark. Example: N 330 and Lost 312 stand for the
-// lines 19 to 330. A Line with N 0 says that the log has been silent for KeepAlive.
+// Line is one line of a log. Lines are counted from 1. If Lost is not 0, the lines N-Lost+1 to N
+// are lost, and Text is a mark. Example: N 330 and Lost 312 stand for the lines 19 to 330. A Line
+// with N 0 says that the log has been silent for KeepAlive.
 type Line struct {
 	N    uint64 `json:"n"`
 	Lost uint64 `json:"lost,omitempty"`
@@ -224,8 +224,8 @@ type Cancellation struct {
 	By string // for the record
 
 	// Once tells this cancellation from every other. Example: the signature of the request. A
-	// second cancellation of a running build with the same Once is ErrUsed. An empty Once is
-	// never used up.
+	// second cancellation with the same Once is ErrUsed, whatever came of the first one. An
+	// empty Once is never used up.
 	Once string
 }
 
@@ -248,8 +248,8 @@ func (u Used) Use(once string) bool {
 	return true
 }
 
-// Load is what other processes have now. A process tells the others of a change within a tenth of a
-// second, unless the store is slow.
+// Load is what other processes have now. A process tells the others within a tenth of a second
+// when a build begins, ends, or gets a slot or a daemon, and of other changes within two seconds.
 type Load struct {
 	Tenants  map[string]int // builds with a slot, by Record.Tenant
 	Daemons  map[string]int // places that builds and their parts have on daemons, by the address

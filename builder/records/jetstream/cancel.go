@@ -32,19 +32,28 @@ type answer struct {
 }
 
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
+	// This comes first: a cancellation that finds nothing to end must not end a later attempt.
+	used := s.use(ctx, c.Once, readOwn)
+	if used != nil && !errors.Is(used, records.ErrUnknown) {
+		return records.Record{}, used
+	}
 	own, err := s.ownTarget(c.Ref)
 	if err != nil {
 		return records.Record{}, err
 	}
 	if own != nil && c.Attempt != 0 {
-		return s.cancelOwn(ctx, own, c)
+		return cancelOwn(own, c.By), nil
 	}
 	r, err := s.get(ctx, c.Ref)
-	if own != nil && (err != nil || r.Build == own.id) {
-		return s.cancelOwn(ctx, own, c)
-	}
-	if err != nil || !r.Record.Running() {
-		return recordOf(r), err
+	switch {
+	case own != nil && (err != nil || r.Build == own.id):
+		return cancelOwn(own, c.By), nil // it needs no store
+	case err != nil:
+		return records.Record{}, err
+	case !r.Record.Running():
+		return r.Record, nil
+	case used != nil:
+		return records.Record{}, used
 	}
 	return s.cancelOther(ctx, r, c)
 }
@@ -65,9 +74,6 @@ func (s *Store) ownTarget(ref records.Ref) (*build, error) {
 
 // cancelOther ends a build of another process.
 func (s *Store) cancelOther(ctx context.Context, r *stored, c records.Cancellation) (records.Record, error) {
-	if err := s.use(ctx, c.Once, cancelFor); err != nil {
-		return records.Record{}, err
-	}
 	err := s.order(ctx, r, c.By)
 	if errors.Is(err, errNotThere) {
 		// It ended meanwhile, or its verdict is on the way.
@@ -82,24 +88,10 @@ func (s *Store) cancelOther(ctx context.Context, r *stored, c records.Cancellati
 	return r.Record, nil
 }
 
-func recordOf(r *stored) records.Record {
-	if r == nil {
-		return records.Record{}
-	}
-	return r.Record
-}
-
-// cancelOwn ends a build of this process. It needs no store, but asks it whether Once was used.
-func (s *Store) cancelOwn(ctx context.Context, b *build, c records.Cancellation) (records.Record, error) {
-	rec := b.Record()
-	if !rec.Running() {
-		return rec, nil
-	}
-	if err := s.use(ctx, c.Once, readOwn); err != nil && !errors.Is(err, records.ErrUnknown) {
-		return records.Record{}, err
-	}
-	b.stop(c.By)
-	return b.Record(), nil
+// cancelOwn ends a build of this process, and returns its record.
+func cancelOwn(b *build, by string) records.Record {
+	b.stop(by)
+	return b.Record()
 }
 
 // stop ends a build. It returns false if it had ended.

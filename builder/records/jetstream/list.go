@@ -320,6 +320,11 @@ func (s *Store) pageOf(sc *scan) records.Page {
 		}
 		page.Builds = append(page.Builds, r.Record)
 	}
+	if page.Next == "" && len(sc.page) == sc.size {
+		// A build of this process was found as it was, and no longer matches. There may be older
+		// ones that do.
+		page.Next = strconv.FormatUint(sc.page[0].order, 10)
+	}
 	return page
 }
 

@@ -351,6 +351,10 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
 	s.mu.Lock()
+	if !s.used.Use(c.Once) {
+		s.mu.Unlock()
+		return records.Record{}, records.ErrUsed
+	}
 	b := s.find(c.Ref)
 	if b == nil || !b.rec.Running() {
 		defer s.mu.Unlock()
@@ -358,10 +362,6 @@ func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Rec
 			return records.Record{}, records.ErrNotFound
 		}
 		return b.rec, nil
-	}
-	if !s.used.Use(c.Once) {
-		s.mu.Unlock()
-		return records.Record{}, records.ErrUsed
 	}
 	if b.rec.CanceledBy == "" {
 		b.rec.CanceledBy = c.By

@@ -39,6 +39,7 @@ func Run(t *testing.T, setup func(t *testing.T) Open) {
 		{"LongLog", testLongLog},
 		{"Followers", testFollowers},
 		{"Cancel", testCancel},
+		{"CancelOnce", testCancelOnce},
 		{"CancelAttempt", testCancelAttempt},
 		{"Tenants", testTenants},
 		{"Bounds", testBounds},
