@@ -18,8 +18,11 @@ import (
 // The routes about builds that run or have ended: a list, a record, a log (log.go), and a build's
 // end. A tenant sees its own. Operators list, read and stop those of all tenants, and read no log.
 
-// maxLists is how many lists are made at once.
-const maxLists = 2
+// How much is read from the store at once for questions about builds.
+const (
+	maxLists    = 2
+	maxExcerpts = 8 // logs of ended builds. Where there are several tenants, half are one tenant's
+)
 
 // Bounds of what is asked of the store and the daemons.
 const (
@@ -33,6 +36,7 @@ var (
 	errUnknown  = &api.Error{Code: api.RecordsUnreachable, Msg: "the store of records cannot be reached, and may know of the build"}
 	errOwner    = &api.Error{Code: api.OwnerUnreachable, Msg: "the build runs on a replica that does not answer"}
 	errLists    = &api.Error{Code: api.Busy, Msg: "other lists of builds are being made"}
+	errExcerpts = &api.Error{Code: api.Busy, Msg: "other records with their logs are being read"}
 	errReplayed = &api.Error{Code: api.Unauthorized, Msg: "this signature has been taken once, and works no more: sign the request again, with a later timestamp"}
 )
 
@@ -181,9 +185,25 @@ func (s *Server) serveRecord(w http.ResponseWriter, r *http.Request) {
 	}
 	t := told{[]string{}, q.by.shown(rec)}
 	if !rec.Running() && rec.Lines > 0 && !q.by.operator {
-		t.Log = s.excerpt(r.Context(), &rec)
+		if t.Log, err = s.shownLog(q, &rec); err != nil {
+			s.refuse(w, q, err)
+			return
+		}
 	}
 	s.answer(w, q, statusOf(&rec), t)
+}
+
+// shownLog reads an excerpt when it is its turn.
+func (s *Server) shownLog(q *question, rec *records.Record) ([]string, error) {
+	reader := q.by.reader(maxExcerpts)
+	if err := s.excerpts.Acquire(q.r.Context(), reader, readTimeout); err != nil {
+		if q.r.Context().Err() == nil {
+			err = errExcerpts
+		}
+		return nil, err
+	}
+	defer s.excerpts.Release(reader.ID)
+	return s.excerpt(q.r.Context(), rec), nil
 }
 
 func statusOf(r *records.Record) int {

@@ -52,6 +52,7 @@ type seen struct {
 	Status     api.Status
 	Code       api.Code
 	Error      string
+	Warnings   []string
 	Digest     string
 	Duration   float64
 	Request    string
@@ -247,14 +248,15 @@ func TestRecord(t *testing.T) {
 func TestRecordHidesArguments(t *testing.T) {
 	const value = "value-of-an-argument"
 	f := start(t, &scripted{solve: func(context.Context, *solve.Request, solve.Log) (solve.Outcome, solve.Stats, error) {
-		return solve.Outcome{}, solve.Stats{}, &api.Error{Code: api.BuildFailed, Msg: "[2/2] RUN make " + value + ": exit code 2, debug=on"}
+		warned := solve.Outcome{Warnings: []string{"FROM " + value + " is old"}}
+		return warned, solve.Stats{}, &api.Error{Code: api.BuildFailed, Msg: "[2/2] RUN make " + value + ": exit code 2, debug=on"}
 	}}, nil)
 	a := <-f.deliver(t, "failed", pack(t, `{"image":"ghcr.io/acme/app:v1","buildArgs":{"TOKEN":"`+value+`","DEBUG":"on"}}`))
-	if a.status != 422 || !strings.Contains(a.rec.Error, value) {
+	if a.status != 422 || !strings.Contains(a.rec.Error, value) || len(a.rec.Warnings) != 1 || !strings.Contains(a.rec.Warnings[0], value) {
 		t.Errorf("its caller was told: %d %s", a.status, a.body)
 	}
-	if _, rec := f.record(t, secret, "failed"); rec.Error != "[2/2] RUN make ***: exit code 2, debug=on" {
-		t.Errorf("the record has the error %q", rec.Error)
+	if _, rec := f.record(t, secret, "failed"); rec.Error != "[2/2] RUN make ***: exit code 2, debug=on" || !slices.Equal(rec.Warnings, []string{"FROM *** is old"}) {
+		t.Errorf("the record has the error %q and the warnings %q", rec.Error, rec.Warnings)
 	}
 }
 

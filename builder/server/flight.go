@@ -100,6 +100,10 @@ func (s *Server) run(f *flight, body *upload) {
 	s.metrics.Built(f.tenant, rec.Status, rec.Code, took, res.stats)
 	last := rec
 	last.Duration, last.Error = took.Seconds(), res.kept.Text(last.Error)
+	last.Warnings = slices.Clone(last.Warnings) // the caller's stay as they are
+	for i, w := range last.Warnings {
+		last.Warnings[i] = res.kept.Text(w)
+	}
 	f.record.End(last)
 	f.end(rec)
 	s.flights.end(f)

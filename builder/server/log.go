@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"time"
 
 	"handler/function/api"
 	"handler/function/fair"
@@ -19,11 +20,12 @@ const maxLogs = 32
 
 var errFollowers = &api.Error{Code: api.Busy, Msg: fmt.Sprintf("%d logs of a replica may be read at once, and half of them by one tenant where there are several", maxLogs)}
 
-// reader is what a signer may have of the logs that are read at once.
-func (g signer) reader() fair.Tenant {
+// reader is who reads logs, of which most are read at once. With a file of tenants, one of them has
+// half of these.
+func (g signer) reader(most int) fair.Tenant {
 	t := fair.Tenant{ID: g.id()}
 	if g.file() {
-		t.Most = maxLogs / 2
+		t.Most = most / 2
 	}
 	return t
 }
@@ -44,7 +46,7 @@ func (s *Server) serveLog(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, q, err)
 		return
 	}
-	reader := q.by.reader()
+	reader := q.by.reader(maxLogs)
 	if !s.followers.Try(reader) {
 		s.refuse(w, q, errFollowers)
 		return
@@ -96,9 +98,17 @@ func (s *Server) logged(q *question) (records.Ref, error) {
 	}
 	ctx, cancel := context.WithTimeout(q.r.Context(), readTimeout)
 	defer cancel()
-	rec, err := s.Records.Get(ctx, ref)
-	ref.Attempt = rec.Attempt
-	return ref, err
+	for {
+		rec, err := s.Records.Get(ctx, ref)
+		if ref.Attempt = rec.Attempt; err != nil || ref.Attempt > 0 {
+			return ref, err
+		}
+		select { // it has just begun
+		case <-ctx.Done():
+			return ref, errUnknown
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // writeLog writes lines until there are no more, and then the record.

@@ -12,10 +12,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"handler/function/api"
+	"handler/function/records"
+	"handler/function/server"
 	"handler/function/solve"
 )
 
@@ -293,6 +296,46 @@ func TestFollowersAreBounded(t *testing.T) {
 	}
 	if lines, _ := f.readLog(t, "/builds/call/log", 0); len(lines) != 2 {
 		t.Errorf("after they have left: %q", lines)
+	}
+}
+
+// young is a store in which a build has no number at first.
+type young struct {
+	records.Store
+	asked atomic.Int32
+}
+
+func (y *young) Get(ctx context.Context, ref records.Ref) (records.Record, error) {
+	rec, err := y.Store.Get(ctx, ref)
+	if y.asked.Add(1) <= 3 {
+		rec.Attempt = 0
+	}
+	return rec, err
+}
+
+// TestLogOfYoungBuild reads a log of a build that has no number yet. It is that of this build, also
+// when another attempt has begun at its end.
+func TestLogOfYoungBuild(t *testing.T) {
+	y := &young{}
+	solver, started, release := speaking()
+	f := start(t, solver, func(c *server.Config) { y.Store, c.Records = c.Records, y })
+	sent := f.deliver(t, "call", pack(t, config))
+	<-started
+	followed := make(chan seen, 1)
+	go func() {
+		_, end := f.readLog(t, "/builds/call/log?follow=1", 0)
+		followed <- end
+	}()
+	eventually(t, "it is followed", func() bool { return y.asked.Load() > 3 })
+	all, err := y.Everywhere(t.Context(), "call")
+	if err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	y.Begin(records.Record{Tenant: all[0].Tenant, ID: "call", Began: time.Now()}, func(string) {})
+	close(release)
+	<-sent
+	if end := <-followed; end.Attempt != 1 || end.Status != api.Success {
+		t.Errorf("it ends with %+v", end)
 	}
 }
 

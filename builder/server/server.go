@@ -167,6 +167,7 @@ type Server struct {
 	flights           flights
 	followers         *fair.Slots // clients that read a log
 	lists             *fair.Slots // lists of builds that are made
+	excerpts          *fair.Slots // logs that are read for a record
 	daemons           daemonCount
 	refusals, defects refusals
 
@@ -191,6 +192,7 @@ func New(cfg Config) *Server {
 		flights:      flights{named: make(map[flightID]*flight), all: make(map[*flight]bool)},
 		followers:    fair.New(maxLogs),
 		lists:        fair.New(maxLists),
+		excerpts:     fair.New(maxExcerpts),
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
