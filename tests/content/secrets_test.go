@@ -76,9 +76,7 @@ func TestReservedArgs(t *testing.T) {
 			t.Errorf("%s: want HTTP 400, got %v", name, a)
 		}
 	}
-	if n := started(t, f); n > 0 {
-		t.Errorf("%d builds were started", n)
-	}
+	wantStarted(t, ctx, f, 0)
 }
 
 // TestDockerfileArgs has the Dockerfile itself say what build arguments may
