@@ -27,7 +27,7 @@ import (
 // empty them.
 func TestSelf(t *testing.T) {
 	s := stack.Shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Minute) // the first on a busy machine
 	defer cancel()
 	daemon, err := s.NewBuildkitd(ctx, stack.BuildkitdConfig{Kept: "self"})
 	if err != nil {

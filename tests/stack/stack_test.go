@@ -219,6 +219,47 @@ func TestDaemon(t *testing.T) {
 	}
 }
 
+// TestKept has two stacks, one after the other, with a daemon of one state. The second takes
+// what the first has in a cache mount, and waits until the first has ended.
+func TestKept(t *testing.T) {
+	first, err := stack.Start(t.Context(), stack.Config{Log: t.Output()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	s := stack.Shared(t)
+	config := stack.BuildkitdConfig{Kept: "kept-" + filepath.Base(s.Dir)}
+	t.Cleanup(func() { os.RemoveAll(filepath.Join(s.Repo, ".cache", config.Kept)) })
+	ctx := stack.Within(t, 5*time.Minute)
+	run := func(b *stack.Buildkitd, command string) {
+		t.Helper()
+		dir := stack.Context(t, map[string]string{"Dockerfile": "FROM busybox\nRUN --mount=type=cache,target=/kept " + command + "\n"})
+		if out, err := b.Buildctl(ctx, "build", "--frontend=dockerfile.v0", "--local=context="+dir, "--local=dockerfile="+dir).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", command, err, out)
+		}
+	}
+	b, err := first.NewBuildkitd(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(b, "[ ! -e /kept/file ] && echo it is kept > /kept/file")
+
+	soon, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if b, err := s.NewBuildkitd(soon, config); err == nil {
+		b.Kill()
+		t.Error("two daemons had the state at once")
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err = s.NewBuildkitd(ctx, config); err != nil {
+		t.Fatal(err)
+	}
+	defer b.Kill()
+	run(b, "grep kept /kept/file")
+}
+
 // TestPasswordRegistry runs a registry that asks for a password.
 func TestPasswordRegistry(t *testing.T) {
 	s := stack.Shared(t)
