@@ -57,14 +57,13 @@ test-unit: setup ## the function's and the template's own tests: no root, no net
 	go -C builder test -race -short -p 4 -timeout 20m ./payload ./server ./...
 	go -C template/golang-middleware test -race -timeout 20m ./... ./function/...
 
-# Each package starts its own stack, and waits more than it computes: four at a time keep two
-# cores busy. They start in this order, the longest first, so that none of these runs alone at
-# the end. The tests of strangers run alone: they have a limit for how long signed builds wait
-# meanwhile. -count=1: the test cache would not notice a change of the function, which is
-# another module.
+# Each package starts its own stack. Two packages run at a time, the longest first, so that none
+# of these runs alone at the end. The tests of strangers run alone: they have a limit for how long
+# signed builds wait meanwhile. -count=1: the test cache would not notice a change of the function,
+# which is another module.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
-	go -C tests test -race -count=1 -p 4 -timeout 40m -skip 'Strangers$$' ./faults ./clients ./content ./openfaas ./records ./page ./...
+	go -C tests test -race -count=1 -p 2 -timeout 40m -skip 'Strangers$$' ./clients ./faults ./content ./openfaas ./records ./page ./...
 	go -C tests test -race -count=1 -timeout 40m -run 'Strangers$$' ./faults
 
 # This takes long, and needs a machine that does nothing else, so make test leaves it out.
