@@ -224,8 +224,8 @@ type Cancellation struct {
 	By string // for the record
 
 	// Once tells this cancellation from every other. Example: the signature of the request. A
-	// second cancellation with the same Once is ErrUsed, whatever came of the first one. An
-	// empty Once is never used up.
+	// second cancellation with the same Once is ErrUsed, also if the build had ended. One that
+	// finds no build does not count. An empty Once is never used up.
 	Once string
 }
 

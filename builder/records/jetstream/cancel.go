@@ -32,28 +32,26 @@ type answer struct {
 }
 
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
-	// This comes first: a cancellation that finds nothing to end must not end a later attempt.
-	used := s.use(ctx, c.Once, readOwn)
-	if used != nil && !errors.Is(used, records.ErrUnknown) {
-		return records.Record{}, used
-	}
 	own, err := s.ownTarget(c.Ref)
 	if err != nil {
 		return records.Record{}, err
 	}
 	if own != nil && c.Attempt != 0 {
-		return cancelOwn(own, c.By), nil
+		return s.cancelOwn(ctx, own, c)
 	}
 	r, err := s.get(ctx, c.Ref)
-	switch {
-	case own != nil && (err != nil || r.Build == own.id):
-		return cancelOwn(own, c.By), nil // it needs no store
-	case err != nil:
+	if own != nil && (err != nil || r.Build == own.id) {
+		return s.cancelOwn(ctx, own, c)
+	}
+	if err != nil {
 		return records.Record{}, err
-	case !r.Record.Running():
+	}
+	// Also of a build that has ended: the cancellation must not end a later attempt.
+	if err := s.use(ctx, c.Once, cancelFor); err != nil {
+		return records.Record{}, err
+	}
+	if !r.Record.Running() {
 		return r.Record, nil
-	case used != nil:
-		return records.Record{}, used
 	}
 	return s.cancelOther(ctx, r, c)
 }
@@ -88,10 +86,13 @@ func (s *Store) cancelOther(ctx context.Context, r *stored, c records.Cancellati
 	return r.Record, nil
 }
 
-// cancelOwn ends a build of this process, and returns its record.
-func cancelOwn(b *build, by string) records.Record {
-	b.stop(by)
-	return b.Record()
+// cancelOwn ends a build of this process. It needs no store, but asks it whether Once was used.
+func (s *Store) cancelOwn(ctx context.Context, b *build, c records.Cancellation) (records.Record, error) {
+	if err := s.use(ctx, c.Once, readOwn); err != nil && !errors.Is(err, records.ErrUnknown) {
+		return records.Record{}, err
+	}
+	b.stop(c.By)
+	return b.Record(), nil
 }
 
 // stop ends a build. It returns false if it had ended.

@@ -187,6 +187,9 @@ func (f *follower) look(failed error) (more bool, err error) {
 		return false, err
 	}
 	left, lost := f.pending()
+	if lost == nil && left == 0 && !r.Record.Running() && f.next <= r.Record.Lines {
+		left, lost = f.unread()
+	}
 	switch {
 	case failed != nil:
 		return f.deaf(failed)
@@ -194,6 +197,11 @@ func (f *follower) look(failed error) (more bool, err error) {
 		return f.deaf(lost)
 	case left > 0 && time.Since(f.heard) < deafFor:
 		f.close() // lines have come meanwhile, or the server keeps them back
+		select {
+		case <-f.ctx.Done():
+			return false, context.Cause(f.ctx)
+		case <-time.After(20 * time.Millisecond):
+		}
 		return f.out.Tick(), nil
 	}
 	f.heard = time.Now()
@@ -215,6 +223,23 @@ func (f *follower) pending() (uint64, error) {
 		return 0, err
 	}
 	return info.NumPending, nil
+}
+
+// unread is 1 if the log has a message after the last one that was read, and 0 otherwise. Before lines
+// are said to be lost, the stream itself is asked, and not only its consumer.
+func (f *follower) unread() (uint64, error) {
+	ctx, cancel := timed(f.ctx)
+	defer cancel()
+	msg, err := f.stream.GetLastMsgForSubject(ctx, f.at.log())
+	switch {
+	case errors.Is(err, js.ErrMsgNotFound):
+		return 0, nil
+	case err != nil:
+		return 0, err
+	case msg.Sequence > f.seq:
+		return 1, nil
+	}
+	return 0, nil
 }
 
 // finish yields the lines up to total as lost, if there are any.

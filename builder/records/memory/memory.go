@@ -351,16 +351,16 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 
 func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Record, error) {
 	s.mu.Lock()
-	if !s.used.Use(c.Once) {
+	b := s.find(c.Ref)
+	switch {
+	case b == nil:
+		s.mu.Unlock()
+		return records.Record{}, records.ErrNotFound
+	case !s.used.Use(c.Once):
 		s.mu.Unlock()
 		return records.Record{}, records.ErrUsed
-	}
-	b := s.find(c.Ref)
-	if b == nil || !b.rec.Running() {
+	case !b.rec.Running():
 		defer s.mu.Unlock()
-		if b == nil {
-			return records.Record{}, records.ErrNotFound
-		}
 		return b.rec, nil
 	}
 	if b.rec.CanceledBy == "" {
