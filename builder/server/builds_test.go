@@ -528,10 +528,10 @@ func TestUnreachableStore(t *testing.T) {
 	}
 }
 
-// held is a store whose lists wait.
+// held is a store whose lists and logs wait.
 type held struct {
 	records.Store
-	asked   chan string // has the tenant of each list
+	asked   chan string // has the tenant of each
 	release chan struct{}
 }
 
@@ -542,6 +542,54 @@ func (h *held) List(ctx context.Context, q records.Query) (records.Page, error) 
 	case <-ctx.Done():
 	}
 	return h.Store.List(ctx, q)
+}
+
+func (h *held) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
+	return func(yield func(records.Line, error) bool) {
+		h.asked <- ref.Tenant
+		<-h.release
+		h.Store.Follow(ctx, ref, after, wait)(yield)
+	}
+}
+
+// TestExcerptsAreShared: while a tenant has as many logs read for records as it may, another
+// tenant's record does not wait, and the tenant's own next one waits for its turn.
+func TestExcerptsAreShared(t *testing.T) {
+	const most = 8 // of a replica; a tenant has half of them
+	h := &held{asked: make(chan string, 100), release: make(chan struct{})}
+	solver := &scripted{solve: func(_ context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+		log("one")
+		return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+	}}
+	f, _ := startTenants(t, solver, []string{tenant("acme", ""), tenant("globex", "")}, func(c *server.Config) {
+		h.Store, c.Records = c.Records, h
+	})
+	var wg sync.WaitGroup
+	read := func(name string) {
+		r := f.asking(t, keyOf(name), "GET", "/builds/call", api.TenantHeader, name)
+		wg.Go(func() {
+			if a := f.do(t, r); a.status != 200 || !slices.Equal(decode[seen](t, a).Log, []string{"one"}) {
+				t.Errorf("a record of %s: %d %s", name, a.status, a.body)
+			}
+		})
+	}
+	for _, name := range []string{"acme", "globex"} {
+		f.do(t, f.as(t, name, pack(t, imageOf(name)), api.CallIDHeader, "call"))
+	}
+	for range most {
+		read("acme")
+	}
+	for range most / 2 {
+		if name := <-h.asked; name != "t-acme" {
+			t.Errorf("a log of %s is read", name)
+		}
+	}
+	read("globex")
+	if name := <-h.asked; name != "t-globex" {
+		t.Errorf("the next log is of %s", name)
+	}
+	close(h.release)
+	wg.Wait()
 }
 
 // TestListsAreShared: while many lists of one tenant are wanted and each takes long, another
