@@ -99,18 +99,25 @@ func TestLeaderKilled(t *testing.T) {
 	}
 }
 
-// leader returns the server that leads a stream.
-func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
+// manager returns a connection to the servers' streams.
+func manager(t *testing.T, servers []*stack.NATS) js.JetStream {
 	t.Helper()
 	conn, err := nats.Connect(urls(servers))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(conn.Close)
 	j, err := js.New(conn)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return j
+}
+
+// leader returns the server that leads a stream.
+func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
+	t.Helper()
+	j := manager(t, servers)
 	var found *stack.NATS
 	recordstest.Eventually(t, func() error {
 		s, err := j.Stream(recordstest.Context(t), stream)

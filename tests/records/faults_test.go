@@ -416,7 +416,7 @@ func TestLogsRefused(t *testing.T) {
 		}
 		return nil
 	})
-	refuseLogs(t, servers)
+	refuse(t, servers, jetstream.LogStream)
 	build.Log("l: refused", "l: refused too")
 	build.End(recordstest.Success())
 	if rec := recordstest.Known(t, b, ref, recordstest.Ended); rec.Status != api.Success || rec.Lines != 3 {
@@ -435,20 +435,11 @@ func TestLogsRefused(t *testing.T) {
 	})
 }
 
-// refuseLogs has the stream of logs take no message more.
-func refuseLogs(t *testing.T, servers []*stack.NATS) {
+// refuse has a stream take no message more.
+func refuse(t *testing.T, servers []*stack.NATS, stream string) {
 	t.Helper()
-	conn, err := nats.Connect(urls(servers))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	j, err := js.New(conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := recordstest.Context(t)
-	s, err := j.Stream(ctx, jetstream.LogStream)
+	j, ctx := manager(t, servers), recordstest.Context(t)
+	s, err := j.Stream(ctx, stream)
 	if err != nil {
 		t.Fatal(err)
 	}

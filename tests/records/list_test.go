@@ -2,12 +2,16 @@ package records
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"handler/function/api"
 	"handler/function/records"
+	"handler/function/records/jetstream"
 	"handler/function/records/recordstest"
 	"handler/function/tests/stack"
 )
@@ -66,5 +70,43 @@ func TestLargeRecords(t *testing.T) {
 		if err := json.Unmarshal(m.Data, &q); err != nil || q.Batch != 1 && (q.Bytes == 0 || q.Bytes > most) {
 			t.Errorf("a list asks for %s, %v: no more than %d bytes, or one message", m.Data, err, most)
 		}
+	}
+}
+
+// TestNextAfterEnd lists running builds, of which the newest has ended in its process and not yet in
+// the store. The page leaves it out, and has a next one.
+func TestNextAfterEnd(t *testing.T) {
+	t.Parallel()
+	servers := start(t, stack.NATSConfig{})
+	s := opened(t, servers, nil)
+	var newest records.Build
+	for i := range 5 {
+		id := fmt.Sprint(i)
+		newest = recordstest.Begin(s, "acme", id)
+		recordstest.Known(t, s, records.Ref{Tenant: "acme", ID: id}, func(r records.Record) error {
+			if r.Attempt == 0 {
+				return errors.New("it is not stored")
+			}
+			return nil
+		})
+	}
+	refuse(t, servers, jetstream.RecordStream)
+	newest.End(recordstest.Success())
+	var got []string
+	q := records.Query{Tenant: "acme", Status: api.InProgress, Limit: 1}
+	for {
+		page, err := s.List(recordstest.Context(t), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range page.Builds {
+			got = append(got, r.ID)
+		}
+		if q.Before = page.Next; q.Before == "" {
+			break
+		}
+	}
+	if want := []string{"3", "2", "1", "0"}; !slices.Equal(got, want) {
+		t.Errorf("by pages: %q, want %q", got, want)
 	}
 }
