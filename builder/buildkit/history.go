@@ -103,10 +103,10 @@ func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, erro
 	return nil, nil
 }
 
-// Pushed returns the digest that a build has pushed whose process has died. The daemon at an address
-// knows the build's Ref, and remembers what the build made, also of one that was ended during the
-// push. The registry tells whether this is under the image's tag now. The digest is empty if it is
-// not, or if the daemon has no record of the build.
+// Pushed returns the digest that a build has pushed before its process died. The daemon, named by its
+// address, has a record of the build under its Ref, with the digest of the image, even if the build
+// was ended during the push. The registry tells whether the image's tag has this digest now. If it has
+// not, or if the daemon has no record, Pushed returns "".
 func (s *Solver) Pushed(ctx context.Context, t *solve.Tenant, daemon, ref, image string) (string, error) {
 	name, credentials := "", s.cfg.Credentials
 	if t != nil {

@@ -26,7 +26,8 @@ type limits struct {
 	told func(pushing bool) // a solve.Request.Pushing
 }
 
-// newLimits are those of a build. t may be nil. Its timeout replaces the installation's.
+// newLimits are those of a build. t may be nil. A timeout in t replaces the installation's: the
+// caller has decided on the lesser one.
 func (s *Solver) newLimits(t *solve.Tenant) *limits {
 	l := &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
 	if t != nil && t.BuildTimeout > 0 {

@@ -74,7 +74,8 @@ func (r *running) remove(tags map[pool.Tags]bool) {
 
 // Counted says whether Running counts the builds in the pool of that name: it has several
 // daemons. A lone daemon keeps no record of a build, because a record takes a quarter of the time
-// of a cached one. Of a build that began while Config.Elsewhere told of all, no daemon has one.
+// of a cached one. While Config.Elsewhere tells of all, daemons keep records only of named builds,
+// so Running does not count the others that begin then.
 func (s *Solver) Counted(name string) bool {
 	p, leave, err := s.pools.use(name)
 	if err != nil {

@@ -41,8 +41,8 @@ var (
 type Slots struct {
 	// Elsewhere counts what tenants have in other processes, by the tenant's id. It returns nil
 	// if there are none. It is called about once a second while a count may decide who gets a
-	// slot, one call at a time, and must return soon after ctx has ended. It is needed for a Tenant with Elsewhere, and must not
-	// be changed after the first Acquire.
+	// slot, one call at a time, and must return soon after ctx has ended. It is needed for a
+	// Tenant with Elsewhere, and must not be changed after the first Acquire.
 	Elsewhere func(ctx context.Context) func(id string) int
 
 	mu      sync.Mutex

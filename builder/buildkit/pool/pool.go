@@ -4,8 +4,8 @@
 //
 // The builds of a repository go to the daemon that comes first in the repository's order,
 // where their cache is. While that one has its share of builds, or is down, they go to the
-// next. Replicas of the function agree on the order. How many builds the others have on a daemon
-// they tell each other, or else the daemon says it.
+// next. Replicas of the function agree on the order. They tell each other how many builds they
+// have on each daemon. If they cannot, each daemon says how many it has.
 package pool
 
 import (

@@ -297,8 +297,8 @@ func (s *Store) release(b *build) {
 	b.writer = nil
 }
 
-// Times of lines that cannot be stored. The stream of logs can be full, or without a leader, where
-// that of records is not.
+// Times of lines that cannot be stored. The stream of logs can be full, or without a leader, while
+// that of records is well. A log that is read between the verdict and the lines has a gap at its end.
 const (
 	overtakeAfter = 5 * time.Second // after which the verdict of their build is tried too
 	giveUpAfter   = time.Minute     // after which they are dropped, if the verdict could be stored
