@@ -4,16 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -366,113 +363,4 @@ func connections(t *testing.T, b *stack.Buildkitd) int {
 		}
 	}
 	return n
-}
-
-// TestReaderStops opens a stream and never reads it, while steps print until the
-// connection's buffers are full, however large they are, and go on. The function can
-// tell only then that nobody reads: what is written and not read grows no more.
-func TestReaderStops(t *testing.T) {
-	t.Parallel()
-	// A daemon that clips prints less than the connection's buffers take.
-	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
-	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b, Env: map[string]string{"max_builds": "1"}})
-	m := mark()
-	req, err := f.Request(t.Context(), request(t, local(), printing("while sleep 0.1; do cat /line; done; : "+m)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Accept", client.NDJSON)
-	raw, err := httputil.DumpRequestOut(req, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		controlErr := c.Control(func(fd uintptr) {
-			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096)
-		})
-		return errors.Join(controlErr, err)
-	}}
-	conn, err := dialer.DialContext(testContext(t), "tcp", req.URL.Host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, err := conn.Write(raw); err != nil {
-		t.Fatal(err)
-	}
-	b.WaitStep(t, m)
-	var full time.Time
-	var most int64
-	for end := time.Now().Add(testTimeout); b.Runs(t, m); time.Sleep(20 * time.Millisecond) {
-		if n := underway(t, conn.RemoteAddr(), conn.LocalAddr()); n > most {
-			most, full = n, time.Now()
-		}
-		if time.Now().After(end) {
-			t.Fatalf("the steps still run, with %d bytes underway", most)
-		}
-	}
-	took := time.Since(full)
-	t.Logf("the steps ended %v after the last of %d bytes", took, most)
-	// The write that found no room began a moment before the buffers were full.
-	if limit := patience(32 * time.Second); took < 25*time.Second || took > limit {
-		t.Errorf("the build was held for %v, want 30s and a little", took)
-	}
-	waitIdle(t, f)
-	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
-	if ends := logged(t, f); len(ends) == 0 || ends[0]["code"] != "canceled" {
-		t.Errorf("the log has %v, want canceled first", ends)
-	}
-
-	// What has arrived is no whole stream.
-	conn.SetReadDeadline(time.Now().Add(patience(5 * time.Second)))
-	got, _ := io.ReadAll(conn)
-	if strings.Contains(string(got), `"status":"success"`) {
-		t.Error("a cut stream tells of a success")
-	}
-}
-
-// printing is a Dockerfile of six steps that run at once and print the file
-// /line, of 40 KB. buildkitd as it comes passes on 200 KiB a second of each step,
-// and 2 MiB in all, which the connection's buffers can hold.
-func printing(command string) []string {
-	lines := []string{"FROM busybox AS base", "RUN head -c 30000 /dev/urandom | base64 -w 0 >/line; echo >>/line"}
-	var copies []string
-	for i := range 6 {
-		lines = append(lines, fmt.Sprintf("FROM base AS s%d", i), fmt.Sprintf("RUN %s %d", command, i))
-		copies = append(copies, fmt.Sprintf("COPY --from=s%d /line /%d", i, i))
-	}
-	return append(append(lines, "FROM base"), copies...)
-}
-
-// TestReaderSlow reads a stream at a pace that is slower than the steps print:
-// they have to wait for it, and that is no reason to cancel.
-func TestReaderSlow(t *testing.T) {
-	t.Parallel()
-	// A step that was held up prints all at once, of which buildkitd would clip most.
-	_, _, f := start(t, stack.FunctionConfig{Buildkitd: newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})})
-	req, err := f.Request(testContext(t), request(t, local(), printing("for i in $(seq 50); do cat /line; sleep 0.25; done; : "+mark())...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Accept", client.NDJSON)
-	resp, err := f.Send(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	bytes := 0
-	a, err := client.Read(resp, func(r client.Record) {
-		for _, line := range r.Log {
-			bytes += len(line)
-		}
-		time.Sleep(60 * time.Millisecond)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	a.WantSuccess(t)
-	t.Logf("read %d bytes in %v", bytes, a.Duration)
-	if bytes < 11<<20 {
-		t.Errorf("%d bytes came, of the 12 MB that were printed", bytes)
-	}
 }

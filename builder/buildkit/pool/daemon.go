@@ -132,6 +132,7 @@ func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 			MinConnectTimeout: checkTimeout,
 		})),
 		client.WithGRPCDialOption(grpc.WithStatsHandler(c.ends)),
+		client.WithGRPCDialOption(grpc.WithChainStreamInterceptor(keepStatuses)),
 		// Without it, a span in a build's context reaches the daemon and its RUN steps.
 		client.WithTracerProvider(nil),
 	}

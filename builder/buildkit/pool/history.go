@@ -90,24 +90,14 @@ func (c *conn) record(ctx context.Context, ref string) (*Record, error) {
 }
 
 // Watch sends the progress of a build that another process began to updates, and returns
-// when the daemon has recorded its end. It closes updates. It fails if the daemon goes away
-// before.
+// when the daemon has recorded its end and all progress is sent. It closes updates. It fails
+// if the daemon goes away before.
 func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus) error {
-	// The record of the end ends the stream of statuses, which may be the slower one.
-	watching, stop := context.WithCancel(ctx)
+	over, end := context.WithCancel(context.Background())
 	var sending sync.WaitGroup
 	defer sending.Wait()
-	defer stop()
-	sending.Go(func() {
-		defer close(updates)
-		stream, err := s.conn.client.ControlClient().Status(watching, &controlapi.StatusRequest{Ref: ref})
-		for err == nil {
-			var resp *controlapi.StatusResponse
-			if resp, err = stream.Recv(); err == nil {
-				updates <- client.NewSolveStatus(resp)
-			}
-		}
-	})
+	defer end()
+	sending.Go(func() { s.conn.sendStatuses(ctx, over, ref, updates) })
 	ended := errors.New("the build has ended")
 	err := s.conn.listen(ctx, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
 		if r.CompletedAt == nil {

@@ -1,0 +1,84 @@
+package pool
+
+import (
+	"context"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/client"
+	"google.golang.org/grpc"
+)
+
+// statusSilence is how long a daemon may be silent about a build that has ended, before nobody
+// waits for the rest of its progress.
+const statusSilence = 5 * time.Second
+
+// statuses is a stream of a build's progress. The daemon keeps what nobody has received yet,
+// also after the build has ended. So the stream goes on to its end, however slowly it is read.
+// Once over has ended, a silent daemon ends it too.
+type statuses struct {
+	grpc.ClientStream
+	over context.Context
+	stop context.CancelFunc // ends the stream at once
+}
+
+// RecvMsg receives a message. The time between two calls is the reader's, and does not count as
+// silence.
+func (s statuses) RecvMsg(m any) error {
+	received := make(chan struct{})
+	forget := context.AfterFunc(s.over, func() {
+		select {
+		case <-received:
+		case <-time.After(statusSilence):
+			s.stop()
+		}
+	})
+	err := s.ClientStream.RecvMsg(m)
+	close(received)
+	forget()
+	if err != nil {
+		s.stop()
+	}
+	return err
+}
+
+// ownEnd is the key of a context whose streams of statuses end with it.
+type ownEnd struct{}
+
+// keepStatuses has BuildKit's client receive the progress of a solve to its end. The client gives
+// up the stream once it has received nothing for five seconds after the solve
+// (statusInactivityTimeout in its solve.go). But it also receives nothing while it hands a message
+// on, and somebody who reads slowly takes a message of 1 MiB more slowly. The rest of the log
+// would be lost.
+func keepStatuses(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	if method != controlapi.Control_Status_FullMethodName || ctx.Value(ownEnd{}) != nil {
+		return streamer(ctx, desc, cc, method, opts...)
+	}
+	kept, stop := context.WithCancel(context.WithoutCancel(ctx))
+	stream, err := streamer(kept, desc, cc, method, opts...)
+	if err != nil {
+		stop()
+		return nil, err
+	}
+	return statuses{ClientStream: stream, over: ctx, stop: stop}, nil
+}
+
+// sendStatuses sends the progress of a build to updates, and closes updates. It returns at the
+// end of the progress, or of ctx. Once over has ended, it waits no longer for a silent daemon.
+func (c *conn) sendStatuses(ctx, over context.Context, ref string, updates chan<- *client.SolveStatus) {
+	defer close(updates)
+	ctx, stop := context.WithCancel(context.WithValue(ctx, ownEnd{}, true))
+	defer stop()
+	stream, err := c.client.ControlClient().Status(ctx, &controlapi.StatusRequest{Ref: ref})
+	if err != nil {
+		return
+	}
+	s := statuses{ClientStream: stream, over: over, stop: stop}
+	for {
+		resp := new(controlapi.StatusResponse)
+		if s.RecvMsg(resp) != nil {
+			return
+		}
+		updates <- client.NewSolveStatus(resp)
+	}
+}

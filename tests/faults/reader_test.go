@@ -1,0 +1,174 @@
+package faults
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/openfaas/go-sdk/builder"
+
+	"handler/function/tests/client"
+	"handler/function/tests/stack"
+)
+
+// unread sends a request over a connection that takes little more than what is read from it.
+func unread(t *testing.T, req *http.Request) net.Conn {
+	t.Helper()
+	raw, err := httputil.DumpRequestOut(req, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		controlErr := c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096)
+		})
+		return errors.Join(controlErr, err)
+	}}
+	conn, err := dialer.DialContext(testContext(t), "tcp", req.URL.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if _, err := conn.Write(raw); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// TestReaderStops opens a stream and never reads it, while steps print until the
+// connection's buffers are full, however large they are, and go on. The function can
+// tell only then that nobody reads: what is written and not read grows no more.
+func TestReaderStops(t *testing.T) {
+	t.Parallel()
+	// A daemon that clips prints less than the connection's buffers take.
+	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
+	_, f := stack.Test(t, stack.FunctionConfig{Buildkitd: b, Env: map[string]string{"max_builds": "1"}})
+	m := mark()
+	conn := unread(t, f.MustRequest(t, testContext(t), request(t, local(), printing("while sleep 0.1; do cat /line; done; : "+m)...), client.Accept(client.NDJSON)))
+	b.WaitStep(t, m)
+	var full time.Time
+	var most int64
+	for end := time.Now().Add(testTimeout); b.Runs(t, m); time.Sleep(20 * time.Millisecond) {
+		if n := underway(t, conn.RemoteAddr(), conn.LocalAddr()); n > most {
+			most, full = n, time.Now()
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the steps still run, with %d bytes underway", most)
+		}
+	}
+	took := time.Since(full)
+	t.Logf("the steps ended %v after the last of %d bytes", took, most)
+	// The write that found no room began a moment before the buffers were full.
+	if limit := patience(32 * time.Second); took < 25*time.Second || took > limit {
+		t.Errorf("the build was held for %v, want 30s and a little", took)
+	}
+	waitIdle(t, f)
+	mustSend(t, f, request(t, local(), "FROM busybox", "RUN : "+mark()), jsonForm).WantSuccess(t)
+	if ends := logged(t, f); len(ends) == 0 || ends[0]["code"] != "canceled" {
+		t.Errorf("the log has %v, want canceled first", ends)
+	}
+
+	// What has arrived is no whole stream.
+	conn.SetReadDeadline(time.Now().Add(patience(5 * time.Second)))
+	got, _ := io.ReadAll(conn)
+	if strings.Contains(string(got), `"status":"success"`) {
+		t.Error("a cut stream tells of a success")
+	}
+}
+
+// printing is a Dockerfile of six steps that run at once and print the file
+// /line, of 40 KB. buildkitd as it comes passes on 200 KiB a second of each step,
+// and 2 MiB in all, which the connection's buffers can hold.
+func printing(command string) []string {
+	lines := []string{"FROM busybox AS base", "RUN head -c 30000 /dev/urandom | base64 -w 0 >/line; echo >>/line"}
+	var copies []string
+	for i := range 6 {
+		lines = append(lines, fmt.Sprintf("FROM base AS s%d", i), fmt.Sprintf("RUN %s %d", command, i))
+		copies = append(copies, fmt.Sprintf("COPY --from=s%d /line /%d", i, i))
+	}
+	return append(append(lines, "FROM base"), copies...)
+}
+
+// TestReadersBehind has two who read nothing until a while after the image is pushed: the
+// build's caller, and one who follows the build from another replica. What their connections do
+// not take waits at the daemon. It comes once they read.
+func TestReadersBehind(t *testing.T) {
+	t.Parallel()
+	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
+	s, _, one := start(t, stack.FunctionConfig{Buildkitd: b})
+	_, _, two := start(t, stack.FunctionConfig{Buildkitd: b})
+	m := mark()
+	image := s.Registry.Image(strings.ToLower(m) + ":v1")
+	lines := printing("for i in $(seq 50); do cat /line; done; :")
+	lines = slices.Insert(lines, 1, sleep(m, 5*time.Minute))
+	body := request(t, &builder.BuildConfig{Image: image}, lines...)
+
+	type reader struct {
+		who    string
+		conn   net.Conn
+		before []byte // what has been read
+	}
+	var readers []*reader
+	begin := func(f *stack.Function, who, until string) {
+		conn := unread(t, f.MustRequest(t, testContext(t), body, client.Queued(m), client.Accept(client.NDJSON)))
+		r := &reader{who: who, conn: conn}
+		for chunk := make([]byte, 1024); !strings.Contains(string(r.before), until); {
+			n, err := conn.Read(chunk)
+			if err != nil {
+				t.Fatalf("%s, after %q: %v", who, r.before, err)
+			}
+			r.before = append(r.before, chunk[:n]...)
+		}
+		readers = append(readers, r)
+	}
+	begin(one, "the caller", "sleep 300")
+	b.WaitStep(t, m)
+	begin(two, "who follows", "following it")
+	release(t, m)
+	stack.Eventually(t, testTimeout, func() error {
+		if digest(t, image) == "" {
+			return errors.New("nothing is pushed")
+		}
+		return nil
+	})
+	// BuildKit's client gives up progress that it cannot hand on for five seconds.
+	time.Sleep(8 * time.Second)
+
+	var reading sync.WaitGroup
+	for _, r := range readers {
+		if n := underway(t, r.conn.RemoteAddr(), r.conn.LocalAddr()); n > 11<<20 {
+			t.Fatalf("the connection took all of the log, %d bytes: the test shows nothing", n)
+		}
+		reading.Go(func() {
+			resp, err := http.ReadResponse(bufio.NewReader(io.MultiReader(bytes.NewReader(r.before), r.conn)), nil)
+			if err != nil {
+				t.Errorf("%s: %v", r.who, err)
+				return
+			}
+			n := 0
+			a, err := client.Read(resp, func(r client.Record) {
+				for _, line := range r.Log {
+					n += len(line)
+				}
+			})
+			if err != nil || a.Status != "success" {
+				t.Errorf("%s: got %v, %v", r.who, a, err)
+			}
+			if n < 11<<20 {
+				t.Errorf("%s: %d bytes came, of the 12 MB that were printed", r.who, n)
+			}
+		})
+	}
+	reading.Wait()
+}
