@@ -27,6 +27,7 @@ import (
 	"github.com/chromedp/cdproto/log"
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
 
 	"handler/function/tests/stack"
 )
@@ -149,7 +150,7 @@ func (p *tab) until(what string, ok func() bool) {
 	for deadline := time.Now().Add(3 * time.Minute); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.shoot("failed-" + p.t.Name())
-			p.t.Fatalf("no %s after a minute; the page shows:\n%.2000s", what, p.text("main"))
+			p.t.Fatalf("no %s after three minutes; the page shows:\n%.2000s", what, p.text("main"))
 		}
 	}
 }
@@ -158,6 +159,9 @@ func (p *tab) until(what string, ok func() bool) {
 func (p *tab) fill(id, value string) {
 	p.t.Helper()
 	js[chromedp.Void](p, `document.getElementById(%s).select()`, id)
+	if value == "" {
+		value = kb.Delete // no keys at all would leave what is selected
+	}
 	p.run(chromedp.SendKeys(chromedp.ID(id), value))
 }
 
