@@ -115,7 +115,7 @@ func TestUploadWait(t *testing.T) {
 	mustSend(t, f, small, jsonForm).WantSuccess(t)
 	ctx, leave := context.WithCancel(testContext(t))
 	defer leave()
-	strangers(ctx, t, f, 1, 512<<10)
+	strangers(ctx, t, f, 1, 1<<20)
 
 	ways := [][2]string{{}, {"Accept", client.NDJSON}, {"Accept", client.SSE}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}}
 	post := func(way [2]string, body []byte, signature string) (client.Answer, error) {
@@ -171,7 +171,7 @@ func TestUploadWait(t *testing.T) {
 // read without a slot, and goes on at rate bytes a second.
 func strangers(ctx context.Context, t *testing.T, f *stack.Function, n, rate int) {
 	t.Helper()
-	h := whole("", make([]byte, 64<<20))
+	h := whole("", make([]byte, 150*rate)) // more than a test lasts
 	h.rate = rate
 	connected := make(chan net.Conn, n)
 	h.connected = func(conn net.Conn) { connected <- conn }
