@@ -152,8 +152,16 @@ func (p place) log() string {
 
 // parse reads the subject of a record. It fails for subjects of keys that the ring lacks.
 func (r *ring) parse(subject string) (p place, kind string, ok bool) {
-	f := strings.Split(subject, ".")
-	if len(f) != 7 || r.byID[f[2]] == nil || !slices.Contains([]string{running, lost, ended}, f[6]) {
+	var f [7]string
+	parts := 0
+	for part := range strings.SplitSeq(subject, ".") {
+		if parts == len(f) {
+			return place{}, "", false
+		}
+		f[parts] = part
+		parts++
+	}
+	if parts != len(f) || r.byID[f[2]] == nil || !slices.Contains([]string{running, lost, ended}, f[6]) {
 		return place{}, "", false
 	}
 	n, err := strconv.Atoi(f[5])

@@ -52,10 +52,14 @@ type scan struct {
 	before uint64
 	size   int // of the page, and one
 
+	tenants map[*key]string // the hashes of the query's tenant; nil for an operator
 	page    newest          // builds that have a verdict
 	ended   map[string]bool // they, by the base of their subjects
 	open    map[string]*openBuild
-	pending uint64 // messages from the last start to the end
+	read    int    // messages
+	asked   int    // these of them that the query asks for
+	pending uint64 // messages from the last start to the end, if they are filtered as before
+	sifted  bool   // they were filtered
 	top     uint64 // the highest sequence that was read
 }
 
@@ -77,6 +81,12 @@ func (s *Store) List(ctx context.Context, q records.Query) (records.Page, error)
 	sc := &scan{
 		q: q, ring: s.ring.Load(), before: ^uint64(0), size: q.Size() + 1,
 		ended: make(map[string]bool), open: make(map[string]*openBuild),
+	}
+	if !q.Operator {
+		sc.tenants = make(map[*key]string)
+		for _, k := range sc.ring.keys {
+			sc.tenants[k] = k.tenant(q.Tenant)
+		}
 	}
 	if q.Before != "" {
 		var err error
@@ -140,13 +150,9 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 // scanPart reads from one sequence to another, with a fresh consumer: one from before a server was
 // lost could stay deaf for ever.
 func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint64) error {
-	var filters []string
-	for _, k := range sc.ring.keys {
-		tenant := "*"
-		if !sc.q.Operator {
-			tenant = k.tenant(sc.q.Tenant)
-		}
-		filters = append(filters, "builder.rec."+k.id+"."+tenant+".*.*.*")
+	filters := sc.filters()
+	if sifted := len(filters) > 0; sifted != sc.sifted {
+		sc.sifted, sc.pending = sifted, 0
 	}
 	c, err := st.records.CreateConsumer(ctx, js.ConsumerConfig{
 		FilterSubjects: filters, DeliverPolicy: js.DeliverByStartSequencePolicy, OptStartSeq: lo, AckPolicy: js.AckNonePolicy,
@@ -175,6 +181,19 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	return nil
 }
 
+// filters are the subjects to ask a server for, or none for all. To look for a subject takes the
+// server longer than to send a message. So it sends all where most messages are asked for: to
+// an operator, and where a tenant has most of the builds. The first part tells.
+func (sc *scan) filters() (subjects []string) {
+	if 2*sc.asked >= sc.read {
+		return nil
+	}
+	for k, tenant := range sc.tenants {
+		subjects = append(subjects, "builder.rec."+k.id+"."+tenant+".*.*.*")
+	}
+	return subjects
+}
+
 // take adds the messages of a fetch. It returns how many there were, and the sequence of the last.
 func (sc *scan) take(msgs js.MessageBatch, err error) (got int, at uint64, _ error) {
 	if err != nil {
@@ -187,6 +206,7 @@ func (sc *scan) take(msgs js.MessageBatch, err error) (got int, at uint64, _ err
 		}
 		got, at = got+1, meta.Sequence.Stream
 		sc.top = max(sc.top, at)
+		sc.read++
 		sc.add(&message{msg.Subject(), msg.Data(), at})
 	}
 	return got, at, msgs.Error()
@@ -204,8 +224,12 @@ func (s *Store) drop(stream js.Stream, consumer string) {
 // add is called for each message.
 func (sc *scan) add(m *message) {
 	p, kind, ok := sc.ring.parse(m.subject)
+	if !ok || sc.tenants != nil && sc.tenants[p.key] != p.tenant {
+		return
+	}
+	sc.asked++
 	base := strings.TrimSuffix(m.subject, "."+kind)
-	if !ok || sc.ended[base] {
+	if sc.ended[base] {
 		return
 	}
 	if kind == ended {

@@ -108,6 +108,52 @@ func testPages(t *testing.T, open Open) {
 	}
 }
 
+// testRare has a tenant with few builds, before and after many of another tenant.
+func testRare(t *testing.T, open Open) {
+	a, b := open(t), open(t)
+	begin := func(tenant, what string, n int) (began []string) {
+		for i := range n {
+			id := fmt.Sprint(what, i)
+			Begin(a, tenant, id)
+			began = append(began, id)
+		}
+		for _, id := range began {
+			Known(t, b, records.Ref{Tenant: tenant, ID: id}, Any)
+		}
+		return began
+	}
+	early := begin("rare", "early-", 3)
+	many := begin("acme", "many-", 600)
+	late := begin("rare", "late-", 2)
+	for _, tt := range []struct {
+		tenant string
+		limit  int
+		want   []string
+	}{
+		{"rare", 1, slices.Concat(late, early)},
+		{"rare", 50, slices.Concat(late, early)},
+		{"acme", 199, many},
+	} {
+		for i, s := range []records.Store{a, b} {
+			var got []string
+			q := records.Query{Tenant: tt.tenant, Limit: tt.limit}
+			for {
+				page := list(t, s, q)
+				got = append(got, ids(page)...)
+				if q.Before = page.Next; q.Before == "" {
+					break
+				}
+			}
+			// Builds that begin at once have no order that a test could know.
+			slices.Sort(got)
+			slices.Sort(tt.want)
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("process %d lists %d builds of %s in pages of %d, want each of the %d once", i, len(got), tt.tenant, tt.limit, len(tt.want))
+			}
+		}
+	}
+}
+
 // testLateEnds has many builds that end after many others have begun: they are not newer for it.
 func testLateEnds(t *testing.T, open Open) {
 	a, b := open(t), open(t)

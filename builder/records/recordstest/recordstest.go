@@ -31,6 +31,7 @@ func Run(t *testing.T, setup func(t *testing.T) Open) {
 		{"Find", testFind},
 		{"FindEarlier", testFindEarlier},
 		{"List", testList},
+		{"Rare", testRare},
 		{"Pages", testPages},
 		{"LateEnds", testLateEnds},
 		{"Follow", testFollow},
