@@ -47,9 +47,16 @@ type control struct {
 	full    bool // also after a prune
 	frozen  bool // no RPC is answered
 	slow    bool // no solve ends
+	busy    bool // no look into the history ends
 }
 
 func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
+	c.mu.Lock()
+	busy := c.busy
+	c.mu.Unlock()
+	if busy {
+		<-stream.Context().Done()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i := range c.active {

@@ -172,9 +172,12 @@ func (p *Pool) load(ctx context.Context, d *Daemon, c *conn) (int, error) {
 	return d.health.told(builds[d.addr], all), nil
 }
 
-// count asks d for the builds that it has, and returns the tags of those that have some.
+var errSlowCount = errors.New("buildkitd was too slow to count its builds")
+
+// count asks d for the builds that it has, and returns the tags of those that have some. Its
+// error is errSlowCount if d takes longer than loadTimeout. A busy daemon is slow, too.
 func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, loadTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, loadTimeout, errSlowCount)
 	defer cancel()
 	mine, active, tags := d.health.seats(), 0, make(map[Tags]bool)
 	err := c.history(ctx, &controlapi.BuildHistoryRequest{ActiveOnly: true, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
@@ -183,6 +186,9 @@ func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
 			tags[t] = true
 		}
 	})
+	if err != nil && context.Cause(ctx) == errSlowCount {
+		return nil, errSlowCount
+	}
 	if err != nil {
 		return nil, err
 	}

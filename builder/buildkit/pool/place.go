@@ -3,6 +3,7 @@ package pool
 import (
 	"context"
 	"errors"
+	"math"
 	"slices"
 	"time"
 
@@ -167,7 +168,7 @@ func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
 // offer returns a seat on the first of these daemons:
 //
 //  1. the first in fit with fewer builds than the limit,
-//  2. the one in fit that has the fewest,
+//  2. the one in fit that has the fewest; one that is too slow to count them comes last,
 //  3. the first in rest that answers.
 //
 // It asks them one after the other. Once a daemon has not answered, or from the beginning if
@@ -197,7 +198,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 			continue
 		}
 		// A lone daemon takes every build.
-		if d.health.take(p.cfg.Builds) || !several && d.health.take(0) {
+		if a.builds < math.MaxInt && d.health.take(p.cfg.Builds) || !several && d.health.take(0) {
 			return p.newSeat(d, a.conn, order), nil
 		}
 		a.release()
@@ -229,7 +230,7 @@ type inquiry struct {
 type answer struct {
 	daemon *Daemon
 	conn   *conn // must be released if err is nil
-	builds int   // where they are counted
+	builds int   // where they are counted; math.MaxInt if the daemon was too slow to count them
 	err    error
 }
 
@@ -271,7 +272,11 @@ func (p *Pool) ask(ctx context.Context, d *Daemon, count bool) chan answer {
 		a := answer{daemon: d}
 		a.conn, a.err = d.acquire(ctx)
 		if a.err == nil && count {
-			if a.builds, a.err = p.load(ctx, d, a.conn); a.err != nil {
+			a.builds, a.err = p.load(ctx, d, a.conn)
+			if errors.Is(a.err, errSlowCount) {
+				a.builds, a.err = math.MaxInt, nil
+			}
+			if a.err != nil {
 				d.release(a.conn, ctx.Err() == nil)
 			}
 		}

@@ -266,6 +266,35 @@ func TestFrozen(t *testing.T) {
 	})
 }
 
+// TestSlowCount places builds while a daemon answers, and is too slow to count its builds. It
+// stays in, and gets a build where no other daemon is.
+func TestSlowCount(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	order := tr.order()
+	slow := tr.ctl[order[0].addr]
+	slow.mu.Lock()
+	slow.busy = true
+	slow.mu.Unlock()
+	at, s := tr.placed(nil, nil)
+	if s.Leave(); at != 1 {
+		t.Errorf("beside two others: at %d", at)
+	}
+	for _, d := range order[1:] {
+		tr.servers[d.addr].Stop()
+	}
+	// Also for a build that was lost elsewhere, which has one round of asking.
+	for _, avoid := range []*Daemon{nil, order[1]} {
+		at, s = tr.placed(nil, avoid)
+		if s.Leave(); at != 0 {
+			t.Errorf("without the others: at %d", at)
+		}
+	}
+	if d := order[0]; !d.health.isFit() || d.cur == nil || d.cur.refs != 0 {
+		t.Error("the slow one was taken out, or has lost its connection")
+	}
+}
+
 // TestSearch finds a record on any daemon, and fails where one could not be asked.
 func TestSearch(t *testing.T) {
 	t.Parallel()
