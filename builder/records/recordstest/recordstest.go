@@ -115,13 +115,18 @@ func Ended(r records.Record) error {
 }
 
 // ReadLog reads a log from the line after a given one, and checks that every number is there
-// once and in order. It returns the lines that were not lost, by number, and how many were.
+// once and in order. It returns the lines that were not lost, by number, and how many were. It
+// begins again if the store cannot be reached at first: several servers may be choosing who leads.
 func ReadLog(t testing.TB, s records.Store, ref records.Ref, after uint64, wait bool) (lines map[uint64]string, lost uint64) {
 	t.Helper()
-	lines, lost, err := FollowLog(Context(t), s, ref, after, wait)
-	if err != nil {
-		t.Errorf("following %+v from %d: %v", ref, after, err)
-	}
+	Eventually(t, func() (err error) {
+		lines, lost, err = FollowLog(Context(t), s, ref, after, wait)
+		if err != nil && (!errors.Is(err, records.ErrUnknown) || len(lines) > 0) {
+			t.Errorf("following %+v from %d: %v", ref, after, err)
+			err = nil
+		}
+		return err
+	})
 	return lines, lost
 }
 
