@@ -51,9 +51,7 @@ func TestSelf(t *testing.T) {
 		t.Fatal(err)
 	}
 	args["ADDITIONAL_PACKAGE"] = "" // as faas-cli sends it
-	// make test runs them at length, and make lint vets them: here it is enough that they
-	// run where the image is built.
-	args["GOFLAGS"] = strings.TrimSpace(args["GOFLAGS"] + " -short -vet=off")
+	args["GOFLAGS"] = strings.TrimSpace(args["GOFLAGS"] + " -vet=off") // make lint vets them
 	// No result of the last run's steps serves for this one.
 	if err := os.WriteFile(filepath.Join(dir, "function", "run"), []byte(rand.Text()), 0o644); err != nil {
 		t.Fatal(err)
