@@ -138,6 +138,15 @@ func (c *cluster) deploy(t *testing.T, more ...string) {
 func (c *cluster) deployAs(t *testing.T, d *stack.Description) {
 	c.input(t, manifests(t, d, c.Registry+"/builder:latest"), "apply", "-f", "-")
 	c.kubectl(t, "-n", "openfaas-fn", "rollout", "status", "deployment/builder", "--timeout=3m")
+	// An old pod still serves for a while, as it was deployed.
+	stack.Eventually(t, 3*time.Minute, func() error {
+		replicas := c.kubectl(t, "-n", "openfaas-fn", "get", "deployment/builder", "-o", "jsonpath={.spec.replicas}")
+		pods := strings.Fields(c.kubectl(t, "-n", "openfaas-fn", "get", "pods", "-l", "faas_function=builder", "-o", "name"))
+		if fmt.Sprint(len(pods)) != replicas {
+			return fmt.Errorf("%q are there, and %s are wanted", pods, replicas)
+		}
+		return nil
+	})
 }
 
 // buildAndRun builds through the function's Service and the daemons' one, and runs
