@@ -3,6 +3,7 @@ package tenants_test
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -184,7 +185,7 @@ func TestGitContext(t *testing.T) {
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, func(h *house, c *stack.FunctionConfig) {
-		h.acme.Platforms, h.acme.MaxBodyBytes, h.acme.BuildTimeout = []string{"linux/amd64"}, "64KiB", "3s"
+		h.acme.Platforms, h.acme.MaxBodyBytes = []string{"linux/amd64"}, "64KiB"
 		h.globex.MaxBodyBytes, h.globex.BuildTimeout = "1TiB", "24h"
 		c.Env = map[string]string{"max_body_bytes": "2MiB", "build_timeout": "10m"}
 		h.crowd(9)
@@ -208,6 +209,9 @@ func TestLimits(t *testing.T) {
 	h.of(h.globex).MustPost(t, within(t), sized(h.globex, 100<<10)).WantSuccess(t)
 	h.of(h.globex).MustPost(t, within(t), sized(h.globex, 3<<20)).WantFailed(t, "too_large", "2097152")
 
+	// Not before: a busy machine may take longer for a build that is to succeed.
+	h.acme.BuildTimeout = "3s"
+	h.write(t)
 	m := mark()
 	h.of(h.acme).MustPost(t, within(t), body(t, app(h.acme), "FROM busybox", held(m))).WantFailed(t, "deadline", "3s")
 	h.s.Buildkitd.WaitGone(t, m, patience)
@@ -245,10 +249,14 @@ type stepLimits struct {
 // limitsOf are the limits of the step with a mark, under cgroup v1 or v2.
 func limitsOf(t *testing.T, m string) (l stepLimits) {
 	t.Helper()
-	pids := stack.Sleepers(t, m)
-	if len(pids) == 0 {
-		t.Fatal("the step has no process")
-	}
+	var pids []int
+	stack.Eventually(t, patience, func() error {
+		// The step's shell is there before its child.
+		if pids = stack.Sleepers(t, m); len(pids) == 0 {
+			return errors.New("the step has no process")
+		}
+		return nil
+	})
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pids[0]))
 	if err != nil {
 		t.Fatal(err)
