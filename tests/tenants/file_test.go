@@ -75,6 +75,12 @@ func TestRevokedKeyEndsNothing(t *testing.T) {
 	running := background(t, h.of(h.acme), body(t, app(h.acme), "FROM busybox", held(runs)))
 	h.s.Buildkitd.WaitStep(t, runs)
 	waiting := background(t, h.of(h.acme), body(t, app(h.acme), "FROM busybox", held(waits)))
+	stack.Eventually(t, patience, func() error {
+		if n, err := h.f.Metric("builder_builds_waiting"); err != nil || n != 1 {
+			return fmt.Errorf("%v builds wait: %v", n, err)
+		}
+		return nil
+	})
 
 	revoked := h.acme.Key()
 	h.acme.Keys = stack.NewTenant("").Keys

@@ -104,6 +104,14 @@ func TestUsage(t *testing.T) {
 	if len(usage) != len(answers) {
 		t.Fatalf("%d lines of usage of %d verdicts", len(usage), len(answers))
 	}
+	// An answer is given before its line is written: the lines may be in another order.
+	byCall := make(map[any]map[string]any)
+	for _, u := range usage {
+		byCall[u["call_id"]] = u
+	}
+	for i, a := range answers {
+		usage[i] = byCall[a.ID]
+	}
 	ids := make(map[any]bool)
 	for i, a := range answers {
 		u := usage[i]
