@@ -112,9 +112,10 @@ func Front(t testing.TB, registry string, serve func(w http.ResponseWriter, r *h
 	return server.Listener.Addr().String()
 }
 
-// Link is a way to a server on loopback that can be cut.
+// Link is a way to a server on loopback. It can be cut, and led to another server.
 type Link struct {
-	Addr string // host:port
+	Addr string       // host:port
+	to   atomic.Value // the server's host:port
 	cut  atomic.Bool
 }
 
@@ -127,13 +128,14 @@ func NewLink(t testing.TB, addr string) *Link {
 	}
 	t.Cleanup(func() { l.Close() })
 	p := &Link{Addr: l.Addr().String()}
+	p.Lead(addr)
 	go func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			d, err := net.Dial("tcp", addr)
+			d, err := net.Dial("tcp", p.to.Load().(string))
 			if err != nil {
 				c.Close()
 				continue
@@ -144,6 +146,9 @@ func NewLink(t testing.TB, addr string) *Link {
 	}()
 	return p
 }
+
+// Lead has new connections go to a host:port. Those that there are stay where they are.
+func (p *Link) Lead(addr string) { p.to.Store(addr) }
 
 // Cut has bytes vanish from now on, as on a network that drops them, or not any more.
 func (p *Link) Cut(yes bool) { p.cut.Store(yes) }
