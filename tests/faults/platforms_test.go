@@ -234,7 +234,11 @@ func TestRegistryFailsPart(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			_, f := pool(t, list, map[string]string{"push_timeout": "20s"})
+			env := make(map[string]string)
+			if tt.code == "registry_timeout" { // no push that is to succeed, and takes some retries, has this limit
+				env["push_timeout"] = "20s"
+			}
+			_, f := pool(t, list, env)
 			proxy := newFaultProxy(t, s.Registry.Addr)
 			proxy.set(tt.fault)
 			repository := strings.ToLower(mark())

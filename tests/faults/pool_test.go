@@ -226,7 +226,7 @@ func TestDaemonKilled(t *testing.T) {
 // none of the build's steps, and needs longer for them than push_timeout.
 func TestKilledWhilePushing(t *testing.T) {
 	t.Parallel()
-	const step = 12 * time.Second
+	const step, pushTimeout = 22 * time.Second, 20 * time.Second
 	for _, tt := range []struct {
 		name      string
 		fault     *fault
@@ -245,7 +245,7 @@ func TestKilledWhilePushing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			list := daemons(t, 2)
-			s, f := pool(t, list, map[string]string{"push_timeout": "10s"})
+			s, f := pool(t, list, map[string]string{"push_timeout": pushTimeout.String()})
 			proxy := newFaultProxy(t, s.Registry.Addr)
 			proxy.set(first(1, tt.fault))
 			m := mark()

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -194,12 +195,17 @@ func TestReplicaTakesOver(t *testing.T) {
 // that is not the other's, which has all of push_timeout.
 func TestReplicaTakesOverPush(t *testing.T) {
 	t.Parallel()
-	env := map[string]string{"push_timeout": "20s"}
+	env := map[string]string{"push_timeout": "30s"}
 	s, _, one := start(t, stack.FunctionConfig{Env: env})
 	_, _, two := start(t, stack.FunctionConfig{Env: env})
 	proxy := newFaultProxy(t, s.Registry.Addr)
+	var pushes atomic.Int32
 	proxy.set(&fault{blobBody, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		time.Sleep(12 * time.Second)
+		late := 10 * time.Second
+		if pushes.Add(1) == 1 {
+			late = 28 * time.Second
+		}
+		time.Sleep(late)
 		next.ServeHTTP(w, r)
 	}})
 	m := mark()
@@ -217,7 +223,8 @@ func TestReplicaTakesOverPush(t *testing.T) {
 		return nil
 	})
 	second := deliver(t, two, body, m)
-	time.Sleep(10 * time.Second) // half of push_timeout, and not yet all of the blob
+	// Not yet all of the blob, and less of push_timeout is left than the other needs for it.
+	time.Sleep(25 * time.Second)
 	one.Kill()
 	a := second()
 	a.WantSuccess(t)
