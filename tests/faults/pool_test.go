@@ -103,8 +103,51 @@ func (a app) placed(t *testing.T, f *stack.Function) (addr string, line map[stri
 	return addr, line
 }
 
-// everywhere builds all of the apps, a few at once, and returns where.
+// slowCount says whether a build was placed past a daemon that took longer than 2 s to count
+// its builds, as on a busy disk. It needs a function whose daemons never have daemon_builds:
+// there is no other reason for the choice "full". Where such a build is shows nothing.
+func slowCount(line map[string]any) bool { return line["choice"] == "full" }
+
+// build has the image built, and returns the answer and where, as placed does. It builds again
+// after a slowCount, three times in all.
+func (a app) build(t *testing.T, f *stack.Function, step string) (got client.Answer, addr string, line map[string]any) {
+	t.Helper()
+	for range 3 {
+		got = mustSend(t, f, a.body(t, step), jsonForm)
+		if addr, line = a.placed(t, f); !slowCount(line) {
+			return got, addr, line
+		}
+	}
+	t.Fatalf("a daemon was too slow to count its builds, three times: %v", line)
+	return got, addr, line
+}
+
+// everywhere builds all of the apps, a few at once, and returns where. It builds again what
+// came to its place by a slowCount, three times in all.
 func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
+	t.Helper()
+	at := make(map[app]string)
+	for range 3 {
+		atOnce(t, f, list)
+		var again []app
+		for _, a := range list {
+			addr, line := a.placed(t, f)
+			if at[a] = addr; slowCount(line) {
+				again = append(again, a)
+			}
+		}
+		if len(again) == 0 {
+			return at
+		}
+		t.Logf("building %d of %d images again: a daemon was too slow to count its builds", len(again), len(list))
+		list = again
+	}
+	t.Fatalf("a daemon was too slow to count its builds, three times for %d images", len(list))
+	return at
+}
+
+// atOnce builds all of the apps, four at once.
+func atOnce(t *testing.T, f *stack.Function, list []app) {
 	t.Helper()
 	var all sync.WaitGroup
 	slots := make(chan struct{}, 4)
@@ -120,11 +163,6 @@ func everywhere(t *testing.T, f *stack.Function, list []app) map[app]string {
 		})
 	}
 	all.Wait()
-	at := make(map[app]string)
-	for _, a := range list {
-		at[a], _ = a.placed(t, f)
-	}
-	return at
 }
 
 // running waits until a step of each of the apps runs, and returns where.
@@ -154,6 +192,24 @@ func running(t *testing.T, list []*stack.Buildkitd, images []app) map[*stack.Bui
 	return at
 }
 
+// holdOn has a step with a mark sleep on a daemon, the first of its build's order. It builds
+// again with another mark where that daemon was too slow to count its builds, and another has
+// the step; three times in all.
+func holdOn(t *testing.T, f *stack.Function, list []*stack.Buildkitd, b *stack.Buildkitd, body func(m string) []byte) (m string, wait func() client.Answer) {
+	t.Helper()
+	for range 3 {
+		m = mark()
+		wait = background(t, f, body(m), jsonForm)
+		if at := running(t, list, []app{{mark: m}}); len(at[b]) == 1 {
+			return m, wait
+		}
+		release(t, m)
+		wait()
+	}
+	t.Fatalf("the steps were not on %s, three times", b.Addr)
+	return m, wait
+}
+
 // saysMoved says whether the log tells of a daemon that was lost.
 func saysMoved(a client.Answer) bool {
 	return slices.ContainsFunc(a.Log, func(l string) bool {
@@ -168,12 +224,17 @@ func TestDaemonKilled(t *testing.T) {
 	list := daemons(t, 3)
 	s, f := pool(t, list, nil)
 	images := apps(s, 20)
+	homes := everywhere(t, f, images)
 	var waits []func() client.Answer
 	for _, a := range images {
 		waits = append(waits, background(t, f, a.body(t, sleep(a.mark, 5*time.Minute)), client.SSE))
 	}
 	at := running(t, list, images)
 	victim := slices.MaxFunc(list, func(a, b *stack.Buildkitd) int { return len(at[a]) - len(at[b]) })
+	var pushed []int // before: nothing of those builds is
+	for _, a := range images {
+		pushed = append(pushed, s.Registry.Pushes(t, a.repository))
+	}
 	victim.Kill()
 	running(t, list, images) // again
 	for _, a := range images {
@@ -185,7 +246,7 @@ func TestDaemonKilled(t *testing.T) {
 		if moved := slices.Contains(at[victim], images[i]); saysMoved(got) != moved {
 			t.Errorf("moved: %v; the log says %q", moved, got.Log)
 		}
-		if n := s.Registry.Pushes(t, images[i].repository); n != 1 {
+		if n := s.Registry.Pushes(t, images[i].repository) - pushed[i]; n != 1 {
 			t.Errorf("%d pushes of one image", n)
 		}
 	}
@@ -211,12 +272,9 @@ func TestDaemonKilled(t *testing.T) {
 		}
 		return nil
 	})
-	again := everywhere(t, f, images)
-	for b, some := range at {
-		for _, a := range some {
-			if again[a] != b.Addr {
-				t.Errorf("built on %s at first, and on %s when all were back", b.Addr, again[a])
-			}
+	for a, addr := range everywhere(t, f, images) {
+		if addr != homes[a] {
+			t.Errorf("built on %s at first, and on %s when all were back", homes[a], addr)
 		}
 	}
 	t.Logf("%d of %d builds moved", len(at[victim]), len(images))
@@ -577,7 +635,7 @@ func TestHeadlessService(t *testing.T) {
 	z.set(map[string]*stack.Buildkitd{"buildkitd-0": list[0], "buildkitd-1": list[1]})
 	s, f := stack.Test(t, stack.FunctionConfig{
 		Nameserver: serveZone(t, z),
-		Env:        map[string]string{"buildkit_addr": "tcp://pool.test:1234", "max_builds": "100"},
+		Env:        map[string]string{"buildkit_addr": "tcp://pool.test:1234", "max_builds": "100", "daemon_builds": "100"},
 	})
 	reachable := func(want float64) {
 		t.Helper()
@@ -816,7 +874,8 @@ func TestVolumeFull(t *testing.T) {
 	})
 	small := newBuildkitd(t, stack.BuildkitdConfig{Args: []string{"--root", filepath.Join(mount, "root")}})
 	large := newBuildkitd(t, stack.BuildkitdConfig{})
-	s, f := pool(t, []*stack.Buildkitd{small, large}, nil)
+	list := []*stack.Buildkitd{small, large}
+	s, f := pool(t, list, nil)
 
 	images := apps(s, 24)
 	var home []app // on the small volume
@@ -830,14 +889,15 @@ func TestVolumeFull(t *testing.T) {
 	}
 	// Something that a prune can remove, and something that it cannot.
 	a := home[0]
-	mustSend(t, f, a.body(t, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark), jsonForm).WantSuccess(t)
+	blob, _, _ := a.build(t, f, "RUN dd if=/dev/urandom of=/blob bs=1M count=40; : "+a.mark)
+	blob.WantSuccess(t)
 	ballast := filepath.Join(mount, "ballast")
-	m := mark()
 	// What runc says when it has no room to start a step, which it seldom is the
 	// first to find: the step says so in its stead.
 	const unstarted = "echo runc run failed: unable to start container process: no space left on device; false"
-	wait := background(t, f, home[1].body(t, sleep(m, 5*time.Minute)+"; "+unstarted), jsonForm)
-	small.WaitStep(t, m)
+	m, wait := holdOn(t, f, list, small, func(m string) []byte {
+		return home[1].body(t, sleep(m, 5*time.Minute)+"; "+unstarted)
+	})
 	fill(t, ballast)
 
 	start := time.Now()
@@ -869,12 +929,17 @@ func TestVolumeFull(t *testing.T) {
 		}
 		return nil
 	})
-	if log, err := f.Log(); err != nil || !strings.Contains(log, "buildkitd pruned") {
-		t.Errorf("nothing was pruned: %v", err)
-	}
+	// The line comes after the daemon has room.
+	stack.Eventually(t, patience(5*time.Second), func() error {
+		if log, err := f.Log(); err != nil || !strings.Contains(log, "buildkitd pruned") {
+			return fmt.Errorf("nothing was pruned: %v", err)
+		}
+		return nil
+	})
 	for _, a := range home {
-		mustSend(t, f, a.body(t, "RUN : and again "+a.mark), jsonForm).WantSuccess(t)
-		if addr, line := a.placed(t, f); addr != small.Addr || line["choice"] != "first" {
+		got, addr, line := a.build(t, f, "RUN : and again "+a.mark)
+		got.WantSuccess(t)
+		if addr != small.Addr || line["choice"] != "first" {
 			t.Errorf("with room again, on %s: %v", addr, line["choice"])
 		}
 	}
@@ -882,8 +947,9 @@ func TestVolumeFull(t *testing.T) {
 	// What a step itself writes is the build's own failure, wherever it runs, and
 	// so is what it only says.
 	for _, step := range []string{unstarted, "dd if=/dev/zero of=/blob bs=1M; false"} {
-		mustSend(t, f, a.body(t, "RUN : "+a.mark+"; "+step), jsonForm).WantFailed(t, "build_failed", "disk is full")
-		if addr, line := a.placed(t, f); addr != small.Addr || line["attempts"] != 1.0 {
+		got, addr, line := a.build(t, f, "RUN : "+a.mark+"; "+step)
+		got.WantFailed(t, "build_failed", "disk is full")
+		if addr != small.Addr || line["attempts"] != 1.0 {
 			t.Errorf("%s: %v attempts, the last on %s", step, line["attempts"], addr)
 		}
 	}
@@ -903,7 +969,9 @@ func TestAffinity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if affinity.Share() < 0.99 {
+	// A count that takes a daemon more than 2 s has a build go on to another. It has two such
+	// steps, and its image's next build may have some.
+	if affinity.Share() < 0.95 {
 		t.Errorf("%d of %d cacheable steps came from the cache", affinity.Cached, affinity.Cacheable)
 	}
 	// Else this shows nothing.

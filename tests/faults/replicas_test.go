@@ -246,18 +246,40 @@ func TestReplicasOfPool(t *testing.T) {
 	_, two := pool(t, list, env)
 	_, three := pool(t, list, env)
 	_, four := pool(t, list, env)
-	body, repository, m := queued(t, s, 5*time.Minute)
-	first := deliver(t, one, body, m)
+	var body []byte
+	var repository, m string
+	// beside builds in the delivery's repository, without a name, and returns where.
+	beside := func(f *stack.Function) (addr string, line map[string]any) {
+		t.Helper()
+		a := app{image: s.Registry.Image(repository + ":other"), mark: mark()}
+		mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image, SkipPush: true}, "FROM busybox", "RUN : "+a.mark), jsonForm).WantSuccess(t)
+		return a.placed(t, f)
+	}
+	var first func() client.Answer
 	var home *stack.Buildkitd
-	for b := range running(t, list, []app{{mark: m}}) {
-		home = b
+	// settle delivers a build, and says whether it runs where its repository belongs. Another
+	// daemon has it if the first was too slow to count its builds.
+	settle := func() bool {
+		t.Helper()
+		body, repository, m = queued(t, s, 5*time.Minute)
+		addr, line := beside(one)
+		first = deliver(t, one, body, m)
+		for b := range running(t, list, []app{{mark: m}}) {
+			home = b
+		}
+		return home.Addr == addr && line["choice"] == "first"
+	}
+	for round := 1; !settle(); round++ {
+		if round == 3 {
+			t.Fatal("three deliveries did not run where their repositories belong")
+		}
+		release(t, m)
+		first()
 	}
 	// elsewhere shows that another build of the repository is not placed there.
 	elsewhere := func(f *stack.Function) {
 		t.Helper()
-		a := app{image: s.Registry.Image(repository + ":other"), mark: mark()}
-		mustSend(t, f, request(t, &builder.BuildConfig{Image: a.image, SkipPush: true}, "FROM busybox", "RUN : "+a.mark), jsonForm).WantSuccess(t)
-		if addr, line := a.placed(t, f); addr == home.Addr || line["choice"] != "full" {
+		if addr, line := beside(f); addr == home.Addr || line["choice"] != "full" {
 			t.Errorf("a build without a name is on %s, %v; the first runs on %s", addr, line["choice"], home.Addr)
 		}
 	}
@@ -285,14 +307,13 @@ func TestReplicasOfPool(t *testing.T) {
 	}
 
 	// Now that it has ended: another build has its place there.
-	busy := app{image: s.Registry.Image(repository + ":busy"), mark: mark()}
-	wait := background(t, one, request(t, &builder.BuildConfig{Image: busy.image, SkipPush: true}, "FROM busybox", sleep(busy.mark, 5*time.Minute)), jsonForm)
-	if at := running(t, list, []app{busy}); len(at[home]) != 1 {
-		t.Errorf("the repository has moved: %v", at)
-	}
+	busy, wait := holdOn(t, one, list, home, func(m string) []byte {
+		config := &builder.BuildConfig{Image: s.Registry.Image(repository + ":busy"), SkipPush: true}
+		return request(t, config, "FROM busybox", sleep(m, 5*time.Minute))
+	})
 	elsewhere(three)
 	found(three, deliver(t, three, body, m)(), a)
-	release(t, busy.mark)
+	release(t, busy)
 	wait().WantSuccess(t)
 	if n := s.Registry.Pushes(t, repository); n != 1 {
 		t.Errorf("%d pushes, want 1", n)

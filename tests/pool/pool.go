@@ -75,7 +75,8 @@ func Compare(ctx context.Context, s *stack.Stack, w Workload) (affinity, random 
 		addrs, alone = append(addrs, b.Addr), append(alone, f)
 	}
 	for range w.Replicas {
-		f, err := s.Function(ctx, stack.FunctionConfig{Plain: true, Env: map[string]string{"buildkit_addr": strings.Join(addrs, ",")}})
+		// With a low limit, the builds that the other replica has, or had, divert some.
+		f, err := s.Function(ctx, stack.FunctionConfig{Plain: true, Env: map[string]string{"buildkit_addr": strings.Join(addrs, ","), "daemon_builds": "100"}})
 		if err != nil {
 			return affinity, random, err
 		}
