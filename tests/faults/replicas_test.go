@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -45,42 +46,30 @@ func deliver(t *testing.T, f *stack.Function, body []byte, callID string) (wait 
 	}
 }
 
-// follow is deliver to a replica that finds the build running, and returns when it has
+// stream is deliver for a stream. found gets true once the stream says that the replica has
+// found the build running, and false when the stream has ended.
+func stream(t *testing.T, f *stack.Function, body []byte, callID string, found chan<- bool) (wait func() client.Answer) {
+	follows := sync.OnceFunc(func() { found <- true })
+	return stack.Later(t, func(ctx context.Context) (client.Answer, error) {
+		defer func() { found <- false }()
+		return f.PostEach(ctx, body, func(r client.Record) {
+			if strings.Contains(strings.Join(r.Log, "\n"), "following it") {
+				follows()
+			}
+		}, client.Queued(callID), client.Accept(client.NDJSON))
+	})
+}
+
+// follow is stream to a replica that finds the build running, and returns when it has
 // found it.
 func follow(t *testing.T, f *stack.Function, body []byte, callID string) (wait func() client.Answer) {
 	t.Helper()
-	req := delivery(t, f, body, callID)
-	req.Header.Set("Accept", client.NDJSON)
-	following, ended := make(chan struct{}), make(chan struct{})
-	found := sync.OnceFunc(func() { close(following) })
-	var a client.Answer
-	var err error
-	go func() {
-		defer close(ended)
-		var resp *http.Response
-		if resp, err = f.Send(req); err != nil {
-			return
-		}
-		defer resp.Body.Close()
-		a, err = client.Read(resp, func(r client.Record) {
-			if strings.Contains(strings.Join(r.Log, "\n"), "following it") {
-				found()
-			}
-		})
-	}()
-	select {
-	case <-following:
-	case <-ended:
-		t.Fatalf("it followed nothing: %v, %v", a, err)
+	found := make(chan bool, 2)
+	wait = stream(t, f, body, callID, found)
+	if !<-found {
+		t.Fatalf("it followed nothing: %v", wait())
 	}
-	return func() client.Answer {
-		t.Helper()
-		<-ended
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a
-	}
+	return wait
 }
 
 // replicas are two functions that know nothing of each other.
@@ -143,13 +132,19 @@ func TestReplicaFollows(t *testing.T) {
 	}
 }
 
-// TestReplicasAtOnce delivers to both at the same moment.
+// TestReplicasAtOnce delivers to both at the same moment. The step goes on until one of them has
+// found what the other builds, however late that is.
 func TestReplicasAtOnce(t *testing.T) {
 	t.Parallel()
 	s, _, one, two := replicas(t)
 	for range 5 {
-		body, repository, m := queued(t, s, time.Second)
-		first, second := deliver(t, one, body, m), deliver(t, two, body, m)
+		body, repository, m := queued(t, s, 5*time.Minute)
+		found := make(chan bool, 4)
+		first, second := stream(t, one, body, m, found), stream(t, two, body, m, found)
+		if !<-found && !<-found {
+			t.Fatalf("neither follows the other: %v, %v", first(), second())
+		}
+		release(t, m)
 		a, other := first(), second()
 		a.WantSuccess(t)
 		other.WantSuccess(t)
