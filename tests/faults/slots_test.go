@@ -113,10 +113,6 @@ func TestUploadWait(t *testing.T) {
 	}})
 	small, large := request(t, local(), "FROM busybox", "RUN : "+mark()), layered(t, local(), 2<<20)
 	mustSend(t, f, small, jsonForm).WantSuccess(t)
-	ctx, leave := context.WithCancel(testContext(t))
-	defer leave()
-	strangers(ctx, t, f, 1, 1<<20)
-
 	ways := [][2]string{{}, {"Accept", client.NDJSON}, {"Accept", client.SSE}, {"X-Callback-Url", "http://127.0.0.1:1/"}, {"User-Agent", "openfaas-ce/queue-worker"}}
 	post := func(way [2]string, body []byte, signature string) (client.Answer, error) {
 		var changes []client.Change
@@ -128,59 +124,83 @@ func TestUploadWait(t *testing.T) {
 		}
 		return f.Post(testContext(t), body, changes...)
 	}
-	for _, way := range ways {
-		a, err := post(way, small, "")
-		if err != nil {
-			t.Fatal(err)
+	// round returns what it has to say, while the stranger has the slot.
+	round := func(leave func()) (said []string) {
+		t.Helper()
+		for _, way := range ways {
+			a, err := post(way, small, "")
+			// A slot for it would be waited for for 30 s.
+			if err != nil || a.Status != "success" || a.Took > 15*time.Second {
+				said = append(said, fmt.Sprintf("%v: a small body needs no slot, got %v, %v", way, a, err))
+			}
 		}
-		a.WantSuccess(t)
-		// A slot for it would be waited for for 30 s.
-		if a.Took > 15*time.Second {
-			t.Errorf("%v: a small body waited %v for a slot that it does not need", way, a.Took)
+		// Whether the signature is right is not known yet.
+		var mu sync.Mutex
+		var waits sync.WaitGroup
+		for _, way := range ways {
+			for _, signature := range []string{"", wrongSignature} {
+				waits.Go(func() {
+					a, err := post(way, large, signature)
+					if err != nil || a.Code != "busy" || a.StatusCode != http.StatusTooManyRequests || a.Took < 25*time.Second || a.Took > patience(40*time.Second) {
+						mu.Lock()
+						defer mu.Unlock()
+						said = append(said, fmt.Sprintf("%v: want busy after 30s, got %v, %v", way, a, err))
+					}
+				})
+			}
 		}
-	}
-	// Whether the signature is right is not known yet.
-	var waits sync.WaitGroup
-	for _, way := range ways {
-		for _, signature := range []string{"", wrongSignature} {
-			waits.Go(func() {
-				a, err := post(way, large, signature)
-				if err != nil {
-					t.Errorf("%v: %v", way, err)
-					return
-				}
-				if a.Code != "busy" || a.StatusCode != http.StatusTooManyRequests || a.Took < 25*time.Second || a.Took > patience(40*time.Second) {
-					t.Errorf("%v: want busy after 30s, got %v", way, a)
-				}
-			})
-		}
-	}
-	waits.Wait()
+		waits.Wait()
 
-	wait := background(t, f, large, client.NDJSON)
-	time.Sleep(time.Second)
-	leave()
-	a := wait()
-	a.WantSuccess(t)
-	if a.Took < time.Second {
-		t.Errorf("built after %v, while the slot was taken", a.Took)
+		answered := make(chan struct{})
+		wait := stack.Later(t, func(ctx context.Context) (client.Answer, error) {
+			defer close(answered)
+			return f.Post(ctx, large, client.Accept(client.NDJSON))
+		})
+		select {
+		case <-answered:
+			said = append(said, fmt.Sprintf("built while the slot was taken: %v", wait()))
+		case <-time.After(time.Second):
+		}
+		leave()
+		wait().WantSuccess(t)
+		return said
+	}
+	for n := 1; ; n++ {
+		ctx, leave := context.WithCancel(testContext(t))
+		ends := strangers(ctx, t, f, 1, 1<<20)
+		said := round(leave)
+		// A stranger whom the machine keeps from sending for some seconds is slow: others get
+		// its slot.
+		if end := <-ends; end != "held" && n < 3 {
+			t.Logf("again: the stranger lost its slot, %s", end)
+			continue
+		} else if end != "held" {
+			t.Fatalf("the stranger lost its slot three times, at last with %s", end)
+		}
+		for _, text := range said {
+			t.Error(text)
+		}
+		return
 	}
 }
 
 // strangers has n of them hold upload slots until ctx ends: each sends more than is
-// read without a slot, and goes on at rate bytes a second.
-func strangers(ctx context.Context, t *testing.T, f *stack.Function, n, rate int) {
+// read without a slot, and goes on at rate bytes a second. ends gets how each has ended, "held"
+// if ctx ended it.
+func strangers(ctx context.Context, t *testing.T, f *stack.Function, n, rate int) (ends <-chan string) {
 	t.Helper()
 	h := whole("", make([]byte, 150*rate)) // more than a test lasts
 	h.rate = rate
 	connected := make(chan net.Conn, n)
 	h.connected = func(conn net.Conn) { connected <- conn }
+	ended := make(chan string, n)
 	for range n {
-		go h.sendOne(ctx, f)
+		go func() { ended <- h.sendOne(ctx, f) }()
 	}
 	for range n {
 		waitSlot(t, <-connected)
 	}
+	return ended
 }
 
 // waitSlot returns once an upload has its slot: what has been sent is read to its end,
