@@ -168,10 +168,13 @@ func waitIdle(t *testing.T, f *stack.Function) time.Duration {
 }
 
 // logged is the function's log lines about ended builds, the last one last. A verdict
-// is given before its line is written, so what has begun gets some time to be there.
+// is counted before it is given, and given before its line is written: what has been counted
+// or has begun gets some time to be there.
 func logged(t *testing.T, f *stack.Function) (ended []map[string]any) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		total, _ := f.Metric("builder_builds_total") // an error before the first build is counted
+		counted := int(total)
 		text, err := f.Log()
 		if err != nil {
 			t.Fatal(err)
@@ -190,7 +193,7 @@ func logged(t *testing.T, f *stack.Function) (ended []map[string]any) {
 				ended = append(ended, fields)
 			}
 		}
-		if started > 0 && len(ended) >= started || time.Now().After(deadline) {
+		if counted > 0 && len(ended) >= max(started, counted) || time.Now().After(deadline) {
 			return ended
 		}
 	}

@@ -407,6 +407,13 @@ func TestDaemonUnwell(t *testing.T) {
 		if err := b.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
+		stack.Eventually(t, patience(5*time.Second), func() error {
+			if conn, err := net.Dial("tcp", host(b)); err == nil {
+				conn.Close()
+				return errors.New("it still takes connections")
+			}
+			return nil
+		})
 	}, true}
 	for _, tt := range []struct {
 		name      string
