@@ -64,7 +64,8 @@ func TestPartition(t *testing.T) {
 	}
 }
 
-// TestLeaderKilled kills the leader of the logs' stream three times under two followers.
+// TestLeaderKilled kills the leader of the logs' stream three times under two followers. The others
+// choose a new one, and the followers go on before the dead server is back.
 func TestLeaderKilled(t *testing.T) {
 	t.Parallel()
 	servers := start(t, stack.NATSConfig{Servers: 3})
@@ -76,7 +77,10 @@ func TestLeaderKilled(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		n := leader(t, servers, jetstream.LogStream)
 		n.Kill()
-		time.Sleep(8 * time.Second)
+		during := l.lines() + 1
+		for _, f := range followers {
+			f.reaches(t, during)
+		}
 		if err := n.Restart(recordstest.Context(t)); err != nil {
 			t.Fatal(err)
 		}
@@ -86,9 +90,6 @@ func TestLeaderKilled(t *testing.T) {
 	recordstest.Known(t, b, l.ref, isSuccess)
 	for _, f := range followers {
 		f.wait(t, l, false)
-		if f.silence > 15*time.Second {
-			t.Errorf("a follower heard nothing for %v", f.silence)
-		}
 	}
 	t.Logf("the slowest call took %v", l.worst)
 	if l.worst > quick {
@@ -102,7 +103,7 @@ func TestLeaderKilled(t *testing.T) {
 // manager returns a connection to the servers' streams.
 func manager(t *testing.T, servers []*stack.NATS) js.JetStream {
 	t.Helper()
-	conn, err := nats.Connect(urls(servers))
+	conn, err := nats.Connect(urls(servers), patient)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,9 +138,25 @@ func leader(t *testing.T, servers []*stack.NATS, stream string) *stack.NATS {
 }
 
 // TestNodeFrozen freezes the server of a cluster that a replica is connected to. The replica finds
-// another one before it is taken for dead.
+// another one before it is taken for dead. That takes most of the time that it has, so a round in
+// which the replica itself stood still says nothing.
 func TestNodeFrozen(t *testing.T) {
 	t.Parallel()
+	for rounds := 1; ; rounds++ {
+		lost, still := nodeFrozen(t)
+		if lost == 0 {
+			return
+		}
+		if still < quick || rounds == 3 {
+			t.Fatalf("round %d: %d builds were found lost, and the replica stood still for %v at most", rounds, lost, still)
+		}
+		t.Logf("round %d: %d builds were found lost, of a replica that stood still for %v", rounds, lost, still)
+	}
+}
+
+// nodeFrozen is a round of TestNodeFrozen. It returns how many builds were found lost, and the longest
+// time for which this process, which has the replicas, stood still.
+func nodeFrozen(t *testing.T) (lost uint64, still time.Duration) {
 	servers := start(t, stack.NATSConfig{Servers: 3})
 	first := func(i int) func(*jetstream.Options) {
 		return func(o *jetstream.Options) {
@@ -157,19 +174,24 @@ func TestNodeFrozen(t *testing.T) {
 	}
 	time.Sleep(25 * time.Second)
 	reachable(t, a)
-	if rec := recordstest.Known(t, b, l.ref, recordstest.Any); !rec.Running() {
-		t.Errorf("the build is %+v", rec)
-	}
+	rec := recordstest.Known(t, b, l.ref, recordstest.Any)
 	if err := servers[0].Thaw(); err != nil {
 		t.Fatal(err)
 	}
 	l.end()
+	if lost = a.Stats().Lost + b.Stats().Lost; lost > 0 {
+		return lost, l.ran.longest()
+	}
+	if !rec.Running() {
+		t.Errorf("the build is %+v", rec)
+	}
 	recordstest.Known(t, b, l.ref, isSuccess)
 	f.wait(t, l, false)
 	t.Logf("the slowest call took %v", l.worst)
-	if n := a.Stats().Lost + b.Stats().Lost; n != 0 || l.worst > quick {
-		t.Errorf("%d builds were found lost, and a call took %v", n, l.worst)
+	if l.worst > quick {
+		t.Errorf("a call took %v", l.worst)
 	}
+	return a.Stats().Lost + b.Stats().Lost, l.ran.longest()
 }
 
 // TestAllFrozen freezes all servers of a cluster for 30 s. A replica goes from one to the next, and

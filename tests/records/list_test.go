@@ -20,13 +20,13 @@ import (
 // for at once, and one that is larger alone.
 func TestLargeRecords(t *testing.T) {
 	t.Parallel()
-	const most = 4 << 20
+	const most, count = 4 << 20, 28
 	servers := start(t, stack.NATSConfig{More: "max_payload: 8MB"})
 	s := opened(t, servers, nil)
 	want := make(map[string]int)
-	for i := range 40 {
+	for i := range count {
 		size := 300 << 10
-		if i == 20 {
+		if i == count/2 {
 			size = most + 1<<20
 		}
 		id := fmt.Sprintf("b%d", i)
@@ -36,12 +36,7 @@ func TestLargeRecords(t *testing.T) {
 		verdict.Tags = []string{strings.Repeat("t", size)}
 		b.End(verdict)
 	}
-	recordstest.Eventually(t, func() error {
-		if st := s.Stats(); st.Pending > 0 {
-			return fmt.Errorf("%d bytes are pending", st.Pending)
-		}
-		return nil
-	})
+	stored(t, s)
 	// Another process: it has no builds of its own to list.
 	other := opened(t, servers, nil)
 	x := newStranger(t, servers)
@@ -59,7 +54,7 @@ func TestLargeRecords(t *testing.T) {
 		}
 	}
 	asked := x.heard("$JS.API.CONSUMER.MSG.NEXT.", "")
-	if len(asked) < 40*300<<10/most {
+	if len(asked) < count*300<<10/most {
 		t.Errorf("the server was asked %d times", len(asked))
 	}
 	for _, m := range asked {

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"handler/function/records"
 	"handler/function/records/jetstream"
 	"handler/function/records/recordstest"
@@ -20,6 +22,10 @@ import (
 
 // root is the secret of all stores here.
 var root = []byte("a root secret of the tests")
+
+// patient has a test's own connection wait for longer than the 2 s of the library, which a busy
+// machine may need.
+var patient = nats.Timeout(recordstest.Timeout)
 
 // binary returns the path of a server.
 func binary(t testing.TB, oldest bool) string {
