@@ -306,7 +306,7 @@ func useAll(t *testing.T, a, b records.Store) {
 	t.Helper()
 	ctx := recordstest.Context(t)
 	ref := records.Ref{Tenant: "acme", ID: "running"}
-	stopped := make(chan string, 1)
+	stopped := make(chan string, 9) // of each try
 	running := a.Begin(records.Record{Tenant: ref.Tenant, ID: ref.ID, Began: time.Now()}, func(by string) { stopped <- by })
 	running.Log("one")
 	recordstest.Known(t, b, ref, recordstest.Any)
@@ -319,7 +319,7 @@ func useAll(t *testing.T, a, b records.Store) {
 		followed <- err
 	}()
 	stop := records.Cancellation{Ref: ref, By: "an operator", Once: "a signature"}
-	if r, err := b.Cancel(ctx, stop); err != nil || !r.Running() {
+	if r, err := recordstest.Stop(t, b, &stop); err != nil || !r.Running() {
 		t.Errorf("stopping the other's build: %+v, %v", r, err)
 	}
 	if _, err := b.Cancel(ctx, stop); !errors.Is(err, records.ErrUsed) {

@@ -34,7 +34,7 @@ func newStranger(t *testing.T, servers []*stack.NATS) *stranger {
 	t.Helper()
 	x := &stranger{t: t}
 	var err error
-	if x.conn, err = nats.Connect(urls(servers)); err != nil {
+	if x.conn, err = nats.Connect(urls(servers), patient); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(x.conn.Close)
@@ -110,13 +110,17 @@ func TestHostile(t *testing.T) {
 			return nil
 		})
 	}
-	if _, err := b.Cancel(recordstest.Context(t), records.Cancellation{Ref: ref("canary-bad"), By: "canary-key", Once: "canary-signature"}); err != nil {
+	stop := records.Cancellation{Ref: ref("canary-bad"), By: "canary-key", Once: "canary-signature"}
+	if _, err := recordstest.Stop(t, b, &stop); err != nil {
 		t.Fatal(err)
 	}
 	select {
 	case <-stopped:
 	case <-time.After(recordstest.Timeout):
 		t.Fatal("its process has not been told to stop it")
+	}
+	for len(stopped) > 0 { // by tries whose answers were late
+		<-stopped
 	}
 	verdict := recordstest.Success()
 	verdict.Image, verdict.ImageName = "registry.example.com/canary-image", "registry.example.com/canary-image"
@@ -126,12 +130,14 @@ func TestHostile(t *testing.T) {
 	recordstest.Known(t, b, ref("canary-bad"), recordstest.Ended)
 	good.Update(func(*records.Record) {})
 
-	var success, failure *nats.Msg
-	ends := x.heard("builder.rec.", ".e")
-	if len(ends) != 2 {
-		t.Fatalf("it has heard %d verdicts", len(ends))
-	}
-	success, failure = ends[0], ends[1]
+	var ends []*nats.Msg
+	recordstest.Eventually(t, func() error {
+		if ends = x.heard("builder.rec.", ".e"); len(ends) != 2 {
+			return fmt.Errorf("it has heard %d verdicts", len(ends))
+		}
+		return nil
+	})
+	success, failure := ends[0], ends[1]
 	for _, tt := range []struct {
 		name string
 		do   func()
@@ -187,7 +193,7 @@ func TestHostile(t *testing.T) {
 						}
 						return nil
 					}} {
-					rec, err := s.Get(recordstest.Context(t), ref(id))
+					rec, err := recordstest.Reached(t, func() (records.Record, error) { return s.Get(recordstest.Context(t), ref(id)) })
 					if err == nil {
 						err = check(rec)
 					}
@@ -212,7 +218,8 @@ func TestHostile(t *testing.T) {
 			}
 		})
 	}
-	if _, err := b.Cancel(recordstest.Context(t), records.Cancellation{Ref: ref("canary-open"), By: "k", Once: "canary-signature"}); !errors.Is(err, records.ErrUsed) {
+	stop.Ref = ref("canary-open")
+	if _, err := recordstest.Reached(t, func() (records.Record, error) { return b.Cancel(recordstest.Context(t), stop) }); !errors.Is(err, records.ErrUsed) {
 		t.Errorf("a signature that was used: %v", err)
 	}
 
@@ -242,7 +249,8 @@ func TestHostile(t *testing.T) {
 			t.Fatal(err)
 		}
 		x.conn.Flush()
-		if rec, err := b.Cancel(recordstest.Context(t), records.Cancellation{Ref: ref("canary-other"), By: "k"}); !errors.Is(err, records.ErrOwnerUnreachable) {
+		other := records.Cancellation{Ref: ref("canary-other"), By: "k"}
+		if rec, err := recordstest.Reached(t, func() (records.Record, error) { return b.Cancel(recordstest.Context(t), other) }); !errors.Is(err, records.ErrOwnerUnreachable) {
 			t.Errorf("an answer of %d bytes was taken for the owner's: %+v, %v", len(answer), rec, err)
 		}
 		sub.Unsubscribe()
@@ -323,15 +331,20 @@ func TestRoots(t *testing.T) {
 	if lines, _ := recordstest.ReadLog(t, b, records.Ref{Tenant: "acme", ID: "across"}, 0, true); len(lines) != 2 {
 		t.Errorf("the log is %v", lines)
 	}
-	page, err := b.List(context.Background(), records.Query{Tenant: "acme", Limit: 10})
-	if err != nil || len(page.Builds) != 3 {
-		t.Errorf("the list has %d builds, %v", len(page.Builds), err)
-	}
+	recordstest.Eventually(t, func() error {
+		page, err := b.List(recordstest.Context(t), records.Query{Tenant: "acme", Limit: 10})
+		if err == nil && len(page.Builds) != 3 {
+			err = fmt.Errorf("the list has %d builds", len(page.Builds))
+		}
+		return err
+	})
 	recordstest.Known(t, b, records.Ref{Tenant: "acme", ID: "done", Attempt: 2}, isSuccess)
 
 	c := opened(t, servers, roots("new"))
 	recordstest.Known(t, c, records.Ref{Tenant: "acme", ID: "done"}, isSuccess)
-	if _, err := c.Get(recordstest.Context(t), records.Ref{Tenant: "acme", ID: "across"}); !errors.Is(err, records.ErrNotFound) {
+	if _, err := recordstest.Reached(t, func() (records.Record, error) {
+		return c.Get(recordstest.Context(t), records.Ref{Tenant: "acme", ID: "across"})
+	}); !errors.Is(err, records.ErrNotFound) {
 		t.Errorf("without the old line: %v", err)
 	}
 	time.Sleep(15 * time.Second) // nor does it find lost what it cannot read

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -103,6 +104,60 @@ func Known(t testing.TB, s records.Store, ref records.Ref, check func(records.Re
 	return rec
 }
 
+// Reached calls until the store can be reached, three times at most. A store has a few seconds for an
+// answer, which a busy machine may need, and says ErrUnknown afterwards. unsure are other errors of
+// which a later try may tell more: for Cancel, ErrOwnerUnreachable.
+func Reached[T any](t testing.TB, call func() (T, error), unsure ...error) (v T, err error) {
+	t.Helper()
+	unsure = append(unsure, records.ErrUnknown)
+	for try := 1; ; try++ {
+		v, err = call()
+		if try == 3 || !slices.ContainsFunc(unsure, func(e error) bool { return errors.Is(err, e) }) {
+			return v, err
+		}
+		t.Logf("try %d: %v", try, err)
+		time.Sleep(time.Second)
+	}
+}
+
+// Stop is s.Cancel for a build that runs. It calls again if the owner has not answered in time: with
+// another Once, since the one before may be used up. It changes c.Once to the one that counted.
+func Stop(t testing.TB, s records.Store, c *records.Cancellation) (records.Record, error) {
+	t.Helper()
+	once := c.Once
+	tries := 0
+	return Reached(t, func() (records.Record, error) {
+		if tries++; tries > 1 && once != "" {
+			c.Once = fmt.Sprint(once, "-", tries)
+		}
+		return s.Cancel(Context(t), *c)
+	}, records.ErrOwnerUnreachable)
+}
+
+// get is s.Get of a store that can be reached.
+func get(t testing.TB, s records.Store, ref records.Ref) (records.Record, error) {
+	t.Helper()
+	return Reached(t, func() (records.Record, error) { return s.Get(Context(t), ref) })
+}
+
+// find is s.Find of a store that can be reached.
+func find(t testing.TB, s records.Store, tenant, id, request string) (records.Record, error) {
+	t.Helper()
+	return Reached(t, func() (records.Record, error) { return s.Find(Context(t), tenant, id, request) })
+}
+
+// cancel is s.Cancel of a store that can be reached, without a build to stop.
+func cancel(t testing.TB, s records.Store, c records.Cancellation) (records.Record, error) {
+	t.Helper()
+	return Reached(t, func() (records.Record, error) { return s.Cancel(Context(t), c) })
+}
+
+// everywhere is s.Everywhere of a store that can be reached.
+func everywhere(t testing.TB, s records.Store, id string) ([]records.Record, error) {
+	t.Helper()
+	return Reached(t, func() ([]records.Record, error) { return s.Everywhere(Context(t), id) })
+}
+
 // Any is a check of Known that wants nothing more.
 func Any(records.Record) error { return nil }
 
@@ -163,27 +218,27 @@ func testTenants(t *testing.T, open Open) {
 	}
 	running := Begin(a, "acme", "running")
 	Known(t, b, records.Ref{Tenant: "acme", ID: "running"}, Any)
-	all, err := b.Everywhere(Context(t), "same")
+	all, err := everywhere(t, b, "same")
 	if err != nil || len(all) != 2 || all[0].Tenant == all[1].Tenant {
 		t.Errorf("everywhere: %+v, %v", all, err)
 	}
-	if _, err := b.Everywhere(Context(t), "never"); !errors.Is(err, records.ErrNotFound) {
+	if _, err := everywhere(t, b, "never"); !errors.Is(err, records.ErrNotFound) {
 		t.Errorf("a build that never was, everywhere: %v", err)
 	}
 	if err := b.Forget(Context(t), "acme"); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []records.Store{a, b} {
-		if _, err := s.Get(Context(t), records.Ref{Tenant: "acme", ID: "same"}); !errors.Is(err, records.ErrNotFound) {
+		if _, err := get(t, s, records.Ref{Tenant: "acme", ID: "same"}); !errors.Is(err, records.ErrNotFound) {
 			t.Errorf("a forgotten build: %v", err)
 		}
-		if _, err := s.Get(Context(t), records.Ref{Tenant: "other", ID: "same"}); err != nil {
+		if _, err := get(t, s, records.Ref{Tenant: "other", ID: "same"}); err != nil {
 			t.Errorf("the other tenant's build: %v", err)
 		}
 		if lines, _ := ReadLog(t, s, records.Ref{Tenant: "other", ID: "same"}, 0, true); lines[1] != "other" {
 			t.Errorf("the other tenant's log is %v", lines)
 		}
-		if rec, err := s.Get(Context(t), records.Ref{Tenant: "acme", ID: "running"}); err != nil || !rec.Running() {
+		if rec, err := get(t, s, records.Ref{Tenant: "acme", ID: "running"}); err != nil || !rec.Running() {
 			t.Errorf("the running build: %+v, %v", rec, err)
 		}
 	}
