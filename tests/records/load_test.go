@@ -2,6 +2,7 @@ package records
 
 import (
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -44,20 +45,24 @@ func TestElsewhere(t *testing.T) {
 	told(a, "map[other:1] map[tcp://one:1234:1 tcp://two:1234:1] true")
 	told(b, "map[acme:1] map[tcp://one:1234:2] true")
 
-	// A change is told at once, and not with the next heartbeat.
-	const times = 5
-	var took time.Duration
-	for range times {
+	// A change is told at once, and not with the next heartbeat, which comes 2 s after the one before.
+	// A busy machine may be late with a few of them.
+	var took []time.Duration
+	change := func(change func(*records.Record), want string) {
+		t.Helper()
 		began := time.Now()
-		waits.Update(has)
-		told(b, "map[acme:2] map[tcp://one:1234:2] true")
-		waits.Update(func(r *records.Record) { r.Building = false })
-		told(b, "map[acme:1] map[tcp://one:1234:2] true")
-		took += time.Since(began)
+		waits.Update(change)
+		told(b, want)
+		took = append(took, time.Since(began))
 	}
-	t.Logf("a change is told within %v", took/(2*times))
-	if took > 2*times*time.Second {
-		t.Errorf("%d changes were told after %v", 2*times, took)
+	for range 5 {
+		change(has, "map[acme:2] map[tcp://one:1234:2] true")
+		change(func(r *records.Record) { r.Building = false }, "map[acme:1] map[tcp://one:1234:2] true")
+	}
+	slices.Sort(took)
+	t.Logf("a change is told within %v", took)
+	if took[len(took)/2] > time.Second {
+		t.Errorf("the changes were told after %v", took)
 	}
 
 	// A new process is not certain that it has heard all before it has listened for as long as
@@ -65,7 +70,7 @@ func TestElsewhere(t *testing.T) {
 	// that, half of the new ones would wait for a second and more.
 	const fresh = 8
 	var c *jetstream.Store
-	began := time.Now()
+	took = nil
 	for range fresh {
 		c = open(t, servers, nil)
 		opened := time.Now()
@@ -79,17 +84,21 @@ func TestElsewhere(t *testing.T) {
 			}
 			return nil
 		})
+		took = append(took, time.Since(opened))
 	}
-	took = time.Since(began)
-	t.Logf("a new process has been told after %v", took/fresh)
-	if took > fresh*time.Second {
-		t.Errorf("%d new processes were told after %v", fresh, took)
+	slices.Sort(took)
+	t.Logf("a new process has been told after %v", took)
+	if took[fresh/2] > time.Second {
+		t.Errorf("the new processes were told after %v", took)
 	}
 	told(c, "map[acme:1 other:1] map[tcp://one:1234:3 tcp://two:1234:1] true")
 	for i, s := range []*jetstream.Store{a, c} {
-		if l := s.Elsewhere(); l.Others != fresh+1 {
-			t.Errorf("store %d hears %d others", i, l.Others)
-		}
+		recordstest.Eventually(t, func() error {
+			if l := s.Elsewhere(); l.Others != fresh+1 {
+				return fmt.Errorf("store %d hears %d others", i, l.Others)
+			}
+			return nil
+		})
 	}
 
 	builds.End(recordstest.Success())
