@@ -127,18 +127,37 @@ func TestLoadOfReplicas(t *testing.T) {
 		t.Error("a queued build is in no history")
 	}
 
-	m, n := mark(), mark()
-	first := background(t, &h.a.Client, request(m, held(m)))
-	waitStep(t, m)
-	second := background(t, &h.b.Client, request(n, held(n)))
-	waitStep(t, n)
-	release(t, m)
-	release(t, n)
-	first().WantSuccess(t)
-	second().WantSuccess(t)
-	// All before it were alone, and had the first daemon.
-	if n, err := h.b.Metric("builder_placements_total", `choice="full"`); err != nil || n != 1 {
-		t.Errorf("%v builds went on because the first daemon had its share: %v", n, err)
+	// The first daemon is everyone's choice while it is free. A replica that has not heard of the other's
+	// build yet, within a tenth of a second on a free machine, does not know that it is full.
+	full := func() float64 {
+		t.Helper()
+		n, err := h.b.Metric("builder_placements_total", `choice="full"`)
+		if err != nil && !strings.Contains(err.Error(), "there is no metric") { // before the first
+			t.Fatal(err)
+		}
+		return n
+	}
+	pair := func() (m, n string, went float64) {
+		t.Helper()
+		m, n = mark(), mark()
+		first := background(t, &h.a.Client, request(m, held(m)))
+		waitStep(t, m)
+		before := full()
+		second := background(t, &h.b.Client, request(n, held(n)))
+		waitStep(t, n)
+		went = full() - before
+		release(t, m)
+		release(t, n)
+		first().WantSuccess(t)
+		second().WantSuccess(t)
+		return m, n, went
+	}
+	m, n, went := pair()
+	for tries := 1; went != 1; m, n, went = pair() {
+		if tries++; tries > 3 {
+			t.Fatalf("%v builds went on because the first daemon had its share", went)
+		}
+		t.Logf("%v builds went on because the first daemon had its share", went)
 	}
 	if h.remembers(t, ctx, m) || h.remembers(t, ctx, n) {
 		t.Error("the builds are in a history")
@@ -169,9 +188,20 @@ func (h *house) remembers(t *testing.T, ctx context.Context, label string) bool 
 }
 
 // TestLostWithDigest kills a replica that has two builds of a queue. One was pushed before the
-// replica could say so, and one was not.
+// replica could say so, and one was not. The other replica has 3 s to ask the daemon what became of
+// them. A round in which it says that they were not enough says nothing else.
 func TestLostWithDigest(t *testing.T) {
 	t.Parallel()
+	for rounds := 1; !lostWithDigest(t); rounds++ {
+		if rounds == 3 {
+			t.Fatal("lost builds could not be looked up, three times")
+		}
+	}
+}
+
+// lostWithDigest is a round of TestLostWithDigest. It returns false if the daemon was not asked in time.
+func lostWithDigest(t *testing.T) bool {
+	t.Helper()
 	h := newHouse(t, stack.FunctionConfig{})
 	connected(t, &h.a.Client)
 	connected(t, &h.b.Client)
@@ -204,12 +234,16 @@ func TestLostWithDigest(t *testing.T) {
 	}
 	isLost := func(a client.Answer) bool { return a.Status == "failed" }
 	a, _ := waitRecord(t, &h.b.Client, m, isLost)
+	other, _ := waitRecord(t, &h.b.Client, n, isLost)
+	if log, err := h.b.Log(); err != nil || strings.Contains(log, "lost build not looked up") {
+		t.Logf("the builds are %v and %v; %v", a, other, err)
+		return false
+	}
 	if a.Code != "lost" || a.StatusCode != http.StatusOK || a.Digest != digest || !strings.Contains(a.Error, "pushed") {
 		t.Errorf("what was pushed is %v, want the digest %s", a, digest)
 	}
-	a, _ = waitRecord(t, &h.b.Client, n, isLost)
-	if a.Code != "lost" || a.Digest != "" || strings.Contains(a.Error, "pushed") {
-		t.Errorf("what was not pushed is %v", a)
+	if other.Code != "lost" || other.Digest != "" || strings.Contains(other.Error, "pushed") {
+		t.Errorf("what was not pushed is %v", other)
 	}
 	if got := digestOf(t, h.a.Images+"/"+strings.ToLower(n)+":v1"); got != old || old == "" {
 		t.Errorf("its tag has %s, want %s", got, old)
@@ -220,6 +254,7 @@ func TestLostWithDigest(t *testing.T) {
 	if again.Digest != digest || strings.Contains(fmt.Sprint(again.Log), "RUN sleep") {
 		t.Errorf("delivered again: %v", again)
 	}
+	return true
 }
 
 // digestOf is the digest under a tag; empty if there is none.

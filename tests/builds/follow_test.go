@@ -1,7 +1,9 @@
 package builds
 
 import (
+	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -22,9 +24,9 @@ func TestFollow(t *testing.T) {
 	request := body(t, h.a, m, "FROM busybox", "RUN echo before", held(m), "RUN seq 1 2000; echo ümlaut; printf 'no newline'; : "+m)
 	built := background(t, &h.a.Client, request, named(m))
 	waitStep(t, m)
-	if b := record(t, &h.b.Client, m); b.Status != "in_progress" || b.Attempt != 1 || b.Queued || b.Image != h.a.Images+"/"+strings.ToLower(m)+":v1" {
-		t.Errorf("meanwhile: %+v", b)
-	}
+	waitRecord(t, &h.b.Client, m, func(a client.Answer) bool {
+		return a.Status == "in_progress" && a.Build.Attempt == 1 && !a.Build.Queued && a.Image == h.a.Images+"/"+strings.ToLower(m)+":v1"
+	})
 
 	begun, plain := follow(t, &h.b.Client, m, "follow=1")
 	_, events := follow(t, &h.b.Client, m, "follow=1", client.Accept(client.SSE))
@@ -84,22 +86,37 @@ func TestFollowMany(t *testing.T) {
 	begun, first := follow(t, &h.b.Client, m, "follow=1")
 	<-begun
 	release(t, m)
-	logs := []func() client.Log{first}
+	// These are compared as they came: to decode each line of them takes a busy machine minutes.
+	plain := func(ctx context.Context) (string, error) {
+		req, err := h.b.Ask(ctx, http.MethodGet, "/builds/"+m+"/log?follow=1")
+		if err != nil {
+			return "", err
+		}
+		a, err := h.b.Fetch(req)
+		return strings.ReplaceAll(a.Body, "{\"status\":\"in_progress\"}\n", ""), err // heartbeats
+	}
+	var others []func() string
 	for range 6 {
 		time.Sleep(150 * time.Millisecond)
-		_, wait := follow(t, &h.b.Client, m, "follow=1")
-		logs = append(logs, wait)
+		others = append(others, stack.Later(t, plain))
 	}
 	a := built()
 	a.WantSuccess(t)
 	if len(a.Log) < 100000 {
 		t.Fatalf("the caller saw %d lines", len(a.Log))
 	}
-	for i, wait := range logs {
-		l := wait()
-		wantSame(t, fmt.Sprintf("follower %d", i), l.Texts(), a.Log)
-		if l.Status != "success" || l.Build.Lines != uint64(len(a.Log)) {
-			t.Errorf("follower %d: the record at the end is %+v", i, l.Build)
+	l := first()
+	wantSame(t, "a follower", l.Texts(), a.Log)
+	if l.Status != "success" || l.Build.Lines != uint64(len(a.Log)) {
+		t.Errorf("the record at the end is %+v", l.Build)
+	}
+	later, err := plain(within(t))
+	if err != nil || strings.Count(later, "\n") != len(a.Log)+1 {
+		t.Fatalf("afterwards the log has %d lines, %v", strings.Count(later, "\n"), err)
+	}
+	for i, wait := range others {
+		if got := wait(); got != later {
+			t.Errorf("follower %d has %d lines, and they are not those that are read afterwards: %.200q", i, strings.Count(got, "\n"), got)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -105,6 +106,19 @@ func connected(t testing.TB, who *client.Client) {
 	})
 }
 
+// completeList lists builds once the replica can tell all of them. The store has a few seconds, which a
+// busy machine may need.
+func completeList(t testing.TB, c *client.Client, query string) (l client.List) {
+	t.Helper()
+	stack.Eventually(t, patience, func() error {
+		if l = c.MustList(t, within(t), query); !l.Complete {
+			return fmt.Errorf("the list is not complete: %+v", l)
+		}
+		return nil
+	})
+	return l
+}
+
 // body is a request with a Dockerfile of lines that pushes to a repository of its own.
 func body(t testing.TB, f *stack.Function, name string, dockerfile ...string) []byte {
 	t.Helper()
@@ -175,6 +189,32 @@ func waitRecord(t testing.TB, c *client.Client, id string, is func(client.Answer
 		return nil
 	})
 	return a, took
+}
+
+// stop has a replica stop a build, and wants an answer with this status. The replica gives the store
+// and the owner a second or so, which a busy machine may need. Then it says that they cannot be reached,
+// and is asked again, three times at most. The build may have been stopped all the same.
+func stop(t testing.TB, c *client.Client, path string, status int, changes ...client.Change) (a client.Answer) {
+	t.Helper()
+	for try := 1; ; try++ {
+		a = c.MustStop(t, within(t), path, changes...)
+		if a.StatusCode == status || try > 1 && a.StatusCode == http.StatusOK && a.Code == "canceled" {
+			return a
+		}
+		if try == 3 || a.Code != "owner_unreachable" && a.Code != "records_unreachable" {
+			t.Errorf("stopping %s, try %d: %v, want HTTP %d", path, try, a, status)
+			return a
+		}
+		t.Logf("stopping %s, try %d: %v", path, try, a)
+		nextSecond()
+	}
+}
+
+// nextSecond returns in the next second of the clock. Two equal requests within a second have one
+// signature, which works once.
+func nextSecond() {
+	now := time.Now()
+	time.Sleep(time.Until(now.Truncate(time.Second).Add(time.Second)))
 }
 
 // wantStopped checks a record of a build that somebody has stopped.

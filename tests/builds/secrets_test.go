@@ -154,7 +154,7 @@ func wantHidden(t *testing.T, what, text string, words ...string) {
 // in all of it, and returns how many messages there were.
 func listen(t *testing.T, server *stack.NATS) (check func(words []string) int) {
 	t.Helper()
-	conn, err := nats.Connect(server.URL)
+	conn, err := nats.Connect(server.URL, nats.Timeout(patience))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,9 +243,7 @@ func TestRootReplaced(t *testing.T) {
 		wantListed(t, who, fresh, true)
 	}
 	// A build goes on under the line that it began with, and is stopped as ever.
-	if a := b.MustStop(t, within(t), across); a.StatusCode != http.StatusAccepted {
-		t.Errorf("stopping: %v", a)
-	}
+	stop(t, b, across, http.StatusAccepted)
 	if a := built(); a.Code != "canceled" {
 		t.Errorf("its caller was told %v", a)
 	}

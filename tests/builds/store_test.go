@@ -190,7 +190,7 @@ func TestPartition(t *testing.T) {
 	if l := followed(); l.Code != "lost" {
 		t.Errorf("the follower: %v", l.Answer)
 	}
-	if l := h.b.MustList(t, within(t), "status=in_progress"); !l.Complete || len(l.Builds) != 1 || l.Builds[0].ID != n {
+	if l := completeList(t, &h.b.Client, "status=in_progress"); len(l.Builds) != 1 || l.Builds[0].ID != n {
 		t.Errorf("who is not cut off lists %+v", l)
 	}
 	unknown(t, &cut.Client, n)

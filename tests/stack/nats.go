@@ -168,7 +168,7 @@ func (n *NATS) Thaw() error   { return n.process.signal(syscall.SIGCONT) }
 
 // Subjects counts the subjects of a stream that match a filter.
 func (n *NATS) Subjects(ctx context.Context, stream, filter string) (int, error) {
-	conn, err := nats.Connect(n.URL)
+	conn, err := nats.Connect(n.URL, nats.Timeout(Patience))
 	if err != nil {
 		return 0, err
 	}
