@@ -814,7 +814,7 @@ func TestUploadsWait(t *testing.T) {
 }
 
 func TestShutdownEndsUploads(t *testing.T) {
-	const shutdown = 2 * time.Second
+	const shutdown = 10 * time.Second
 	f := start(t, &scripted{}, func(c *server.Config) {
 		c.ShutdownTimeout = shutdown
 		c.UploadGrace = time.Minute

@@ -256,7 +256,7 @@ func (c *closing) Close(ctx context.Context) error {
 func (c *closing) Follow(ctx context.Context, ref records.Ref, after uint64, wait bool) iter.Seq2[records.Line, error] {
 	return func(yield func(records.Line, error) bool) {
 		c.Store.Follow(ctx, ref, after, wait)(yield)
-		time.Sleep(200 * time.Millisecond)
+		time.Sleep(20 * time.Millisecond)
 		if ctx.Err() != nil {
 			yield(records.Line{}, context.Cause(ctx))
 		}

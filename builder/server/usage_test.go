@@ -34,7 +34,9 @@ func (f *fixture) usages(t testing.TB) (list []map[string]any) {
 // TestUsage holds the line about what a build has used.
 func TestUsage(t *testing.T) {
 	stats := solve.Stats{Steps: 5, Cached: 2, Sent: 1234, Pushed: 5678, Push: 20 * time.Millisecond}
+	end := make(chan struct{})
 	solver := &scripted{solve: func(_ context.Context, req *solve.Request, _ solve.Log) (solve.Outcome, solve.Stats, error) {
+		<-end
 		time.Sleep(50 * time.Millisecond)
 		if strings.HasSuffix(req.Config.Image, "bad") {
 			return solve.Outcome{}, solve.Stats{Steps: 1}, &api.Error{Code: api.BuildFailed, Msg: "exit code: 1"}
@@ -47,6 +49,8 @@ func TestUsage(t *testing.T) {
 	body := pack(t, `{"image":"ghcr.io/acme/app"}`)
 	first := f.sendBody(t, "acme", body, api.CallIDHeader, "call")
 	second := f.sendBody(t, "acme", body, api.CallIDHeader, "call")
+	f.waiting(t, 1)
+	close(end) // the other waits for 50 ms more
 	for _, a := range []answer{ending(t, first), ending(t, second), ending(t, f.send(t, "acme", "bad")), ending(t, f.sendBody(t, "acme", pack(t, "{")))} {
 		t.Log(a.rec.Status, a.rec.Code)
 	}
