@@ -149,9 +149,9 @@ func TestRegistryStalls(t *testing.T) {
 				stalling = true
 				mu.Unlock()
 				s.stall = tt.stall
+				began := time.Now()
 				ctx, cancel := context.WithTimeoutCause(t.Context(), tt.timeout, &api.Error{Code: api.RegistryTimeout, Msg: "the caller's"})
 				defer cancel()
-				began := time.Now()
 				r, err := s.Open(ctx, "", digest)
 				if err == nil {
 					_, err = io.ReadAll(r)
