@@ -182,7 +182,7 @@ func TestShutdown(t *testing.T) {
 
 // TestReadTimeout: read_timeout bounds a body that stops arriving.
 func TestReadTimeout(t *testing.T) {
-	s := start(t, map[string]string{"read_timeout": "200ms", "healthcheck_interval": "0"})
+	s := start(t, map[string]string{"read_timeout": "2s", "healthcheck_interval": "0"})
 	body, answer := s.post(t)
 	defer body.Close()
 	select {
