@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -55,6 +56,7 @@ func open(t *testing.T, url string, allowed ...string) *tab {
 		// and nothing from anywhere else.
 		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 		chromedp.WindowSize(1280, 900),
+		chromedp.WSURLReadTimeout(3*time.Minute), // a browser starts slowly on a busy machine
 	)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
@@ -153,6 +155,12 @@ func (p *tab) until(what string, ok func() bool) {
 			p.t.Fatalf("no %s after three minutes; the page shows:\n%.2000s", what, p.text("main"))
 		}
 	}
+}
+
+// line waits for a line that a step prints.
+func (p *tab) line(text string) {
+	p.t.Helper()
+	p.until(fmt.Sprintf("line %q", text), func() bool { return slices.Contains(p.texts("#lines .l"), text) })
 }
 
 // fill types into a field of the form, as a person would replace what it holds.

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -139,15 +138,18 @@ func TestGateway(t *testing.T) {
 	shared(open(t, gateway+"/function/builder"))
 	url, _ := behind(t, f, gateway+"/function/builder", "/", nil)
 	p := open(t, url)
-	p.choose("folder", stack.Context(t, map[string]string{
-		"Dockerfile": "FROM busybox\nRUN for i in 1 2 3; do echo number $i; sleep 4; done\n",
-	}))
+	first, second := stack.Mark(), stack.Mark()
+	p.choose("folder", stack.Context(t, stack.Dockerfile("FROM busybox",
+		"RUN echo number 1; sleep 600; : "+first,
+		"RUN echo number 2; sleep 600; : "+second)))
 	p.submit(s.Registry.Image("page/gateway:v1"), f.Secret)
-	for _, line := range []string{"number 1", "number 2"} {
-		p.until(line, func() bool { return slices.Contains(p.texts("#lines .l"), line) })
+	for i, held := range []string{first, second} {
+		line := fmt.Sprint("number ", i+1)
+		p.line(line)
 		if lines := p.texts("#lines .l"); p.text("#build-title") != "Building" || lines[len(lines)-1] != line {
 			t.Errorf("%q came late: %q", line, lines)
 		}
+		stack.Release(t, held, stack.Patience)
 	}
 	p.pushed()
 }
