@@ -28,10 +28,13 @@ type refusal struct {
 	retry  bool   // there is a Retry-After
 }
 
+// The Content-Types of a request for an error as JSON, and as text.
+const askJSON, askText = "application/octet-stream", "text/plain; charset=utf-8"
+
 // check sends a request twice: the error must come as JSON, and as text.
 func (want refusal) check(t *testing.T, send func(t *testing.T, contentType string) client.Answer) {
 	t.Helper()
-	got := send(t, "application/octet-stream")
+	got := send(t, askJSON)
 	if got.StatusCode != want.status || got.Header.Get("Content-Type") != client.JSON {
 		t.Errorf("got %v of %s, want HTTP %d of JSON", got, got.Header.Get("Content-Type"), want.status)
 	}
@@ -44,7 +47,7 @@ func (want refusal) check(t *testing.T, send func(t *testing.T, contentType stri
 	}
 	checkHeaders(t, got)
 
-	got = send(t, "text/plain; charset=utf-8")
+	got = send(t, askText)
 	if got.StatusCode != want.status || !strings.HasPrefix(got.Header.Get("Content-Type"), "text/plain") {
 		t.Errorf("got %v of %s, want HTTP %d of text", got, got.Header.Get("Content-Type"), want.status)
 	}
@@ -84,7 +87,6 @@ func TestRefusals(t *testing.T) {
 		"max_config_bytes":   "64KiB",
 		"max_secrets_bytes":  "64KiB",
 		"allowed_images":     "127.0.0.1:1, " + stack.Shared(t).Registry.Image("allowed/"),
-		"build_timeout":      "10s",
 	}})
 	allowed := s.Registry.Image("allowed/app:1")
 	with := func(c config, files map[string]string) []byte {
@@ -120,7 +122,6 @@ func TestRefusals(t *testing.T) {
 		"413 secrets":       {stack.WithSecrets(t, with(config{}, copyOnly), strings.Repeat("x", 64<<10+1)), refusal{status: 413, code: "too_large", text: "com.openfaas.secrets\": over the limit of 65536 bytes"}},
 		"422 step":          {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; exit 3\n"}), refusal{status: 422, code: "build_failed", text: "exit code 3", image: allowed, log: "l: before"}},
 		"422 no Dockerfile": {with(config{}, map[string]string{"x": ""}), refusal{status: 422, code: "build_failed", text: "Dockerfile", image: allowed}},
-		"422 deadline":      {with(config{}, map[string]string{"Dockerfile": "FROM busybox\nRUN echo before; sleep 60\n"}), refusal{status: 422, code: "deadline", text: "build_timeout", image: allowed, log: "l: before"}},
 		"422 base":          {with(config{}, map[string]string{"Dockerfile": "FROM " + s.Registry.Image("not/there") + "\n"}), refusal{status: 422, code: "registry_denied", text: "not/there", image: allowed}},
 		"503 registry":      {with(config{"image": "127.0.0.1:1/app"}, copyOnly), refusal{status: 503, code: "registry_failed", text: "127.0.0.1:1", image: "127.0.0.1:1/app", retry: true}},
 	} {
@@ -148,6 +149,22 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("got %v", got)
 		}
 	})
+}
+
+// TestDeadline has a build that takes longer than build_timeout. The timeout has room for
+// the beginning of the step on a busy machine, and both requests run into it at once.
+func TestDeadline(t *testing.T) {
+	_, s, f := start(t, stack.FunctionConfig{Env: map[string]string{"build_timeout": "30s"}})
+	ref := s.Registry.Image("deadline:latest")
+	answers := make(map[string]func() client.Answer)
+	for _, contentType := range []string{askJSON, askText} {
+		body := stack.Body(t, config{"image": ref}, stack.Dockerfile("FROM busybox", "RUN echo before; sleep 600; : "+stack.Mark()))
+		answers[contentType] = stack.Later(t, func(ctx context.Context) (client.Answer, error) {
+			return f.Post(ctx, body, client.Header("Content-Type", contentType))
+		})
+	}
+	refusal{status: 422, code: "deadline", text: "build_timeout", image: ref, log: "l: before"}.check(t,
+		func(_ *testing.T, contentType string) client.Answer { return answers[contentType]() })
 }
 
 func TestBusy(t *testing.T) {
