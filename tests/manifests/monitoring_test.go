@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -64,12 +63,11 @@ func TestMonitoring(t *testing.T) {
 // are left by their client, and the codes that a function counts before any.
 func scraped(t *testing.T) (series exported, faults []string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := stack.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
-	debug := l.Addr().String()
-	l.Close()
+	debug := fmt.Sprintf("127.0.0.1:%d", port)
 	b, err := stack.Shared(t).NewBuildkitd(t.Context(), stack.BuildkitdConfig{Args: []string{"--debugaddr=" + debug}})
 	if err != nil {
 		t.Fatal(err)
