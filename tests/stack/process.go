@@ -166,9 +166,9 @@ func claim(name string) (io.Closer, error) {
 }
 
 // claimWhenFree is claim for a name that another process may have: it waits until
-// that gives it up, for as long as a test may take.
+// that gives it up, for as long as a test may take: the longest deliver fifty builds twice.
 func claimWhenFree(ctx context.Context, name string) (io.Closer, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
 	for {
 		l, err := claim(name)

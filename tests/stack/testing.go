@@ -68,7 +68,8 @@ func Shared(t testing.TB) *Stack {
 func Test(t testing.TB, c FunctionConfig) (*Stack, *Function) {
 	t.Helper()
 	s := Shared(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	// The first function is compiled, and one with a watchdog waits for others on this machine.
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	f, err := s.Function(ctx, c)
 	if err != nil {
