@@ -120,7 +120,7 @@ func TestQueuedCallWaits(t *testing.T) {
 	r := newReceiver(t)
 	m := mark()
 	long := make(chan client.Answer, 1)
-	body := request(t, s, "waits", "FROM busybox", "RUN sleep 15; : "+m)
+	body := request(t, s, "waits", "FROM busybox", stack.Held(m))
 	go func() {
 		a, err := o.Post(t.Context(), body, at("/function/builder"))
 		if err != nil {
@@ -134,6 +134,7 @@ func TestQueuedCallWaits(t *testing.T) {
 	if a := post(t, o, "/function/builder", request(t, s, "waits", "FROM busybox")); a.StatusCode != http.StatusTooManyRequests || a.Header.Get("Retry-After") == "" {
 		t.Errorf("a third: %v", a)
 	}
+	stack.Release(t, m, stack.Patience)
 	if c := r.next(t); c.StatusCode != http.StatusOK || c.Status != "success" {
 		t.Errorf("the queued one: %v", c)
 	}

@@ -208,7 +208,7 @@ func TestContextRefused(t *testing.T) {
 func TestContextExpires(t *testing.T) {
 	s := stack.Shared(t)
 	_, f := stack.Test(t, stack.FunctionConfig{Env: map[string]string{
-		"context_repository": s.Registry.Image("builder/expiring"), "context_max_age": "14s",
+		"context_repository": s.Registry.Image("builder/expiring"), "context_max_age": "30s",
 	}})
 	// Others put a signature, as cosign names it, and an image without an age there. The
 	// function deletes its own contexts all the same.
@@ -223,7 +223,7 @@ func TestContextExpires(t *testing.T) {
 	if status := sendAhead(t, &f.Client, "PUT", digest, body); status != 201 {
 		t.Fatalf("PUT: HTTP %d", status)
 	}
-	time.Sleep(8 * time.Second)
+	time.Sleep(16 * time.Second)
 	if status := sendAhead(t, &f.Client, "HEAD", digest, nil); status != 404 {
 		t.Errorf("past half its age: HTTP %d", status)
 	}
