@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -162,29 +161,32 @@ func TestReverseProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var late atomic.Int64
+	ends := make(chan time.Duration, 1)
 	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
 		r.SetURL(to)
-		r.Out.Body = &lateEnd{ReadCloser: r.Out.Body, left: r.Out.ContentLength, late: &late}
+		r.Out.Body = &lateEnd{ReadCloser: r.Out.Body, left: r.Out.ContentLength, ends: ends}
 	}})
 	t.Cleanup(proxy.Close)
 	through := f.Client
 	through.URL = proxy.URL
-	through.MustBuild(t, ctx, stack.Body(t, config{"image": s.Registry.Image("proxy:latest")}, copyOnly))
 	// post repeats a request whose end this machine noticed later than the function waits for.
 	post := func(body []byte, changes ...client.Change) client.Answer {
 		t.Helper()
 		for range 3 {
 			got, err := through.Post(ctx, body, changes...)
+			late := <-ends
 			if err == nil && got.StatusCode != http.StatusBadGateway {
 				return got
 			}
-			if late := time.Duration(late.Load()); late < 15*time.Millisecond {
+			if late < 15*time.Millisecond {
 				t.Fatalf("got %v, %v, where the body's end was noticed after %v", got, err, late)
 			}
 		}
 		t.Fatal("the body's end was noticed too late three times")
 		return client.Answer{}
+	}
+	if got := post(stack.Body(t, config{"image": s.Registry.Image("proxy:latest")}, copyOnly), client.Accept(client.NDJSON)); got.Status != "success" {
+		t.Errorf("a build: got %v", got)
 	}
 	for _, accept := range []string{client.NDJSON, client.SSE, ""} {
 		got := post(stack.Body(t, config{"image": "UPPER"}, copyOnly), client.Accept(accept))
@@ -203,21 +205,20 @@ func TestReverseProxy(t *testing.T) {
 type lateEnd struct {
 	io.ReadCloser
 	left int64
-	read time.Time     // when nothing was left
-	late *atomic.Int64 // how long after that the end was noticed, in ns
+	read time.Time            // when nothing was left
+	ends chan<- time.Duration // how long after that the end was noticed
 }
 
 func (b *lateEnd) Read(p []byte) (int, error) {
-	if b.left == 0 {
-		time.Sleep(10 * time.Millisecond)
+	if b.left > 0 {
+		n, err := b.ReadCloser.Read(p)
+		b.left -= int64(n)
+		b.read = time.Now()
+		return n, err
 	}
+	time.Sleep(10 * time.Millisecond)
 	n, err := b.ReadCloser.Read(p)
-	if b.left -= int64(n); b.left == 0 {
-		if b.read.IsZero() {
-			b.read = time.Now()
-		}
-		b.late.Store(int64(time.Since(b.read)))
-	}
+	b.ends <- time.Since(b.read)
 	return n, err
 }
 
