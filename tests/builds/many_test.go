@@ -246,10 +246,10 @@ func TestIdleMemory(t *testing.T) {
 			all *[]int64
 		}{{server.URL, &with}, {"", &without}} {
 			_, f := stack.Test(t, stack.FunctionConfig{Plain: true, Env: map[string]string{"nats_url": tt.url}})
-			// Answers take memory too, so neither is asked often.
+			// Answers take memory too, so neither is asked often. Without a server no list is complete.
 			stack.Eventually(t, patience, func() error {
 				l, err := f.Builds(within(t), "")
-				if err == nil && !l.Complete {
+				if err == nil && !l.Complete && tt.url != "" {
 					err = errors.New("the list is not complete")
 				}
 				if err != nil {
