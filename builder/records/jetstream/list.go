@@ -56,10 +56,9 @@ type scan struct {
 	page    newest          // builds that have a verdict
 	ended   map[string]bool // they, by the base of their subjects
 	open    map[string]*openBuild
-	read    int    // messages
-	asked   int    // these of them that the query asks for
-	pending uint64 // messages from the last start to the end, if they are filtered as before
-	sifted  bool   // they were filtered
+	read    int    // messages, before any were filtered
+	own     int    // those of them that are the query's tenant's, or an operator's
+	sifted  bool   // the server filters the messages
 	top     uint64 // the highest sequence that was read
 }
 
@@ -143,7 +142,6 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 	if info, err = st.records.Info(asked); err != nil || info.State.LastSeq <= sc.top {
 		return err
 	}
-	sc.pending = 0
 	return s.scanPart(asked, st, sc, sc.top+1, info.State.LastSeq+1)
 }
 
@@ -151,9 +149,6 @@ func (s *Store) scan(ctx context.Context, sc *scan) error {
 // lost could stay deaf for ever.
 func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint64) error {
 	filters := sc.filters()
-	if sifted := len(filters) > 0; sifted != sc.sifted {
-		sc.sifted, sc.pending = sifted, 0
-	}
 	c, err := st.records.CreateConsumer(ctx, js.ConsumerConfig{
 		FilterSubjects: filters, DeliverPolicy: js.DeliverByStartSequencePolicy, OptStartSeq: lo, AckPolicy: js.AckNonePolicy,
 		MemoryStorage: true, Replicas: 1, InactiveThreshold: 10 * time.Second,
@@ -163,8 +158,8 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	}
 	info := c.CachedInfo()
 	defer s.drop(st.records, info.Name)
-	left := int(int64(info.NumPending) - int64(sc.pending))
-	sc.pending = info.NumPending
+	// It may be more than there are below hi. To read some above hi again changes nothing.
+	left := int(min(info.NumPending, hi-lo))
 	for left > 0 {
 		got, at, err := sc.take(c.Fetch(min(left, scanBatch), js.FetchMaxBytes(scanBytes), js.FetchMaxWait(scanFor)))
 		if got == 0 && err == nil {
@@ -183,11 +178,13 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 
 // filters are the subjects to ask a server for, or none for all. To look for a subject takes the
 // server longer than to send a message. So it sends all where most messages are asked for: to
-// an operator, and where a tenant has most of the builds. The first part tells.
+// an operator, and where a tenant has most of the builds. The parts that were not filtered tell, and
+// once a part is filtered, the later ones are.
 func (sc *scan) filters() (subjects []string) {
-	if 2*sc.asked >= sc.read {
+	if !sc.sifted && 2*sc.own >= sc.read {
 		return nil
 	}
+	sc.sifted = true
 	for k, tenant := range sc.tenants {
 		subjects = append(subjects, "builder.rec."+k.id+"."+tenant+".*.*.*")
 	}
@@ -206,7 +203,9 @@ func (sc *scan) take(msgs js.MessageBatch, err error) (got int, at uint64, _ err
 		}
 		got, at = got+1, meta.Sequence.Stream
 		sc.top = max(sc.top, at)
-		sc.read++
+		if !sc.sifted {
+			sc.read++
+		}
 		sc.add(&message{msg.Subject(), msg.Data(), at})
 	}
 	return got, at, msgs.Error()
@@ -227,7 +226,9 @@ func (sc *scan) add(m *message) {
 	if !ok || sc.tenants != nil && sc.tenants[p.key] != p.tenant {
 		return
 	}
-	sc.asked++
+	if !sc.sifted {
+		sc.own++
+	}
 	base := strings.TrimSuffix(m.subject, "."+kind)
 	if sc.ended[base] {
 		return
