@@ -86,7 +86,8 @@ func noDaemon(cause error) error {
 //   - without an avoid: 7 s for the first daemon, 7 s for all others, 5 s for all again: 19 s
 //   - with an avoid: 7 s for all at once, since the build has waited for keepalive already;
 //     10 s if daemons begin to hang meanwhile
-//   - in addition: 2 s for a look-up, 7 s for a prefer that hangs
+//   - in addition: 2 s for a look-up, 7 s for a prefer that hangs, and loadTimeout = 2 s each for
+//     the first daemon that is slow to count its builds and for all others
 //
 // # Errors
 //
@@ -171,13 +172,14 @@ func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
 //  2. the one in fit that has the fewest; one that is too slow to count them comes last,
 //  3. the first in rest that answers.
 //
-// It asks them one after the other. Once a daemon has not answered, or from the beginning if
-// atOnce is set, it asks all that are left at once. Without a seat, err is from the last
+// It asks them one after the other. Once a daemon has not answered, or was too slow to count, or
+// from the beginning if atOnce is set, it asks all that are left at once. Without a seat, err is from the last
 // daemon that did not answer. order is the whole order, for the seat's Choice.
 func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce bool) (s *Seat, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	several := len(order) > 1
-	q := &inquiry{pool: p, daemons: slices.Concat(fit, rest), count: several, atOnce: atOnce}
+	// Without a limit, a count changes nothing.
+	q := &inquiry{pool: p, daemons: slices.Concat(fit, rest), count: several && p.cfg.Builds > 0, atOnce: atOnce}
 	q.answers = make([]chan answer, len(q.daemons))
 	defer q.end()
 	defer cancel()
@@ -202,6 +204,9 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 			return p.newSeat(d, a.conn, order), nil
 		}
 		a.release()
+		if a.builds == math.MaxInt {
+			q.atOnce = true
+		}
 		if least == nil || a.builds < fewest {
 			least, fewest = d, a.builds
 		}

@@ -49,7 +49,8 @@ func (p *Pool) Running(ctx context.Context) map[Tags]bool {
 	all := make(map[Tags]bool)
 	var mu sync.Mutex
 	p.each(ctx, func(d *Daemon, c *conn) {
-		// The error of a daemon that is gone is that of its next build, too.
+		// A daemon that is gone fails its next build too, and says why. The builds of one that is
+		// slow are counted the next time.
 		tags, _ := d.count(ctx, c)
 		mu.Lock()
 		defer mu.Unlock()
