@@ -103,7 +103,7 @@ func (r *run) follow(ctx context.Context, seat *pool.Seat, ref string) verdict {
 	updates := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { r.progress.Drain(ctx, updates) })
-	err := seat.Watch(ctx, ref, updates)
+	err := seat.Watch(ctx, ref, updates, r.limits.pause)
 	drained.Wait()
 	if err != nil {
 		return brokenOff(ctx, seat, err)
@@ -117,8 +117,9 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { a.progress.Drain(ctx, status) })
-	resp, err := a.put(ctx, status)
+	resp, err := a.put(pool.WithSolved(ctx, a.limits.pause), status)
 	drained.Wait()
+	a.limits.resume()
 	switch {
 	case err == nil:
 		a.measure(ctx, resp)

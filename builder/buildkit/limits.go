@@ -19,9 +19,13 @@ type limits struct {
 
 	mu     sync.Mutex
 	cancel context.CancelCauseFunc
-	timer  *time.Timer // of the build, later of the push; nil without a limit
-	silent *time.Timer // runs while a message is waited for; nil without a limit
-	began  time.Time   // when the push began
+	timer  *time.Timer   // of the build, later of the push; nil without a limit
+	due    time.Time     // when timer fires
+	cause  error         // that timer cancels with
+	paused bool          // timer is stopped, until resume
+	left   time.Duration // that timer has at resume; zero is no limit
+	silent *time.Timer   // runs while a message is waited for; nil without a limit
+	began  time.Time     // when the push began
 
 	told func(pushing bool) // a solve.Request.Pushing
 }
@@ -68,10 +72,43 @@ func (l *limits) start(ctx context.Context) (limited context.Context, stop func(
 
 // building starts the build's timer. The caller must hold l.mu.
 func (l *limits) building() {
-	l.timer, l.began = nil, time.Time{}
+	l.timer, l.paused, l.began = nil, false, time.Time{}
 	if l.build > 0 {
-		l.timer = time.AfterFunc(l.build, func() { l.cancel(errBuildTimeout) })
+		l.run(l.build, errBuildTimeout)
 	}
+}
+
+// run starts timer. The caller must hold l.mu.
+func (l *limits) run(d time.Duration, cause error) {
+	l.due, l.cause = time.Now().Add(d), cause
+	l.timer = time.AfterFunc(d, func() { l.cancel(cause) })
+}
+
+// pause stops the time: the daemon has ended the solve. What is left is to show its progress, at
+// the pace of its reader.
+func (l *limits) pause() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.paused || l.timer != nil && !l.timer.Stop() {
+		return // a timer that has fired has the last word
+	}
+	l.paused, l.left = true, 0
+	if l.timer != nil {
+		l.left = max(time.Until(l.due), 1)
+	}
+	if l.silent != nil {
+		l.silent.Stop()
+	}
+}
+
+// resume lets the time go on, for another attempt.
+func (l *limits) resume() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.paused && l.left > 0 {
+		l.run(l.left, l.cause)
+	}
+	l.paused = false
 }
 
 // restart gives the next attempt all of the time.
@@ -95,7 +132,7 @@ func (l *limits) Listening(yes bool) {
 	if l.silent == nil {
 		return
 	}
-	if l.silent.Stop(); yes {
+	if l.silent.Stop(); yes && !l.paused {
 		l.silent.Reset(l.stall)
 	}
 }
@@ -115,12 +152,17 @@ func (l *limits) beginPush() bool {
 		return false
 	}
 	l.began = time.Now()
+	if l.paused {
+		// The solve has ended, and the progress that tells of its push is late.
+		l.left, l.cause = l.push, errPushTimeout
+		return true
+	}
 	// A build timer that has fired has the last word.
 	if l.timer != nil && !l.timer.Stop() {
 		return true
 	}
 	if l.push > 0 {
-		l.timer = time.AfterFunc(l.push, func() { l.cancel(errPushTimeout) })
+		l.run(l.push, errPushTimeout)
 	}
 	return true
 }

@@ -64,6 +64,51 @@ func TestPushing(t *testing.T) {
 	}
 }
 
+// TestPause: while a reader takes the progress of a solve that has ended, no limit passes. The next
+// attempt has what was left.
+func TestPause(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		early bool // the push begins before the pause
+		late  bool // or during it
+		left  time.Duration
+		want  error
+	}{
+		{"building", false, false, 4 * time.Second, errBuildTimeout},
+		{"pushing", true, false, time.Second, errPushTimeout},
+		{"late word of a push", false, true, 2 * time.Second, errPushTimeout},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := &limits{build: 5 * time.Second, push: 2 * time.Second, stall: time.Second}
+				ctx, stop := l.start(t.Context())
+				defer stop()
+				if tt.early {
+					l.Pushing()
+				}
+				time.Sleep(time.Second)
+				l.pause()
+				l.Listening(true)
+				time.Sleep(time.Hour)
+				if tt.late {
+					l.Pushing()
+				}
+				time.Sleep(time.Hour)
+				l.resume()
+				l.Listening(false)
+				time.Sleep(tt.left - time.Millisecond)
+				if synctest.Wait(); ctx.Err() != nil {
+					t.Fatalf("ended early, by %v", context.Cause(ctx))
+				}
+				time.Sleep(2 * time.Millisecond)
+				if synctest.Wait(); context.Cause(ctx) != tt.want {
+					t.Errorf("ended by %v, want %v", context.Cause(ctx), tt.want)
+				}
+			})
+		})
+	}
+}
+
 // TestSilence counts the silence of a daemon only while its next message is waited for.
 func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

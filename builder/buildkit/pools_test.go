@@ -42,6 +42,8 @@ type daemon struct {
 	hidden map[string]bool   // those of them that are in no history
 	past   []string          // Refs of builds that have ended
 	made   map[string]string // the digests of some of past
+	fails  bool              // solves fail at once
+	says   int               // lines of a build's progress, each a message
 }
 
 func newDaemon(t *testing.T, name string) *daemon {
@@ -80,12 +82,16 @@ func (d *daemon) recorded() (n int) {
 func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
 	d.mu.Lock()
 	d.active[req.Ref], d.hidden[req.Ref] = true, req.Internal
+	fails := d.fails
 	d.mu.Unlock()
 	defer func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		delete(d.active, req.Ref)
 	}()
+	if fails {
+		return nil, status.Error(codes.Unknown, "process \"/bin/sh -c false\" did not complete successfully: exit code: 1")
+	}
 	select {
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -139,7 +145,19 @@ func (*daemon) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, 
 	return nil
 }
 
-func (*daemon) Status(*controlapi.StatusRequest, grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
+func (d *daemon) Status(_ *controlapi.StatusRequest, stream grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
+	d.mu.Lock()
+	says := d.says
+	d.mu.Unlock()
+	const vertex = "sha256:0000000000000000000000000000000000000000000000000000000000000001"
+	for i := range says {
+		if err := stream.Send(&controlapi.StatusResponse{
+			Vertexes: []*controlapi.Vertex{{Digest: vertex, Name: "step", Started: timestamppb.Now()}},
+			Logs:     []*controlapi.VertexLog{{Vertex: vertex, Msg: fmt.Appendf(nil, "line %d\n", i), Timestamp: timestamppb.Now()}},
+		}); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -198,6 +216,29 @@ func build(t *testing.T, s *Solver, req *solve.Request, among ...*daemon) <-chan
 		}
 	}
 	return result
+}
+
+// TestSlowReader has a solve fail at once, and its progress read for longer than BuildTimeout. The
+// build failed, and all of its log comes.
+func TestSlowReader(t *testing.T) {
+	t.Parallel()
+	d := newDaemon(t, "d")
+	d.fails, d.says = true, 10
+	const timeout = 2 * time.Second
+	s := newSolverOf(t, Config{BuildTimeout: timeout}, d)
+	var lines []string
+	_, _, err := s.solve(t.Context(), request(t, nil, "r"), contextfs.New(sample), func(some ...string) {
+		if len(lines) == 0 {
+			time.Sleep(timeout + time.Second)
+		}
+		lines = append(lines, some...)
+	})
+	if code := api.AsError(err).Code; code != api.BuildFailed {
+		t.Errorf("the build ended with %q: %v", code, err)
+	}
+	if !slices.Contains(lines, "l: line 9") {
+		t.Errorf("the log is %q", lines)
+	}
 }
 
 func TestNamedPools(t *testing.T) {

@@ -133,6 +133,7 @@ func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 		})),
 		client.WithGRPCDialOption(grpc.WithStatsHandler(c.ends)),
 		client.WithGRPCDialOption(grpc.WithChainStreamInterceptor(keepStatuses)),
+		client.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(tellSolved)),
 		// Without it, a span in a build's context reaches the daemon and its RUN steps.
 		client.WithTracerProvider(nil),
 	}

@@ -90,14 +90,15 @@ func (c *conn) record(ctx context.Context, ref string) (*Record, error) {
 }
 
 // Watch sends the progress of a build that another process began to updates, and returns
-// when the daemon has recorded its end and all progress is sent. It closes updates. It fails
-// if the daemon goes away before.
-func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus) error {
+// when the daemon has recorded its end and all progress is sent. It closes updates. It calls solved
+// when the daemon has recorded the end. It fails if the daemon goes away before.
+func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus, solved func()) error {
 	over, end := context.WithCancel(context.Background())
-	var sending sync.WaitGroup
-	defer sending.Wait()
 	defer end()
-	sending.Go(func() { s.conn.sendStatuses(ctx, over, ref, updates) })
+	sending, stop := context.WithCancel(ctx)
+	defer stop()
+	var sent sync.WaitGroup
+	sent.Go(func() { s.conn.sendStatuses(sending, over, ref, updates) })
 	ended := errors.New("the build has ended")
 	err := s.conn.listen(ctx, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
 		if r.CompletedAt == nil {
@@ -105,10 +106,15 @@ func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.Sol
 		}
 		return ended
 	})
-	switch {
-	case errors.Is(err, ended):
+	if errors.Is(err, ended) {
+		solved()
+		end()
+		sent.Wait()
 		return nil
-	case err == nil:
+	}
+	stop()
+	sent.Wait()
+	if err == nil {
 		return errors.New("reading the build history: it ended before the build")
 	}
 	return err

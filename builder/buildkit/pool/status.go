@@ -9,8 +9,9 @@ import (
 	"google.golang.org/grpc"
 )
 
-// statusSilence is how long a daemon may be silent about a build that has ended, before nobody
-// waits for the rest of its progress.
+// statusSilence is how long a daemon may be silent about a build that is over, before nobody waits
+// for the rest of its progress. BuildKit's client says that a solve is over after another five
+// silent seconds.
 const statusSilence = 5 * time.Second
 
 // statuses is a stream of a build's progress. The daemon keeps what nobody has received yet,
@@ -42,14 +43,14 @@ func (s statuses) RecvMsg(m any) error {
 	return err
 }
 
-// ownEnd is the key of a context whose streams of statuses end with it.
+// ownEnd is the key that marks a context of sendStatuses. keepStatuses leaves its stream alone.
 type ownEnd struct{}
 
 // keepStatuses has BuildKit's client receive the progress of a solve to its end. The client gives
 // up the stream once it has received nothing for five seconds after the solve
 // (statusInactivityTimeout in its solve.go). But it also receives nothing while it hands a message
-// on, and somebody who reads slowly takes a message of 1 MiB more slowly. The rest of the log
-// would be lost.
+// on. A message can have 1 MiB of a log, and a slow reader may need longer for it. The rest of the
+// log would be lost.
 func keepStatuses(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	if method != controlapi.Control_Status_FullMethodName || ctx.Value(ownEnd{}) != nil {
 		return streamer(ctx, desc, cc, method, opts...)
@@ -61,6 +62,24 @@ func keepStatuses(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientCon
 		return nil, err
 	}
 	return statuses{ClientStream: stream, over: ctx, stop: stop}, nil
+}
+
+// solved is the key of a function in a context.
+type solved struct{}
+
+// WithSolved has f called when the daemon has answered the solve whose context it returns. The
+// progress may come later, because somebody reads it slowly.
+func WithSolved(ctx context.Context, f func()) context.Context {
+	return context.WithValue(ctx, solved{}, f)
+}
+
+// tellSolved calls the function of WithSolved.
+func tellSolved(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	err := invoker(ctx, method, req, reply, cc, opts...)
+	if f, ok := ctx.Value(solved{}).(func()); ok && method == controlapi.Control_Solve_FullMethodName {
+		f()
+	}
+	return err
 }
 
 // sendStatuses sends the progress of a build to updates, and closes updates. It returns at the
