@@ -22,7 +22,7 @@ type limits struct {
 	timer  *time.Timer   // of the build, later of the push; nil without a limit
 	due    time.Time     // when timer fires
 	cause  error         // that timer cancels with
-	paused bool          // timer is stopped, until resume
+	paused time.Time     // since when time stands still; zero if it does not
 	left   time.Duration // that timer has at resume; zero is no limit
 	silent *time.Timer   // runs while a message is waited for; nil without a limit
 	began  time.Time     // when the push began
@@ -72,7 +72,7 @@ func (l *limits) start(ctx context.Context) (limited context.Context, stop func(
 
 // building starts the build's timer. The caller must hold l.mu.
 func (l *limits) building() {
-	l.timer, l.paused, l.began = nil, false, time.Time{}
+	l.timer, l.paused, l.began = nil, time.Time{}, time.Time{}
 	if l.build > 0 {
 		l.run(l.build, errBuildTimeout)
 	}
@@ -84,15 +84,15 @@ func (l *limits) run(d time.Duration, cause error) {
 	l.timer = time.AfterFunc(d, func() { l.cancel(cause) })
 }
 
-// pause stops the time: the daemon has ended the solve. What is left is to show its progress, at
-// the pace of its reader.
+// pause stops the time until resume or restart: the daemon has ended the solve, and its reader
+// takes the rest of the progress at a pace of its own.
 func (l *limits) pause() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.paused || l.timer != nil && !l.timer.Stop() {
+	if l.isPaused() || l.timer != nil && !l.timer.Stop() {
 		return // a timer that has fired has the last word
 	}
-	l.paused, l.left = true, 0
+	l.paused, l.left = time.Now(), 0
 	if l.timer != nil {
 		l.left = max(time.Until(l.due), 1)
 	}
@@ -105,11 +105,19 @@ func (l *limits) pause() {
 func (l *limits) resume() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.paused && l.left > 0 {
+	if !l.isPaused() {
+		return
+	}
+	if !l.began.IsZero() {
+		l.began = l.began.Add(time.Since(l.paused)) // the push did not take this time
+	}
+	if l.left > 0 {
 		l.run(l.left, l.cause)
 	}
-	l.paused = false
+	l.paused = time.Time{}
 }
+
+func (l *limits) isPaused() bool { return !l.paused.IsZero() }
 
 // restart gives the next attempt all of the time.
 func (l *limits) restart() {
@@ -132,7 +140,7 @@ func (l *limits) Listening(yes bool) {
 	if l.silent == nil {
 		return
 	}
-	if l.silent.Stop(); yes && !l.paused {
+	if l.silent.Stop(); yes && !l.isPaused() {
 		l.silent.Reset(l.stall)
 	}
 }
@@ -151,12 +159,12 @@ func (l *limits) beginPush() bool {
 	if !l.began.IsZero() {
 		return false
 	}
-	l.began = time.Now()
-	if l.paused {
+	if l.isPaused() {
 		// The solve has ended, and the progress that tells of its push is late.
-		l.left, l.cause = l.push, errPushTimeout
+		l.began, l.left, l.cause = l.paused, l.push, errPushTimeout
 		return true
 	}
+	l.began = time.Now()
 	// A build timer that has fired has the last word.
 	if l.timer != nil && !l.timer.Stop() {
 		return true

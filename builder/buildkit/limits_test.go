@@ -72,11 +72,12 @@ func TestPause(t *testing.T) {
 		early bool // the push begins before the pause
 		late  bool // or during it
 		left  time.Duration
+		push  time.Duration // that pushed tells after the pause
 		want  error
 	}{
-		{"building", false, false, 4 * time.Second, errBuildTimeout},
-		{"pushing", true, false, time.Second, errPushTimeout},
-		{"late word of a push", false, true, 2 * time.Second, errPushTimeout},
+		{"building", false, false, 4 * time.Second, 0, errBuildTimeout},
+		{"pushing", true, false, time.Second, time.Second, errPushTimeout},
+		{"late word of a push", false, true, 2 * time.Second, 0, errPushTimeout},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -95,6 +96,9 @@ func TestPause(t *testing.T) {
 				}
 				time.Sleep(time.Hour)
 				l.resume()
+				if got := l.pushed(); got != tt.push {
+					t.Errorf("pushed for %v, want %v", got, tt.push)
+				}
 				l.Listening(false)
 				time.Sleep(tt.left - time.Millisecond)
 				if synctest.Wait(); ctx.Err() != nil {

@@ -172,14 +172,13 @@ func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
 //  2. the one in fit that has the fewest; one that is too slow to count them comes last,
 //  3. the first in rest that answers.
 //
-// It asks them one after the other. Once a daemon has not answered, or was too slow to count, or
-// from the beginning if atOnce is set, it asks all that are left at once. Without a seat, err is from the last
-// daemon that did not answer. order is the whole order, for the seat's Choice.
+// It asks them one after the other. Once a daemon has not answered, or was too slow to count, it
+// asks all that are left at once. If atOnce is set, it does so from the beginning. Without a seat,
+// err is from the last daemon that did not answer. order is the whole order, for the seat's Choice.
 func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce bool) (s *Seat, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	several := len(order) > 1
-	// Without a limit, a count changes nothing.
-	q := &inquiry{pool: p, daemons: slices.Concat(fit, rest), count: several && p.cfg.Builds > 0, atOnce: atOnce}
+	q := &inquiry{pool: p, daemons: slices.Concat(fit, rest), count: several, atOnce: atOnce}
 	q.answers = make([]chan answer, len(q.daemons))
 	defer q.end()
 	defer cancel()

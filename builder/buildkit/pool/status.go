@@ -9,14 +9,14 @@ import (
 	"google.golang.org/grpc"
 )
 
-// statusSilence is how long a daemon may be silent about a build that is over, before nobody waits
-// for the rest of its progress. BuildKit's client says that a solve is over after another five
-// silent seconds.
+// statusSilence is how long a stream of statuses waits for a silent daemon once its build is over.
+// BuildKit's client says so five seconds after the last message of a solve. A solve that has ended
+// therefore waits for a silent daemon for ten seconds in all.
 const statusSilence = 5 * time.Second
 
-// statuses is a stream of a build's progress. The daemon keeps what nobody has received yet,
-// also after the build has ended. So the stream goes on to its end, however slowly it is read.
-// Once over has ended, a silent daemon ends it too.
+// statuses is a stream of a build's progress. The daemon keeps what nobody has received yet, also
+// after the build has ended. The stream goes on until its own end, however slowly somebody reads
+// it. Once over has ended, the daemon's silence ends the stream too.
 type statuses struct {
 	grpc.ClientStream
 	over context.Context
