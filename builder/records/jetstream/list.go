@@ -56,8 +56,8 @@ type scan struct {
 	page    newest          // builds that have a verdict
 	ended   map[string]bool // they, by the base of their subjects
 	open    map[string]*openBuild
-	read    int    // messages, before any were filtered
-	own     int    // those of them that are the query's tenant's, or an operator's
+	read    int    // messages of parts that were not filtered
+	own     int    // those of them that belong to the query's tenant
 	sifted  bool   // the server filters the messages
 	top     uint64 // the highest sequence that was read
 }
@@ -176,12 +176,12 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	return nil
 }
 
-// filters are the subjects to ask a server for, or none for all. To look for a subject takes the
-// server longer than to send a message. So it sends all where most messages are asked for: to
-// an operator, and where a tenant has most of the builds. The parts that were not filtered tell, and
-// once a part is filtered, the later ones are.
+// filters are the subjects to ask a server for. It returns none to ask for all messages: to look for
+// a subject takes the server longer than to send a message. An operator's scan always asks for
+// all. A tenant's scan does until it has found that most messages belong to others. From then on it
+// filters. Example: of the first 460 messages, 200 belong to the tenant. All later parts are filtered.
 func (sc *scan) filters() (subjects []string) {
-	if !sc.sifted && 2*sc.own >= sc.read {
+	if sc.tenants == nil || !sc.sifted && 2*sc.own >= sc.read {
 		return nil
 	}
 	sc.sifted = true

@@ -143,6 +143,9 @@ func testRare(t *testing.T, open Open) {
 				if q.Before = page.Next; q.Before == "" {
 					break
 				}
+				if len(page.Builds) != tt.limit {
+					t.Errorf("process %d lists %d builds of %s in a page of %d, and has a next one", i, len(page.Builds), tt.tenant, tt.limit)
+				}
 			}
 			// Builds that begin at once have no order that a test could know.
 			slices.Sort(got)
