@@ -68,9 +68,10 @@ test-e2e: setup ## end-to-end tests against real daemons
 
 # This takes long, and needs a machine that does nothing else, so make test leaves it out.
 .PHONY: test-timing
-test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds, tenants in force; on a machine that does nothing else
+test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds, tenants in force, a leader of NATS killed; on a machine that does nothing else
 	go -C tests test -race -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
 	go -C tests test -race -count=1 -timeout 10m -run '^TestInForce$$' ./tenants -timing
+	go -C tests test -race -count=1 -timeout 10m -run '^TestLeaderKilled$$' ./records -timing
 
 # This takes half an hour on a fresh machine, half of it to compile Kubernetes, so make test
 # leaves it out.

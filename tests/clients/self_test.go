@@ -50,8 +50,9 @@ func TestSelf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args["ADDITIONAL_PACKAGE"] = ""                                    // as faas-cli sends it
-	args["GOFLAGS"] = strings.TrimSpace(args["GOFLAGS"] + " -vet=off") // make lint vets them
+	args["ADDITIONAL_PACKAGE"] = "" // as faas-cli sends it
+	// make lint vets the tests.
+	args["GOFLAGS"] = strings.TrimSpace(args["GOFLAGS"] + " -vet=off")
 	// No result of the last run's steps serves for this one.
 	if err := os.WriteFile(filepath.Join(dir, "function", "run"), []byte(rand.Text()), 0o644); err != nil {
 		t.Fatal(err)

@@ -49,10 +49,15 @@ func TestDisconnect(t *testing.T) {
 				}
 			}
 			slices.Sort(took)
+			judged := took[0]
+			if *timing {
+				judged = took[len(took)/2]
+			}
 			t.Logf("from disconnect to the step's end: median %v, longest %v", took[len(took)/2], took[len(took)-1])
-			// A function that noticed at its next heartbeat would take 10 s each time.
-			if took[0] > 5*time.Second {
-				t.Errorf("steps ended %v after the disconnect, want 5s at most for the fastest", took)
+			// A function that noticed at its next heartbeat would take 10 s each time. A busy
+			// machine makes some of them late, so without -timing the fastest counts.
+			if judged > 5*time.Second {
+				t.Errorf("steps ended %v after the disconnect, want 5s at most", took)
 			}
 			for _, end := range logged(t, f) {
 				if end["code"] != "canceled" {

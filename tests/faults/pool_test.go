@@ -970,15 +970,18 @@ func TestAffinity(t *testing.T) {
 	defer cancel()
 	// 80 rebuilds have about 120 steps that can come from a cache. At random, about half of
 	// the steps do: 0.8 is far from that.
-	affinity, random, err := poolbench.Compare(ctx, stack.Shared(t), poolbench.Workload{
-		Daemons: 3, Replicas: 2, Images: 20, Rebuilds: 4, AtOnce: 3, DepsEvery: 2,
-	})
-	if err != nil {
-		t.Fatal(err)
+	var affinity, random poolbench.Result
+	for round := 1; round == 1 || affinity.Diverted > 0 && affinity.Share() < 0.99 && round <= 3; round++ {
+		var err error
+		affinity, random, err = poolbench.Compare(ctx, stack.Shared(t), poolbench.Workload{
+			Daemons: 3, Replicas: 2, Images: 20, Rebuilds: 4, AtOnce: 3, DepsEvery: 2,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("round %d: a daemon was too slow to count its builds for %d builds", round, affinity.Diverted)
 	}
-	// A count that takes a daemon more than 2 s has a build go on to another. It has two such
-	// steps, and its image's next build may have some.
-	if affinity.Share() < 0.95 {
+	if affinity.Share() < 0.99 {
 		t.Errorf("%d of %d cacheable steps came from the cache", affinity.Cached, affinity.Cacheable)
 	}
 	// Else this shows nothing.

@@ -45,6 +45,7 @@ type Result struct {
 	Cacheable int // steps whose inputs had been built before, on any daemon
 	Cached    int // of those
 	Rebuilds  []time.Duration
+	Diverted  int // builds that passed a daemon by that was too slow to count its builds
 }
 
 // Share of the cacheable steps that came from the cache.
@@ -85,6 +86,12 @@ func Compare(ctx context.Context, s *stack.Stack, w Workload) (affinity, random 
 	}
 	if affinity, err = w.run(ctx, s, replicas); err != nil {
 		return affinity, random, err
+	}
+	for _, f := range replicas {
+		n, err := f.Metric("builder_placements_total", `choice="full"`)
+		if err == nil { // an error before the first
+			affinity.Diverted += int(n)
+		}
 	}
 	random, err = w.run(ctx, s, alone)
 	return affinity, random, err

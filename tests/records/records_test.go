@@ -5,6 +5,7 @@ package records
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,6 +23,8 @@ import (
 
 // root is the secret of all stores here.
 var root = []byte("a root secret of the tests")
+
+var timing = flag.Bool("timing", false, "hold followers to 15 s of silence, on a machine that does nothing else")
 
 // patient has a test's own connection wait for longer than the 2 s of the library, which a busy
 // machine may need.
