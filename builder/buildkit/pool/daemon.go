@@ -49,6 +49,7 @@ type Daemon struct {
 	log        zerolog.Logger
 	health     health
 
+	reading  sync.Mutex // of the files, until they are compared with those of cur; before mu
 	mu       sync.Mutex
 	cur      *conn
 	closed   bool
@@ -95,6 +96,10 @@ var errClosed = errors.New("the pool is closed, or the daemon has left it")
 // get returns the kept connection, or a new one if there is none or the TLS files have
 // changed. It does not wait for the network.
 func (d *Daemon) get() (*conn, error) {
+	// The files are read under a lock. Otherwise a call that has read older files could replace a
+	// newer connection.
+	d.reading.Lock()
+	defer d.reading.Unlock()
 	tlsConfig, sum, tlsErr := d.loadTLS()
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -311,6 +311,60 @@ func TestCertificatesReplaced(t *testing.T) {
 	}
 }
 
+// TestCertificatesInOrder asks for the connection all the time while the files change. Each change
+// makes one connection: a call that has read older files than another does not bring them back.
+func TestCertificatesInOrder(t *testing.T) {
+	authority := newCA(t)
+	d, write := tlsDaemon(t, "127.0.0.1:1", &bytes.Buffer{})
+	write(authority, "0")
+	var mu sync.Mutex
+	made := map[*conn]bool{}
+	get := func() error {
+		c, err := d.get()
+		if err != nil {
+			return err
+		}
+		d.release(c, false)
+		mu.Lock()
+		defer mu.Unlock()
+		made[c] = true
+		return nil
+	}
+	if err := get(); err != nil { // from now on, files that do not fit are no error
+		t.Fatal(err)
+	}
+	var callers sync.WaitGroup
+	stop := make(chan struct{})
+	end := sync.OnceFunc(func() { close(stop); callers.Wait() })
+	defer end()
+	for range 4 {
+		callers.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := get(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	const changes = 20
+	for i := range changes {
+		write(authority, fmt.Sprint(i+1))
+		if err := get(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	end()
+	if len(made) != changes+1 {
+		t.Errorf("%d connections were made with %d sets of files", len(made), changes+1)
+	}
+}
+
 func TestCertificatesRefused(t *testing.T) {
 	authority, stranger := newCA(t), newCA(t)
 	addr, _ := listen(t, &control{}, "tcp", "127.0.0.1:0", authority)
