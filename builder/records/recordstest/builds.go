@@ -177,6 +177,7 @@ func testFind(t *testing.T, open Open) {
 			build := a.Begin(records.Record{Tenant: "acme", ID: tt.name, Began: time.Now(), Request: "body"}, func(string) {})
 			ref := records.Ref{Tenant: "acme", ID: tt.name}
 			Known(t, b, ref, Any)
+			Numbered(t, build)
 			if tt.stop != "" {
 				if _, err := Stop(t, b, &records.Cancellation{Ref: ref, By: tt.stop}); err != nil {
 					t.Fatal(err)
@@ -236,6 +237,7 @@ func cancelFrom(t *testing.T, id string, from, a, b records.Store) {
 		}
 		return nil
 	})
+	Numbered(t, build)
 	for _, other := range []records.Ref{{Tenant: "acme", ID: id, Attempt: 2}, {Tenant: "other", ID: id}} {
 		if _, err := cancel(t, from, records.Cancellation{Ref: other, By: "k1"}); !errors.Is(err, records.ErrNotFound) {
 			t.Errorf("stopping %+v: %v", other, err)
@@ -322,6 +324,7 @@ func testCancelAttempt(t *testing.T, open Open) {
 	a, b := open(t), open(t)
 	first := Begin(a, "acme", "twice")
 	Known(t, b, records.Ref{Tenant: "acme", ID: "twice"}, Any)
+	Numbered(t, first)
 	first.End(Failure(api.NoDaemon))
 	Known(t, b, records.Ref{Tenant: "acme", ID: "twice"}, Ended)
 	Begin(b, "acme", "twice")

@@ -104,6 +104,17 @@ func Known(t testing.TB, s records.Store, ref records.Ref, check func(records.Re
 	return rec
 }
 
+// Numbered waits until a build's own process knows which attempt it is. Others may know before.
+func Numbered(t testing.TB, build records.Build) {
+	t.Helper()
+	Eventually(t, func() error {
+		if build.Record().Attempt == 0 {
+			return errors.New("the build has no number")
+		}
+		return nil
+	})
+}
+
 // Reached calls until the store can be reached, three times at most. A store has a few seconds for an
 // answer, which a busy machine may need, and says ErrUnknown afterwards. unsure are other errors of
 // which a later try may tell more: for Cancel, ErrOwnerUnreachable.
