@@ -66,7 +66,7 @@ func (s *Stack) NewBuildkitd(ctx context.Context, c BuildkitdConfig) (*Buildkitd
 	}
 	b := &Buildkitd{
 		Addr:   fmt.Sprintf("tcp://127.0.0.1:%d", port),
-		Root:   filepath.Join(dir, "root"),
+		Root:   filepath.Join(s.storage, filepath.Base(dir)),
 		dir:    dir,
 		certs:  cmp.Or(c.Certs, s.Certs),
 		cgroup: filepath.Base(s.Dir) + "-" + filepath.Base(dir),

@@ -4,8 +4,9 @@
 //
 // Nothing of a stack outlives it. All that it writes is in one directory,
 // buildkitd and its steps share a process and a mount namespace that end
-// together, and both end with the process that started them. What is costly to
-// make, daemons and base images, is kept in the repository's .cache.
+// together, and both end with the process that started them. If that process is
+// killed, the next stack removes the directory and what is mounted there. What is
+// costly to make, daemons and base images, is kept in the repository's .cache.
 //
 // Base images cannot be had everywhere. The registry therefore serves stand-ins
 // made of the machine's own busybox, Go tree and CA certificates, and buildkitd

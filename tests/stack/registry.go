@@ -39,7 +39,7 @@ func (s *Stack) NewRegistry(ctx context.Context, env map[string]string) (*Regist
 	}
 	r := &Registry{
 		Addr: fmt.Sprintf("127.0.0.1:%d", port),
-		Dir:  filepath.Join(dir, "storage"),
+		Dir:  filepath.Join(s.storage, filepath.Base(dir)),
 		bin:  s.Tools.Registry,
 		dir:  dir,
 		env: map[string]string{

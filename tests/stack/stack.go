@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/openfaas/go-sdk/seal"
@@ -22,6 +24,7 @@ type Config struct {
 	Log       io.Writer       // what the stack is doing, a line a step; nil discards it
 	RealBases bool            // no stand-ins for base images: pull the real ones
 	Race      bool            // build the function with the race detector
+	InMemory  bool            // have daemons and registries store in memory, if there is enough
 	Buildkitd BuildkitdConfig // for the stack's first daemon
 }
 
@@ -43,12 +46,15 @@ type Stack struct {
 	PublicKey     []byte // seals build secrets, base64
 	privateKey    []byte
 
-	log  io.Writer
-	race bool
-	lock *os.File
+	log     io.Writer
+	race    bool
+	lock    *os.File
+	storage string // directory of what daemons and registries store
 
-	mu       sync.Mutex // of closers
+	closing  sync.Mutex // while Close runs
+	mu       sync.Mutex // of closers and closed
 	closers  []func()
+	closed   bool
 	building sync.Mutex // while the function is compiled
 }
 
@@ -72,7 +78,7 @@ func Start(ctx context.Context, c Config) (_ *Stack, err error) {
 	if s.Tools, err = BuildTools(ctx, repo, c.Log); err != nil {
 		return nil, err
 	}
-	if err := s.makeDir(); err != nil {
+	if err := s.makeDir(c.InMemory); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -109,16 +115,19 @@ func Start(ctx context.Context, c Config) (_ *Stack, err error) {
 	return s, nil
 }
 
-// Close ends everything that the stack started and removes its directory.
+// Close ends everything that the stack started and removes its directory. Who calls it while it runs
+// waits for its end. What is started afterwards is ended at once.
 func (s *Stack) Close() error {
+	s.closing.Lock()
+	defer s.closing.Unlock()
 	s.mu.Lock()
 	closers := s.closers
-	s.closers = nil
+	s.closers, s.closed = nil, true
 	s.mu.Unlock()
 	for i := len(closers) - 1; i >= 0; i-- {
 		closers[i]()
 	}
-	err := os.RemoveAll(s.Dir)
+	err := removeDir(s.Dir)
 	s.lock.Close()
 	return err
 }
@@ -126,16 +135,25 @@ func (s *Stack) Close() error {
 // onClose registers what Close calls, last come first.
 func (s *Stack) onClose(f func()) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closers = append(s.closers, f)
+	closed := s.closed
+	if !closed {
+		s.closers = append(s.closers, f)
+	}
+	s.mu.Unlock()
+	if closed {
+		f()
+	}
 }
 
-const dirPrefix = "function-builder-"
+const (
+	dirPrefix  = "function-builder-"
+	storageDir = "storage" // in a stack's directory: what daemons and registries store
+)
 
 // makeDir makes the stack's directory, and removes those of stacks that were
 // killed before they could: a directory whose lock is free has no owner.
-func (s *Stack) makeDir() error {
-	// Not /tmp: that is memory on many systems, and a build takes gigabytes.
+func (s *Stack) makeDir(inMemory bool) error {
+	// Not /tmp: that is memory on many systems, and an image that runs may take gigabytes.
 	parent := os.Getenv("TMPDIR")
 	if parent == "" {
 		parent = "/var/tmp"
@@ -147,15 +165,90 @@ func (s *Stack) makeDir() error {
 	for _, dir := range old {
 		if lock, err := lockDir(dir); err == nil {
 			removeCgroups(filepath.Base(dir) + "-*")
-			os.RemoveAll(dir)
+			if err := removeDir(dir); err != nil {
+				fmt.Fprintln(s.log, "removing what a killed stack left:", err)
+			}
 			lock.Close()
 		}
 	}
 	if s.Dir, err = os.MkdirTemp(parent, dirPrefix); err != nil {
 		return err
 	}
-	s.lock, err = lockDir(s.Dir)
-	return err
+	if s.lock, err = lockDir(s.Dir); err != nil {
+		os.Remove(s.Dir)
+		return err
+	}
+	s.storage = filepath.Join(s.Dir, storageDir)
+	if err := os.Mkdir(s.storage, 0o755); err != nil {
+		os.Remove(s.Dir)
+		s.lock.Close()
+		return err
+	}
+	if inMemory {
+		if err := mountMemory(s.storage); err != nil {
+			fmt.Fprintln(s.log, "storing on the disk:", err)
+		}
+	}
+	return nil
+}
+
+// A stack stores storageSize in memory at most; the largest package of tests stores 1.3 GiB. Where
+// enoughMemory is available, four stacks have room: three packages run at a time, and one of
+// them starts a second stack.
+const (
+	storageSize  = 3 << 30
+	enoughMemory = 4 * storageSize
+)
+
+// mountMemory mounts a tmpfs on dir, if the machine has enough memory. buildkitd waits for the disk
+// dozens of times in a build. A tmpfs has nothing to wait for.
+func mountMemory(dir string) error {
+	available, err := availableMemory()
+	if err != nil || available < enoughMemory {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprint("mode=0755,size=", storageSize)); err != nil {
+		return fmt.Errorf("mounting a tmpfs on %s: %w", dir, err)
+	}
+	return nil
+}
+
+// availableMemory is the bytes that this machine can give to programs, or the limit of the
+// container that this process is in, if it is lower.
+func availableMemory() (available int64, err error) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	_, after, _ := strings.Cut(string(text), "\nMemAvailable:")
+	if _, err := fmt.Sscanf(after, "%d kB", &available); err != nil {
+		return 0, fmt.Errorf("reading MemAvailable in /proc/meminfo: %w", err)
+	}
+	available <<= 10
+	for _, file := range []string{filepath.Join(cgroupRoot, "memory.max"), filepath.Join(memoryCgroupRoot, "memory.limit_in_bytes")} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // another version, or no container
+		}
+		if limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil { // or max
+			available = min(available, limit)
+		}
+	}
+	return available, nil
+}
+
+// removeDir unmounts and removes a stack's directory. Daemons of other stacks that started later
+// have the mount in their namespaces too; it goes there with the directory that it is on.
+func removeDir(dir string) error {
+	storage := filepath.Join(dir, storageDir)
+	err := unix.Unmount(storage, unix.MNT_DETACH)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // not mounted
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("unmounting %s: %w", storage, err)
+	}
+	return errors.Join(err, os.RemoveAll(dir))
 }
 
 // lockDir takes the lock of a stack's directory, without waiting.

@@ -22,11 +22,28 @@ func TestMain(m *testing.M) { stack.Main(m) }
 func TestNothingStaysBehind(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
-	s, err := stack.Start(ctx, stack.Config{Log: t.Output()})
+	s, err := stack.Start(ctx, stack.Config{Log: t.Output(), InMemory: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.Close()
+
+	// A daemon that starts later has this stack's mounts in its namespace.
+	later, err := stack.Shared(t).NewBuildkitd(ctx, stack.BuildkitdConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer later.Kill()
+	inMemory := func() bool {
+		mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", later.Pid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(mounts), s.Dir)
+	}
+	if n := available(t); n > 13<<30 && !inMemory() {
+		t.Errorf("%d bytes of memory are available, and the stack stores on the disk", n)
+	}
 
 	// The number is in the command line, and so in every process to look for.
 	mark := fmt.Sprint(100000 + os.Getpid())
@@ -64,6 +81,23 @@ func TestNothingStaysBehind(t *testing.T) {
 	if left, err := stack.Left(s.Dir); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v\n%s", err, strings.Join(left, "\n"))
 	}
+	if inMemory() {
+		t.Error("another stack's daemon has the mount still, and keeps its memory")
+	}
+}
+
+// available is this machine's MemAvailable, in bytes.
+func available(t *testing.T) (n int64) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "MemAvailable:")
+	if _, err := fmt.Sscan(after, &n); err != nil {
+		t.Fatal(err)
+	}
+	return n << 10
 }
 
 // TestKilled kills a process that holds a stack, as go test does when its time
@@ -90,6 +124,7 @@ func TestKilled(t *testing.T) {
 	if _, err := fmt.Fscanf(out, "holding %s\n", &dir); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { syscall.Unmount(filepath.Join(dir, "storage"), syscall.MNT_DETACH) }) // if no stack removes it
 	if len(processes(t, dir)) == 0 {
 		t.Fatal("no process names the stack's directory: the test looks for the wrong thing")
 	}

@@ -32,13 +32,15 @@ func Main(m *testing.M) {
 func runMain(m *testing.M) (code int) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	s, err := Start(ctx, Config{Log: os.Stderr})
+	s, err := Start(ctx, Config{Log: os.Stderr, Race: true, InMemory: true})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	interrupted := context.AfterFunc(ctx, func() {
-		s.Close()
+		if err := s.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "closing the stack:", err)
+		}
 		os.Exit(130)
 	})
 	defer func() {
