@@ -57,20 +57,37 @@ test-unit: setup ## the function's and the template's own tests: no root, no net
 	go -C builder test -race -short -p 4 -timeout 20m ./payload ./server ./...
 	go -C template/golang-middleware test -race -timeout 20m ./... ./function/...
 
-# Each package starts its own stack. Two packages run at a time, the longest first, so that none
-# of these runs alone at the end. The tests of strangers run alone: they have a limit for how long
-# signed builds wait meanwhile. -count=1: the test cache would not notice a change of the function,
-# which is another module.
+# The tests of strangers run alone: they have a limit for how long signed builds wait meanwhile.
 .PHONY: test-e2e
 test-e2e: setup ## end-to-end tests against real daemons
-	go -C tests test -race -count=1 -p 2 -timeout 40m -skip 'Strangers$$' ./clients ./faults ./content ./openfaas ./records ./page ./...
-	go -C tests test -race -count=1 -timeout 40m -run 'Strangers$$' ./faults
+	$(MAKE) --no-print-directory -j2 test-packages test-apart
+	go -C tests test -count=1 -timeout 40m -run 'Strangers$$' ./faults
+
+# Each package starts its own stack. The function has the race detector. The tests of most packages
+# do without, because the detector takes a third of their processor time. Two packages run at a time,
+# the longest first, so that none of these runs alone at the end. -count=1: the test cache would not
+# notice a change of the function, which is another module. MAKEFLAGS is empty because tests call
+# make, which would look for the job server of this one.
+raced = client cmd/stack manifests records stack
+.PHONY: test-packages
+test-packages:
+	all=$$(go -C tests list ./... | grep -vE '/tests/($(subst $() ,|,$(raced)))$$'); \
+		MAKEFLAGS= go -C tests test -count=1 -p 2 -timeout 40m -skip 'Strangers$$|^TestSelf$$' ./faults ./clients ./openfaas ./content ./builds $$all
+
+# The longest of all tests, which compiles the function in an image. Then the packages that run code
+# of the function in their own process, and the code that all packages share, with the race detector.
+.PHONY: test-apart
+test-apart:
+	status=0; \
+		MAKEFLAGS= go -C tests test -count=1 -timeout 40m -run '^TestSelf$$' ./clients || status=1; \
+		MAKEFLAGS= go -C tests test -race -count=1 -p 1 -timeout 40m $(addprefix ./,$(raced)) || status=1; \
+		exit $$status
 
 # This takes long, and needs a machine that does nothing else, so make test leaves it out.
 .PHONY: test-timing
 test-timing: setup ## faults with narrow limits, three rounds of strangers and 1000 builds, tenants in force, a leader of NATS killed; on a machine that does nothing else
-	go -C tests test -race -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
-	go -C tests test -race -count=1 -timeout 10m -run '^TestInForce$$' ./tenants -timing
+	go -C tests test -count=1 -timeout 60m ./faults -timing -rounds=3 -soak=1000
+	go -C tests test -count=1 -timeout 10m -run '^TestInForce$$' ./tenants -timing
 	go -C tests test -race -count=1 -timeout 10m -run '^TestLeaderKilled$$' ./records -timing
 
 # This takes half an hour on a fresh machine, half of it to compile Kubernetes, so make test
