@@ -203,14 +203,19 @@ const (
 // mountMemory mounts a tmpfs on dir, if the machine has enough memory. buildkitd waits for the disk
 // dozens of times in a build. A tmpfs has nothing to wait for.
 func mountMemory(dir string) error {
-	available, err := availableMemory()
-	if err != nil || available < enoughMemory {
+	if enough, err := EnoughMemory(); err != nil || !enough {
 		return err
 	}
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprint("mode=0755,size=", storageSize)); err != nil {
 		return fmt.Errorf("mounting a tmpfs on %s: %w", dir, err)
 	}
 	return nil
+}
+
+// EnoughMemory says whether a stack of Config.InMemory that starts now stores in memory.
+func EnoughMemory() (bool, error) {
+	available, err := availableMemory()
+	return available >= enoughMemory, err
 }
 
 // availableMemory is the bytes that this machine can give to programs, or the limit of the
