@@ -67,7 +67,7 @@ type Function struct {
 
 // Function starts an instance and waits until it is ready. It is killed with
 // the stack. The first call compiles the function.
-func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, error) {
+func (s *Stack) Function(ctx context.Context, c FunctionConfig) (_ *Function, err error) {
 	handler, err := s.handler(ctx, s.race && !c.Plain)
 	if err != nil {
 		return nil, err
@@ -83,7 +83,11 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		Images:     s.Registry.Addr,
 		dir:        dir,
 	}
-	s.onClose(f.Kill)
+	defer func() {
+		if err != nil {
+			f.Kill()
+		}
+	}()
 	if err := s.writeSecrets(f.SecretsDir, c.Secrets); err != nil {
 		return nil, err
 	}
@@ -154,6 +158,7 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 	if f.proc, err = startProcess("function", f.LogFile(), cmd); err != nil {
 		return nil, err
 	}
+	s.onClose(f.Kill)
 	probe := "/ready"
 	if c.Unready {
 		probe = "/healthz"
@@ -163,7 +168,6 @@ func (s *Stack) Function(ctx context.Context, c FunctionConfig) (*Function, erro
 		return err
 	})
 	if err != nil {
-		f.Kill()
 		return nil, err
 	}
 	return f, nil

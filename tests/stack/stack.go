@@ -115,8 +115,8 @@ func Start(ctx context.Context, c Config) (_ *Stack, err error) {
 	return s, nil
 }
 
-// Close ends everything that the stack started and removes its directory. Who calls it while it runs
-// waits for its end. What is started afterwards is ended at once.
+// Close ends everything that the stack started and removes its directory. A second call waits for
+// the first. What is started while Close runs is ended at once.
 func (s *Stack) Close() error {
 	s.closing.Lock()
 	defer s.closing.Unlock()
@@ -242,8 +242,8 @@ func availableMemory() (available int64, err error) {
 	return available, nil
 }
 
-// removeDir unmounts and removes a stack's directory. Daemons of other stacks that started later
-// have the mount in their namespaces too; it goes there with the directory that it is on.
+// removeDir unmounts and removes a stack's directory. A daemon of another stack that started later
+// has the mount in its own namespace too. The kernel unmounts it there when the directory is removed.
 func removeDir(dir string) error {
 	storage := filepath.Join(dir, storageDir)
 	err := unix.Unmount(storage, unix.MNT_DETACH)
