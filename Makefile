@@ -64,8 +64,8 @@ test-e2e: setup ## end-to-end tests against real daemons
 	go -C tests test -count=1 -timeout 40m -run 'Strangers$$' ./faults
 
 # Each package starts its own stack. The function has the race detector. The tests of most packages
-# do without, because the detector takes a third of their processor time. Two packages run at a time,
-# the longest first, so that none of these runs alone at the end. -count=1: the test cache would not
+# do without: with it, a run takes a fifth more of the processor. Two packages run at a time, the
+# longest first, so that none of these runs alone at the end. -count=1: the test cache would not
 # notice a change of the function, which is another module. MAKEFLAGS is empty because tests call
 # make, which would look for the job server of this one.
 raced = client cmd/stack manifests records stack
@@ -74,8 +74,8 @@ test-packages:
 	all=$$(go -C tests list ./... | grep -vE '/tests/($(subst $() ,|,$(raced)))$$'); \
 		MAKEFLAGS= go -C tests test -count=1 -p 2 -timeout 40m -skip 'Strangers$$|^TestSelf$$' ./faults ./clients ./openfaas ./content ./builds $$all
 
-# The longest of all tests, which compiles the function in an image. Then the packages that run code
-# of the function in their own process, and the code that all packages share, with the race detector.
+# The longest of all tests, which compiles the function in an image. Then, with the race detector,
+# the packages that run the function's store in their own process, and those that all others use.
 .PHONY: test-apart
 test-apart:
 	status=0; \

@@ -56,7 +56,7 @@ func open(t *testing.T, url string, allowed ...string) *tab {
 		// and nothing from anywhere else.
 		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 		chromedp.WindowSize(1280, 900),
-		chromedp.Env("LC_ALL=C.UTF-8"),           // in the locale C it cannot send a file whose name is not ASCII
+		chromedp.Env("LC_ALL=C.UTF-8"),           // in the locale C it sends no folder with a name that is not ASCII
 		chromedp.WSURLReadTimeout(3*time.Minute), // a browser starts slowly on a busy machine
 	)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
