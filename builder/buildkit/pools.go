@@ -33,6 +33,7 @@ type namedPool struct {
 
 // newPools dials nothing. Its error is about an address.
 func newPools(cfg pool.Config) (*pools, error) {
+	cfg.Seats = pool.NewSeats()
 	shared, err := pool.New(cfg)
 	if err != nil {
 		return nil, err
@@ -141,16 +142,8 @@ func (ps *pools) close() error {
 func (s *Solver) SetPools(addrs map[string][]string) error { return s.pools.set(addrs) }
 
 // Seats are the places that builds of this process, and their parts, have on daemons, by the
-// address.
-func (s *Solver) Seats() map[string]int {
-	list, leave := s.pools.all()
-	defer leave()
-	seats := make(map[string]int)
-	for _, p := range list {
-		p.AddSeats(seats)
-	}
-	return seats
-}
+// address. They include the places on daemons that have left their pool.
+func (s *Solver) Seats() map[string]int { return s.pools.cfg.Seats.All() }
 
 // Daemons counts the daemons of all pools. It takes up to 9 s when one no longer answers.
 func (s *Solver) Daemons(ctx context.Context) solve.Daemons {

@@ -49,7 +49,7 @@ type Daemon struct {
 	log        zerolog.Logger
 	health     health
 
-	reading  sync.Mutex // of the files, until they are compared with those of cur; before mu
+	reading  sync.Mutex // held while get compares the files with those of cur; locked before mu
 	mu       sync.Mutex
 	cur      *conn
 	closed   bool
@@ -62,7 +62,7 @@ func newDaemon(addr string, cfg *Config) *Daemon {
 		serverName: cfg.ServerName,
 		files:      [3]string{cfg.CAFile, cfg.CertFile, cfg.KeyFile},
 		log:        cfg.Log,
-		health:     health{pruning: make(chan struct{}, 1)},
+		health:     health{addr: addr, seats: cfg.Seats, pruning: make(chan struct{}, 1)},
 	}
 }
 
@@ -108,7 +108,7 @@ func (d *Daemon) get() (*conn, error) {
 	}
 	if d.cur != nil && (tlsErr != nil || sum == d.cur.sum) {
 		if tlsErr != nil {
-			d.log.Error().Err(tlsErr).Msg("keeping the connection to buildkitd made with the files before")
+			d.log.Error().Err(tlsErr).Msg("keeping the connection to buildkitd: its new TLS files cannot be read")
 		}
 		d.cur.refs++
 		return d.cur, nil

@@ -43,11 +43,12 @@ type control struct {
 	active  int      // builds
 	known   string   // Ref of another one
 	prunes  int
-	stuck   bool // nothing can be pruned
-	full    bool // also after a prune
-	frozen  bool // no RPC is answered
-	slow    bool // no solve ends
-	busy    bool // no look into the history ends
+	pruned  func() // instead of an answer
+	stuck   bool   // nothing can be pruned
+	full    bool   // also after a prune
+	frozen  bool   // no RPC is answered
+	slow    bool   // no solve ends
+	busy    bool   // no look into the history ends
 }
 
 func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
@@ -78,6 +79,11 @@ func (c *control) Prune(req *controlapi.PruneRequest, stream grpc.ServerStreamin
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.prunes++
+	if c.pruned != nil {
+		go c.pruned()
+		<-stream.Context().Done()
+		return stream.Context().Err()
+	}
 	if c.stuck || req.MaxUsedSpace != 512 {
 		return status.Errorf(codes.ResourceExhausted, "pruning to %d bytes: no space left on device", req.MaxUsedSpace)
 	}

@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"math"
 	"sync"
 	"time"
 )
@@ -22,7 +23,9 @@ type health struct {
 	losses int  // in a row
 	full   bool // its disk was full, and has not been pruned since
 
-	mine    int       // seats that this process has there
+	addr  string
+	seats *Seats // of this process, on all daemons
+
 	others  int       // builds of others, as they have told, or as the daemon said
 	counted int       // builds of others when the daemon was last asked
 	asked   time.Time // when that was
@@ -91,22 +94,20 @@ func (h *health) setFull(full bool) (before bool) {
 func (h *health) take(limit int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if limit > 0 && h.mine+h.others >= limit {
-		return false
+	if limit == 0 {
+		return h.seats.take(h.addr, math.MaxInt)
 	}
-	h.mine++
-	return true
+	return h.seats.take(h.addr, limit-h.others)
 }
 
 // give counts one build less.
-func (h *health) give() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.mine--
-}
+func (h *health) give() { h.seats.give(h.addr) }
+
+// mine is how many builds this process has there.
+func (h *health) mine() int { return h.seats.on(h.addr) }
 
 // told notes how many builds others have told of, and returns how many the daemon has, with this
-// process's own. Unless all have told, what the daemon said counts if it is more.
+// process's own. If not all have told, the higher of their sum and the daemon's own count is taken.
 func (h *health) told(others int, all bool) int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -114,7 +115,7 @@ func (h *health) told(others int, all bool) int {
 		others = max(others, h.counted)
 	}
 	h.others = others
-	return h.others + h.mine
+	return h.others + h.mine()
 }
 
 // stale says whether the last count is older than loadAge.
@@ -122,13 +123,6 @@ func (h *health) stale() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return time.Since(h.asked) > loadAge
-}
-
-// seats is how many builds this process has there.
-func (h *health) seats() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.mine
 }
 
 // count notes the daemon's own count of its builds. mine is how many seats this process had

@@ -132,7 +132,7 @@ func (p *Pool) Search(ctx context.Context, prefix string) ([]Found, error) {
 	var mu sync.Mutex
 	var found []Found
 	var failed error
-	missed := p.each(ctx, func(d *Daemon, c *conn) {
+	missed := p.each(ctx, p.list(ctx), func(d *Daemon, c *conn) {
 		var mine []Found
 		err := c.history(ctx, &controlapi.BuildHistoryRequest{EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
 			if strings.HasPrefix(r.Ref, prefix) {
@@ -165,9 +165,9 @@ func (p *Pool) elsewhere() (builds map[string]int, all bool) {
 	return p.cfg.Elsewhere()
 }
 
-// load is how many builds d has. Unless the other processes have told, it asks the daemon if the
-// last count is stale. What only some of them have told counts if it is more than what the daemon
-// says: of a build that began while all were told, the daemon keeps no record.
+// load is how many builds d has. If all other processes have told theirs, their sum counts.
+// Otherwise load asks the daemon, if its last count is stale, and takes the higher of both numbers.
+// The daemon's can be too low: it keeps no record of a build that began while all had told.
 func (p *Pool) load(ctx context.Context, d *Daemon, c *conn) (int, error) {
 	builds, all := p.elsewhere()
 	if !all && d.health.stale() {
@@ -185,7 +185,7 @@ var errSlowCount = errors.New("buildkitd was too slow to count its builds")
 func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, loadTimeout, errSlowCount)
 	defer cancel()
-	mine, active, tags := d.health.seats(), 0, make(map[Tags]bool)
+	mine, active, tags := d.health.mine(), 0, make(map[Tags]bool)
 	err := c.history(ctx, &controlapi.BuildHistoryRequest{ActiveOnly: true, EarlyExit: true}, func(r *controlapi.BuildHistoryRecord) {
 		active++
 		if t, ok := tagsOf(r.Ref); ok {

@@ -76,18 +76,21 @@ func noDaemon(cause error) error {
 	return &api.Error{Code: api.NoDaemon, Msg: "no buildkitd can be reached", Err: cause}
 }
 
-// Place finds a seat for a build. prefer, unless it is nil, is tried before all others,
-// however many builds it has. avoid is tried after all others.
+// Place finds a seat for a build. prefer, unless it is nil, is tried before all others, however
+// many builds it has and whatever is known of its health. avoid is tried after all others.
 //
 // Where no daemon answers, Place tries all of them again for as long as a restart takes. It
 // waits for this long at most, however many daemons hang:
 //
 //   - for one that hangs: keptTimeout + checkTimeout = 7 s the first time, then checkTimeout
 //   - without an avoid: 7 s for the first daemon, 7 s for all others, 5 s for all again: 19 s
-//   - with an avoid: 7 s for all at once, since the build has waited for keepalive already;
-//     10 s if daemons begin to hang meanwhile
-//   - in addition: 2 s for a look-up, 7 s for a prefer that hangs, and loadTimeout = 2 s each for
-//     the first daemon that is slow to count its builds and for all others
+//   - with an avoid: 7 s for all at once, because the lost build has waited for keepalive; 10 s if
+//     daemons begin to hang meanwhile
+//   - in addition: 2 s for a look-up, 7 s for a prefer that hangs, loadTimeout = 2 s for the first
+//     daemon that is slow to count its builds, loadTimeout for all others together, and 7 s if the
+//     daemon with the fewest builds hangs after it has counted them
+//   - where all disks are full: pruneWait = 10 s for prunes, and the times above for each daemon
+//     that has been pruned
 //
 // # Errors
 //
@@ -154,16 +157,19 @@ func (p *Pool) order(ctx context.Context, key Key) []*Daemon {
 // candidates are the daemons of order that are not full. Those in rest are out, or to be
 // avoided: they may be back, and are better than none.
 func candidates(order []*Daemon, avoid *Daemon) (fit, rest []*Daemon) {
+	var last []*Daemon // avoid, if it is there
 	for _, d := range order {
 		switch {
 		case d.health.isFull():
-		case d == avoid, d.health.isOut():
+		case d == avoid:
+			last = append(last, d)
+		case d.health.isOut():
 			rest = append(rest, d)
 		default:
 			fit = append(fit, d)
 		}
 	}
-	return fit, rest
+	return fit, append(rest, last...)
 }
 
 // offer returns a seat on the first of these daemons:
@@ -225,7 +231,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 type inquiry struct {
 	pool    *Pool
 	daemons []*Daemon
-	answers []chan answer // of daemons that were asked; nil before that and once it is taken
+	answers []chan answer // nil before the daemon is asked, and after its answer is taken
 	count   bool          // the builds of each daemon
 	atOnce  bool          // ask all daemons that are left at once
 }
@@ -244,7 +250,7 @@ func (a answer) release() {
 	}
 }
 
-// answer waits for the daemon at i. It comes soon after ctx has ended at the latest.
+// answer waits for the daemon at i. After ctx has ended, the answer comes soon.
 func (q *inquiry) answer(ctx context.Context, i int) answer {
 	last := i
 	if q.atOnce {
@@ -289,7 +295,9 @@ func (p *Pool) ask(ctx context.Context, d *Daemon, count bool) chan answer {
 	return ch
 }
 
-// choiceOf says why a build is on d and not on the first of its order.
+// choiceOf says why a build is on d and not on the first of its order. Busy stands for every reason
+// but the first daemon's health: that daemon has its share of builds or was too slow to count them,
+// or the build was to prefer d, or to avoid the first.
 func choiceOf(d *Daemon, order []*Daemon) solve.Choice {
 	switch {
 	case len(order) == 0 || d == order[0]:
@@ -301,17 +309,18 @@ func choiceOf(d *Daemon, order []*Daemon) solve.Choice {
 }
 
 // prunedSeat is a seat on the first daemon whose disk has room after a prune. All disks in
-// order were full. Its error is errDaemonFull if one of the daemons answered and has no room.
+// order were full. Its error is errDaemonFull if one of the daemons answers and has no room, or has
+// not been pruned within pruneWait.
 func (p *Pool) prunedSeat(ctx context.Context, order []*Daemon) (s *Seat, err error) {
 	waiting, cancel := context.WithTimeout(ctx, pruneWait)
 	defer cancel()
 	full := false
 	for _, d := range order {
 		if err = p.prune(waiting, d); err == nil {
-			s, err = p.offer(ctx, order, []*Daemon{d}, nil, false)
-		}
-		if s != nil {
-			return s, nil
+			if s, err = p.offer(ctx, order, []*Daemon{d}, nil, false); s != nil {
+				return s, nil
+			}
+			continue // it has room, and has just gone
 		}
 		_, down := errors.AsType[*downError](err)
 		full = full || !down

@@ -34,9 +34,14 @@ type Config struct {
 	// empty, or a unix address: no TLS.
 	CAFile, CertFile, KeyFile string
 
-	// Builds is how many builds a daemon has before others go to the next daemon, if that
-	// has fewer. Zero is no limit.
+	// Builds is the number of builds on a daemon from which on further builds go to the next
+	// daemon. If all daemons have this many, a build goes to the daemon with the fewest. Zero
+	// is no limit.
 	Builds int
+
+	// Seats counts what this process builds. Pools that may have daemons in common share it.
+	// Nil is a count of the pool's own.
+	Seats *Seats
 
 	// Elsewhere tells how many builds other processes have on daemons, by the address, and
 	// whether that is all of them. It must not wait. Where it is nil, or does not know of
@@ -53,7 +58,8 @@ type Pool struct {
 	hadSRV   map[string]bool // by target's address: its daemons were SRV records. Only look uses it
 	resolver resolver
 
-	// ctx ends probes, prunes and look-ups. All of them have ended when running is done.
+	// ctx ends the probes, prunes and look-ups that run in the background. All of them have
+	// ended when running is done.
 	ctx     context.Context
 	cancel  context.CancelFunc
 	running sync.WaitGroup
@@ -61,12 +67,16 @@ type Pool struct {
 	mu      sync.Mutex
 	closed  bool
 	daemons []*Daemon
-	looked  time.Time     // when the names were looked up
+	looked  time.Time     // when the names were looked up last, with or without success
+	known   bool          // a look-up has succeeded
 	looking chan struct{} // closed when the look-up that runs has ended; nil without one
 }
 
 // New dials nothing. Its error is about an address.
 func New(cfg Config) (*Pool, error) {
+	if cfg.Seats == nil {
+		cfg.Seats = NewSeats()
+	}
 	p := &Pool{cfg: cfg, hadSRV: make(map[string]bool), resolver: net.DefaultResolver}
 	var err error
 	if p.targets, err = parseTargets(cfg.Addrs); err != nil {
@@ -178,15 +188,15 @@ func (p *Pool) look() {
 		p.cfg.Log.Warn().Err(failed).Msg("keeping the buildkitds that are known")
 	} else {
 		p.replace(addrs)
+		p.known = true
 	}
 	p.looked = time.Now()
 }
 
 // replace makes the daemons at addrs those of the pool. Daemons that stay keep their
-// connections. The caller must hold p.mu, but for New.
+// connections. Before the first look-up that succeeds there are only names, and nobody joins or
+// leaves. The caller must hold p.mu, but for New.
 func (p *Pool) replace(addrs []string) {
-	// Before the first look-up there are only names, and nobody joins or leaves.
-	known := !p.looked.IsZero()
 	slices.Sort(addrs)
 	addrs = slices.Compact(addrs)
 	var next []*Daemon
@@ -196,14 +206,14 @@ func (p *Pool) replace(addrs []string) {
 			next = append(next, p.daemons[i])
 			continue
 		}
-		if known {
+		if p.known {
 			p.cfg.Log.Info().Str("daemon", addr).Msg("a buildkitd joined")
 		}
 		next = append(next, newDaemon(addr, &p.cfg))
 	}
 	for _, d := range p.daemons {
 		if !slices.Contains(next, d) {
-			if known {
+			if p.known {
 				p.cfg.Log.Info().Str("daemon", d.addr).Msg("a buildkitd left")
 			}
 			d.close()
@@ -212,12 +222,12 @@ func (p *Pool) replace(addrs []string) {
 	p.daemons = next
 }
 
-// each calls f for every daemon that is not out, for all of them at once, with a connection
-// that has just answered. It returns the number of daemons that it left out.
-func (p *Pool) each(ctx context.Context, f func(d *Daemon, c *conn)) int {
+// each calls f for every daemon of list that is not out, for all of them at once, with a
+// connection that has just answered. It returns the number of daemons that it left out.
+func (p *Pool) each(ctx context.Context, list []*Daemon, f func(d *Daemon, c *conn)) int {
 	var missed atomic.Int32
 	var all sync.WaitGroup
-	for _, d := range p.list(ctx) {
+	for _, d := range list {
 		if d.health.isOut() {
 			missed.Add(1)
 			continue
@@ -242,11 +252,10 @@ func (p *Pool) each(ctx context.Context, f func(d *Daemon, c *conn)) int {
 // Count counts the daemons. It takes up to 9 s: 2 s for a look-up, and 7 s for a daemon that
 // hangs.
 func (p *Pool) Count(ctx context.Context) solve.Daemons {
-	var reachable atomic.Int32
-	p.each(ctx, func(*Daemon, *conn) { reachable.Add(1) })
-	count := solve.Daemons{Reachable: int(reachable.Load())}
-	for _, d := range p.list(ctx) {
-		count.Total++
+	list := p.list(ctx)
+	missed := p.each(ctx, list, func(*Daemon, *conn) {})
+	count := solve.Daemons{Total: len(list), Reachable: len(list) - missed}
+	for _, d := range list {
 		if d.health.isFull() {
 			count.Full++
 		}
@@ -263,7 +272,7 @@ func (p *Pool) Natives(ctx context.Context) []string {
 	}
 	natives, all := nativesOf(list)
 	if !all {
-		p.each(ctx, func(*Daemon, *conn) {}) // asks them
+		p.each(ctx, list, func(*Daemon, *conn) {}) // asks them
 		natives, _ = nativesOf(p.list(ctx))
 	}
 	slices.Sort(natives)
@@ -278,17 +287,6 @@ func nativesOf(list []*Daemon) (natives []string, all bool) {
 		}
 	}
 	return natives, len(natives) == len(list)
-}
-
-// AddSeats adds the seats that this process has on each daemon to seats, by the address.
-func (p *Pool) AddSeats(seats map[string]int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, d := range p.daemons {
-		if n := d.health.seats(); n > 0 {
-			seats[d.addr] += n
-		}
-	}
 }
 
 // Several says whether more than one daemon is known.

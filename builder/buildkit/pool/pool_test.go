@@ -84,8 +84,8 @@ func TestPlace(t *testing.T) {
 		s.Leave()
 	}
 	for _, d := range tr.daemons {
-		if d.health.mine != 0 || d.cur.refs != 0 {
-			t.Errorf("%d builds and %d uses left", d.health.mine, d.cur.refs)
+		if d.health.mine() != 0 || d.cur.refs != 0 {
+			t.Errorf("%d builds and %d uses left", d.health.mine(), d.cur.refs)
 		}
 	}
 }
@@ -145,8 +145,7 @@ func TestToldOfOthers(t *testing.T) {
 		if asked := !s.Daemon.health.asked.IsZero(); asked == tt.all {
 			t.Errorf("%+v: the daemon was asked: %v", tt, asked)
 		}
-		seats := make(map[string]int)
-		if tr.AddSeats(seats); len(seats) != 1 || seats[s.Daemon.addr] != 1 {
+		if seats := tr.cfg.Seats.All(); len(seats) != 1 || seats[s.Daemon.addr] != 1 {
 			t.Errorf("%+v: the seats are %v", tt, seats)
 		}
 		s.Leave()
@@ -427,6 +426,57 @@ func TestFullAndDown(t *testing.T) {
 	}
 }
 
+// TestFullAndLost has a daemon with a full disk end while it is pruned. It has not answered that it
+// is full.
+func TestFullAndLost(t *testing.T) {
+	t.Parallel()
+	ctl := &control{}
+	socket := filepath.Join(t.TempDir(), "s")
+	_, server := listen(t, ctl, "unix", socket, nil)
+	ctl.pruned = server.Stop
+	p := mustNew(t, Config{Addrs: []string{"unix://" + socket}})
+	p.list(t.Context())[0].health.setFull(true)
+	_, err := p.Place(t.Context(), Key{Cache: "key"}, nil, nil)
+	if api.AsError(err).Code != api.NoDaemon {
+		t.Errorf("placed with %v", err)
+	}
+}
+
+// TestFullAndLeft has a daemon with a full disk leave the pool. Nobody prunes it again and again.
+func TestFullAndLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, err := New(Config{Addrs: []string{"tcp://127.0.0.1:1"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := p.daemons[0]
+		p.replace([]string{"tcp://127.0.0.2:1"})
+		p.MarkFull(d, errors.New("no space"))
+		ended := make(chan struct{})
+		go func() {
+			p.running.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(time.Hour):
+			t.Error("it is still pruned")
+		}
+		p.Close()
+	})
+}
+
+// TestAvoidLast tries the daemon to avoid after those that are out.
+func TestAvoidLast(t *testing.T) {
+	p := mustNew(t, Config{Addrs: []string{"tcp://127.0.0.1:1", "tcp://127.0.0.2:1", "tcp://127.0.0.3:1"}})
+	order := p.order(t.Context(), Key{Cache: "key"})
+	order[1].health.setOut(true)
+	fit, rest := candidates(order, order[0])
+	if !slices.Equal(fit, order[2:]) || !slices.Equal(rest, []*Daemon{order[1], order[0]}) {
+		t.Errorf("%d are fit, %d are left", len(fit), len(rest))
+	}
+}
+
 // records is a fake of the resolver.
 type records struct {
 	mu     sync.Mutex
@@ -527,6 +577,32 @@ func TestDaemonsComeAndGo(t *testing.T) {
 	r.mu.Unlock()
 	if now := again(); !slices.Equal(now, after) {
 		t.Error("forgotten when the name could not be looked up")
+	}
+}
+
+// TestSeatsStay has a daemon leave and come back while it builds. Its builds still count, also where
+// another pool has the daemon.
+func TestSeatsStay(t *testing.T) {
+	seats := NewSeats()
+	cfg := Config{Addrs: []string{"tcp://127.0.0.1:1", "tcp://127.0.0.2:1"}, Builds: 1, Seats: seats}
+	p, other := mustNew(t, cfg), mustNew(t, cfg)
+	left := p.daemons[0]
+	if !left.health.take(1) {
+		t.Fatal("no seat")
+	}
+	p.replace([]string{"tcp://127.0.0.2:1"})
+	if all := seats.All(); len(all) != 1 || all[left.addr] != 1 {
+		t.Errorf("while the daemon is away: %v", all)
+	}
+	p.replace([]string{"tcp://127.0.0.1:1", "tcp://127.0.0.2:1"})
+	for _, p := range []*Pool{p, other} {
+		if d := p.daemons[0]; d == left || d.addr != left.addr || d.health.take(1) {
+			t.Error("there is another seat")
+		}
+	}
+	left.health.give()
+	if all := seats.All(); len(all) != 0 || !p.daemons[0].health.take(1) {
+		t.Errorf("after the build has ended: %v", all)
 	}
 }
 

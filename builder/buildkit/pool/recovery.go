@@ -9,18 +9,20 @@ import (
 
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"google.golang.org/grpc/codes"
 )
 
 const (
 	// stallRest is how long a daemon whose build stalled is left alone.
 	stallRest = 5 * time.Minute
 
-	// probeInterval is the longest time between two probes: a daemon that is back is soon
-	// used again, however long it was first left alone.
+	// probeInterval is the longest time between two probes. Only the rest before the first
+	// probe can be longer.
 	probeInterval = 5 * time.Second
 
-	// pruneTimeout bounds one prune. pruneWait is how long a build waits for one where
-	// there is no other daemon.
+	// pruneTimeout bounds one prune. pruneWait is how long a build waits for prunes where all
+	// daemons are full.
 	pruneTimeout  = 2 * time.Minute
 	pruneWait     = 10 * time.Second
 	pruneInterval = 10 * time.Second
@@ -49,9 +51,9 @@ func (p *Pool) sleep(d time.Duration) bool {
 	}
 }
 
-// lose takes a daemon out that does not answer, or that broke a build off. Until it answers a
-// probe, it gets builds only where no other daemon takes them. A daemon that has left the pool
-// is not lost.
+// lose takes out a daemon that does not answer or that broke a build off. Until it answers a
+// probe, it gets a build only if no other daemon takes the build, or if Place is to prefer it. A
+// daemon that has left the pool is not lost.
 func (p *Pool) lose(d *Daemon, cause error) {
 	if errors.Is(cause, errClosed) {
 		return
@@ -61,7 +63,8 @@ func (p *Pool) lose(d *Daemon, cause error) {
 	}
 }
 
-// MarkStalled takes a daemon out for a few minutes: one of its builds made no progress.
+// MarkStalled takes a daemon out for stallRest, because one of its builds made no progress. A
+// daemon that is out already stays out for as long as before.
 func (p *Pool) MarkStalled(d *Daemon, cause error) {
 	if already := d.health.setOut(true); !already {
 		p.probe(d, stallRest, cause)
@@ -88,8 +91,8 @@ func (p *Pool) probe(d *Daemon, rest time.Duration, cause error) {
 	})
 }
 
-// MarkFull takes a daemon out whose disk is full. It gets no builds until a prune has made
-// room.
+// MarkFull has a daemon pruned whose disk is full. Until a prune has made room, the daemon gets a
+// build only if Place is to prefer it.
 func (p *Pool) MarkFull(d *Daemon, cause error) {
 	if d.health.setFull(true) {
 		return
@@ -109,12 +112,15 @@ func (p *Pool) MarkFull(d *Daemon, cause error) {
 	})
 }
 
-// downError is of a daemon that could not be asked to prune.
-type downError struct{ error }
+// downError is of a daemon that does not answer.
+type downError struct{ err error }
+
+func (e *downError) Error() string { return e.err.Error() }
+func (e *downError) Unwrap() error { return e.err }
 
 // prune removes half of d's cache, the part that was used longest ago. BuildKit does not
 // tell how much room is missing. prune fails unless the daemon can write afterwards. Its
-// error is a *downError if the daemon does not answer.
+// error is a *downError if the daemon does not answer, or ends meanwhile.
 func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 	ctx, cancel := context.WithTimeout(ctx, pruneTimeout)
 	defer cancel()
@@ -133,12 +139,17 @@ func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 	}
 	defer d.release(c, false)
 	used, freed, err := c.pruneHalf(ctx)
-	if err != nil {
-		return err
+	if err == nil {
+		// Running builds keep what they use, and other programs may fill the disk too.
+		if err = c.tryWrite(ctx); err != nil {
+			err = fmt.Errorf("writing after %d of %d bytes were removed: %w", freed, used, err)
+		}
 	}
-	// Running builds keep what they use, and other programs may fill the disk too.
-	if err := c.tryWrite(ctx); err != nil {
-		return fmt.Errorf("writing after %d of %d bytes were removed: %w", freed, used, err)
+	switch {
+	case grpcerrors.Code(err) == codes.Unavailable:
+		return &downError{err}
+	case err != nil:
+		return err
 	}
 	d.health.setFull(false)
 	p.cfg.Log.Info().Str("daemon", d.addr).Int64("used_bytes", used).Int64("freed_bytes", freed).Msg("buildkitd pruned")
@@ -162,7 +173,7 @@ func (c *conn) pruneHalf(ctx context.Context) (used, freed int64, err error) {
 			freed += r.Size
 		}
 	}()
-	// A limit of zero is none to BuildKit.
+	// BuildKit takes a size of 0 as no limit.
 	err = c.client.Prune(ctx, removed, client.WithKeepOpt(0, 0, max(used/2, 1), 0))
 	close(removed)
 	<-counted

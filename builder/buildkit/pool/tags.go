@@ -48,7 +48,7 @@ func isTag(s string) bool {
 func (p *Pool) Running(ctx context.Context) map[Tags]bool {
 	all := make(map[Tags]bool)
 	var mu sync.Mutex
-	p.each(ctx, func(d *Daemon, c *conn) {
+	p.each(ctx, p.list(ctx), func(d *Daemon, c *conn) {
 		// A daemon that is gone fails its next build too, and says why. The builds of one that is
 		// slow are counted the next time.
 		tags, _ := d.count(ctx, c)
