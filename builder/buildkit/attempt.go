@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"strings"
 	"sync"
 
 	"github.com/moby/buildkit/client"
@@ -29,10 +28,13 @@ type attempt struct {
 	built bool // the daemon has built everything in an earlier attempt
 	auths *authServer
 	git   *gitSource // nil for a context that is sent
+
+	answered chan struct{} // closed when the daemon has answered the solve
+	taken    bool          // it has refused the Ref
 }
 
-// attempt finds a daemon and has it solve the plan. Where the daemon knows the build's name,
-// the attempt takes the result from its history, or follows the build that runs.
+// attempt finds a daemon and has it solve the plan. If the daemon knows the build's name, the
+// attempt takes the result from its history, or follows the build that runs.
 func (r *run) attempt(ctx context.Context, e earlier) verdict {
 	prefer := cmp.Or(r.findHolder(ctx), e.prefer)
 	seat, err := r.plan.pool.Place(ctx, r.plan.key(), prefer, e.avoid)
@@ -45,8 +47,11 @@ func (r *run) attempt(ctx context.Context, e earlier) verdict {
 	if r.plan.named() {
 		known, next, err := recall(ctx, seat, r.plan)
 		switch {
-		case err != nil:
+		case err != nil && (ctx.Err() != nil || seat.Broke(err)):
 			return brokenOff(ctx, seat, err)
+		case err != nil:
+			// The daemon answers, and its history does not. A second build does no harm.
+			r.plan.logTo(r.cfg.Log).Warn().Err(err).Str("daemon", seat.Daemon.Addr()).Msg("building without a look into the history")
 		case known == nil:
 			ref = next
 		case known.Running():
@@ -62,7 +67,10 @@ func (r *run) attempt(ctx context.Context, e earlier) verdict {
 	}
 	r.placed(seat.Daemon, ref)
 	r.newProgress()
-	a := &attempt{run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.plan.grant())}
+	a := &attempt{
+		run: r, seat: seat, ref: ref, built: e.built == seat.Daemon, auths: newAuthServer(r.plan.grant()),
+		answered: make(chan struct{}),
+	}
 	if git := r.plan.req.Config.Git; git != nil && r.plan.joins == nil {
 		a.git = &gitSource{Git: git, secret: identity.NewID()}
 	}
@@ -82,8 +90,8 @@ func (r *run) newProgress() {
 	r.progress = report.NewProgress(r.log, r.plan.mask, r.limits)
 }
 
-// brokenOff gives the seat up: its daemon no longer answers. If ctx has ended, the daemon is
-// not to blame, and nobody looks at the verdict.
+// brokenOff gives the seat up: its daemon no longer answers. If ctx has ended, the connection stays,
+// and of the verdict only the daemon is read: ended takes out a daemon that has stalled.
 func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 	if ctx.Err() != nil {
 		seat.Leave()
@@ -91,7 +99,7 @@ func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 	}
 	seat.Lost(cause)
 	return verdict{kind: elsewhere, daemon: seat.Daemon, err: &api.Error{
-		Code: api.DaemonLost, Msg: "buildkitd was lost while building, and the build had been begun again once already", Err: cause,
+		Code: api.DaemonLost, Msg: "buildkitd was lost during the build, and the build had already begun a second time", Err: cause,
 	}}
 }
 
@@ -117,10 +125,24 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { a.progress.Drain(ctx, status) })
-	resp, err := a.put(pool.WithSolved(ctx, a.limits.pause), status)
+	solving, cancel := context.WithCancel(ctx)
+	defer cancel()
+	forget := a.seat.Await(a.ref, func(taken bool) {
+		a.limits.pause()
+		if a.taken = taken; taken {
+			cancel() // what the gateway is asked would be asked of the other build
+		}
+		close(a.answered)
+	})
+	resp, err := a.put(solving, status)
+	forget()
 	drained.Wait()
 	a.limits.resume()
 	switch {
+	case a.taken && ctx.Err() == nil:
+		a.seat.Worked()
+		a.limits.restart()
+		return verdict{kind: taken, daemon: a.seat.Daemon}
 	case err == nil:
 		a.measure(ctx, resp)
 		a.seat.Worked()
@@ -154,9 +176,11 @@ func (a *attempt) put(ctx context.Context, status chan *client.SolveStatus) (*cl
 	switch {
 	case a.plan.joins != nil:
 		a.limits.Pushing() // joining only asks the registry
-		return join(ctx, c, opt, a.plan, status)
+		opt, join := joining(opt, a.plan)
+		return a.build(ctx, opt, join, status)
 	case a.git != nil:
-		return a.git.solve(ctx, c, opt, status)
+		opt, build := a.git.building(opt)
+		return a.build(ctx, opt, build, status)
 	}
 	return c.Solve(ctx, nil, opt, status)
 }
@@ -165,8 +189,8 @@ func (a *attempt) solveOpt() client.SolveOpt {
 	opt := a.plan.solveOpt(a.ref, a.auths)
 	// Internal keeps a build out of the daemon's history, where its build arguments would
 	// stay in the clear as long as the record. The record takes a quarter of a cached
-	// build's time, too. But a named build has to be found there, and replicas that cannot tell
-	// each other count a daemon's builds by its records.
+	// build's time, too. But a named build has to be found there. And replicas that cannot tell
+	// each other their builds count a daemon's builds by its records.
 	opt.Internal = !a.plan.named() && !a.plan.pool.Counts()
 	if a.built {
 		// noCache asks for new results. The daemon has them, from the attempt before.
@@ -194,10 +218,6 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 	}
 	a.seat.Worked()
 	v := verdict{daemon: a.seat.Daemon}
-	if strings.Contains(err.Error(), "job ID "+a.ref+" exists") {
-		v.kind = follow // another replica has taken the Ref since recall
-		return v
-	}
 	if a.git != nil && a.git.err != nil && !f.Full && f.Denied == nil {
 		v.err = a.git.failure(a.plan.mask.Line)
 		return v

@@ -45,8 +45,9 @@ func (g *gitSource) state(ref string, opts ...llb.GitOption) llb.State {
 	return llb.Git(g.Remote(), "", opts...)
 }
 
-// solve resolves the ref to a commit, and has the Dockerfile frontend build that.
-func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.SolveOpt, status chan *client.SolveStatus) (*client.SolveResponse, error) {
+// building returns the options for attempt.build. build resolves the ref to a commit, and has the
+// Dockerfile frontend build this commit.
+func (g *gitSource) building(opt client.SolveOpt) (_ client.SolveOpt, build gateway.BuildFunc) {
 	attrs := opt.FrontendAttrs
 	opt.FrontendAttrs = nil
 	var imports []gateway.CacheOptionsEntry
@@ -54,7 +55,7 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 		imports = append(imports, gateway.CacheOptionsEntry{Type: entry.Type, Attrs: entry.Attrs})
 	}
 	opt.CacheImports = nil
-	return c.Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
+	return opt, func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		checksum, err := g.checksum(ctx, c)
 		if err != nil {
 			g.err = err
@@ -75,7 +76,7 @@ func (g *gitSource) solve(ctx context.Context, c *client.Client, opt client.Solv
 			g.err = err
 		}
 		return res, err
-	}, status)
+	}
 }
 
 // isFetch says whether text is about a commit that was resolved and could not be fetched

@@ -21,8 +21,8 @@ import (
 // A build with a name has a Ref that is made of it. So another replica, or this one after a
 // restart, finds the build in the daemon's history, with its result or running. Each attempt
 // has a Ref of its own: the first attempt at a build of the call 1f and the body 2e has the Ref
-// 1fx2ex0, the next one 1fx2ex1. Both are hex digits, so that x separates them. A build of a tenant
-// has pool.Tags at the end of its Refs, which do not change what a Ref begins with.
+// 1fx2ex0, the next one 1fx2ex1. The call and the body are hex digits, so an x separates them. A
+// build of a tenant has pool.Tags at the end of its Refs, which do not change what a Ref begins with.
 
 // maxRefs is how many attempts at one name are looked for.
 const maxRefs = 20
@@ -34,7 +34,9 @@ func refPrefix(name solve.Name) string { return callPrefix(name.Call) + name.Bod
 func callPrefix(call string) string { return call + "x" }
 
 // recall asks the seat's daemon for the plan's name. It returns the record of an attempt that
-// runs or has succeeded, or, without one, the Ref for the next attempt.
+// runs or has succeeded, or, without one, the Ref for the next attempt. It looks no further than the
+// first Ref without a record. If the daemon has removed the record of an older attempt, the plan is
+// built again with that attempt's Ref.
 func recall(ctx context.Context, seat *pool.Seat, p *plan) (*pool.Record, string, error) {
 	for n := range maxRefs {
 		ref := p.tags.Ref(refOf(p.name, n))
@@ -55,8 +57,9 @@ func recall(ctx context.Context, seat *pool.Seat, p *plan) (*pool.Record, string
 // newRef is a Ref that no replica looks for.
 func (p *plan) newRef() string { return p.tags.Ref(identity.NewID()) }
 
-// findHolder asks all daemons of a pool for the build's name, for historyTimeout at most. It
-// returns the daemon that runs the build, or else one that has built it, or nil.
+// findHolder asks all daemons of a pool for the build's name. It returns the daemon that runs the
+// build, or else one that has built it, or nil. It takes up to 39 s: 9 s as in pool.Pool.Count, and
+// 30 s for a daemon that is slow to read its history.
 func (r *run) findHolder(ctx context.Context) *pool.Daemon {
 	if !r.plan.named() || !r.plan.pool.Several() {
 		return nil
@@ -76,9 +79,9 @@ func (r *run) findHolder(ctx context.Context) *pool.Daemon {
 }
 
 // Find returns what the daemons of the pool of that name remember of the last build of the call,
-// which is a Name.Call. An empty name is the shared pool. Find returns nil if they remember none,
-// or if it was canceled. Its error is an *api.Error, no_daemon: a daemon that may know of the
-// build cannot be asked, or there is no such pool.
+// which is a Name.Call. An empty name is the shared pool. Find returns nil if they remember no build
+// of the call, or if the last one was canceled. Its error is an *api.Error, no_daemon: they remember
+// no such build, and a daemon that may know of one cannot be asked, or there is no such pool.
 func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, error) {
 	daemons, leave, err := s.pools.use(name)
 	if err != nil {
@@ -103,10 +106,10 @@ func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, erro
 	return nil, nil
 }
 
-// Pushed returns the digest that a build has pushed before its process died. The daemon, named by its
-// address, has a record of the build under its Ref, with the digest of the image, even if the build
-// was ended during the push. The registry tells whether the image's tag has this digest now. If it has
-// not, or if the daemon has no record, Pushed returns "".
+// Pushed looks for the image of a build whose process has died, and returns its digest. The daemon at
+// the given address has a record of the build under its Ref, with the image's digest, even if the
+// build was ended during the push. The registry tells whether the image's tag has this digest now. If
+// the tag has another digest, or the daemon has no record, Pushed returns "".
 func (s *Solver) Pushed(ctx context.Context, t *solve.Tenant, daemon, ref, image string) (string, error) {
 	name, credentials := "", s.cfg.Credentials
 	if t != nil {

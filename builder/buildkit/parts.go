@@ -151,13 +151,13 @@ func (s *Solver) solveParts(ctx context.Context, whole *plan, parts []*plan, log
 	return outcome, stats, err
 }
 
-// join makes one image of the plan's parts, which are in the registry. The daemon does not
-// pull their layers: its push finds them where they are.
-func join(ctx context.Context, c *client.Client, opt client.SolveOpt, p *plan, status chan *client.SolveStatus) (*client.SolveResponse, error) {
+// joining returns the options for attempt.build. join makes one image of the plan's parts, which are
+// in the registry. The daemon does not pull their layers: its push finds them where they are.
+func joining(opt client.SolveOpt, p *plan) (_ client.SolveOpt, join gateway.BuildFunc) {
 	opt.Frontend, opt.FrontendAttrs, opt.LocalMounts = "", nil, nil
 	opt.CacheImports, opt.CacheExports = nil, nil
 	repository := reference.TrimNamed(p.req.Config.References[0])
-	return c.Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
+	return opt, func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		result := gateway.NewResult()
 		var all exptypes.Platforms
 		for _, part := range p.joins {
@@ -185,7 +185,7 @@ func join(ctx context.Context, c *client.Client, opt client.SolveOpt, p *plan, s
 		}
 		result.AddMeta(exptypes.ExporterPlatformsKey, meta)
 		return result, nil
-	}, status)
+	}
 }
 
 func pushedImage(ctx context.Context, c gateway.Client, image string, p ocispecs.Platform) (gateway.Reference, []byte, error) {

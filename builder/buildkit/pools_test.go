@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"path/filepath"
 	"slices"
@@ -43,6 +44,8 @@ type daemon struct {
 	past   []string          // Refs of builds that have ended
 	made   map[string]string // the digests of some of past
 	fails  bool              // solves fail at once
+	taken  int               // solves whose Ref is refused; the progress shown for it has no end
+	broken bool              // the history cannot be read
 	says   int               // lines of a build's progress, each a message
 }
 
@@ -81,6 +84,11 @@ func (d *daemon) recorded() (n int) {
 
 func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
 	d.mu.Lock()
+	if d.taken > 0 {
+		d.taken--
+		d.mu.Unlock()
+		return nil, status.Errorf(codes.Unknown, "failed to solve: job ID %s exists", req.Ref)
+	}
 	d.active[req.Ref], d.hidden[req.Ref] = true, req.Internal
 	fails := d.fails
 	d.mu.Unlock()
@@ -103,6 +111,9 @@ func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*cont
 func (d *daemon) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.broken {
+		return status.Error(codes.Unknown, "invalid database")
+	}
 	var records []*controlapi.BuildHistoryRecord
 	for ref := range d.active {
 		if d.hidden[ref] {
@@ -148,6 +159,9 @@ func (*daemon) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, 
 func (d *daemon) Status(_ *controlapi.StatusRequest, stream grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
 	d.mu.Lock()
 	says := d.says
+	if d.taken > 0 {
+		says = math.MaxInt
+	}
 	d.mu.Unlock()
 	const vertex = "sha256:0000000000000000000000000000000000000000000000000000000000000001"
 	for i := range says {
@@ -238,6 +252,38 @@ func TestSlowReader(t *testing.T) {
 	}
 	if !slices.Contains(lines, "l: line 9") {
 		t.Errorf("the log is %q", lines)
+	}
+}
+
+// TestRefTaken has a daemon refuse the Ref of a build twice, and show the progress of the build that
+// has it. The build does not wait for the end of this progress.
+func TestRefTaken(t *testing.T) {
+	t.Parallel()
+	d := newDaemon(t, "d")
+	d.taken = 2
+	close(d.release)
+	s := newSolverOf(t, Config{BuildTimeout: time.Minute}, d)
+	req := request(t, nil, "r")
+	req.Name = solve.Name{Call: "1f", Body: "2e"}
+	outcome, stats, err := s.solve(t.Context(), req, contextfs.New(sample), func(...string) {})
+	if err != nil || outcome.Digest != "sha256:d" || stats.Attempts != 3 {
+		t.Errorf("%+v after %d attempts, %v", outcome, stats.Attempts, err)
+	}
+}
+
+// TestHistoryUnreadable builds where a daemon answers and cannot read its history.
+func TestHistoryUnreadable(t *testing.T) {
+	t.Parallel()
+	d := newDaemon(t, "d")
+	d.broken = true
+	close(d.release)
+	s := newSolver(t, d)
+	req := request(t, nil, "r")
+	req.Name = solve.Name{Call: "1f", Body: "2e"}
+	var lines []string
+	outcome, stats, err := s.solve(t.Context(), req, contextfs.New(sample), func(l ...string) { lines = append(lines, l...) })
+	if err != nil || outcome.Digest != "sha256:d" || stats.Attempts != 1 || len(lines) > 0 {
+		t.Errorf("%+v after %d attempts, %v, %q", outcome, stats.Attempts, err, lines)
 	}
 }
 

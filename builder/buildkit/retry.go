@@ -17,7 +17,7 @@ import (
 type verdict struct {
 	kind    verdictKind
 	outcome solve.Outcome // only with done
-	err     *api.Error    // nil for done and follow
+	err     *api.Error    // nil for done, follow and taken
 	daemon  *pool.Daemon  // nil if the attempt found none
 }
 
@@ -29,12 +29,13 @@ const (
 	done                         // the image is built, or was found in a daemon's history
 	elsewhere                    // the daemon was lost, or its disk is full and another's is not
 	later                        // the registry takes no more requests for now
-	follow                       // another replica ran the build, or has just taken its Ref
+	follow                       // another replica ran the build
+	taken                        // another replica has just taken the Ref
 )
 
-// policy says how often a build is attempted again after a verdict of each kind, and how long
-// it waits before each of these attempts. When they are used up, and for every other kind,
-// the verdict is final.
+// policy has the waits for each kind of verdict. A verdict takes the next wait of its kind, and
+// then there is another attempt. If the waits of its kind are used up, or the kind has none, the
+// verdict is final. The parts of a build for several architectures count on their own.
 //
 // For example, a build finds the registry busy, loses its daemon, and finds the registry busy
 // again. It waits for 2 s, goes to another daemon at once, and waits for 5 s. If that daemon
@@ -45,9 +46,12 @@ var policy = map[verdictKind][]time.Duration{
 	elsewhere: {0},
 	// BuildKit does not pass on a registry's Retry-After.
 	later: {2 * time.Second, 5 * time.Second, 15 * time.Second},
-	// The next attempt follows the build of another replica, or finds its result. Each of
-	// maxRefs Refs can be taken by another replica, and then be followed.
-	follow: slices.Repeat([]time.Duration{0}, 2*maxRefs),
+	// The next attempt finds the result of the other replica's build, or builds with the next
+	// Ref. There are maxRefs of these.
+	follow: slices.Repeat([]time.Duration{0}, maxRefs),
+	// The next attempt finds the record of the other replica's build. A busy daemon writes it
+	// seconds after it has accepted the build.
+	taken: slices.Repeat([]time.Duration{500 * time.Millisecond}, 2*maxRefs),
 }
 
 // earlier is what the attempts before leave to the next one.
@@ -110,7 +114,7 @@ func (r *run) repeat(ctx context.Context, try func(context.Context, earlier) ver
 			r.plan.logTo(r.cfg.Log).Warn().Err(r.plan.masked(v.err.Err)).Str("daemon", v.daemon.Addr()).Str("code", string(moved)).Msg("solving again")
 		case later:
 			e.prefer, e.built = v.daemon, v.daemon
-		case follow:
+		case follow, taken:
 			e.prefer = v.daemon
 		}
 		if text := announcement(v, waits[n]); text != "" {
@@ -127,8 +131,8 @@ func (r *run) repeat(ctx context.Context, try func(context.Context, earlier) ver
 	}
 }
 
-// announcement tells the client why there is another attempt. It is empty after follow, which
-// has told it already.
+// announcement tells the client why there is another attempt. It is empty after follow and taken:
+// whoever follows a build says so.
 func announcement(v verdict, wait time.Duration) string {
 	switch {
 	case v.kind == later:
@@ -145,8 +149,8 @@ func announcement(v verdict, wait time.Duration) string {
 // or empty.
 func final(v verdict, moved api.Code) error {
 	switch {
-	case v.kind == follow:
-		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: fmt.Errorf("followed %d builds", len(policy[follow]))}
+	case v.kind == follow, v.kind == taken:
+		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: fmt.Errorf("%d attempts found it so", len(policy[v.kind])+1)}
 	case v.err.Code == api.NoDaemon && moved == api.DaemonLost:
 		return &api.Error{Code: api.NoDaemon, Msg: "buildkitd was lost while building, and cannot be reached again", Err: v.err.Err}
 	case v.err.Code == api.NoDaemon && moved == api.DaemonFull:

@@ -29,7 +29,7 @@ func TestPolicy(t *testing.T) {
 	denied := fail(failed, api.RegistryDenied, one)
 	nowhere := fail(failed, api.NoDaemon, nil)
 	built := verdict{kind: done, outcome: solve.Outcome{Digest: "d"}}
-	another := verdict{kind: follow, daemon: one}
+	another, held := verdict{kind: follow, daemon: one}, verdict{kind: taken, daemon: one}
 	const (
 		lostLine = "w: the connection to buildkitd was lost: building again"
 		fullLine = "w: buildkitd has no space left on its disk: building on another"
@@ -54,7 +54,9 @@ func TestPolicy(t *testing.T) {
 		{"busy, lost", []verdict{busy, lost, built}, []int{0, 2, 2}, earlier{avoid: one}, []string{busyLine + "2s", lostLine}, ""},
 		{"busy, lost, busy", []verdict{busy, lost, busy, built}, []int{0, 2, 2, 7}, earlier{avoid: one, prefer: two, built: two}, []string{busyLine + "2s", lostLine, busyLine + "5s"}, ""},
 		{"followed", []verdict{another, another, built}, []int{0, 0, 0}, earlier{prefer: one}, nil, ""},
-		{"followed too often", slices.Repeat([]verdict{another}, 2*maxRefs+1), slices.Repeat([]int{0}, 2*maxRefs+1), earlier{prefer: one}, nil, api.Internal},
+		{"followed too often", slices.Repeat([]verdict{another}, maxRefs+1), slices.Repeat([]int{0}, maxRefs+1), earlier{prefer: one}, nil, api.Internal},
+		{"Ref taken, followed", []verdict{held, held, held, another, built}, []int{0, 0, 1, 1, 1}, earlier{prefer: one}, nil, ""},
+		{"Ref taken for too long", slices.Repeat([]verdict{held}, 2*maxRefs+1), halves(2*maxRefs + 1), earlier{prefer: one}, nil, api.Internal},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -84,6 +86,14 @@ func TestPolicy(t *testing.T) {
 			})
 		})
 	}
+}
+
+// halves are n times, half a second apart, in whole seconds.
+func halves(n int) (at []int) {
+	for i := range n {
+		at = append(at, i/2)
+	}
+	return at
 }
 
 // TestNowhereElse tells why a build had to move when no other daemon can be reached.

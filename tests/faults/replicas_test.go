@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -12,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	controlapi "github.com/moby/buildkit/api/services/control"
+	buildkit "github.com/moby/buildkit/client"
+	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/openfaas/go-sdk/builder"
 
 	"handler/function/tests/client"
@@ -379,4 +384,93 @@ func TestFailedPushIsNoSuccess(t *testing.T) {
 		t.Errorf("got %v", v)
 	}
 	deliver(t, two, body, m)().WantFailed(t, "registry_failed")
+}
+
+// TestRefTaken has another client's build hold the Ref of a delivery with a git context. That build
+// is in no history: a busy daemon takes seconds to write the record of a build. The delivery builds
+// when the Ref is free, and leaves the other build alone.
+func TestRefTaken(t *testing.T) {
+	t.Parallel()
+	g := stack.NewGitServer(t, "")
+	env := map[string]string{"context_hosts": g.URL}
+	s, b, one := start(t, stack.FunctionConfig{Env: env})
+	_, _, two := start(t, stack.FunctionConfig{Env: env})
+	m := mark()
+	repository := strings.ToLower(m)
+	work := g.Repository(t, "app.git", map[string]string{"Dockerfile": "FROM scratch\nCOPY file /file\n"})
+	body := stack.ConfigAlone(t, map[string]any{
+		"image": s.Registry.Image(repository + ":v1"), "context": map[string]string{"git": g.URL + "/app.git"},
+	})
+	if a := deliver(t, one, body, m)(); a.Code != "build_failed" {
+		t.Fatalf("without the file: %v", a)
+	}
+	stack.Commit(t, work, map[string]string{"file": m})
+
+	c, err := b.Client(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ref, isFirst := strings.CutSuffix(refOf(t, c, repository), "x0")
+	if !isFirst {
+		t.Fatalf("the Ref of the first attempt is %q", ref)
+	}
+	ref += "x1"
+	holds, free := make(chan struct{}), make(chan struct{})
+	held := stack.Later(t, func(ctx context.Context) (*buildkit.SolveResponse, error) {
+		return c.Build(ctx, buildkit.SolveOpt{Ref: ref, Internal: true}, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
+			close(holds)
+			select {
+			case <-free:
+			case <-ctx.Done():
+			}
+			return gateway.NewResult(), nil
+		}, nil)
+	})
+	<-holds
+	second := deliver(t, two, body, m)
+	stack.Eventually(t, time.Minute, func() error {
+		log, err := os.ReadFile(b.LogFile())
+		if err == nil && strings.Count(string(log), "job ID "+ref+" exists") < 3 {
+			err = errors.New("the delivery has not asked for the Ref three times")
+		}
+		return err
+	})
+	close(free)
+	held() // without an error
+	a := second()
+	a.WantSuccess(t)
+	if ended := logged(t, two); len(ended) != 1 || ended[0]["attempts"].(float64) < 4 {
+		t.Errorf("the delivery ended as %v", ended)
+	}
+	image := s.Registry.Image(repository)
+	if d := digest(t, image+":v1"); d != a.Digest {
+		t.Errorf("the tag is %s, the answer %s", d, a.Digest)
+	}
+	if file := stack.MustFiles(t, stack.MustPull(t, testContext(t), image+":v1"))["file"]; file == nil || string(file.Content) != m {
+		t.Error("the image has not the file of the commit")
+	}
+}
+
+// refOf is the Ref of the only build of a repository in a daemon's history.
+func refOf(t *testing.T, c *buildkit.Client, repository string) (ref string) {
+	t.Helper()
+	stream, err := c.ControlClient().ListenBuildHistory(testContext(t), &controlapi.BuildHistoryRequest{EarlyExit: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		event, err := stream.Recv()
+		if err == io.EOF {
+			return ref
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range event.GetRecord().GetExporters() {
+			if strings.Contains(e.Attrs["name"], repository) {
+				ref = event.Record.Ref
+			}
+		}
+	}
 }

@@ -84,6 +84,7 @@ type conn struct {
 	client *client.Client
 	sum    [sha256.Size]byte // of the TLS files it was made from
 	ends   *connEnds
+	solves *solves
 
 	refs    int  // users that have not released it; guarded by Daemon.mu
 	dropped bool // guarded by Daemon.mu
@@ -129,7 +130,7 @@ func (d *Daemon) get() (*conn, error) {
 
 // dial does not wait for the network: gRPC connects on the first RPC.
 func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
-	c := &conn{ends: &connEnds{end: make(chan struct{})}}
+	c := &conn{ends: &connEnds{end: make(chan struct{})}, solves: &solves{all: make(map[string]*oneSolve)}}
 	opts := []client.ClientOpt{
 		client.WithGRPCDialOption(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout})),
 		client.WithGRPCDialOption(grpc.WithConnectParams(grpc.ConnectParams{
@@ -137,8 +138,8 @@ func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 			MinConnectTimeout: checkTimeout,
 		})),
 		client.WithGRPCDialOption(grpc.WithStatsHandler(c.ends)),
-		client.WithGRPCDialOption(grpc.WithChainStreamInterceptor(keepStatuses)),
-		client.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(tellSolved)),
+		client.WithGRPCDialOption(grpc.WithChainStreamInterceptor(c.solves.keepStatuses)),
+		client.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(c.solves.tellAnswered)),
 		// Without it, a span in a build's context reaches the daemon and its RUN steps.
 		client.WithTracerProvider(nil),
 	}
