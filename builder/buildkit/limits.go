@@ -21,9 +21,9 @@ type limits struct {
 	cancel context.CancelCauseFunc
 	timer  *time.Timer   // of the build, later of the push; nil without a limit
 	due    time.Time     // when timer fires
-	cause  error         // that timer cancels with
-	paused time.Time     // since when time stands still; zero if it does not
-	left   time.Duration // that timer has at resume; zero is no limit
+	cause  error         // with which timer cancels
+	paused time.Time     // when the time was stopped; zero while it runs
+	left   time.Duration // what timer gets at resume; zero is no limit
 	silent *time.Timer   // runs while a message is waited for; nil without a limit
 	began  time.Time     // when the push began
 
@@ -31,7 +31,7 @@ type limits struct {
 }
 
 // newLimits are those of a build. t may be nil. A timeout in t replaces the installation's: the
-// caller has decided on the lesser one.
+// caller has taken the lesser of the two.
 func (s *Solver) newLimits(t *solve.Tenant) *limits {
 	l := &limits{build: s.cfg.BuildTimeout, push: s.cfg.PushTimeout, stall: s.cfg.StallTimeout}
 	if t != nil && t.BuildTimeout > 0 {
@@ -90,7 +90,7 @@ func (l *limits) pause() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.isPaused() || l.timer != nil && !l.timer.Stop() {
-		return // a timer that has fired has the last word
+		return // a limit that has passed ends the build
 	}
 	l.paused, l.left = time.Now(), 0
 	if l.timer != nil {
@@ -162,13 +162,16 @@ func (l *limits) beginPush() bool {
 	if l.isPaused() {
 		// The solve has ended, and the progress that tells of its push is late.
 		l.began, l.left, l.cause = l.paused, l.push, errPushTimeout
+		if l.push == 0 {
+			l.timer = nil
+		}
 		return true
 	}
 	l.began = time.Now()
-	// A build timer that has fired has the last word.
 	if l.timer != nil && !l.timer.Stop() {
-		return true
+		return true // a limit that has passed ends the build
 	}
+	l.timer = nil
 	if l.push > 0 {
 		l.run(l.push, errPushTimeout)
 	}

@@ -113,6 +113,38 @@ func TestPause(t *testing.T) {
 	}
 }
 
+// TestPauseUnlimitedPush: a push without a limit does not count the time of a pause either.
+func TestPauseUnlimitedPush(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			l := &limits{build: time.Second}
+			ctx, stop := l.start(t.Context())
+			defer stop()
+			if !late {
+				l.Pushing()
+				time.Sleep(time.Second)
+			}
+			for range 2 {
+				l.pause()
+				l.Pushing()
+				time.Sleep(time.Minute)
+				l.resume()
+			}
+			want := time.Second
+			if late {
+				want = 0
+			}
+			if got := l.pushed(); got != want {
+				t.Errorf("late %v: pushed for %v, want %v", late, got, want)
+			}
+			time.Sleep(time.Hour)
+			if synctest.Wait(); ctx.Err() != nil {
+				t.Errorf("late %v: ended by %v", late, context.Cause(ctx))
+			}
+		})
+	}
+}
+
 // TestSilence counts the silence of a daemon only while its next message is waited for.
 func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
