@@ -33,15 +33,15 @@ type Config struct {
 	// empty, or a unix address: no TLS.
 	CAFile, CertFile, KeyFile string
 
-	// BuildTimeout ends with the beginning of the push. PushTimeout bounds the push, with
-	// its retries. Zero is no limit. Both begin anew on another daemon. Where daemons of
-	// several architectures build, each has both, and the index has a PushTimeout.
+	// BuildTimeout bounds the build until its push begins. PushTimeout bounds the push, with
+	// its retries. Zero is no limit. Both begin anew when the build goes to another daemon,
+	// and after it has followed another replica's build. Where daemons of several
+	// architectures build, each has both, and the index has a PushTimeout.
 	BuildTimeout, PushTimeout time.Duration
 
 	StallTimeout time.Duration // without a sign from the daemon; zero is no limit
 
-	// DaemonBuilds is how many builds a daemon has before others go to the next daemon, if
-	// that has fewer. Zero is no limit.
+	// DaemonBuilds is a pool.Config.Builds.
 	DaemonBuilds int
 
 	// Elsewhere tells how many builds other processes have on daemons, as in pool.Config. Nil
@@ -164,7 +164,7 @@ func (s *Solver) enter(p *plan) (leave func(), err error) {
 	return func() { uncount(); unuse() }, nil
 }
 
-// checkSent refuses what BuildKit cannot be given, within the build's time.
+// checkSent refuses what BuildKit cannot be given. It has a BuildTimeout of its own.
 func (s *Solver) checkSent(ctx context.Context, req *solve.Request, files *contextfs.FS) error {
 	l := s.newLimits(req.Tenant)
 	ctx, stop := l.start(ctx)

@@ -21,13 +21,13 @@ import (
 	"handler/function/solve"
 )
 
-// plan is one build as any daemon would be asked for it. It does not change, so that attempts
-// share it.
+// plan is one build as any daemon would be asked for it. It does not change once it is attempted, so
+// that attempts share it.
 type plan struct {
 	req   *solve.Request
 	name  solve.Name // by which daemons remember the build; zero is none
 	tags  pool.Tags  // by which replicas count the build; zero without a tenant
-	pool  *pool.Pool // whose daemons build
+	pool  *pool.Pool // whose daemons build; enter sets that of a tenant
 	mask  *redact.Redactor
 	files *contextfs.FS
 

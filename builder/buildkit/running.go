@@ -12,9 +12,9 @@ import (
 	"handler/function/solve"
 )
 
-// A tenant may have so many builds at once, over all replicas. Each replica knows its own. If the
-// others cannot tell it what they have, it counts their builds on the daemons, by the tags in their
-// Refs.
+// A tenant has a limit of builds over all replicas. Each replica knows its own builds. If the other
+// replicas cannot tell how many they have, a replica counts the builds on the daemons, by the tags in
+// their Refs.
 
 // tenantTag is how Refs name a tenant.
 func tenantTag(id string) string { return tag("tenant " + id) }
@@ -72,10 +72,10 @@ func (r *running) remove(tags map[pool.Tags]bool) {
 	}
 }
 
-// Counted says whether Running counts the builds in the pool of that name: it has several
-// daemons. A lone daemon keeps no record of a build, because a record takes a quarter of the time
-// of a cached one. While Config.Elsewhere tells of all, daemons keep records only of named builds,
-// so Running does not count the others that begin then.
+// Counted says whether the pool of that name has several daemons. Running counts only in such pools.
+// A lone daemon keeps records of named builds alone, because a record takes a quarter of the time of a
+// cached build. So do all daemons while Config.Elsewhere tells of all builds: Running does not count
+// the unnamed builds that begin in this time.
 func (s *Solver) Counted(name string) bool {
 	p, leave, err := s.pools.use(name)
 	if err != nil {

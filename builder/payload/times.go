@@ -33,8 +33,10 @@ type contentSum [highwayhash.Size128]byte
 // contents: a file that has the path, size, time and mode of the last build's file counts as
 // unchanged, and is not sent. A second call of SetTimes does nothing.
 //
-// Programs such as make compare times. For them SetTimes keeps the order of all times, keeps
-// equal times equal, and keeps the second of each time. It works in three steps:
+// Programs such as make compare times. For them SetTimes keeps the order of the times of regular
+// files, keeps equal times equal, and keeps the second of each time. Directories and symlinks keep
+// their times, so a file may become newer than a directory of the same second. SetTimes works in
+// three steps:
 //
 //  1. Files of the same time form a group.
 //  2. The groups of one second divide the second into slots, one for each group.
@@ -134,15 +136,16 @@ func leastWidth(n int) int64 {
 //	    a and b have a 0 there, and get             0 … 249,999,999
 //	    c has a 1 there, and gets         250,000,000 … 499,999,999
 //
-// Halves keep most slots where they are when a file leaves the second. An edit does that: it
-// gives c a time in another second. Without c, the files a and b get 0 … 499,999,999 and with it
-// a new time, but d keeps its slot and its time. If all slots had the same width, thirds would
-// become halves here: every slot would move, and BuildKit would be sent every file.
+// Halves keep most slots where they are when a file leaves the second. For example, an edit gives c
+// a time in another second. Without c, the slot of a and b becomes 0 … 499,999,999, so their time
+// may change. But d keeps its slot and its time. If all slots had the same width, thirds would become
+// halves here: every slot would move, and BuildKit would be sent every file.
 //
 // To halve a part again and again can leave too little for a hash. So each part gets least ns
 // or more for each of its files. Ten files have the times 1, 2, 4, 8 … 512, so least is
 // 3,906,250:
 //
+//	512, 256, 128, 64 and 32 each get a half of what is left
 //	1, 2, 4, 8 and 16 share     0 …  31,249,999
 //	    16 gets        15,625,000 …  31,249,999, a half
 //	    1, 2, 4, 8 share        0 …  15,624,999, the other half: 4 * 3,906,250
