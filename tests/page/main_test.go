@@ -49,6 +49,12 @@ type tab struct {
 // errors and of violations of the page's policy.
 func open(t *testing.T, url string, allowed ...string) *tab {
 	t.Helper()
+	// What Chromium leaves there is removed once it has ended.
+	temp, err := os.MkdirTemp("", "browser-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(temp) })
 	opts := append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.NoSandbox, // root has none
 		chromedp.Flag("no-proxy-server", true),
@@ -56,6 +62,7 @@ func open(t *testing.T, url string, allowed ...string) *tab {
 		// and nothing from anywhere else.
 		chromedp.Flag("host-resolver-rules", "MAP builder.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 		chromedp.WindowSize(1280, 900),
+		chromedp.Env("TMPDIR="+temp),
 		chromedp.Env("LC_ALL=C.UTF-8"),           // in the locale C it sends no folder with a name that is not ASCII
 		chromedp.WSURLReadTimeout(3*time.Minute), // a browser starts slowly on a busy machine
 	)
