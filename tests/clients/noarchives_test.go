@@ -21,7 +21,7 @@ func TestNoArchives(t *testing.T) {
 		looks string
 	}{
 		"Dockerfile": {[]byte(copyOnly["Dockerfile"]), "looks like a Dockerfile"},
-		"zip":        {python("import shutil, tempfile; sys.stdout.buffer.write(open(shutil.make_archive(tempfile.mkdtemp() + '/x', 'zip', '.'), 'rb').read())"), "looks like a zip archive"},
+		"zip":        {python("import zipfile\nwith zipfile.ZipFile(sys.stdout.buffer, 'w') as z: z.write('Dockerfile')"), "looks like a zip archive"},
 		"bzip2":      {python("import tarfile; tarfile.open(fileobj=sys.stdout.buffer, mode='w|bz2').add('.')"), "looks like bzip2"},
 		"xz":         {python("import tarfile; tarfile.open(fileobj=sys.stdout.buffer, mode='w|xz').add('.')"), "looks like xz"},
 		"HTML":       {[]byte("<!DOCTYPE html><title>404</title>"), "looks like HTML"},
