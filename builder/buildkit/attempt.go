@@ -3,6 +3,7 @@ package buildkit
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -29,8 +30,9 @@ type attempt struct {
 	auths *authServer
 	git   *gitSource // nil for a context that is sent
 
-	answered chan struct{} // closed when the daemon has answered the solve
-	taken    bool          // it has refused the Ref
+	answered chan struct{} // closed when the solve's RPC has ended
+	refusal  error         // of the solve's RPC; set before answered is closed
+	foreign  bool          // the gateway was another build's until the end
 }
 
 // attempt finds a daemon and has it solve the plan. If the daemon knows the build's name, the
@@ -91,7 +93,7 @@ func (r *run) newProgress() {
 }
 
 // brokenOff gives the seat up: its daemon no longer answers. If ctx has ended, the connection stays,
-// and of the verdict only the daemon is read: ended takes out a daemon that has stalled.
+// and of the verdict only the daemon is read: run.ended takes out a daemon that has stalled.
 func brokenOff(ctx context.Context, seat *pool.Seat, cause error) verdict {
 	if ctx.Err() != nil {
 		seat.Leave()
@@ -125,22 +127,21 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	status := make(chan *client.SolveStatus)
 	var drained sync.WaitGroup
 	drained.Go(func() { a.progress.Drain(ctx, status) })
-	solving, cancel := context.WithCancel(ctx)
-	defer cancel()
-	forget := a.seat.Await(a.ref, func(taken bool) {
+	solving, forget := a.seat.Await(ctx, a.ref, func(err error) {
 		a.limits.pause()
-		if a.taken = taken; taken {
-			cancel() // what the gateway is asked would be asked of the other build
-		}
+		a.refusal = err
 		close(a.answered)
 	})
 	resp, err := a.put(solving, status)
 	forget()
 	drained.Wait()
 	a.limits.resume()
+	if a.foreign && a.refusal != nil {
+		err = fmt.Errorf("failed to solve: %w", a.refusal) // put only says that it was canceled
+	}
 	switch {
-	case a.taken && ctx.Err() == nil:
-		a.seat.Worked()
+	case errors.Is(a.refusal, pool.ErrTaken) && ctx.Err() == nil:
+		a.seat.Leave()
 		a.limits.restart()
 		return verdict{kind: taken, daemon: a.seat.Daemon}
 	case err == nil:

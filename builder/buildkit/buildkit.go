@@ -35,7 +35,7 @@ type Config struct {
 
 	// BuildTimeout bounds the build until its push begins. PushTimeout bounds the push, with
 	// its retries. Zero is no limit. Both begin anew when the build goes to another daemon,
-	// and after it has followed another replica's build. Where daemons of several
+	// and after it has followed or met another replica's build. Where daemons of several
 	// architectures build, each has both, and the index has a PushTimeout.
 	BuildTimeout, PushTimeout time.Duration
 

@@ -16,22 +16,29 @@ import (
 // BuildKit's client calls f beside the solve, and the daemon finds f's gateway by the Ref alone.
 // While another replica's build has the Ref, this gateway is that build's. Whatever f returned would
 // become the other build's result, or its error. So the solve has an input with a random name, and
-// f is called once the gateway shows this input.
+// f is called once the gateway shows this input. Nothing reads the input. It is in no image, and not
+// in the daemon's history.
 func (a *attempt) build(ctx context.Context, opt client.SolveOpt, f gateway.BuildFunc, status chan *client.SolveStatus) (*client.SolveResponse, error) {
 	mark := identity.NewID()
 	opt.FrontendInputs = map[string]llb.State{mark: llb.Scratch().File(llb.Mkdir("/"+mark, 0o700))}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	return a.seat.Client().Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		if err := a.awaitGateway(ctx, c, mark); err != nil {
+			// BuildKit's client would return the error to the gateway.
+			a.foreign = true
+			cancel()
 			return nil, err
 		}
 		return f(ctx, c)
 	}, status)
 }
 
-// gatewayInterval is the time between two looks at whose the gateway is.
+// gatewayInterval is the time between two questions for the gateway's inputs.
 const gatewayInterval = 100 * time.Millisecond
 
-// awaitGateway returns when the gateway shows the input mark. It fails if the solve ends before.
+// awaitGateway returns when the gateway shows the input mark. It fails if the solve's RPC or ctx ends
+// before.
 func (a *attempt) awaitGateway(ctx context.Context, c gateway.Client, mark string) error {
 	for {
 		inputs, err := c.Inputs(ctx)

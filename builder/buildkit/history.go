@@ -80,8 +80,8 @@ func (r *run) findHolder(ctx context.Context) *pool.Daemon {
 
 // Find returns what the daemons of the pool of that name remember of the last build of the call,
 // which is a Name.Call. An empty name is the shared pool. Find returns nil if they remember no build
-// of the call, or if the last one was canceled. Its error is an *api.Error, no_daemon: they remember
-// no such build, and a daemon that may know of one cannot be asked, or there is no such pool.
+// of the call, or if the last one was canceled. Its error is an *api.Error, no_daemon: there is no such
+// pool, or Find would return nil and a daemon cannot be asked.
 func (s *Solver) Find(ctx context.Context, name, call string) (*solve.Past, error) {
 	daemons, leave, err := s.pools.use(name)
 	if err != nil {

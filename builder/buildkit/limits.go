@@ -21,7 +21,7 @@ type limits struct {
 	cancel context.CancelCauseFunc
 	timer  *time.Timer   // of the build, later of the push; nil without a limit
 	due    time.Time     // when timer fires
-	cause  error         // with which timer cancels
+	cause  error         // timer cancels with this cause
 	paused time.Time     // when the time was stopped; zero while it runs
 	left   time.Duration // what timer gets at resume; zero is no limit
 	silent *time.Timer   // runs while a message is waited for; nil without a limit

@@ -17,6 +17,7 @@ import (
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	apitypes "github.com/moby/buildkit/api/types"
+	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -44,21 +45,25 @@ type daemon struct {
 	past   []string          // Refs of builds that have ended
 	made   map[string]string // the digests of some of past
 	fails  bool              // solves fail at once
-	taken  int               // solves whose Ref is refused; the progress shown for it has no end
-	broken bool              // the history cannot be read
-	says   int               // lines of a build's progress, each a message
+	taken  int               // solves whose Ref is refused; meanwhile a progress goes on for two minutes
+	refuse func() error      // has the first solve fail
+	bridge bridge
+	broken bool // the history cannot be read
+	says   int  // lines of a build's progress, each a message
 }
 
 func newDaemon(t *testing.T, name string) *daemon {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), name)
 	d := &daemon{addr: "unix://" + socket, release: make(chan struct{}), active: make(map[string]bool), hidden: make(map[string]bool)}
+	d.bridge.asked, d.bridge.returned = make(chan struct{}), make(chan struct{})
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := grpc.NewServer()
 	controlapi.RegisterControlServer(s, d)
+	gatewayapi.RegisterLLBBridgeServer(s, &d.bridge)
 	go s.Serve(l)
 	t.Cleanup(s.Stop)
 	return d
@@ -89,9 +94,25 @@ func (d *daemon) Solve(ctx context.Context, req *controlapi.SolveRequest) (*cont
 		d.mu.Unlock()
 		return nil, status.Errorf(codes.Unknown, "failed to solve: job ID %s exists", req.Ref)
 	}
+	if refuse := d.refuse; refuse != nil {
+		d.refuse = nil
+		d.mu.Unlock()
+		return nil, refuse()
+	}
 	d.active[req.Ref], d.hidden[req.Ref] = true, req.Internal
 	fails := d.fails
 	d.mu.Unlock()
+	if len(req.FrontendInputs) > 0 {
+		d.bridge.mu.Lock()
+		d.bridge.own = req.FrontendInputs
+		d.bridge.mu.Unlock()
+		select {
+		case <-d.bridge.returned:
+			return nil, status.Error(codes.Unknown, "the gateway's error")
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	defer func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -152,19 +173,25 @@ func (*daemon) ListWorkers(context.Context, *controlapi.ListWorkersRequest) (*co
 }
 
 func (*daemon) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, controlapi.BytesMessage]) error {
-	<-stream.Context().Done()
-	return nil
+	for {
+		if _, err := stream.Recv(); err != nil {
+			return nil // the client has closed the session
+		}
+	}
 }
 
 func (d *daemon) Status(_ *controlapi.StatusRequest, stream grpc.ServerStreamingServer[controlapi.StatusResponse]) error {
 	d.mu.Lock()
-	says := d.says
+	says, deadline := d.says, time.Now().Add(time.Hour)
 	if d.taken > 0 {
-		says = math.MaxInt
+		says, deadline = math.MaxInt, time.Now().Add(2*time.Minute)
 	}
 	d.mu.Unlock()
 	const vertex = "sha256:0000000000000000000000000000000000000000000000000000000000000001"
 	for i := range says {
+		if time.Now().After(deadline) {
+			break
+		}
 		if err := stream.Send(&controlapi.StatusResponse{
 			Vertexes: []*controlapi.Vertex{{Digest: vertex, Name: "step", Started: timestamppb.Now()}},
 			Logs:     []*controlapi.VertexLog{{Vertex: vertex, Msg: fmt.Appendf(nil, "line %d\n", i), Timestamp: timestamppb.Now()}},
@@ -262,12 +289,13 @@ func TestRefTaken(t *testing.T) {
 	d := newDaemon(t, "d")
 	d.taken = 2
 	close(d.release)
-	s := newSolverOf(t, Config{BuildTimeout: time.Minute}, d)
+	s := newSolver(t, d)
 	req := request(t, nil, "r")
 	req.Name = solve.Name{Call: "1f", Body: "2e"}
+	start := time.Now()
 	outcome, stats, err := s.solve(t.Context(), req, contextfs.New(sample), func(...string) {})
-	if err != nil || outcome.Digest != "sha256:d" || stats.Attempts != 3 {
-		t.Errorf("%+v after %d attempts, %v", outcome, stats.Attempts, err)
+	if took := time.Since(start); err != nil || outcome.Digest != "sha256:d" || stats.Attempts != 3 || took > time.Minute {
+		t.Errorf("%+v after %d attempts and %v, %v", outcome, stats.Attempts, took, err)
 	}
 }
 

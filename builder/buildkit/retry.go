@@ -30,7 +30,7 @@ const (
 	elsewhere                    // the daemon was lost, or its disk is full and another's is not
 	later                        // the registry takes no more requests for now
 	follow                       // another replica ran the build
-	taken                        // another replica has just taken the Ref
+	taken                        // another build has the Ref, mostly one that another replica has just begun
 )
 
 // policy has the waits for each kind of verdict. A verdict takes the next wait of its kind, and
@@ -47,9 +47,9 @@ var policy = map[verdictKind][]time.Duration{
 	// BuildKit does not pass on a registry's Retry-After.
 	later: {2 * time.Second, 5 * time.Second, 15 * time.Second},
 	// The next attempt finds the result of the other replica's build, or builds with the next
-	// Ref. There are maxRefs of these.
+	// Ref. There are maxRefs Refs.
 	follow: slices.Repeat([]time.Duration{0}, maxRefs),
-	// The next attempt finds the record of the other replica's build. A busy daemon writes it
+	// The next attempt finds the record of the other build. A busy daemon writes the record
 	// seconds after it has accepted the build.
 	taken: slices.Repeat([]time.Duration{500 * time.Millisecond}, 2*maxRefs),
 }
@@ -149,8 +149,10 @@ func announcement(v verdict, wait time.Duration) string {
 // or empty.
 func final(v verdict, moved api.Code) error {
 	switch {
-	case v.kind == follow, v.kind == taken:
-		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: fmt.Errorf("%d attempts found it so", len(policy[v.kind])+1)}
+	case v.kind == follow:
+		return &api.Error{Code: api.Internal, Msg: "other replicas have begun this build too often", Err: fmt.Errorf("followed %d builds", len(policy[follow])+1)}
+	case v.kind == taken:
+		return &api.Error{Code: api.Internal, Msg: "this build runs already, and its buildkitd has no record of it", Err: fmt.Errorf("the Ref was taken in %d attempts", len(policy[taken])+1)}
 	case v.err.Code == api.NoDaemon && moved == api.DaemonLost:
 		return &api.Error{Code: api.NoDaemon, Msg: "buildkitd was lost while building, and cannot be reached again", Err: v.err.Err}
 	case v.err.Code == api.NoDaemon && moved == api.DaemonFull:

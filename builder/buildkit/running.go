@@ -73,7 +73,7 @@ func (r *running) remove(tags map[pool.Tags]bool) {
 }
 
 // Counted says whether the pool of that name has several daemons. Running counts only in such pools.
-// A lone daemon keeps records of named builds alone, because a record takes a quarter of the time of a
+// A lone daemon keeps records only of named builds, because a record takes a quarter of the time of a
 // cached build. So do all daemons while Config.Elsewhere tells of all builds: Running does not count
 // the unnamed builds that begin in this time.
 func (s *Solver) Counted(name string) bool {

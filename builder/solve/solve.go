@@ -143,7 +143,7 @@ type Daemons struct {
 type Stats struct {
 	Steps    int           // of the Dockerfile that were reached
 	Cached   int           // of Steps
-	Attempts int           // solves started: 2 when a daemon was lost, or the registry had the push wait
+	Attempts int           // solves started; policy in package buildkit says when there are several
 	Daemon   string        // the address of the last attempt's daemon
 	Choice   Choice        // of the last attempt's daemon
 	Moved    bool          // to another daemon, on the way

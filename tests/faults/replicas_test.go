@@ -416,20 +416,37 @@ func TestRefTaken(t *testing.T) {
 		t.Fatalf("the Ref of the first attempt is %q", ref)
 	}
 	ref += "x1"
-	holds, free := make(chan struct{}), make(chan struct{})
-	held := stack.Later(t, func(ctx context.Context) (*buildkit.SolveResponse, error) {
-		return c.Build(ctx, buildkit.SolveOpt{Ref: ref, Internal: true}, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
-			close(holds)
+	holds, free, held := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	holding := sync.OnceFunc(func() { close(holds) })
+	ctx := testContext(t)
+	go func() {
+		for {
+			_, err := c.Build(ctx, buildkit.SolveOpt{Ref: ref, Internal: true}, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
+				holding()
+				select {
+				case <-free:
+				case <-ctx.Done():
+				}
+				return gateway.NewResult(), nil
+			}, nil)
 			select {
-			case <-free:
+			case <-holds:
 			case <-ctx.Done():
+			default:
+				continue // a busy daemon gives a build three seconds to begin
 			}
-			return gateway.NewResult(), nil
-		}, nil)
-	})
-	<-holds
+			held <- err
+			return
+		}
+	}()
+	select {
+	case <-holds:
+	case err := <-held:
+		t.Fatal(err)
+	}
 	second := deliver(t, two, body, m)
 	stack.Eventually(t, time.Minute, func() error {
+		time.Sleep(100 * time.Millisecond)
 		log, err := os.ReadFile(b.LogFile())
 		if err == nil && strings.Count(string(log), "job ID "+ref+" exists") < 3 {
 			err = errors.New("the delivery has not asked for the Ref three times")
@@ -437,7 +454,9 @@ func TestRefTaken(t *testing.T) {
 		return err
 	})
 	close(free)
-	held() // without an error
+	if err := <-held; err != nil {
+		t.Errorf("the other build failed: %v", err)
+	}
 	a := second()
 	a.WantSuccess(t)
 	if ended := logged(t, two); len(ended) != 1 || ended[0]["attempts"].(float64) < 4 {

@@ -139,7 +139,7 @@ func (d *Daemon) dial(tlsConfig *tls.Config) (*conn, error) {
 		})),
 		client.WithGRPCDialOption(grpc.WithStatsHandler(c.ends)),
 		client.WithGRPCDialOption(grpc.WithChainStreamInterceptor(c.solves.keepStatuses)),
-		client.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(c.solves.tellAnswered)),
+		client.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(tellAnswered)),
 		// Without it, a span in a build's context reaches the daemon and its RUN steps.
 		client.WithTracerProvider(nil),
 	}

@@ -106,8 +106,11 @@ func (c *control) Solve(ctx context.Context, _ *controlapi.SolveRequest) (*contr
 }
 
 func (c *control) Session(stream grpc.BidiStreamingServer[controlapi.BytesMessage, controlapi.BytesMessage]) error {
-	<-stream.Context().Done()
-	return nil
+	for {
+		if _, err := stream.Recv(); err != nil {
+			return nil // the client has closed the session
+		}
+	}
 }
 
 func (c *control) Status(*controlapi.StatusRequest, grpc.ServerStreamingServer[controlapi.StatusResponse]) error {

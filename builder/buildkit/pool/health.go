@@ -127,8 +127,9 @@ func (h *health) stale() bool {
 
 // count notes the daemon's own count of its builds. mine is how many seats this process had
 // when the daemon was asked. A build that has a seat and has not begun is in mine and not in
-// active: the count of others is then too low by one, for loadAge at most. A build that began while
-// Config.Elsewhere told of all is in no record: it makes the count too low until it ends.
+// active: the count of others is then too low by one, for loadAge at most. A build of this process
+// that is in no record makes the count too low until the build ends. Such builds began while
+// Config.Elsewhere told of all, or are those of a pool with one daemon.
 func (h *health) count(active, mine int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

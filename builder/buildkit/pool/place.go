@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/moby/buildkit/client"
@@ -89,8 +90,8 @@ func noDaemon(cause error) error {
 //   - in addition: 2 s for a look-up, 7 s for a prefer that hangs, loadTimeout = 2 s for the first
 //     daemon that is slow to count its builds, loadTimeout for all others together, and 7 s if the
 //     daemon with the fewest builds hangs after it has counted them
-//   - where all disks are full: pruneWait = 10 s for prunes, and the times above for each daemon
-//     that has been pruned
+//   - where all disks are full: pruneWait = 10 s for prunes, twice without an avoid, and the times
+//     above for each daemon that has been pruned
 //
 // # Errors
 //
@@ -313,10 +314,18 @@ func choiceOf(d *Daemon, order []*Daemon) solve.Choice {
 // not been pruned within pruneWait.
 func (p *Pool) prunedSeat(ctx context.Context, order []*Daemon) (s *Seat, err error) {
 	waiting, cancel := context.WithTimeout(ctx, pruneWait)
+	// All at once, so that a daemon that hangs takes none of the others' time.
+	var asking sync.WaitGroup
+	defer asking.Wait()
 	defer cancel()
+	pruned := make([]chan error, len(order))
+	for i, d := range order {
+		pruned[i] = make(chan error, 1)
+		asking.Go(func() { pruned[i] <- p.prune(waiting, d) })
+	}
 	full := false
-	for _, d := range order {
-		if err = p.prune(waiting, d); err == nil {
+	for i, d := range order {
+		if err = <-pruned[i]; err == nil {
 			if s, err = p.offer(ctx, order, []*Daemon{d}, nil, false); s != nil {
 				return s, nil
 			}

@@ -34,9 +34,8 @@ type Config struct {
 	// empty, or a unix address: no TLS.
 	CAFile, CertFile, KeyFile string
 
-	// Builds is the number of builds on a daemon from which on further builds go to the next
-	// daemon. If all daemons have this many, a build goes to the daemon with the fewest. Zero
-	// is no limit.
+	// Once a daemon has this many Builds, further builds go to the next daemon. If all daemons
+	// have this many, a build goes to the daemon with the fewest. Zero is no limit.
 	Builds int
 
 	// Seats counts what this process builds. Pools that may have daemons in common share it.

@@ -134,7 +134,13 @@ func (p *Pool) prune(ctx context.Context, d *Daemon) error {
 		return nil // somebody else has pruned
 	}
 	c, err := d.acquire(ctx)
-	if err != nil {
+	switch {
+	case ctx.Err() != nil:
+		if err == nil {
+			d.release(c, false)
+		}
+		return context.Cause(ctx)
+	case err != nil:
 		return &downError{err}
 	}
 	defer d.release(c, false)

@@ -2,12 +2,14 @@ package pool
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/util/grpcerrors"
 	"google.golang.org/grpc"
 )
 
@@ -75,75 +77,100 @@ func (s *solves) keepStatuses(ctx context.Context, desc *grpc.StreamDesc, cc *gr
 	return statuses{ClientStream: stream, over: ctx, stop: stop, solves: s}, nil
 }
 
-// solves are the solves that somebody has asked for on a connection, by their Refs. BuildKit's
-// client calls the RPCs of one solve with contexts that have nothing in common, so only the Ref
-// tells which belong together.
+// solves are the solves of Await on one connection, by their Refs. BuildKit's client asks for the
+// progress of a solve with a context that has nothing in common with the caller's, so only the Ref
+// tells which solve a stream of statuses belongs to.
 type solves struct {
 	mu  sync.Mutex
 	all map[string]*oneSolve
 }
 
+// oneSolve is also the value of its key in the context of the solve's RPC.
 type oneSolve struct {
-	answered func(taken bool)
+	answered func(error)
 
-	// Both guarded by solves.mu.
-	taken bool
-	stop  context.CancelFunc // ends the stream of its statuses; nil before there is one
+	mu   sync.Mutex
+	over bool               // nobody wants its statuses any more
+	stop context.CancelFunc // ends the stream of its statuses; nil before there is one
 }
 
-// Await has answered called when the daemon has answered the solve with the given Ref. The progress
-// may come later, because somebody reads it slowly. taken says that the daemon has refused the Ref,
-// because it runs another build with it. The progress would be that build's, so it ends. The caller
-// must call forget when the solve has ended, and must not use the seat for another solve before.
-func (s *Seat) Await(ref string, answered func(taken bool)) (forget func()) {
-	all := s.conn.solves
+type oneSolveKey struct{}
+
+// ErrTaken says that the daemon has refused a Ref, because it runs another build with it.
+var ErrTaken = errors.New("another build has the Ref")
+
+// Await is for one solve, which must have the given Ref and the context that Await returns.
+//
+//   - answered is called when the solve's RPC has ended, with its error. The progress may come
+//     later, because somebody reads it slowly. answered is not called if there is no such RPC.
+//   - If the error is ErrTaken, the progress would be that of the other build, so it ends.
+//   - After ctx has ended, the progress ends within statusSilence.
+//
+// The caller must call forget when the solve has ended.
+func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (solving context.Context, forget func()) {
+	one, all := &oneSolve{answered: answered}, s.conn.solves
 	all.mu.Lock()
 	defer all.mu.Unlock()
-	all.all[ref] = &oneSolve{answered: answered}
-	return func() {
+	all.all[ref] = one
+	ended := make(chan struct{})
+	context.AfterFunc(ctx, func() {
+		select {
+		case <-ended:
+		case <-time.After(statusSilence):
+			one.end()
+		}
+	})
+	return context.WithValue(ctx, oneSolveKey{}, one), func() {
+		close(ended)
 		all.mu.Lock()
 		defer all.mu.Unlock()
-		delete(all.all, ref)
+		// A queue may have delivered the build again meanwhile.
+		if all.all[ref] == one {
+			delete(all.all, ref)
+		}
 	}
 }
 
 // shows notes how to end the stream of the statuses of a solve.
 func (s *solves) shows(ref string, stop context.CancelFunc) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	one := s.all[ref]
-	switch {
-	case one == nil:
-	case one.taken:
+	s.mu.Unlock()
+	if one == nil {
+		return
+	}
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	if one.stop = stop; one.over {
 		stop()
-	default:
-		one.stop = stop
+	}
+}
+
+// end ends the stream of the statuses, also if it is still to begin.
+func (o *oneSolve) end() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.over = true; o.stop != nil {
+		o.stop()
 	}
 }
 
 // tellAnswered calls the function of Await.
-func (s *solves) tellAnswered(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func tellAnswered(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	err := invoker(ctx, method, req, reply, cc, opts...)
-	if r, ok := req.(*controlapi.SolveRequest); ok {
-		s.answered(r.Ref, err)
-	}
-	return err
-}
-
-func (s *solves) answered(ref string, err error) {
-	s.mu.Lock()
-	one := s.all[ref]
-	if one == nil {
-		s.mu.Unlock()
-		return
+	r, isSolve := req.(*controlapi.SolveRequest)
+	one, _ := ctx.Value(oneSolveKey{}).(*oneSolve)
+	if !isSolve || one == nil {
+		return err
 	}
 	// The text is from BuildKit's solver/jobs.go.
-	one.taken = err != nil && strings.Contains(err.Error(), "job ID "+ref+" exists")
-	if one.taken && one.stop != nil {
-		one.stop()
+	if err != nil && strings.Contains(err.Error(), "job ID "+r.Ref+" exists") {
+		one.end()
+		one.answered(ErrTaken)
+	} else {
+		one.answered(grpcerrors.FromGRPC(err))
 	}
-	s.mu.Unlock()
-	one.answered(one.taken)
+	return err
 }
 
 // sendStatuses sends the progress of a build to updates, and closes updates. It returns at the
