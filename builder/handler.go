@@ -79,17 +79,24 @@ var service = sync.OnceValues(func() (*server.Server, error) {
 		return nil, err
 	}
 	logStart(cfg, log)
-	go func() {
-		// of-watchdog passes SIGTERM on at once. The template then serves for another
-		// healthcheck_interval, and waits for running requests.
-		term := make(chan os.Signal, 1)
-		signal.Notify(term, syscall.SIGTERM)
-		<-term
+	onSIGTERM(func() {
 		log.Info().Msg("shutting down")
 		s.Shutdown()
-	}()
+	})
 	return s, nil
 })
+
+// onSIGTERM has f called at the first SIGTERM that comes after onSIGTERM has returned. of-watchdog
+// passes SIGTERM on at once. The template then serves for another healthcheck_interval, and waits for
+// running requests.
+func onSIGTERM(f func()) {
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
+	go func() {
+		<-term
+		f()
+	}()
+}
 
 // newServer makes the packages out of their parts of cfg, and connects them.
 func newServer(cfg *Config, log zerolog.Logger) (*server.Server, error) {

@@ -9,7 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"github.com/rs/zerolog"
@@ -175,5 +177,19 @@ func TestRecords(t *testing.T) {
 	cfg.NATSURL = "http://user:password@host"
 	if _, err := newRecords(cfg, nil, zerolog.Nop()); err == nil || strings.Contains(err.Error(), "password") || !strings.Contains(err.Error(), "nats_url") {
 		t.Errorf("a wrong address: %v", err)
+	}
+}
+
+// TestSIGTERM: a SIGTERM that comes as soon as a process is ready shuts the builder down.
+func TestSIGTERM(t *testing.T) {
+	called := make(chan struct{})
+	onSIGTERM(func() { close(called) })
+	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-called:
+	case <-time.After(time.Minute):
+		t.Error("nothing was called")
 	}
 }
