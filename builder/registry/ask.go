@@ -112,13 +112,13 @@ func (g *Grant) question(ref reference.Named, named bool) (*question, error) {
 }
 
 // base is where the function asks for the images of a host.
-func (c *Credentials) base(host string) *url.URL {
-	host = serverHost(host)
+func (c *Credentials) base(named string) *url.URL {
+	host := serverHost(named)
 	if where := c.mirrors[host]; where != nil {
 		return where
 	}
 	if h, err := hosts.Parse(host); err == nil && h.IsLoopback() {
-		return &url.URL{Scheme: "http", Host: host}
+		return &url.URL{Scheme: "http", Host: named} // with :443, which is not http's port
 	}
 	return &url.URL{Scheme: "https", Host: host}
 }
@@ -161,10 +161,11 @@ func (q *question) ask(ctx context.Context) (digest.Digest, error) {
 var errAnswer = errors.New("an answer that fits no question")
 
 // authorized sends a request for the manifest of a tag or a digest, and repeats it if the registry
-// wants credentials and there are some. The caller closes the body.
+// wants credentials and there are some. Another service to which the registry redirects gets none:
+// its challenge could name a token service of its own. The caller closes the body.
 func (q *question) authorized(ctx context.Context, method, object string) (*http.Response, error) {
 	resp, err := q.send(ctx, method, object)
-	if err != nil || resp.StatusCode != http.StatusUnauthorized || q.header != "" {
+	if err != nil || !q.mayAnswer(resp) {
 		return resp, err
 	}
 	resp.Body.Close()
@@ -175,6 +176,11 @@ func (q *question) authorized(ctx context.Context, method, object string) (*http
 		return nil, &statusError{code: http.StatusUnauthorized}
 	}
 	return q.send(ctx, method, object)
+}
+
+// mayAnswer says whether credentials may follow an answer. They are for the registry itself.
+func (q *question) mayAnswer(resp *http.Response) bool {
+	return resp.StatusCode == http.StatusUnauthorized && q.header == "" && sameService(q.base, resp.Request.URL)
 }
 
 // answer is the value of Authorization that answers a registry's challenge. It is empty where

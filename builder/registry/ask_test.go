@@ -340,6 +340,32 @@ func TestAskRedirect(t *testing.T) {
 	}
 }
 
+// TestMayAnswer: a challenge counts if the registry itself has made it. A test cannot have a public
+// host to which a registry redirects, so the answer is made here.
+func TestMayAnswer(t *testing.T) {
+	q := &question{base: &url.URL{Scheme: "https", Host: "r.example"}}
+	for _, tt := range []struct {
+		status int
+		from   string
+		want   bool
+	}{
+		{http.StatusUnauthorized, "https://r.example/v2/app/manifests/1", true},
+		{http.StatusUnauthorized, "https://r.example:443/elsewhere", true},
+		{http.StatusForbidden, "https://r.example/v2/app/manifests/1", false},
+		{http.StatusUnauthorized, "https://other.example/v2/app/manifests/1", false},
+		{http.StatusUnauthorized, "https://r.example:444/v2/app/manifests/1", false},
+		{http.StatusUnauthorized, "http://r.example/v2/app/manifests/1", false},
+	} {
+		from, err := url.Parse(tt.from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := q.mayAnswer(&http.Response{StatusCode: tt.status, Request: &http.Request{URL: from}}); got != tt.want {
+			t.Errorf("%d from %s: %v", tt.status, tt.from, got)
+		}
+	}
+}
+
 // TestAskRealm wants the rules for token services to hold here too.
 func TestAskRealm(t *testing.T) {
 	f := newFakeRegistry(t, false, &fakeRegistry{user: "u"})

@@ -225,8 +225,7 @@ func (g *Grant) auth(ctx context.Context, host, repository string) (found, error
 		g.mu.Lock()
 		stale := !f.renew.IsZero() && time.Now().After(f.renew)
 		if err != nil || stale {
-			// The next call looks again. An error may be only that the caller whose
-			// context was used has gone away.
+			// The next call looks again.
 			delete(g.auths, src)
 		} else if f.auth != (types.AuthConfig{}) || f.failed != nil {
 			g.some[lower(host)] = true
@@ -234,7 +233,8 @@ func (g *Grant) auth(ctx context.Context, host, repository string) (found, error
 			g.none[lower(host)] = true
 		}
 		g.mu.Unlock()
-		if shared && stale && err == nil {
+		// The other caller's context may have ended, or its credentials are to be renewed.
+		if shared && (err != nil && ctx.Err() == nil || err == nil && stale) {
 			continue
 		}
 		return f, err

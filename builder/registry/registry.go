@@ -88,8 +88,8 @@ func (c *Credentials) Of(config []byte) (*Credentials, error) {
 	}, nil
 }
 
-// load returns the config file as it is now. If it does not parse, it may be half
-// written: the last one that parsed stays in use.
+// load returns the config file as it is now. If it does not parse, or is empty, it may be half
+// written: the last one that parsed stays in use. A file that is gone has no credentials.
 func (c *Credentials) load() (*configfile.ConfigFile, error) {
 	if c.fixed != nil {
 		return c.fixed, nil
@@ -100,7 +100,8 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 		return configfile.New(""), nil
 	}
 	raw, err := os.ReadFile(c.cfg.File)
-	if errors.Is(err, fs.ErrNotExist) {
+	gone := errors.Is(err, fs.ErrNotExist)
+	if gone {
 		raw, err = nil, nil
 	}
 	if err != nil {
@@ -110,7 +111,11 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 		return c.current, nil
 	}
 	file := configfile.New(c.cfg.File)
-	if err := file.LoadFromReader(bytes.NewReader(bytes.TrimPrefix(raw, []byte(byteOrderMark)))); err != nil {
+	err = file.LoadFromReader(bytes.NewReader(bytes.TrimPrefix(raw, []byte(byteOrderMark))))
+	if err == nil && len(raw) == 0 && !gone && c.current != nil {
+		err = errors.New("it is empty")
+	}
+	if err != nil {
 		err = fmt.Errorf("reading registry config: %w", err)
 		if c.current == nil {
 			return nil, err

@@ -104,6 +104,10 @@ func TestConfigReload(t *testing.T) {
 	if n := strings.Count(log.String(), "keeping"); n != 1 {
 		t.Errorf("the half written file was logged %d times:\n%s", n, log.String())
 	}
+	writeFile(t, name, "")
+	if got := user(t, c, "h"); got != "two" {
+		t.Errorf("file cut to nothing: user %q", got)
+	}
 	os.Remove(name)
 	if got := user(t, c, "h"); got != "" {
 		t.Errorf("file gone: user %q", got)

@@ -13,15 +13,28 @@ import (
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"handler/function/api"
+	"handler/function/hosts"
 	"handler/function/registry"
 	"handler/function/repository"
 )
+
+// maxPlatform is how long the name of a platform in FROM --platform may be, in bytes. The config's
+// platforms have the same limit.
+const maxPlatform = 255
 
 // image decides on docker-image://rest for a platform, which may be nil.
 func (p *Policy) image(ctx context.Context, op *pb.SourceOp, rest string, platform *pb.Platform) (decision, error) {
 	ref, err := reference.ParseNormalizedNamed(rest)
 	if err != nil {
 		return forbidden(op, "an image that cannot be read as one"), nil
+	}
+	// The port 0443 is 443 on the network, and would be another host to the rules below.
+	if _, err := hosts.Parse(reference.Domain(ref)); err != nil {
+		return forbidden(op, fmt.Sprintf("an image at the host %q", reference.Domain(ref))), nil
+	}
+	// A Dockerfile can name any platform, and what is known of an image is kept by its platform.
+	if platform != nil && len(platforms.FormatAll(platform.Spec())) > maxPlatform {
+		return forbidden(op, fmt.Sprintf("an image for a platform whose name has over %d bytes", maxPlatform)), nil
 	}
 	ref = reference.TagNameOnly(ref)
 	if !p.mayPull(ref.Name()) {

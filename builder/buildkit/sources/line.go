@@ -2,6 +2,8 @@ package sources
 
 import (
 	"bytes"
+	"maps"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -16,12 +18,16 @@ import (
 // RUN with mounts, whose lines the daemon does not tell. args are the build's arguments. It
 // returns nil if it finds no instruction. Example: it cannot find one with a variable that a
 // base image sets.
+//
+// The Dockerfile is a stranger's, and the daemon may not have looked at it: forty times ENV A=$A$A
+// make a value of a terabyte. So In expands no long word, keeps no long value, and replaces nothing
+// within a value, as ${A//x/y} does. The longest result has maxWord/2 times maxValue bytes, 1 MiB.
 func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *errdefs.Source {
 	ast, err := parser.Parse(bytes.NewReader(dockerfile))
 	if err != nil {
 		return nil
 	}
-	s := &search{denial: d, lex: shell.NewLex(ast.EscapeToken), given: args, global: make(map[string]string)}
+	s := &search{denial: d, lex: shell.NewLex(ast.EscapeToken), given: args, global: make(variables)}
 	s.vars = s.global
 	for _, node := range ast.AST.Children {
 		if slices.ContainsFunc(s.reads(node), s.is) {
@@ -34,13 +40,38 @@ func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *err
 	return nil
 }
 
+// In bytes.
+const (
+	maxWord  = 2 << 10 // that is expanded
+	maxValue = 1 << 10 // of a variable
+)
+
+// variables is a shell.EnvGetter. It has no value over maxValue.
+type variables map[string]string
+
+func (v variables) Get(name string) (string, bool) {
+	value, ok := v[name]
+	return value, ok
+}
+
+func (v variables) Keys() []string { return slices.Collect(maps.Keys(v)) }
+
+func (v variables) set(name, value string) {
+	if delete(v, name); len(value) <= maxValue {
+		v[name] = value
+	}
+}
+
+// replacement is a ${name/pattern/text} or ${name//pattern/text}.
+var replacement = regexp.MustCompile(`\$\{[A-Za-z0-9_]+/`)
+
 // search looks for a denied source in a Dockerfile.
 type search struct {
 	denial *Denial
 	lex    *shell.Lex
 	given  map[string]string // build arguments
-	global map[string]string // variables before the first FROM
-	vars   map[string]string // variables at the instruction that is looked at
+	global variables         // before the first FROM
+	vars   variables         // at the instruction that is looked at
 }
 
 // reads returns what an instruction may read from elsewhere, before variables are replaced. It
@@ -51,13 +82,13 @@ func (s *search) reads(node *parser.Node) (words []string) {
 	}
 	switch strings.ToLower(node.Value) {
 	case "from":
-		s.vars = make(map[string]string)
+		s.vars = make(variables)
 	case "arg":
 		s.define(words)
 	case "env":
 		// The parser gives a name, a value, and what is between them.
 		for i := 0; i+1 < len(words); i += 3 {
-			s.vars[words[i]] = s.expand(words[i+1])
+			s.vars.set(words[i], s.expand(words[i+1]))
 		}
 	case "add":
 		return words
@@ -81,21 +112,20 @@ func (s *search) define(words []string) {
 	for _, word := range words {
 		name, value, ok := strings.Cut(word, "=")
 		if given, have := s.given[name]; have {
-			s.vars[name] = given
+			s.vars.set(name, given)
 		} else if ok {
-			s.vars[name] = s.expand(value)
+			s.vars.set(name, s.expand(value))
 		} else if value, ok := s.global[name]; ok {
-			s.vars[name] = value
+			s.vars.set(name, value)
 		}
 	}
 }
 
 func (s *search) expand(word string) string {
-	var env []string
-	for key, value := range s.vars {
-		env = append(env, key+"="+value)
+	if len(word) > maxWord || replacement.MatchString(word) {
+		return word
 	}
-	out, _, err := s.lex.ProcessWord(word, shell.EnvsFromSlice(env))
+	out, _, err := s.lex.ProcessWord(word, s.vars)
 	if err != nil {
 		return word
 	}

@@ -1,6 +1,9 @@
 package sources
 
 import (
+	"fmt"
+	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/distribution/reference"
@@ -38,6 +41,8 @@ func TestIn(t *testing.T) {
 		{"a global argument", &Denial{Address: "https://h/f-1"}, "ARG V=1\nFROM a\nARG V\nADD https://h/f-$V /d\n", nil, 4},
 		{"a global argument that is not taken", &Denial{Address: "https://h/f-1"}, "ARG V=1\nFROM a\nADD https://h/f-$V /d\n", nil, 0},
 		{"an argument of another stage", &Denial{Address: "https://h/f-1"}, "FROM a\nARG V=1\nFROM b\nADD https://h/f-$V /d\n", nil, 0},
+		{"a long value", &Denial{Address: "https://h/f-1"}, "FROM a\nARG V=1\nENV V=" + strings.Repeat("x", maxValue+1) + "\nADD https://h/f-$V /d\n", nil, 0},
+		{"a replacement", &Denial{Address: "https://h/f-2"}, "FROM a\nARG V=1\nADD https://h/f-${V/1/2} /d\n", nil, 0},
 		{"no Dockerfile", image("x"), "", nil, 0},
 		{"a broken Dockerfile", image("x"), "RUN <<EOF\n", nil, 0},
 	} {
@@ -51,6 +56,36 @@ func TestIn(t *testing.T) {
 			}
 			if got := at.Ranges[0].Start.Line; got != tt.line || at.Info.Filename != "Dockerfile" {
 				t.Errorf("%s:%d, want line %d", at.Info.Filename, got, tt.line)
+			}
+		})
+	}
+}
+
+// TestInBombs has variables that grow with each line, and many of them.
+func TestInBombs(t *testing.T) {
+	var many strings.Builder
+	for i := range 50_000 {
+		fmt.Fprintf(&many, "ENV V%d=$V%d\n", i+1, i)
+	}
+	for name, lines := range map[string]string{
+		"doubled":  "ENV A=xxxxxxxx\n" + strings.Repeat("ENV A=$A$A\n", 30),
+		"replaced": "ENV A=" + strings.Repeat("x", maxValue) + "\n" + strings.Repeat("ENV B=${A//x/${A//x/$A}}\n", 10),
+		"default":  "ARG A=xxxxxxxx\n" + strings.Repeat("ARG A=${A:-$A}${A:+$A}$A\n", 30),
+		"argument": strings.Repeat("ARG G\nENV B="+strings.Repeat("$G", maxWord/2)+"\n", 30),
+		"long":     "ENV A=" + strings.Repeat("x", maxValue) + "\nADD " + strings.Repeat("$A", 20_000) + " /\n",
+		"many":     many.String(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := &Denial{Address: "https://h/f"}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			at := d.In("Dockerfile", []byte("FROM a\n"+lines+"ADD https://h/f /\n"), map[string]string{"G": strings.Repeat("x", 1<<20)})
+			runtime.ReadMemStats(&after)
+			if at == nil {
+				t.Error("the line is not found")
+			}
+			if took := after.TotalAlloc - before.TotalAlloc; took > 256<<20 {
+				t.Errorf("%d MiB were allocated", took>>20)
 			}
 		})
 	}

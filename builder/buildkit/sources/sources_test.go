@@ -146,6 +146,7 @@ func TestImages(t *testing.T) {
 		{"the builder's", solve.Sources{Own: []string{"r.example/cache"}}, "r.example/cache:key", false},
 		{"the builder's by digest", solve.Sources{Own: []string{"r.example/cache"}}, "r.example/cache" + d, false},
 		{"the builder's at another form of the host", solve.Sources{Own: []string{"r.example/cache"}}, "r.example:80/cache:key", false},
+		{"the builder's at a port with a zero before it", solve.Sources{Own: []string{"r.example:5000/cache"}}, "r.example:05000/cache:key", false},
 		{"the builder's, whatever from says", solve.Sources{Own: []string{"r.example/cache"}, From: []string{"*"}}, "r.example/cache:key", false},
 		{"the builder's among own images", solve.Sources{Own: []string{"r.example/cache"}, Images: []string{"r.example"}}, "r.example/cache:key", false},
 		{"another's", solve.Sources{Others: others("r.example/other")}, "r.example/other/app:1", false},
@@ -302,6 +303,21 @@ func TestAskedForPlatforms(t *testing.T) {
 	}
 	if want := "[!r.example/x:1 linux/amd64 !r.example/x:1 linux/arm64]"; fmt.Sprint(r.asked) != want {
 		t.Errorf("asked for %q, want %s", r.asked, want)
+	}
+}
+
+// TestLongPlatform asks nobody for a platform that the Dockerfile has made long.
+func TestLongPlatform(t *testing.T) {
+	r := &registries{named: map[string]bool{"r.example": true}}
+	p := New(Config{Asker: r, Known: r})
+	for n, want := range map[int]sourcepolicy.PolicyAction{maxPlatform: sourcepolicy.PolicyAction_CONVERT, maxPlatform + 1: sourcepolicy.PolicyAction_DENY} {
+		req := &policysession.CheckPolicyRequest{
+			Source:   &gateway.ResolveSourceMetaResponse{Source: image("r.example/x:1")},
+			Platform: &pb.Platform{OS: "linux", Architecture: strings.Repeat("x", n-len("linux/"))},
+		}
+		if d, _, err := p.check(t.Context(), req); err != nil || d.GetAction() != want {
+			t.Errorf("%d bytes: %v, %v", n, d, err)
+		}
 	}
 }
 
