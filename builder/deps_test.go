@@ -25,7 +25,7 @@ var imports = map[string][]string{
 	"buildkit/contextfs": {"api", "payload"},
 	"buildkit/pool":      {"api", "buildkit/report", "hosts", "placement", "solve"},
 	"buildkit/report":    {"api", "redact", "solve"},
-	"buildkit/sources":   {"api", "buildconfig", "redact", "registry", "repository", "solve"},
+	"buildkit/sources":   {"api", "buildconfig", "hosts", "redact", "registry", "repository", "solve"},
 
 	"records/jetstream":   {"api", "records", "records/batch"},
 	"records/memory":      {"api", "records", "records/batch"},

@@ -223,6 +223,10 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		v.err = a.git.failure(a.plan.mask.Line)
 		return v
 	}
+	if refused := a.plan.files.Refused(); refused != nil {
+		v.err = api.AsError(refused)
+		return v
+	}
 	var registryBusy bool
 	v.err, registryBusy = f.Classify()
 	if f.Full {

@@ -149,13 +149,14 @@ func (p *plan) solveOpt(ref string, auths *authServer) client.SolveOpt {
 		attachables = append(attachables, p.secrets(""))
 	}
 	opt := client.SolveOpt{
-		Ref:           ref,
-		Frontend:      "dockerfile.v0",
-		FrontendAttrs: p.frontendAttrs(),
-		LocalMounts:   map[string]fsutil.FS{"context": p.files, "dockerfile": p.files},
-		SharedKey:     p.req.SharedKey,
-		Session:       attachables,
-		Exports:       []client.ExportEntry{{Type: client.ExporterImage, Attrs: p.exporterAttrs()}},
+		Ref:            ref,
+		Frontend:       "dockerfile.v0",
+		FrontendAttrs:  p.frontendAttrs(),
+		LocalMounts:    map[string]fsutil.FS{"context": p.files, "dockerfile": p.files},
+		LocalFilterOpt: p.files.Filter,
+		SharedKey:      p.req.SharedKey,
+		Session:        attachables,
+		Exports:        []client.ExportEntry{{Type: client.ExporterImage, Attrs: p.exporterAttrs()}},
 	}
 	if p.sources != nil {
 		opt.SourcePolicyProvider = p.sources.Provider()

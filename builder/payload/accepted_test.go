@@ -13,6 +13,7 @@ import (
 
 	"handler/function/budget"
 
+	"handler/function/api"
 	"handler/function/payload"
 )
 
@@ -541,6 +542,23 @@ func TestAttributes(t *testing.T) {
 		p := mustReceive(t, archive(tt.body), testOptions(t))
 		if got := strings.Join(p.Warnings, "; "); got != tt.want {
 			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+}
+
+// TestSparsePieces has many sparse files, each with a map that is small enough not to be counted as
+// a header. All pieces together have a limit.
+func TestSparsePieces(t *testing.T) {
+	const each = 256
+	var spans []int64
+	for i := range int64(each) {
+		spans = append(spans, 2*i, 1)
+	}
+	one := sparse10("context/f", 2*each, strings.Repeat("x", each), spans...)
+	for files, want := range map[int]api.Code{1 << 20 / each: "", 1<<20/each + 1: api.TooLarge} {
+		_, _, err := receiveAs(t, file(configName, `{"image":"x"}`)+strings.Repeat(one, files)+end, testOptions(t))
+		if code(err) != want || want != "" && !strings.Contains(err.Error(), "pieces of data") {
+			t.Errorf("%d files: %v", files, err)
 		}
 	}
 }

@@ -133,6 +133,7 @@ type indexer struct {
 	implied int   // directories that have had no entry of their own so far
 	names   int64 // bytes of names that may still come
 	headers int64 // bytes of extended headers that may still come
+	pieces  int   // of sparse files so far
 
 	// For the warnings.
 	ignored      int

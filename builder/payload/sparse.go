@@ -73,7 +73,7 @@ func (x *indexer) readSparse(hdr *tar.Header, inode int32) error {
 	if err != nil {
 		return err
 	}
-	s := &sparseData{hash: x.hash, take: x.take}
+	s := &sparseData{hash: x.hash, take: x.takePiece}
 	x.in.data = func(p []byte) {
 		// archive/tar reads data right into the place in buf where it belongs, and
 		// fills in the holes. The capacity of p tells the place.
@@ -87,14 +87,26 @@ func (x *indexer) readSparse(hdr *tar.Header, inode int32) error {
 	if x.sparse == nil {
 		x.sparse = map[int32][]fragment{}
 	}
-	x.sparse[inode] = slices.Clip(s.fragments)
+	x.sparse[inode] = slices.Clone(s.fragments) // without the room that append has made
 	return nil
+}
+
+// maxPieces bounds the pieces of all sparse files of a tar. A map of pieces is a header, and a small
+// one is not counted, so that many small ones would have no bound.
+const maxPieces = 1 << 20
+
+// takePiece takes the memory of one more piece.
+func (x *indexer) takePiece() error {
+	if x.pieces++; x.pieces > maxPieces {
+		return tooLarge("the tar's sparse files have over %d pieces of data", maxPieces)
+	}
+	return x.take(fragmentMemory)
 }
 
 // sparseData is a sparse file while it is read.
 type sparseData struct {
 	hash      hash.Hash
-	take      func(int64) error
+	take      func() error // the memory of a fragment
 	size      int64
 	fragments []fragment
 	err       error
@@ -108,9 +120,11 @@ func (s *sparseData) add(f fragment) {
 		}
 	}
 	if s.err == nil {
-		s.err = s.take(fragmentMemory)
+		s.err = s.take()
 	}
-	s.fragments = append(s.fragments, f)
+	if s.err == nil {
+		s.fragments = append(s.fragments, f)
+	}
 }
 
 func (s *sparseData) Write(p []byte) (int, error) {

@@ -18,6 +18,7 @@ import (
 	"github.com/tonistiigi/fsutil"
 	"github.com/tonistiigi/fsutil/types"
 
+	"handler/function/api"
 	"handler/function/payload"
 )
 
@@ -37,6 +38,7 @@ type FS struct {
 	entries []payload.Entry
 	odd     bool         // BuildKit cannot be given some of the entries
 	sent    atomic.Int64 // bytes of file content read
+	refused atomic.Pointer[api.Error]
 
 	mu     sync.RWMutex // held for reading while the Source is read
 	closed bool
@@ -66,10 +68,9 @@ func (f *FS) find(p string) (int, bool) {
 	})
 }
 
-// Walk follows filepath.WalkDir, with two exceptions. fsutil wants the root left out. And
-// entries that BuildKit cannot be given are left out: CheckSent has refused the context
-// where one of them would be sent. A target that does not exist is no error, as it is none
-// in fsutil.NewFS.
+// Walk follows filepath.WalkDir, with two exceptions. fsutil wants the root left out. And Walk
+// leaves out entries that BuildKit cannot take: CheckSent has refused every context in which such
+// an entry would be sent. A target that does not exist is no error, as it is none in fsutil.NewFS.
 func (f *FS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) error {
 	first, within := 0, ""
 	if target = strings.TrimPrefix(path.Clean("/"+target), "/"); target != "" {
@@ -97,7 +98,7 @@ func (f *FS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) error {
 		case errors.Is(err, fs.SkipAll):
 			return nil
 		case errors.Is(err, fs.SkipDir):
-			if skip = skippedBy(e); skip == "" {
+			if skip = skippedBy(e); skip == "" || skip == within {
 				return nil
 			}
 		default:
@@ -181,10 +182,11 @@ func (f *FS) follow(name string) io.Reader {
 		if i := strings.IndexByte(name[from:], '/'); i >= 0 {
 			end = from + i
 		}
-		var e payload.Entry // without an entry, its mode is that of no symlink
-		if i, ok := f.find(name[:end]); ok {
-			e = f.entries[i]
+		i, ok := f.find(name[:end])
+		if !ok {
+			return nil // its parents would be entries, too
 		}
+		e := &f.entries[i]
 		switch {
 		case e.Mode&fs.ModeSymlink != 0:
 			if links++; links > maxLinks {

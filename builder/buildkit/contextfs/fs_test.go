@@ -434,6 +434,9 @@ func TestSyntaxLine(t *testing.T) {
 			m := &memory{}
 			for name, content := range tt.files {
 				m.add(name, 0o644, content)
+				if strings.HasPrefix(name, "d/") && !slices.ContainsFunc(m.entries, func(e payload.Entry) bool { return e.Path == "d" }) {
+					m.add("d/", 0o755, "")
+				}
 			}
 			if got := New(m).Syntax(tt.file); got != tt.want {
 				t.Errorf("%q, want %q", got, tt.want)

@@ -1,28 +1,32 @@
 package contextfs
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"strings"
 
 	"github.com/moby/patternmatcher/ignorefile"
 	"github.com/tonistiigi/fsutil"
 
 	"handler/function/api"
+	"handler/function/payload"
 )
 
 const (
 	ignoreName = ".dockerignore"
-	// maxIgnore is how much of a .dockerignore the frontend reads, in bytes. It fails on
-	// a larger one.
-	maxIgnore = 16 << 20
+	// maxIgnore is how much of a .dockerignore is read here, in bytes. A pattern takes 90 bytes of
+	// memory beside its text. The frontend reads 16 MiB.
+	maxIgnore = 256 << 10
 )
 
 // CheckSent refuses a context of which BuildKit would be sent an entry that it cannot take,
-// such as a FIFO. An ignore file may leave such entries out. dockerfile is the config's.
-// When ctx has ended CheckSent returns nil: Walk leaves those entries out in any case.
+// such as a FIFO. An ignore file may leave such entries out, if it has at most maxIgnore bytes.
+// dockerfile is the config's. When ctx has ended CheckSent returns nil: Walk leaves those entries out
+// in any case.
 //
 // The error is an *api.Error, bad_tar, with the entry's name.
 func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
@@ -31,7 +35,12 @@ func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
 	}
 	all := &FS{src: f.src, entries: f.entries}
 	name, file := f.ignoreFile(dockerfile)
-	patterns, err := ignorefile.ReadAll(io.LimitReader(file, maxIgnore))
+	text, err := io.ReadAll(io.LimitReader(file, maxIgnore+1))
+	if err == nil && len(text) > maxIgnore {
+		e := f.entries[slices.IndexFunc(f.entries, func(e payload.Entry) bool { return e.Odd() != "" })]
+		return refuse(e.Path, fmt.Sprintf("%s, and %s has over %d bytes and is not read", e.Odd(), name, maxIgnore))
+	}
+	patterns, err := ignorefile.ReadAll(bytes.NewReader(text))
 	if err != nil {
 		return nil // the frontend fails on the same, and has a better message
 	}
@@ -50,12 +59,16 @@ func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
 			return nil
 		}
 		if why := f.entries[i].Odd(); why != "" {
-			refused = &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("tar entry %.200q: %s, and %s does not leave it out", api.ContextDir+"/"+p, why, name)}
+			refused = refuse(p, fmt.Sprintf("%s, and %s does not leave it out", why, name))
 			return fs.SkipAll
 		}
 		return nil
 	})
 	return refused
+}
+
+func refuse(entry, why string) *api.Error {
+	return &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("tar entry %.200q: %s", api.ContextDir+"/"+entry, why)}
 }
 
 // ignoreFile opens the file that names what is not sent, and returns its name. The

@@ -129,3 +129,18 @@ func TestHardLinkToOdd(t *testing.T) {
 }
 
 // TestSolveRefusesOdd: no daemon is asked before.
+
+// TestLargeIgnore does not read an ignore file over its limit, and then refuses a FIFO.
+func TestLargeIgnore(t *testing.T) {
+	for size, refused := range map[int]bool{maxIgnore: false, maxIgnore + 1: true} {
+		m := new(memory)
+		m.add("fifo", 0o644|fs.ModeNamedPipe, "")
+		m.add(".dockerignore", 0o644, "fifo\n#"+strings.Repeat("x", size-6))
+		f := New(m)
+		err := f.CheckSent(t.Context(), "")
+		if refused != (err != nil) || refused && !strings.Contains(err.Error(), `"context/fifo"`) {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+		f.Close()
+	}
+}
