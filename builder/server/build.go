@@ -25,6 +25,7 @@ func (s *Server) serveBuild(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
+		discardBody(w, r)
 		s.refuseUnverified(w, r, errShuttingDown, c.answer())
 		return
 	}

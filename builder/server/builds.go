@@ -18,10 +18,14 @@ import (
 // The routes about builds that run or have ended: a list, a record, a log (log.go), and a build's
 // end. A tenant sees its own. Operators list, read and stop those of all tenants, and read no log.
 
-// How much is read from the store at once for questions about builds.
+// How many questions about builds read from the store, or from daemons, at once. An answer that has
+// been read keeps its place until it is written: a list can have 6 MiB, and a log 1 MiB, and its
+// client may take it slowly. Where there are several tenants, one has half of the excerpts and of the
+// questions to daemons, and one list.
 const (
-	maxLists    = 2
-	maxExcerpts = 8 // logs of ended builds. Where there are several tenants, half are one tenant's
+	maxLists    = 4
+	maxExcerpts = 8 // logs of ended builds
+	maxFinds    = 4 // each reads the histories of all daemons of a pool
 )
 
 // Bounds of what is asked of the store and the daemons.
@@ -37,6 +41,7 @@ var (
 	errOwner    = &api.Error{Code: api.OwnerUnreachable, Msg: "the build runs on a replica that does not answer"}
 	errLists    = &api.Error{Code: api.Busy, Msg: "other lists of builds are being made"}
 	errExcerpts = &api.Error{Code: api.Busy, Msg: "other records with their logs are being read"}
+	errFinds    = &api.Error{Code: api.Busy, Msg: "the daemons are being asked for other builds"}
 	errReplayed = &api.Error{Code: api.Unauthorized, Msg: "this signature has been taken once, and works no more: sign the request again, with a later timestamp"}
 )
 
@@ -110,7 +115,24 @@ func (s *Server) serveBuilds(w http.ResponseWriter, r *http.Request) {
 	if q == nil {
 		return
 	}
-	page, err := s.list(q)
+	asked, err := q.query.list()
+	if err != nil {
+		s.refuse(w, q, err)
+		return
+	}
+	asked.Tenant = q.by.owner()
+	reader := fair.Tenant{ID: q.by.id(), Most: 1}
+	if q.by.operator {
+		asked.Tenant = q.query.text("tenant")
+		asked.Operator = asked.Tenant == ""
+	}
+	leave, err := turn(q, s.lists, reader, errLists)
+	if err != nil {
+		s.refuse(w, q, err)
+		return
+	}
+	defer leave()
+	page, err := s.list(q, asked)
 	if err != nil {
 		s.refuse(w, q, err)
 		return
@@ -118,27 +140,22 @@ func (s *Server) serveBuilds(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, q, http.StatusOK, page)
 }
 
-func (s *Server) list(q *question) (*listed, error) {
-	asked, err := q.query.list()
-	if err != nil {
-		return nil, err
+// turn waits for a slot, for readTimeout at most. Its error is busy then. The caller must call leave.
+func turn(q *question, slots *fair.Slots, reader fair.Tenant, busy *api.Error) (leave func(), err error) {
+	if !slots.Try(reader) {
+		if err := slots.Acquire(q.r.Context(), reader, readTimeout); err != nil {
+			if q.r.Context().Err() == nil {
+				err = busy
+			}
+			return nil, err
+		}
 	}
-	asked.Tenant = q.by.owner()
-	if q.by.operator {
-		asked.Tenant = q.query.text("tenant")
-		asked.Operator = asked.Tenant == ""
-	}
+	return func() { slots.Release(reader.ID) }, nil
+}
+
+func (s *Server) list(q *question, asked records.Query) (*listed, error) {
 	ctx, cancel := context.WithTimeout(q.r.Context(), readTimeout)
 	defer cancel()
-	// One list of a tenant at a time: a list may read all that the store has, and others want one
-	// too.
-	if err := s.lists.Acquire(ctx, fair.Tenant{ID: asked.Tenant, Most: 1}, readTimeout); err != nil {
-		if q.r.Context().Err() == nil {
-			err = errLists
-		}
-		return nil, err
-	}
-	defer s.lists.Release(asked.Tenant)
 	page, err := s.Records.List(ctx, asked)
 	switch {
 	case ctx.Err() != nil:
@@ -185,25 +202,15 @@ func (s *Server) serveRecord(w http.ResponseWriter, r *http.Request) {
 	}
 	t := told{[]string{}, q.by.shown(rec)}
 	if !rec.Running() && rec.Lines > 0 && !q.by.operator {
-		if t.Log, err = s.shownLog(q, &rec); err != nil {
+		leave, err := turn(q, s.excerpts, q.by.reader(maxExcerpts), errExcerpts)
+		if err != nil {
 			s.refuse(w, q, err)
 			return
 		}
+		defer leave()
+		t.Log = s.excerpt(r.Context(), &rec)
 	}
 	s.answer(w, q, statusOf(&rec), t)
-}
-
-// shownLog reads an excerpt when it is its turn.
-func (s *Server) shownLog(q *question, rec *records.Record) ([]string, error) {
-	reader := q.by.reader(maxExcerpts)
-	if err := s.excerpts.Acquire(q.r.Context(), reader, readTimeout); err != nil {
-		if q.r.Context().Err() == nil {
-			err = errExcerpts
-		}
-		return nil, err
-	}
-	defer s.excerpts.Release(reader.ID)
-	return s.excerpt(q.r.Context(), rec), nil
 }
 
 func statusOf(r *records.Record) int {
@@ -271,6 +278,11 @@ func (s *Server) remembered(q *question, ref records.Ref, err error) (records.Re
 		}
 		return records.Record{}, err
 	}
+	leave, busy := turn(q, s.finds, q.by.reader(maxFinds), errFinds)
+	if busy != nil {
+		return records.Record{}, busy
+	}
+	defer leave()
 	ctx, cancel := context.WithTimeout(q.r.Context(), findTimeout)
 	defer cancel()
 	past, failure := s.Solver.Find(ctx, q.by.pool(), q.by.root.CallName(q.by.id(), q.by.ownKey(), ref.ID))

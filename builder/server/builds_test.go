@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -622,5 +625,128 @@ func TestListsAreShared(t *testing.T) {
 	case <-time.After(100 * time.Millisecond):
 	}
 	close(h.release)
+	wg.Wait()
+}
+
+// untaken is the answer to a client that takes nothing until it is released.
+type untaken struct {
+	*httptest.ResponseRecorder
+	release chan struct{}
+}
+
+func (s *untaken) Write(p []byte) (int, error) {
+	<-s.release
+	return s.ResponseRecorder.Write(p)
+}
+
+// TestSlowAnswers: an answer with a log, or a list, keeps its place until its client has taken it.
+// Otherwise answers that nobody takes would have no bound.
+func TestSlowAnswers(t *testing.T) {
+	for _, tt := range []struct {
+		path string
+		most int // of a tenant
+	}{{"/builds/call", 4}, {"/builds", 1}} {
+		t.Run(tt.path, func(t *testing.T) {
+			h := &held{asked: make(chan string, 100), release: make(chan struct{})}
+			close(h.release)
+			solver := &scripted{solve: func(_ context.Context, _ *solve.Request, log solve.Log) (solve.Outcome, solve.Stats, error) {
+				log("one")
+				return solve.Outcome{Digest: "sha256:abc"}, solve.Stats{}, nil
+			}}
+			f, _ := startTenants(t, solver, []string{tenant("acme", "")}, func(c *server.Config) {
+				h.Store, c.Records = c.Records, h
+			})
+			f.do(t, f.as(t, "acme", pack(t, imageOf("acme")), api.CallIDHeader, "call"))
+			release := make(chan struct{})
+			var wg sync.WaitGroup
+			ask := func() {
+				r := f.asking(t, keyOf("acme"), "GET", tt.path, api.TenantHeader, "acme")
+				w := &untaken{httptest.NewRecorder(), release}
+				wg.Go(func() {
+					if f.s.ServeHTTP(w, r); w.Code != 200 {
+						t.Errorf("%d %s", w.Code, w.Body)
+					}
+				})
+			}
+			for range tt.most {
+				ask()
+				<-h.asked
+			}
+			ask()
+			select {
+			case <-h.asked:
+				t.Error("one more is read")
+				close(release)
+			case <-time.After(100 * time.Millisecond):
+				close(release)
+				<-h.asked
+			}
+			wg.Wait()
+		})
+	}
+}
+
+// TestBodyThatNeverComes: a request that needs no body is answered soon, and its connection ends.
+func TestBodyThatNeverComes(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	down := start(t, &scripted{}, nil)
+	down.s.Shutdown()
+	for _, tt := range []struct {
+		f                  *fixture
+		method, path, want string
+	}{
+		{f, "GET", "/healthz", "200"}, {f, "GET", "/", "200"}, {f, "GET", "/builds", "401"},
+		{f, "GET", "/builds/x", "401"}, {f, "DELETE", "/builds/x", "401"}, {f, "POST", "/nothing", "404"}, {f, "PUT", "/build", "405"},
+		{f, "HEAD", "/contexts/sha256:1", "401"}, {down, "POST", "/build", "503"}, {down, "PUT", "/contexts/sha256:1", "503"},
+	} {
+		t.Run(tt.method+" "+tt.path, func(t *testing.T) {
+			t.Parallel()
+			conn, err := net.Dial("tcp", strings.TrimPrefix(tt.f.URL, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(time.Minute))
+			fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n", tt.method, tt.path)
+			answer, err := io.ReadAll(conn)
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+tt.want) {
+				t.Errorf("%q, %v", answer, err)
+			}
+		})
+	}
+}
+
+// TestFindsAreShared: while a tenant has the daemons asked for as many builds as it may, another
+// tenant's question does not wait.
+func TestFindsAreShared(t *testing.T) {
+	const most = 4 // of a replica; a tenant has half of them
+	asked, release := make(chan string, 100), make(chan struct{})
+	solver := &scripted{find: func(_, call string) (*solve.Past, error) {
+		asked <- call
+		<-release
+		return nil, nil
+	}}
+	f, _ := startTenants(t, solver, []string{tenant("acme", ""), tenant("globex", "")}, nil)
+	var wg sync.WaitGroup
+	ask := func(name string) {
+		r := f.asking(t, keyOf(name), "GET", "/builds/none", api.TenantHeader, name)
+		wg.Go(func() {
+			if a := f.do(t, r); a.status != 404 {
+				t.Errorf("%s: %d %s", name, a.status, a.body)
+			}
+		})
+	}
+	for range most {
+		ask("acme")
+	}
+	first := <-asked
+	for range most/2 - 1 {
+		<-asked
+	}
+	ask("globex")
+	if next := <-asked; next == first {
+		t.Error("the tenant has more than half")
+	}
+	close(release)
 	wg.Wait()
 }

@@ -79,6 +79,7 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	c := s.newCall(w, r)
 	end, ok := s.begin()
 	if !ok {
+		discardBody(w, r)
 		s.refuseUnverified(w, r, errShuttingDown, c.answer())
 		return
 	}
@@ -125,7 +126,8 @@ func (s *Server) servePutContext(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// maxContextSlots is how many contexts for the registry are decompressed and indexed at once.
+// maxContextSlots is how many contexts for the registry are decompressed and indexed at once. Where
+// there are several tenants, one has half of them.
 const maxContextSlots = 2
 
 func (s *Server) storeContext(ctx context.Context, digest string, body *upload) (there bool, err error) {
@@ -143,11 +145,16 @@ func (s *Server) storeContext(ctx context.Context, digest string, body *upload) 
 
 // checkContext reads a context in the same way as a build reads it later.
 func (s *Server) checkContext(ctx context.Context, body *upload) error {
-	full := &api.Error{Code: api.QueueTimeout, Msg: "other contexts are being checked, and queue_wait has passed"}
-	if err := s.take(ctx, s.contextSlots, s.QueueWait, full); err != nil {
-		return err
+	reader := body.reader(maxContextSlots)
+	waiting, stop := s.untilShutdown(ctx)
+	defer stop()
+	switch err := s.contextSlots.Acquire(waiting, reader, s.QueueWait); {
+	case waiting.Err() != nil && err != nil:
+		return canceled(context.Cause(waiting))
+	case err != nil:
+		return &api.Error{Code: api.QueueTimeout, Msg: "other contexts are being checked, and queue_wait has passed"}
 	}
-	defer s.contextSlots.release()
+	defer s.contextSlots.Release(reader.ID)
 	body.charge(nil)
 	_, err := body.Payload()
 	// The registry needs only the body, so the index can go if others need its memory.

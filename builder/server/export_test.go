@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 
+	"handler/function/fair"
 	"handler/function/tenants"
 )
 
@@ -29,3 +30,6 @@ func (s *Server) Working(tenant string, cancel context.CancelCauseFunc) (end fun
 func Owner(key []byte) string {
 	return signer{key: tenants.Key{Secret: key}}.owner()
 }
+
+// ContextSlots are the slots for contexts on their way to the registry.
+func (s *Server) ContextSlots() *fair.Slots { return s.contextSlots }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"handler/function/api"
+	"handler/function/fair"
 	"handler/function/records"
 	"handler/function/server"
 	"handler/function/signature"
@@ -443,4 +444,26 @@ func gzipped(t testing.TB, body []byte) []byte {
 		t.Fatal(err)
 	}
 	return b.Bytes()
+}
+
+// TestContextsAreShared: while a tenant's context is checked, its next one waits, and another
+// tenant's does not.
+func TestContextsAreShared(t *testing.T) {
+	store := &inMemory{all: make(map[string][]byte)}
+	f := startFair(t, &scripted{}, func(c *server.Config) { c.Contexts, c.QueueWait = store, 50*time.Millisecond }, "many", "", "one", "")
+	if !f.s.ContextSlots().Try(fair.Tenant{ID: "t-many", Most: 1}) {
+		t.Fatal("no slot")
+	}
+	body := packTar(t, "context/Dockerfile", "FROM scratch\n")
+	for name, want := range map[string]api.Code{"many": api.QueueTimeout, "one": ""} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPut, f.URL+"/contexts/"+digestOf(body), bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set(api.SignatureHeader, signature.Sign([]byte(keyOf(name)), "", body))
+		r.Header.Set(api.TenantHeader, name)
+		if a := f.do(t, r); a.rec.Code != want {
+			t.Errorf("%s: %d %s, want %q", name, a.status, a.body, want)
+		}
+	}
 }

@@ -76,7 +76,7 @@ func (s *Server) run(f *flight, body *upload) {
 	defer s.active.Done()
 	defer f.cancel(nil)
 	defer s.working(f.tenant, f.cancel)()
-	if f.named() && s.retell(f) {
+	if f.named() && s.retell(f, body.signer) {
 		s.flights.end(f)
 		body.Close()
 		return

@@ -18,10 +18,14 @@ import (
 // cannot be reached answers at once.
 const recordTimeout = time.Second
 
+// maxRetold is how many redeliveries follow a build of another replica at once. Where there are several
+// tenants, one has half of them. With maxLogs and maxExcerpts they are the followers that a store has.
+const maxRetold = 8
+
 // retell gives the flight the verdict of an earlier delivery. It waits for the verdict if the
 // build runs on another replica, and passes on its log. It returns false if the build has to begin
 // here.
-func (s *Server) retell(f *flight) bool {
+func (s *Server) retell(f *flight, by signer) bool {
 	ctx, stop := s.untilShutdown(f.ctx)
 	defer stop()
 	before, ok := s.earlier(ctx, f)
@@ -32,9 +36,15 @@ func (s *Server) retell(f *flight) bool {
 	s.metrics.Joined.Inc()
 	f.setImage(before.Image)
 	if before.Running() {
+		reader := by.reader(maxRetold)
+		if !s.retold.Try(reader) {
+			return false // its daemon knows of it too
+		}
+		defer s.retold.Release(reader.ID)
 		return s.retellRunning(ctx, f, before)
 	}
 	verdict := before.Verdict()
+	verdict.Duration = 0 // each caller has its own
 	verdict.Log = s.excerpt(ctx, &before)
 	f.end(verdict)
 	return true

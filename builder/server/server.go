@@ -163,11 +163,13 @@ type Server struct {
 	shares            *shares // of the disk for all bodies, and of memory for those that wait for a slot
 	builds            *fair.Slots
 	underway          underway
-	contextSlots      slots // for contexts on their way to the registry
+	contextSlots      *fair.Slots // for contexts on their way to the registry
 	flights           flights
 	followers         *fair.Slots // clients that read a log
-	lists             *fair.Slots // lists of builds that are made
-	excerpts          *fair.Slots // logs that are read for a record
+	lists             *fair.Slots // lists of builds, until they are written
+	excerpts          *fair.Slots // logs in records, until they are written
+	finds             *fair.Slots // questions to daemons about builds
+	retold            *fair.Slots // redeliveries that follow another replica's build
 	daemons           daemonCount
 	refusals, defects refusals
 
@@ -188,11 +190,13 @@ func New(cfg Config) *Server {
 		shares:       newShares(waitingMemory, cfg.SpoolBytes),
 		builds:       fair.New(cfg.MaxBuilds),
 		underway:     underway{all: make(map[*work]bool)},
-		contextSlots: make(slots, maxContextSlots),
+		contextSlots: fair.New(maxContextSlots),
 		flights:      flights{named: make(map[flightID]*flight), all: make(map[*flight]bool)},
 		followers:    fair.New(maxLogs),
 		lists:        fair.New(maxLists),
 		excerpts:     fair.New(maxExcerpts),
+		finds:        fair.New(maxFinds),
+		retold:       fair.New(maxRetold),
 	}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	s.stopped, s.stop = context.WithCancel(context.Background())
@@ -252,8 +256,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if path == "" {
 		path = "/"
 	}
+	// The handlers of other methods read no body. net/http would wait for one until read_timeout.
+	if r.Method != http.MethodPost && r.Method != http.MethodPut {
+		discardBody(w, r)
+	}
 	methods, name := s.route(path)
 	if methods == nil {
+		discardBody(w, r)
 		s.refuseUnverified(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
 		return
 	}
@@ -266,6 +275,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
+		discardBody(w, r)
 		s.refuseUnverified(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
 		return
 	}

@@ -50,21 +50,6 @@ func (s *Server) untilShutdown(ctx context.Context) (_ context.Context, stop fun
 	return ctx, func() { unhook(); cancel(nil) }
 }
 
-// take takes a slot. Its error is full if none becomes free within wait. It waits no longer
-// once the server shuts down.
-func (s *Server) take(ctx context.Context, from slots, wait time.Duration, full *api.Error) error {
-	ctx, stop := s.untilShutdown(ctx)
-	defer stop()
-	switch err := from.acquire(ctx, wait); {
-	case err == nil:
-		return nil
-	case errors.Is(err, errFull):
-		return full
-	default:
-		return canceled(err)
-	}
-}
-
 // fairTenant is what a tenant may have of the build slots. Without a file there is one tenant, who
 // may have all.
 func (s *Server) fairTenant(by signer) fair.Tenant {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"time"
@@ -83,6 +84,19 @@ func (s *Server) payloadOptions(why purpose, root isolation.Key, a *arrival) pay
 // that is still sending would see a reset in place of the answer. It is short, so that a
 // client that has stopped sending gets its answer soon.
 const drainWait = 500 * time.Millisecond
+
+// discardBody reads a body that nobody wants, for drainWait at most. If it has not ended by then, or has
+// more than a few KiB, net/http ends the connection after the answer.
+func discardBody(w http.ResponseWriter, r *http.Request) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return
+	}
+	rc := http.NewResponseController(w)
+	rc.SetReadDeadline(time.Now().Add(drainWait))
+	if _, err := io.CopyN(io.Discard, r.Body, 4<<10); err == io.EOF {
+		rc.SetReadDeadline(time.Time{}) // from now on net/http watches for the client's leaving
+	}
+}
 
 // receive reads the body and checks its signature. On success the caller must close the
 // upload.
