@@ -84,12 +84,7 @@ func (s *Store) heartbeat() {
 		// This process was frozen or cut off. It has not heard the others, and they may have
 		// found its builds lost.
 		s.since = time.Now()
-		for _, all := range s.builds {
-			for _, b := range all {
-				b.doubt = true
-				b.poke()
-			}
-		}
+		s.doubtAll()
 		fallthrough
 	case sent:
 		s.through = time.Now()
@@ -101,6 +96,16 @@ func (s *Store) heartbeat() {
 		}
 	}
 	maps.DeleteFunc(s.heard, func(_ string, p *peer) bool { return time.Since(p.heard) > 2*oldBeat })
+}
+
+// doubtAll has each build look whether it was found lost. The caller must hold s.mu.
+func (s *Store) doubtAll() {
+	for _, all := range s.builds {
+		for _, b := range all {
+			b.doubt = true
+			b.poke()
+		}
+	}
 }
 
 // sendBeat sends one heartbeat, for all keys: a replica that has not read the new root secret yet
@@ -188,6 +193,11 @@ func (s *Store) hear(msg *nats.Msg) {
 	}
 	if time.Since(p.heard) > 2*beatEvery {
 		s.beatSoon()
+		if p.n > 0 {
+			// Neither has heard the other, as when servers of a cluster lose each other. It may
+			// have found the builds of this process lost.
+			s.doubtAll()
+		}
 	}
 	p.n, p.heard, p.tenants, p.daemons = h.N, time.Now(), h.Tenants, h.Daemons
 	p.behind = h.Behind
@@ -200,6 +210,7 @@ func (s *Store) hear(msg *nats.Msg) {
 // purge is a record that can be removed from then on.
 type purge struct {
 	subject string
+	epoch   time.Time // of the stream that has the record
 	due     time.Time
 }
 
@@ -233,6 +244,9 @@ func (s *Store) purge(now time.Time) {
 		return
 	}
 	for _, p := range due {
+		if !p.epoch.Equal(st.epoch) {
+			continue // the stream was lost, and the subject may be another build's
+		}
 		ctx, cancel := context.WithTimeout(s.ctx, time.Second)
 		err := st.records.Purge(ctx, js.WithPurgeSubject(p.subject))
 		cancel()

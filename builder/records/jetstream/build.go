@@ -29,7 +29,7 @@ type build struct {
 
 	// What is stored.
 	place      place
-	tried      int       // an attempt that may have been stored: the answer is missing
+	tried      int       // the attempt whose first record was sent last; 0 if none was
 	epoch      time.Time // of the stream that has the record; zero if none has
 	order      uint64
 	turn       int

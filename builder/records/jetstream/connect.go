@@ -63,6 +63,13 @@ func (s *Store) manage() {
 		case <-s.trouble:
 		}
 		wait := look
+		if conn.IsClosed() {
+			// nats.go closes a connection for good at an error of the server that it does not
+			// know, such as of a message over a max_payload that was lowered.
+			if conn = s.connect(); conn == nil {
+				return
+			}
+		}
 		if err := s.look(conn); err != nil {
 			s.down(err)
 			wait = again
@@ -125,7 +132,7 @@ func orElse(err, other error) error {
 	return other
 }
 
-// down notes that there are no streams.
+// down notes why the store cannot be used now. The streams that were found last stay.
 func (s *Store) down(err error) {
 	s.mu.Lock()
 	s.problem = err

@@ -16,8 +16,9 @@ import (
 // Times and sizes of followers.
 const (
 	fetchFor     = 3 * time.Second // of silence, after which a follower looks at the record
-	fetchBatches = 16
-	fetchBytes   = 256 << 10        // that a follower holds
+	fetchBytes   = 256 << 10       // that one fetch asks for
+	fetchBatches = fetchBytes / batch.Size
+	fetchWithin  = 20 * time.Second // between two fetches; a server forgets a consumer after 30 s
 	goneFor      = 10 * time.Second // that a running build may be without a record
 	deafFor      = 60 * time.Second // without an answer of the store, after which following ends
 )
@@ -39,6 +40,8 @@ type follower struct {
 	stream   js.Stream // of consumer
 	epoch    time.Time // of stream
 	seq      uint64    // of the last message
+	got      uint64    // messages of consumer
+	fetched  time.Time // when consumer was made or last asked
 	heard    time.Time // the store answered
 	marked   bool      // the log's end has come
 	total    uint64    // of lines, once marked or ended
@@ -99,11 +102,15 @@ func (f *follower) read() (more bool, err error) {
 	if st, err := f.s.current(); err == nil && f.consumer != nil && !f.epoch.Equal(st.logEpoch) {
 		f.close() // it is of a stream that is gone
 	}
+	if f.consumer != nil && time.Since(f.fetched) > fetchWithin {
+		f.close() // the reader is slow
+	}
 	if f.consumer == nil {
 		if err := f.subscribe(); err != nil {
 			return f.deaf(err)
 		}
 	}
+	f.fetched = time.Now()
 	var msgs js.MessageBatch
 	if f.wait && !f.over {
 		msgs, err = f.consumer.Fetch(fetchBatches, js.FetchMaxBytes(fetchBytes), js.FetchMaxWait(fetchFor))
@@ -136,11 +143,26 @@ func (f *follower) take(msgs js.MessageBatch) (got, more bool, err error) {
 				return got, true, nil
 			}
 			got, f.heard = true, time.Now()
+			if f.missed(msg) {
+				f.close() // the next consumer begins after the last message that came
+				return got, true, nil
+			}
 			if !f.message(msg) {
 				return got, false, nil
 			}
 		}
 	}
+}
+
+// missed says whether messages have not come that the server has sent: a fetch gives up after a silence,
+// and the server does not send again.
+func (f *follower) missed(msg js.Msg) bool {
+	meta, err := msg.Metadata()
+	if err != nil {
+		return false
+	}
+	f.got++
+	return meta.Sequence.Consumer != f.got
 }
 
 // message yields the lines of one message. Those that came before are left out: a writer sends
@@ -290,6 +312,6 @@ func (f *follower) subscribe() error {
 	if err != nil {
 		return err
 	}
-	f.consumer, f.stream = c, st.logs
+	f.consumer, f.stream, f.got = c, st.logs, 0
 	return nil
 }

@@ -159,7 +159,7 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	info := c.CachedInfo()
 	defer s.drop(st.records, info.Name)
 	// It may be more than there are below hi. To read some above hi again changes nothing.
-	left := int(min(info.NumPending, hi-lo))
+	left, all := int(min(info.NumPending, hi-lo)), uint64(0)
 	for left > 0 {
 		got, at, err := sc.take(c.Fetch(min(left, scanBatch), js.FetchMaxBytes(scanBytes), js.FetchMaxWait(scanFor)))
 		if got == 0 && err == nil {
@@ -169,9 +169,26 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 		if err := cmp.Or(err, ctx.Err()); err != nil {
 			return err
 		}
-		if left -= got; got == 0 || at >= hi {
-			break
+		all += uint64(got)
+		if left -= got; at >= hi {
+			return nil
 		}
+		if got == 0 {
+			return whole(ctx, c, all)
+		}
+	}
+	return nil
+}
+
+// whole says with its error that a consumer has messages that have not come. A fetch ends without an
+// error after a silence, and the server does not send again what it has sent.
+func whole(ctx context.Context, c js.Consumer, got uint64) error {
+	info, err := c.Info(ctx)
+	switch {
+	case err != nil:
+		return err
+	case info.NumPending > 0 || info.Delivered.Consumer != got:
+		return fmt.Errorf("reading records: %d of %d have come, and %d are still to be sent", got, info.Delivered.Consumer, info.NumPending)
 	}
 	return nil
 }

@@ -24,8 +24,8 @@ import (
 type seen struct {
 	owner, build string
 	first        time.Time // it was found
-	missing      time.Time // its owner lives without the build since then; zero if it has it
-	buried       time.Time // there is a verdict, or a lost record; zero if that is not known
+	missing      time.Time // since when the owner's heartbeats do not name the build; zero while they do
+	buried       time.Time // when a verdict or a lost record was found or written last; zero before
 	unreadable   bool
 }
 
@@ -144,11 +144,7 @@ func (s *Store) buryAll(st *streams, all []grave) error {
 	defer done()
 	for _, g := range all {
 		burying.Go(func() error {
-			err := s.bury(asked, st, g.place)
-			if err == nil {
-				g.seen.buried = time.Now()
-			}
-			return err
+			return s.bury(asked, st, g)
 		})
 	}
 	return burying.Wait()
@@ -221,12 +217,18 @@ func (s *Store) has(id string) bool {
 
 // bury writes down that a build is lost, if it has no verdict, and removes the running record
 // of one that has. A daemon is asked until asked ends.
-func (s *Store) bury(asked context.Context, st *streams, p place) error {
+func (s *Store) bury(asked context.Context, st *streams, g grave) error {
 	ctx, cancel := s.request()
 	defer cancel()
+	p := g.place
 	run, err := s.read(ctx, st, p, running)
 	if err != nil || run == nil {
 		return err
+	}
+	if run.Build != g.seen.build {
+		// The stream was lost, and another build has the place.
+		*g.seen = seen{owner: run.Owner, build: run.Build, first: time.Now()}
+		return nil
 	}
 	verdict, err := s.read(ctx, st, p, ended)
 	if err != nil {
@@ -238,14 +240,23 @@ func (s *Store) bury(asked context.Context, st *streams, p place) error {
 	}
 	if verdict != nil || mark != nil && mark.Turn >= run.Turn {
 		if time.Since(run.time) < keepRunning {
+			g.seen.buried = time.Now()
 			return nil
 		}
 		return st.records.Purge(ctx, js.WithPurgeSubject(p.record(running)))
+	}
+	if !run.Record.Running() {
+		// The stream was lost and the build had ended, so its first record has the verdict.
+		_, err := s.putOnce(p, ended, run, 0)
+		return err
 	}
 	rec := run.Record
 	rec.Status, rec.Code = api.Failed, api.Lost
 	rec.Error = "the process that ran the build has died"
 	rec.Ended, rec.Building = time.Now(), false
+	if rec.Ended.Before(rec.Began) { // by the clock of its process
+		rec.Ended = rec.Began
+	}
 	rec.Duration = rec.Ended.Sub(rec.Began).Seconds()
 	if s.opts.Ask != nil {
 		rec = s.opts.Ask(asked, rec)
@@ -260,7 +271,15 @@ func (s *Store) bury(asked context.Context, st *streams, p place) error {
 	if mark != nil {
 		seq = mark.seq
 	}
-	return s.putLost(p, &out, seq)
+	// To ask a daemon took seconds, and the process may be back.
+	if !s.isDead(g.seen) {
+		return nil
+	}
+	err = s.putLost(p, &out, seq)
+	if err == nil {
+		g.seen.buried = time.Now()
+	}
+	return err
 }
 
 // logged returns how many lines of a build have been stored.

@@ -213,9 +213,12 @@ func (b *build) begun(p place, seq uint64, epoch time.Time) {
 	s := b.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b.rec.Attempt, b.place, b.order, b.epoch = p.attempt, p, seq, epoch
-	b.tried, b.aead = 0, b.key.logAEAD(p.log())
-	b.stored, b.storedN = nil, 0
+	b.rec.Attempt, b.place, b.order = p.attempt, p, seq
+	// If the stream is lost, this process may store the record in the next one before it has
+	// noticed. begin then finds it.
+	b.tried, b.dirty = p.attempt, b.dirty || !b.epoch.IsZero() && !b.epoch.Equal(epoch)
+	b.aead = b.key.logAEAD(p.log())
+	b.stored, b.storedN, b.epoch = nil, 0, epoch
 	s.beatSoon()
 }
 
@@ -272,8 +275,9 @@ func (b *build) putLines() error {
 	s.mu.Unlock()
 	plain := lines.AppendTo(nil)
 	subject := b.place.log()
+	since := time.Now()
 	seq, err := s.publish(subject, seal(b.aead, subject, plain))
-	if b.stuck(err) {
+	if b.stuck(since, err) {
 		// The followers see a gap.
 		s.mu.Lock()
 		s.dropped += lines.Count
@@ -300,12 +304,13 @@ func (s *Store) release(b *build) {
 // Times of lines that cannot be stored. The stream of logs can be full, or without a leader, while
 // that of records is well. A log that is read between the verdict and the lines has a gap at its end.
 const (
-	overtakeAfter = 5 * time.Second // after which the verdict of their build is tried too
+	overtakeAfter = 3 * time.Second // after which the verdict of their build is tried too; a writer pauses for 2 s at most
 	giveUpAfter   = time.Minute     // after which they are dropped, if the verdict could be stored
 )
 
-// stuck notes whether lines could be stored, and says whether they are dropped because of err.
-func (b *build) stuck(err error) (drop bool) {
+// stuck notes whether lines could be stored, by a try that began at a time, and says whether they are
+// dropped because of err.
+func (b *build) stuck(began time.Time, err error) (drop bool) {
 	b.store.mu.Lock()
 	defer b.store.mu.Unlock()
 	if err == nil {
@@ -313,10 +318,10 @@ func (b *build) stuck(err error) (drop bool) {
 		return false
 	}
 	if b.stuckSince.IsZero() {
-		b.stuckSince = time.Now()
+		b.stuckSince = began
 	}
 	since := time.Since(b.stuckSince)
-	b.overtakes = b.ended != nil && since > overtakeAfter
+	b.overtakes = b.ended != nil && since >= overtakeAfter
 	return b.done && since > giveUpAfter ||
 		errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, js.ErrStreamMessageExceedsMaximum) // the server's max_payload is too small
 }
@@ -376,8 +381,8 @@ func (s *Store) putOnce(p place, kind string, r *stored, seq uint64) (first bool
 	return err == nil, err
 }
 
-// putVerdict stores the verdict. Nobody else does: if there is one, it is its own, whose answer
-// was lost.
+// putVerdict stores the verdict. Only the owner of a build stores one. If there is one already, an
+// earlier try has stored it, and the answer was lost.
 func (b *build) putVerdict() error {
 	s := b.store
 	s.mu.Lock()
@@ -390,8 +395,10 @@ func (b *build) putVerdict() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b.done = true
-	s.purges = append(s.purges, purge{b.place.record(running), time.Now().Add(keepRunning)})
-	s.leave(b)
+	s.purges = append(s.purges, purge{b.place.record(running), b.epoch, time.Now().Add(keepRunning)})
+	if !b.gone { // it was forgotten meanwhile
+		s.leave(b)
+	}
 	return nil
 }
 
