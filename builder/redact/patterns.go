@@ -6,11 +6,14 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"iter"
 	"maps"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -221,20 +224,46 @@ func (ps *patternSet) addEncoded(v []byte) {
 		unreserved.Replace(component),             // JavaScript's encodeURIComponent
 		url.PathEscape(string(v)),
 	}
+	for _, f := range forms[2:] {
+		forms = append(forms, lowerEscapes(f)) // .NET's UrlEncode
+	}
 	for _, html := range []bool{false, true} {
 		var b bytes.Buffer
 		e := json.NewEncoder(&b)
 		e.SetEscapeHTML(html)
 		if e.Encode(string(v)) == nil {
-			forms = append(forms, b.String()[1:b.Len()-2])
+			text := b.String()[1 : b.Len()-2]
+			for _, f := range []string{text, inASCII(text, `\u%04x`), inASCII(text, `\u%04X`)} {
+				forms = append(forms, f, strings.ReplaceAll(f, "/", `\/`)) // the second is PHP's json_encode
+			}
 		}
 	}
-	for i, f := range forms {
-		if i > 0 && f == forms[i-1] {
-			continue
-		}
+	slices.Sort(forms)
+	for _, f := range slices.Compact(forms) {
 		ps.addText([]byte(f))
 	}
+}
+
+// percent is an escape of a URL.
+var percent = regexp.MustCompile(`%[0-9A-F]{2}`)
+
+func lowerEscapes(s string) string { return percent.ReplaceAllStringFunc(s, strings.ToLower) }
+
+// inASCII writes the runes of a JSON string that are not ASCII in an escape, as Python's json.dumps
+// does.
+func inASCII(s, escape string) string {
+	var b strings.Builder
+	for _, r := range s {
+		switch hi, lo := utf16.EncodeRune(r); {
+		case r < utf8.RuneSelf:
+			b.WriteRune(r)
+		case hi != utf8.RuneError:
+			fmt.Fprintf(&b, escape+escape, hi, lo)
+		default:
+			fmt.Fprintf(&b, escape, r)
+		}
+	}
+	return b.String()
 }
 
 // unreserved turns back what url.QueryEscape escapes and RFC 2396 does not.

@@ -150,7 +150,9 @@ func (p *Progress) handle(s *client.SolveStatus) {
 	for _, e := range ends {
 		for _, key := range e.v.streams {
 			p.streams[key].Flush()
+			delete(p.streams, key) // what it holds has no other bound than the number of steps
 		}
+		e.v.streams = nil
 		p.line("%s", e.line)
 	}
 	for _, w := range s.Warnings {

@@ -172,6 +172,29 @@ func TestProgressLines(t *testing.T) {
 }
 
 // TestProgressDraws prints over a line and looks at what is logged, and when.
+// TestStreamsEnd: nothing is kept of what a step that has ended has printed, but its last lines.
+func TestStreamsEnd(t *testing.T) {
+	var messages []*client.SolveStatus
+	for i := range 10 {
+		name := fmt.Sprintf("[%d/10] RUN x", i)
+		messages = append(messages,
+			&client.SolveStatus{Vertexes: []*client.Vertex{vtx(name, at(0), nil)}, Logs: []*client.VertexLog{logged(name, 1, "one\ntwo")}},
+			&client.SolveStatus{Vertexes: []*client.Vertex{vtx(name, at(0), at(time.Second))}, Logs: []*client.VertexLog{logged(name, 2, "three")}},
+		)
+	}
+	last := "[10/10] RUN x"
+	messages = append(messages, &client.SolveStatus{Vertexes: []*client.Vertex{vtx(last, at(0), nil)}, Logs: []*client.VertexLog{logged(last, 1, "four")}})
+	lines, p, _ := progressOf(messages...)
+	if len(p.streams) != 1 {
+		t.Errorf("%d streams are kept", len(p.streams))
+	}
+	for line, want := range map[string]int{"l: one": 10, "l: two": 10, "l: three": 10, "l: four": 1} {
+		if n := len(slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return l != line })); n != want {
+			t.Errorf("%q is there %d times, want %d", line, n, want)
+		}
+	}
+}
+
 func TestProgressDraws(t *testing.T) {
 	const step, other = "[1/2] RUN a", "[2/2] RUN b"
 	type print struct {
