@@ -224,7 +224,8 @@ func (a *attempt) failed(ctx context.Context, err error) verdict {
 		return v
 	}
 	if refused := a.plan.files.Refused(); refused != nil {
-		v.err = api.AsError(refused)
+		e := api.AsError(refused)
+		v.err = &api.Error{Code: e.Code, Msg: a.plan.mask.Line(e.Msg), Err: err}
 		return v
 	}
 	var registryBusy bool

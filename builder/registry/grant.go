@@ -31,7 +31,7 @@ type Grant struct {
 	first map[string]string
 
 	mu    sync.Mutex
-	auths map[login]func() (found, error)
+	auths map[login]*lookup
 	// none and some are the hosts for which credentials were looked for in vain, and
 	// those for which some were found. A host may be in both: the credentials may be
 	// for one of its repositories alone.
@@ -41,6 +41,12 @@ type Grant struct {
 	// other has a repository for each host: a challenge wanted the right to push there, and the
 	// build does not push there.
 	other map[string]string
+}
+
+// lookup is one look for credentials. It ends with the context of whoever has asked first.
+type lookup struct {
+	ctx context.Context
+	get func() (found, error)
 }
 
 // login is one entry of somebody's credentials.
@@ -57,7 +63,7 @@ func (c *Credentials) Grant(pushes []reference.Named) *Grant {
 		lent:   make(map[string]*Credentials),
 		pushes: make(map[string]string),
 		first:  make(map[string]string),
-		auths:  make(map[login]func() (found, error)),
+		auths:  make(map[login]*lookup),
 		none:   make(map[string]bool),
 		some:   make(map[string]bool),
 		wanted: make(map[string]string),
@@ -215,26 +221,27 @@ func (g *Grant) auth(ctx context.Context, host, repository string) (found, error
 		}
 		src := login{owner, sourceOf(file, host, repository)}
 		g.mu.Lock()
-		get, shared := g.auths[src]
+		l, shared := g.auths[src]
 		if !shared {
-			get = sync.OnceValues(func() (found, error) { return owner.lookup(ctx, file, src.source) })
-			g.auths[src] = get
+			l = &lookup{ctx, sync.OnceValues(func() (found, error) { return owner.lookup(ctx, file, src.source) })}
+			g.auths[src] = l
 		}
 		g.mu.Unlock()
-		f, err := get()
+		f, err := l.get()
 		g.mu.Lock()
 		stale := !f.renew.IsZero() && time.Now().After(f.renew)
 		if err != nil || stale {
 			// The next call looks again.
-			delete(g.auths, src)
+			if g.auths[src] == l {
+				delete(g.auths, src)
+			}
 		} else if f.auth != (types.AuthConfig{}) || f.failed != nil {
 			g.some[lower(host)] = true
 		} else {
 			g.none[lower(host)] = true
 		}
 		g.mu.Unlock()
-		// The other caller's context may have ended, or its credentials are to be renewed.
-		if shared && (err != nil && ctx.Err() == nil || err == nil && stale) {
+		if shared && (err == nil && stale || err != nil && l.ctx.Err() != nil && ctx.Err() == nil) {
 			continue
 		}
 		return f, err

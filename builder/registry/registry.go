@@ -120,7 +120,7 @@ func (c *Credentials) load() (*configfile.ConfigFile, error) {
 		if c.current == nil {
 			return nil, err
 		}
-		if !bytes.Equal(raw, c.bad) {
+		if c.bad == nil || !bytes.Equal(raw, c.bad) {
 			c.bad = raw
 			c.cfg.Log.Error().Err(err).Msg("keeping the registry credentials read before")
 		}

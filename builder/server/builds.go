@@ -20,8 +20,8 @@ import (
 
 // How many questions about builds read from the store, or from daemons, at once. An answer that has
 // been read keeps its place until it is written: a list can have 6 MiB, and a log 1 MiB, and its
-// client may take it slowly. Where there are several tenants, one has half of the excerpts and of the
-// questions to daemons, and one list.
+// client may take it slowly. Each tenant, or each key without a file of tenants, has one list. With a
+// file, a tenant has half of the excerpts and of the questions to daemons.
 const (
 	maxLists    = 4
 	maxExcerpts = 8 // logs of ended builds
@@ -121,8 +121,9 @@ func (s *Server) serveBuilds(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	asked.Tenant = q.by.owner()
-	reader := fair.Tenant{ID: q.by.id(), Most: 1}
+	reader := fair.Tenant{ID: q.by.owner(), Most: 1}
 	if q.by.operator {
+		reader = fair.Tenant{ID: "operators"} // no tenant has this id
 		asked.Tenant = q.query.text("tenant")
 		asked.Operator = asked.Tenant == ""
 	}

@@ -750,3 +750,50 @@ func TestFindsAreShared(t *testing.T) {
 	close(release)
 	wg.Wait()
 }
+
+// TestExpectContinue: a client that asks before it sends is not told to send what nobody reads.
+func TestExpectContinue(t *testing.T) {
+	f := start(t, &scripted{}, nil)
+	f.s.Shutdown()
+	for line, want := range map[string]string{"POST /nothing": "404", "PUT /build": "405", "POST /build": "503"} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(f.URL, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1000000\r\n\r\n", line)
+		answer, err := io.ReadAll(conn)
+		if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+want) {
+			t.Errorf("%s: %q, %v", line, answer, err)
+		}
+		conn.Close()
+	}
+}
+
+// TestListsOfKeys: without a file of tenants, each key has a list of its own.
+func TestListsOfKeys(t *testing.T) {
+	const another = "another-payload-secret"
+	h := &held{asked: make(chan string, 100), release: make(chan struct{})}
+	f := start(t, &scripted{}, func(c *server.Config) {
+		h.Store, c.Records = c.Records, h
+		c.PayloadSecret = func() ([]byte, error) { return []byte(secret + "\n" + another), nil }
+	})
+	var wg sync.WaitGroup
+	for _, key := range []string{secret, another} {
+		r := f.asking(t, key, "GET", "/builds")
+		wg.Go(func() {
+			if a := f.do(t, r); a.status != 200 {
+				t.Errorf("%d %s", a.status, a.body)
+			}
+		})
+	}
+	for range 2 {
+		select {
+		case <-h.asked:
+		case <-time.After(5 * time.Second):
+			t.Error("one list waits for the other")
+		}
+	}
+	close(h.release)
+	wg.Wait()
+}

@@ -19,8 +19,10 @@ import (
 const recordTimeout = time.Second
 
 // maxRetold is how many redeliveries follow a build of another replica at once. Where there are several
-// tenants, one has half of them. With maxLogs and maxExcerpts they are the followers that a store has.
+// tenants, one has half of them.
 const maxRetold = 8
+
+const notFollowed = "w: the replica that runs this build cannot be followed: looking for it on its daemon"
 
 // retell gives the flight the verdict of an earlier delivery. It waits for the verdict if the
 // build runs on another replica, and passes on its log. It returns false if the build has to begin
@@ -32,15 +34,18 @@ func (s *Server) retell(f *flight, by signer) bool {
 	if !ok {
 		return false
 	}
+	if before.Running() {
+		reader := by.reader(maxRetold)
+		if !s.retold.Try(reader) {
+			f.say(notFollowed)
+			return false
+		}
+		defer s.retold.Release(reader.ID)
+	}
 	f.call.log.Info().Msg("build joined")
 	s.metrics.Joined.Inc()
 	f.setImage(before.Image)
 	if before.Running() {
-		reader := by.reader(maxRetold)
-		if !s.retold.Try(reader) {
-			return false // its daemon knows of it too
-		}
-		defer s.retold.Release(reader.ID)
 		return s.retellRunning(ctx, f, before)
 	}
 	verdict := before.Verdict()
@@ -89,7 +94,7 @@ func (s *Server) retellRunning(ctx context.Context, f *flight, r records.Record)
 		return true
 	case err != nil, r.Running():
 		f.call.log.Warn().AnErr("cause", err).Msg("build not followed")
-		f.say("w: the replica that runs this build cannot be followed: looking for it on its daemon")
+		f.say(notFollowed)
 		return false
 	case r.Code == api.Lost, r.Code == api.Canceled && !r.Final():
 		// Its replica has died, or its own caller has left.

@@ -286,7 +286,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // metrics' handler reads.
 var readHeaders = []string{
 	api.SignatureHeader, api.TimestampHeader, api.TenantHeader, api.CallIDHeader, api.CallbackHeader, forwardedHost,
-	"Accept", "Accept-Encoding", "Content-Type", lastEventID, "User-Agent",
+	"Accept", "Accept-Encoding", "Content-Type", "Expect", lastEventID, "User-Agent",
 }
 
 // kept is h without the headers that nobody reads. Headers stay in memory until the body

@@ -85,10 +85,11 @@ func (s *Server) payloadOptions(why purpose, root isolation.Key, a *arrival) pay
 // client that has stopped sending gets its answer soon.
 const drainWait = 500 * time.Millisecond
 
-// discardBody reads a body that nobody wants, for drainWait at most. If it has not ended by then, or has
-// more than a few KiB, net/http ends the connection after the answer.
+// discardBody reads a body that nobody wants, for drainWait at most. If it has not ended by then,
+// net/http ends the connection after the answer. A client that waits for 100 Continue is not told to
+// send.
 func discardBody(w http.ResponseWriter, r *http.Request) {
-	if r.Body == nil || r.Body == http.NoBody {
+	if r.Body == nil || r.Body == http.NoBody || r.Header.Get("Expect") != "" {
 		return
 	}
 	rc := http.NewResponseController(w)

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"path"
 	"slices"
+	"sort"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -80,13 +81,12 @@ func (f *FS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) error {
 		}
 		first, within = i, target+"/"
 	}
-	skip := "" // entries with this prefix are skipped
 	for i := first; i < len(f.entries); i++ {
 		e := &f.entries[i]
 		if i > first && !strings.HasPrefix(e.Path, within) {
 			return nil
 		}
-		if skip != "" && strings.HasPrefix(e.Path, skip) || f.odd && e.Odd() != "" {
+		if f.odd && e.Odd() != "" {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -98,14 +98,22 @@ func (f *FS) Walk(ctx context.Context, target string, fn fs.WalkDirFunc) error {
 		case errors.Is(err, fs.SkipAll):
 			return nil
 		case errors.Is(err, fs.SkipDir):
-			if skip = skippedBy(e); skip == "" || skip == within {
+			skip := skippedBy(e)
+			if skip == "" || skip == within {
 				return nil
 			}
+			i = f.after(i, skip) - 1
 		default:
 			return err
 		}
 	}
 	return nil
+}
+
+// after is the first index after i whose entry is not in the directory with this prefix. The entry at i
+// is the directory, or in it.
+func (f *FS) after(i int, prefix string) int {
+	return i + 1 + sort.Search(len(f.entries)-i-1, func(n int) bool { return !strings.HasPrefix(f.entries[i+1+n].Path, prefix) })
 }
 
 // skippedBy is the prefix of the entries that fs.SkipDir leaves out when it is returned for

@@ -36,7 +36,10 @@ func (f *FS) CheckSent(ctx context.Context, dockerfile string) error {
 	all := &FS{src: f.src, entries: f.entries}
 	name, file := f.ignoreFile(dockerfile)
 	text, err := io.ReadAll(io.LimitReader(file, maxIgnore+1))
-	if err == nil && len(text) > maxIgnore {
+	if err != nil {
+		return nil // the solve fails on the same
+	}
+	if len(text) > maxIgnore {
 		e := f.entries[slices.IndexFunc(f.entries, func(e payload.Entry) bool { return e.Odd() != "" })]
 		return refuse(e.Path, fmt.Sprintf("%s, and %s has over %d bytes and is not read", e.Odd(), name, maxIgnore))
 	}

@@ -1,20 +1,23 @@
 package contextfs
 
 import (
+	"fmt"
 	"io/fs"
 	"path"
 	"strings"
 
 	"github.com/tonistiigi/fsutil"
 
+	"handler/function/api"
 	"handler/function/payload"
 )
 
-// What fsutil.FollowLinks may take to find the paths that the daemon asks for. It has no limits of
-// its own: of a chain of n symlinks it keeps n paths, each longer than the one before.
+// What fsutil.FollowLinks may take in one transfer to find the paths that the daemon asks for. It has
+// no limits of its own: of a chain of n symlinks it keeps n paths, each longer than the one before.
 const (
-	maxPath  = 4096    // bytes of a path that a symlink leads to, as in Linux
-	maxSteps = 4 << 20 // entries looked up, in one transfer
+	maxPath     = 4096     // bytes of a path, as in Linux
+	maxSteps    = 4 << 20  // entries looked up
+	maxResolved = 64 << 10 // paths that symlinks lead to
 )
 
 // Filter is a filesync.FilterOptFunc. It fails if the symlinks at the paths that the daemon asks for
@@ -23,7 +26,7 @@ func (f *FS) Filter(_ string, opt *fsutil.FilterOpt) error {
 	l := &links{fs: f, seen: make(map[string]bool)}
 	for _, p := range opt.FollowPaths {
 		if why := l.follow(p, 0); why != "" {
-			e := refuse(strings.TrimPrefix(path.Clean("/"+p), "/"), why)
+			e := &api.Error{Code: api.BadTar, Msg: fmt.Sprintf("the path %.200q in the context: %s", p, why)}
 			f.refused.Store(e)
 			return e
 		}
@@ -44,6 +47,7 @@ type links struct {
 	fs    *FS
 	seen  map[string]bool // what has been resolved
 	steps int
+	paths int // that symlinks have led to
 }
 
 // follow returns why p is refused, or nothing. depth is how many symlinks have led to p.
@@ -52,8 +56,13 @@ func (l *links) follow(p string, depth int) (why string) {
 		return "it leads through too many symlinks"
 	}
 	p = strings.TrimPrefix(path.Clean("/"+p), "/")
-	if depth > 0 && len(p) > maxPath {
-		return "its symlinks make a path that is too long"
+	if len(p) > maxPath {
+		return "it is, or its symlinks make, a path that is too long"
+	}
+	if depth > 0 {
+		if l.paths++; l.paths > maxResolved {
+			return "too many symlinks match"
+		}
 	}
 	current := ""
 	for p != "" {
@@ -98,14 +107,18 @@ func (l *links) targets(p string) (targets []string, why string) {
 		}
 		first = i + 1
 	}
-	for i := first; i < len(l.fs.entries) && strings.HasPrefix(l.fs.entries[i].Path, dir); i++ {
+	for i := first; i < len(l.fs.entries) && strings.HasPrefix(l.fs.entries[i].Path, dir); {
 		if why := l.step(); why != "" {
 			return nil, why
 		}
 		e := &l.fs.entries[i]
-		name := e.Path[len(dir):]
-		if ok, _ := path.Match(base, name); ok && !strings.Contains(name, "/") {
+		if ok, _ := path.Match(base, e.Path[len(dir):]); ok {
 			targets = append(targets, targetOf(e)...)
+		}
+		if e.Mode.IsDir() {
+			i = l.fs.after(i, e.Path+"/")
+		} else {
+			i++
 		}
 	}
 	return targets, ""

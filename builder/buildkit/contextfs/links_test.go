@@ -23,12 +23,24 @@ func chain(n int, more string) *memory {
 	return m
 }
 
-// TestFilter compares what is refused with what fsutil would do. It refuses only what takes fsutil
-// too long.
+// patterns are n patterns that match all symlinks of TestFilter, and are not alike.
+func patterns(n int) (list []string) {
+	for i := range n {
+		list = append(list, "l"+strings.Repeat("*", i+1))
+	}
+	return list
+}
+
+// TestFilter refuses what would take fsutil too long, and nothing that a context has in practice.
 func TestFilter(t *testing.T) {
 	wide := &memory{}
 	for i := range 2000 {
 		wide.entries = append(wide.entries, payload.Entry{Path: fmt.Sprintf("l%04d", i), Mode: 0o777 | fs.ModeSymlink, Linkname: "l0000"})
+	}
+	large := new(memory)
+	large.entries = append(large.entries, payload.Entry{Path: "d", Mode: 0o755 | fs.ModeDir})
+	for i := range 20_000 {
+		large.entries = append(large.entries, payload.Entry{Path: fmt.Sprintf("d/%05d", i), Mode: 0o644})
 	}
 	long := new(memory)
 	long.add("a -> "+strings.Repeat("x/", maxPath/2-1)+"b", 0, "")
@@ -57,6 +69,9 @@ func TestFilter(t *testing.T) {
 		{"circles", circle, []string{"a", "b", "c", "d", "c/x", "*"}, ""},
 		{"many to one", wide, []string{"*", "l*"}, ""},
 		{"many patterns", wide, slices.Repeat([]string{"*z"}, maxSteps/2000+1), "takes too long"},
+		{"many results", wide, patterns(maxResolved/2000 + 1), "too many symlinks match"},
+		{"a long path of the Dockerfile", sample(), []string{strings.Repeat("x/", maxPath)}, "too long"},
+		{"patterns beside a large directory", large, slices.Repeat([]string{"*.json"}, 1000), ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			f := New(tt.m)

@@ -171,7 +171,6 @@ func TestProgressLines(t *testing.T) {
 	}
 }
 
-// TestProgressDraws prints over a line and looks at what is logged, and when.
 // TestStreamsEnd: nothing is kept of what a step that has ended has printed, but its last lines.
 func TestStreamsEnd(t *testing.T) {
 	var messages []*client.SolveStatus
@@ -195,6 +194,7 @@ func TestStreamsEnd(t *testing.T) {
 	}
 }
 
+// TestProgressDraws prints over a line and looks at what is logged, and when.
 func TestProgressDraws(t *testing.T) {
 	const step, other = "[1/2] RUN a", "[2/2] RUN b"
 	type print struct {

@@ -3,7 +3,6 @@ package sources
 import (
 	"bytes"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -62,8 +61,20 @@ func (v variables) set(name, value string) {
 	}
 }
 
-// replacement is a ${name/pattern/text} or ${name//pattern/text}.
-var replacement = regexp.MustCompile(`\$\{[A-Za-z0-9_]+/`)
+// replaces says whether a word has a ${name/pattern/text} or ${name//pattern/text}.
+func replaces(word string) bool {
+	for {
+		_, rest, ok := strings.Cut(word, "${")
+		if !ok {
+			return false
+		}
+		if word = strings.TrimLeft(rest, nameChars); strings.HasPrefix(word, "/") {
+			return true
+		}
+	}
+}
+
+const nameChars = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_"
 
 // search looks for a denied source in a Dockerfile.
 type search struct {
@@ -122,7 +133,7 @@ func (s *search) define(words []string) {
 }
 
 func (s *search) expand(word string) string {
-	if len(word) > maxWord || replacement.MatchString(word) {
+	if len(word) > maxWord || replaces(word) {
 		return word
 	}
 	out, _, err := s.lex.ProcessWord(word, s.vars)

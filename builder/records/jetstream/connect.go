@@ -30,6 +30,7 @@ func (s *Store) natsOptions() []nats.Option {
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectHandler(func(*nats.Conn) { s.suspect(); s.beatSoon() }),
 		nats.ConnectHandler(func(*nats.Conn) { s.suspect(); s.beatSoon() }),
+		nats.ClosedHandler(func(*nats.Conn) { s.suspect() }),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.tell(err) }),
 	}, s.opts.NATS...)
 }

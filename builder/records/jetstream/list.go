@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"container/heap"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -60,6 +61,7 @@ type scan struct {
 	own     int    // those of them that belong to the query's tenant
 	sifted  bool   // the server filters the messages
 	top     uint64 // the highest sequence that was read
+	came    uint64 // messages of the consumer that is read
 }
 
 // openBuild is a build without a verdict, as far as was read. Most of these have one a few
@@ -159,7 +161,8 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 	info := c.CachedInfo()
 	defer s.drop(st.records, info.Name)
 	// It may be more than there are below hi. To read some above hi again changes nothing.
-	left, all := int(min(info.NumPending, hi-lo)), uint64(0)
+	left := int(min(info.NumPending, hi-lo))
+	sc.came = 0
 	for left > 0 {
 		got, at, err := sc.take(c.Fetch(min(left, scanBatch), js.FetchMaxBytes(scanBytes), js.FetchMaxWait(scanFor)))
 		if got == 0 && err == nil {
@@ -169,16 +172,18 @@ func (s *Store) scanPart(ctx context.Context, st *streams, sc *scan, lo, hi uint
 		if err := cmp.Or(err, ctx.Err()); err != nil {
 			return err
 		}
-		all += uint64(got)
 		if left -= got; at >= hi {
 			return nil
 		}
 		if got == 0 {
-			return whole(ctx, c, all)
+			return whole(ctx, c, sc.came)
 		}
 	}
 	return nil
 }
+
+// errMissed is of a message that the server has sent and that has not come.
+var errMissed = errors.New("reading records: some have not come")
 
 // whole says with its error that a consumer has messages that have not come. A fetch ends without an
 // error after a silence, and the server does not send again what it has sent.
@@ -217,6 +222,9 @@ func (sc *scan) take(msgs js.MessageBatch, err error) (got int, at uint64, _ err
 		meta, err := msg.Metadata()
 		if err != nil {
 			return got, at, err
+		}
+		if sc.came++; meta.Sequence.Consumer != sc.came {
+			return got, at, errMissed
 		}
 		got, at = got+1, meta.Sequence.Stream
 		sc.top = max(sc.top, at)

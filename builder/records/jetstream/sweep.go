@@ -222,8 +222,12 @@ func (s *Store) bury(asked context.Context, st *streams, g grave) error {
 	defer cancel()
 	p := g.place
 	run, err := s.read(ctx, st, p, running)
-	if err != nil || run == nil {
+	if err != nil {
 		return err
+	}
+	if run == nil {
+		g.seen.unreadable = true
+		return nil
 	}
 	if run.Build != g.seen.build {
 		// The stream was lost, and another build has the place.
