@@ -491,6 +491,27 @@ func TestBombs(t *testing.T) {
 				return extended('L', fmt.Sprintf("context/%d/%sx\x00", i, strings.Repeat("d/", 1000))) + file("x", "")
 			})
 		}, "together"},
+		{"a chain of symlinks that grows", func() string {
+			var b strings.Builder
+			b.WriteString(plainConfig + dir("context/") + symlink("context/Dockerfile", "s0"))
+			for i := range 25_000 {
+				b.WriteString(symlink(fmt.Sprintf("context/s%d", i), fmt.Sprintf("s%d/x", i+1)))
+			}
+			return gzipped(b.String() + tarEnd)
+		}, "too many symlinks"},
+		{"many small sparse files", func() string {
+			// The map of a file in the format 1.0 comes before its data.
+			pieces := "257\n"
+			for i := range 257 {
+				pieces += fmt.Sprintf("%d\n1\n", 2*i)
+			}
+			one := extended('x', record("GNU.sparse.major", "1")+record("GNU.sparse.minor", "0")+record("GNU.sparse.name", "context/f")+record("GNU.sparse.realsize", "514")) +
+				file("f", pieces+strings.Repeat("\x00", -len(pieces)&511)+strings.Repeat("x", 257))
+			return gzipped(plainHead + strings.Repeat(one, 40_000) + tarEnd)
+		}, "pieces of data"},
+		{"a large ignore file beside a FIFO", func() string {
+			return gzipped(with(block("context/fifo", '6', 0, nil), file("context/.dockerignore", strings.Repeat("a\n", 8<<20))))
+		}, "is not read"},
 		{"envelope nested deep", func() string {
 			return strings.TrimSuffix(enveloped(f, with()), "}") + `,"x":` + strings.Repeat("[", 32<<20)
 		}, "nested"},

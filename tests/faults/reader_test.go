@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -105,7 +106,9 @@ func printing(command string) []string {
 // not take waits at the daemon. It comes once they read.
 //
 // A stream ends when its reader takes nothing for 30 s. A round in which the build takes almost
-// as long shows nothing, and another follows, three at most.
+// as long shows nothing. Nor does a round in which a stream ends in this way although somebody reads:
+// the kernel takes seconds to notice it on a connection that has been full. Another round follows,
+// three at most.
 func TestReadersBehind(t *testing.T) {
 	t.Parallel()
 	b := newBuildkitd(t, stack.BuildkitdConfig{Env: stack.WholeLogs})
@@ -113,18 +116,17 @@ func TestReadersBehind(t *testing.T) {
 	_, _, two := start(t, stack.FunctionConfig{Buildkitd: b})
 	for range 3 {
 		readers, took := readersBehind(t, s, b, one, two)
-		if took < 28*time.Second {
-			readAll(t, readers)
+		t.Logf("nothing was read for %v", took)
+		if took < 28*time.Second && readAll(t, readers) {
 			return
 		}
-		t.Logf("again: nothing was read for %v", took)
 		for _, r := range readers {
 			r.conn.Close()
 		}
 		waitIdle(t, one)
 		waitIdle(t, two)
 	}
-	t.Fatal("this machine builds the image too slowly, three times")
+	t.Fatal("the streams were cut off, or would have been, three times")
 }
 
 // reader is a connection with a stream.
@@ -172,14 +174,17 @@ func readersBehind(t *testing.T, s *stack.Stack, b *stack.Buildkitd, one, two *s
 	return readers, time.Since(released)
 }
 
-// readAll reads the streams to their ends, and wants all that the steps printed.
-func readAll(t *testing.T, readers []*reader) {
+// readAll reads the streams to their ends, and wants all that the steps printed. It returns false if a
+// stream was cut off.
+func readAll(t *testing.T, readers []*reader) bool {
 	t.Helper()
 	var reading sync.WaitGroup
+	var cut atomic.Bool
 	for _, r := range readers {
 		if n := underway(t, r.conn.RemoteAddr(), r.conn.LocalAddr()); n > 11<<20 {
 			t.Fatalf("the connection took all of the log, %d bytes: the test shows nothing", n)
 		}
+		r.conn.SetReadDeadline(time.Now().Add(testTimeout))
 		reading.Go(func() {
 			resp, err := http.ReadResponse(bufio.NewReader(io.MultiReader(bytes.NewReader(r.before), r.conn)), nil)
 			if err != nil {
@@ -192,8 +197,13 @@ func readAll(t *testing.T, readers []*reader) {
 					n += len(line)
 				}
 			})
-			if err != nil || a.Status != "success" {
-				t.Errorf("%s: got %v, %v", r.who, a, err)
+			switch {
+			case err != nil || a.Status == "in_progress":
+				t.Logf("%s: the stream was cut off after %d bytes: %v", r.who, n, err)
+				cut.Store(true)
+				return
+			case a.Status != "success":
+				t.Errorf("%s: got %v", r.who, a)
 			}
 			if n < 11<<20 {
 				t.Errorf("%s: %d bytes came, of the 12 MB that were printed", r.who, n)
@@ -201,4 +211,5 @@ func readAll(t *testing.T, readers []*reader) {
 		})
 	}
 	reading.Wait()
+	return !cut.Load()
 }

@@ -98,6 +98,9 @@ func TestLine(t *testing.T) {
 		a := h.of(h.acme).MustPost(t, within(t), request, client.Accept(accept))
 		a.WantFailed(t, "from_forbidden", `"alpine:latest"`, "Other:5")
 	}
+	// The function looks for the line itself. The daemon has expanded none of these variables.
+	bomb := body(t, config{"skipPush": true}, "FROM alpine", "ENV A=xxxxxxxx"+strings.Repeat("\nENV A=$A$A", 40))
+	h.of(h.acme).MustPost(t, within(t), bomb).WantFailed(t, "from_forbidden", `"alpine:latest"`)
 }
 
 // TestAdd: ADD reads what is at the hosts that a tenant may have contexts from.
