@@ -184,7 +184,7 @@ func readAll(t *testing.T, readers []*reader) bool {
 		if n := underway(t, r.conn.RemoteAddr(), r.conn.LocalAddr()); n > 11<<20 {
 			t.Fatalf("the connection took all of the log, %d bytes: the test shows nothing", n)
 		}
-		r.conn.SetReadDeadline(time.Now().Add(testTimeout))
+		r.conn.SetReadDeadline(time.Now().Add(time.Minute))
 		reading.Go(func() {
 			resp, err := http.ReadResponse(bufio.NewReader(io.MultiReader(bytes.NewReader(r.before), r.conn)), nil)
 			if err != nil {

@@ -1,15 +1,19 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -97,7 +101,44 @@ func (p *process) ready(ctx context.Context, check func(context.Context) error) 
 }
 
 // signal sends sig to the process alone, as a kubelet does.
-func (p *process) signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
+// signal sends a signal. After SIGSTOP it returns once all threads have stopped: on a busy machine one
+// can go on for milliseconds.
+func (p *process) signal(sig os.Signal) error {
+	if err := p.cmd.Process.Signal(sig); err != nil || sig != syscall.SIGSTOP {
+		return err
+	}
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		stopped, err := isStopped(p.cmd.Process.Pid)
+		if err != nil || stopped {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s has not stopped within a minute", p.name)
+		}
+	}
+}
+
+// isStopped says whether a signal has stopped all threads of a process.
+func isStopped(pid int) (bool, error) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(files) == 0 {
+		return false, fmt.Errorf("looking for the threads of %d: there are %d: %v", pid, len(files), err)
+	}
+	for _, file := range files {
+		stat, err := os.ReadFile(file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		// The name of the program is in brackets, and may have any character.
+		if _, state, ok := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " "); !ok || !strings.HasPrefix(state, "T") {
+			return false, nil
+		}
+	}
+	return true, nil
+}
 
 // wait returns once the process has ended; ctx bounds the wait.
 func (p *process) wait(ctx context.Context) (*os.ProcessState, error) {

@@ -3,6 +3,9 @@ package stack
 import (
 	"context"
 	"errors"
+	"os/exec"
+	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -41,5 +44,23 @@ func TestFreePort(t *testing.T) {
 			t.Fatalf("the port %d was handed out twice", port)
 		}
 		seen[port] = true
+	}
+}
+
+// TestStopped has a process stopped, and finds it so.
+func TestStopped(t *testing.T) {
+	p, err := startProcess("sh", filepath.Join(t.TempDir(), "log"), exec.Command("sh", "-c", "while :; do :; done"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.kill()
+	if stopped, err := isStopped(p.cmd.Process.Pid); err != nil || stopped {
+		t.Errorf("while it runs: %v, %v", stopped, err)
+	}
+	if err := p.signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if stopped, err := isStopped(p.cmd.Process.Pid); err != nil || !stopped {
+		t.Errorf("after SIGSTOP: %v, %v", stopped, err)
 	}
 }
