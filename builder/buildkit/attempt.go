@@ -31,7 +31,7 @@ type attempt struct {
 	git   *gitSource // nil for a context that is sent
 
 	answered chan struct{} // closed when the solve's RPC has ended
-	refusal  error         // of the solve's RPC; set before answered is closed
+	rpcErr   error         // of the solve's RPC; set before answered is closed
 	foreign  bool          // the gateway was another build's until the end
 }
 
@@ -129,18 +129,18 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	drained.Go(func() { a.progress.Drain(ctx, status) })
 	solving, forget := a.seat.Await(ctx, a.ref, func(err error) {
 		a.limits.pause()
-		a.refusal = err
+		a.rpcErr = err
 		close(a.answered)
 	})
 	resp, err := a.put(solving, status)
 	forget()
 	drained.Wait()
 	a.limits.resume()
-	if a.foreign && a.refusal != nil {
-		err = fmt.Errorf("failed to solve: %w", a.refusal) // put only says that it was canceled
+	if a.foreign && a.rpcErr != nil {
+		err = fmt.Errorf("failed to solve: %w", a.rpcErr) // put only says that it was canceled
 	}
 	switch {
-	case errors.Is(a.refusal, pool.ErrTaken) && ctx.Err() == nil:
+	case errors.Is(a.rpcErr, pool.ErrTaken) && ctx.Err() == nil:
 		a.seat.Leave()
 		a.limits.restart()
 		return verdict{kind: taken, daemon: a.seat.Daemon}

@@ -35,8 +35,9 @@ type Redactor struct {
 // They are masked as they are, in hex, and as the usual encoders escape them in URLs and JSON
 // strings: with hex digits in either case, with and without an escaped slash, and in ASCII alone.
 // They are also masked in base64 of both alphabets, and within a longer base64 text. Base64 that is
-// wrapped at 64 or 76 columns is masked if it is that of the value alone. All this holds for the shortest values, up to 64 KiB
-// together. Of the others, the lines are masked as they are, and the whole value in base64.
+// wrapped at 64 or 76 columns is masked if it is that of the value alone. All this holds for the
+// shortest values, up to 64 KiB together. Of the others, the lines are masked as they are, and the
+// whole value in base64.
 //
 // A text of more than 256 bytes is masked in pieces of that size.
 func New(values map[string][]byte) *Redactor {

@@ -123,7 +123,7 @@ func (s *Server) serveBuilds(w http.ResponseWriter, r *http.Request) {
 	asked.Tenant = q.by.owner()
 	reader := fair.Tenant{ID: q.by.owner(), Most: 1}
 	if q.by.operator {
-		reader = fair.Tenant{ID: "operators"} // no tenant has this id
+		reader = fair.Tenant{ID: "operators", Most: maxLists / 2} // no tenant has this id
 		asked.Tenant = q.query.text("tenant")
 		asked.Operator = asked.Tenant == ""
 	}

@@ -555,6 +555,15 @@ func (h *held) Follow(ctx context.Context, ref records.Ref, after uint64, wait b
 	}
 }
 
+// background sends a request in a goroutine, and wants a status.
+func (f *fixture) background(t *testing.T, wg *sync.WaitGroup, r *http.Request, status int) {
+	wg.Go(func() {
+		if a := f.do(t, r); a.status != status {
+			t.Errorf("%s for %q: %d %s, want %d", r.URL.Path, r.Header.Get(api.TenantHeader), a.status, a.body, status)
+		}
+	})
+}
+
 // TestExcerptsAreShared: while a tenant has as many logs read for records as it may, another
 // tenant's record does not wait, and the tenant's own next one waits for its turn.
 func TestExcerptsAreShared(t *testing.T) {
@@ -604,12 +613,7 @@ func TestListsAreShared(t *testing.T) {
 	})
 	var wg sync.WaitGroup
 	list := func(name string) {
-		r := f.asking(t, keyOf(name), "GET", "/builds", api.TenantHeader, name)
-		wg.Go(func() {
-			if a := f.do(t, r); a.status != 200 {
-				t.Errorf("a list of %s: %d %s", name, a.status, a.body)
-			}
-		})
+		f.background(t, &wg, f.asking(t, keyOf(name), "GET", "/builds", api.TenantHeader, name), 200)
 	}
 	for range 10 {
 		list("acme")
@@ -729,12 +733,7 @@ func TestFindsAreShared(t *testing.T) {
 	f, _ := startTenants(t, solver, []string{tenant("acme", ""), tenant("globex", "")}, nil)
 	var wg sync.WaitGroup
 	ask := func(name string) {
-		r := f.asking(t, keyOf(name), "GET", "/builds/none", api.TenantHeader, name)
-		wg.Go(func() {
-			if a := f.do(t, r); a.status != 404 {
-				t.Errorf("%s: %d %s", name, a.status, a.body)
-			}
-		})
+		f.background(t, &wg, f.asking(t, keyOf(name), "GET", "/builds/none", api.TenantHeader, name), 404)
 	}
 	for range most {
 		ask("acme")
@@ -780,12 +779,7 @@ func TestListsOfKeys(t *testing.T) {
 	})
 	var wg sync.WaitGroup
 	for _, key := range []string{secret, another} {
-		r := f.asking(t, key, "GET", "/builds")
-		wg.Go(func() {
-			if a := f.do(t, r); a.status != 200 {
-				t.Errorf("%d %s", a.status, a.body)
-			}
-		})
+		f.background(t, &wg, f.asking(t, key, "GET", "/builds"), 200)
 	}
 	for range 2 {
 		select {

@@ -256,26 +256,25 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if path == "" {
 		path = "/"
 	}
-	// The handlers of other methods read no body. net/http would wait for one until read_timeout.
-	if r.Method != http.MethodPost && r.Method != http.MethodPut {
-		discardBody(w, r)
-	}
 	methods, name := s.route(path)
-	if methods == nil {
-		discardBody(w, r)
-		s.refuseUnverified(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
-		return
-	}
-	r.SetPathValue(segment, name)
 	h, ok := methods[r.Method]
 	if !ok && r.Method == http.MethodHead {
 		h, ok = methods[http.MethodGet]
 	}
+	// Only handlers of POST and PUT read a body. For the others, net/http would wait for the body until
+	// read_timeout.
+	if !ok || r.Method != http.MethodPost && r.Method != http.MethodPut {
+		discardBody(w, r)
+	}
+	if methods == nil {
+		s.refuseUnverified(w, r, &api.Error{Code: api.NotFound, Msg: "there is nothing at this path"}, reply.Options{ID: id})
+		return
+	}
+	r.SetPathValue(segment, name)
 	if !ok {
 		for m := range methods {
 			w.Header().Add("Allow", m)
 		}
-		discardBody(w, r)
 		s.refuseUnverified(w, r, &api.Error{Code: api.MethodNotAllowed, Msg: "this path does not take " + r.Method}, reply.Options{ID: id})
 		return
 	}

@@ -126,8 +126,8 @@ func isStopped(pid int) (bool, error) {
 	}
 	for _, file := range files {
 		stat, err := os.ReadFile(file)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+			continue // it has ended
 		}
 		if err != nil {
 			return false, err

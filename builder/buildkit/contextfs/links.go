@@ -18,6 +18,7 @@ const (
 	maxPath     = 4096     // bytes of a path, as in Linux
 	maxSteps    = 4 << 20  // entries looked up
 	maxResolved = 64 << 10 // paths that symlinks lead to
+	maxKept     = 16 << 20 // bytes of these paths
 )
 
 // Filter is a filesync.FilterOptFunc. It fails if the symlinks at the paths that the daemon asks for
@@ -48,6 +49,7 @@ type links struct {
 	seen  map[string]bool // what has been resolved
 	steps int
 	paths int // that symlinks have led to
+	kept  int // bytes of paths
 }
 
 // follow returns why p is refused, or nothing. depth is how many symlinks have led to p.
@@ -57,10 +59,11 @@ func (l *links) follow(p string, depth int) (why string) {
 	}
 	p = strings.TrimPrefix(path.Clean("/"+p), "/")
 	if len(p) > maxPath {
-		return "it is, or its symlinks make, a path that is too long"
+		return fmt.Sprintf("with its symlinks followed, it has over %d bytes", maxPath)
 	}
 	if depth > 0 {
-		if l.paths++; l.paths > maxResolved {
+		l.paths++
+		if l.kept += len(p); l.paths > maxResolved || l.kept > maxKept {
 			return "too many symlinks match"
 		}
 	}
@@ -137,7 +140,7 @@ func targetOf(e *payload.Entry) []string {
 
 func (l *links) step() (why string) {
 	if l.steps++; l.steps > maxSteps {
-		return "to follow the symlinks of the paths that the Dockerfile names takes too long"
+		return "the Dockerfile's paths match too many entries"
 	}
 	return ""
 }

@@ -113,7 +113,7 @@ func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (sol
 	defer all.mu.Unlock()
 	all.all[ref] = one
 	ended := make(chan struct{})
-	context.AfterFunc(ctx, func() {
+	unhook := context.AfterFunc(ctx, func() {
 		select {
 		case <-ended:
 		case <-time.After(statusSilence):
@@ -121,6 +121,7 @@ func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (sol
 		}
 	})
 	return context.WithValue(ctx, oneSolveKey{}, one), func() {
+		unhook()
 		close(ended)
 		all.mu.Lock()
 		defer all.mu.Unlock()

@@ -19,9 +19,13 @@ import (
 // base image sets.
 //
 // The Dockerfile is a stranger's, and the daemon may not have looked at it: forty times ENV A=$A$A
-// make a value of a terabyte. So In expands no long word, keeps no long value, and replaces nothing
-// within a value, as ${A//x/y} does. The longest result has maxWord/2 times maxValue bytes, 1 MiB.
+// make a value of a terabyte. So In reads no long Dockerfile, expands no long word, keeps no long
+// value, and replaces nothing within a value, as ${A//x/y} does. An expanded word has at most
+// maxWord/2 times maxValue bytes, 1 MiB.
 func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *errdefs.Source {
+	if len(dockerfile) > maxText {
+		return nil
+	}
 	ast, err := parser.Parse(bytes.NewReader(dockerfile))
 	if err != nil {
 		return nil
@@ -41,8 +45,9 @@ func (d *Denial) In(name string, dockerfile []byte, args map[string]string) *err
 
 // In bytes.
 const (
-	maxWord  = 2 << 10 // that is expanded
-	maxValue = 1 << 10 // of a variable
+	maxText  = 128 << 10 // of a Dockerfile: its tree takes up to 150 times its size
+	maxWord  = 2 << 10   // that is expanded
+	maxValue = 1 << 10   // of a variable
 )
 
 // variables is a shell.EnvGetter. It has no value over maxValue.
