@@ -290,11 +290,4 @@ func (c *Container) Kill() {
 }
 
 // Ended reports whether the container has ended.
-func (c *Container) Ended() bool {
-	select {
-	case <-c.proc.done:
-		return true
-	default:
-		return false
-	}
-}
+func (c *Container) Ended() bool { return c.proc.ended() }

@@ -17,6 +17,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // process is a daemon of the stack. It dies with the process that started it,
@@ -26,6 +28,9 @@ type process struct {
 	log  string // path of its stdout and stderr
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
+
+	mu     sync.Mutex
+	reaped bool // its pid, which is also its group's, may be another process's
 }
 
 // startProcess runs cmd in a process group of its own, so that a Ctrl-C at the
@@ -52,7 +57,7 @@ func startProcess(name, log string, cmd *exec.Cmd) (*process, error) {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			cmd.Wait()
+			p.reap()
 			close(p.done)
 		}
 	}()
@@ -64,6 +69,19 @@ func startProcess(name, log string, cmd *exec.Cmd) (*process, error) {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
 	return p, nil
+}
+
+// reap waits for the end of the process, and then ends what is left of its group, as the end
+// of a container's first process does. Until the process has been waited for, no other gets
+// its pid: so no signal of kill reaches a process that is not its own.
+func (p *process) reap() {
+	for unix.Waitid(unix.P_PID, p.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	p.cmd.Wait()
+	p.reaped = true
 }
 
 // namespaced returns a command that is process 1 of a process namespace, with
@@ -100,9 +118,8 @@ func (p *process) ready(ctx context.Context, check func(context.Context) error) 
 	}
 }
 
-// signal sends sig to the process alone, as a kubelet does.
-// signal sends a signal. After SIGSTOP it returns once all threads have stopped: on a busy machine one
-// can go on for milliseconds.
+// signal sends a signal to the process alone, as a kubelet does. After SIGSTOP it returns once
+// all threads have stopped: on a busy machine one can go on for milliseconds.
 func (p *process) signal(sig os.Signal) error {
 	if err := p.cmd.Process.Signal(sig); err != nil || sig != syscall.SIGSTOP {
 		return err
@@ -159,11 +176,22 @@ func (p *process) kill() {
 	if p == nil {
 		return
 	}
-	err := syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
-	if err != nil && !errors.Is(err, syscall.ESRCH) {
-		p.cmd.Process.Kill()
+	p.mu.Lock()
+	if !p.reaped {
+		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 	}
+	p.mu.Unlock()
 	<-p.done
+}
+
+// ended reports whether the process has ended.
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // FreePort returns a loopback port that is free now, that no outgoing connection

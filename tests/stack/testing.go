@@ -54,12 +54,17 @@ func runMain(m *testing.M) (code int) {
 	return m.Run()
 }
 
-// Shared returns the stack that Main started. When the test fails, the end of
-// buildkitd's log is shown.
+// Shared returns the stack that Main started. It fails the test if the registry or buildkitd
+// has ended since. When the test fails, the end of buildkitd's log is shown.
 func Shared(t testing.TB) *Stack {
 	t.Helper()
 	if shared == nil {
 		t.Fatal("no shared stack: TestMain must call stack.Main")
+	}
+	for _, p := range []*process{shared.Registry.proc, shared.Buildkitd.proc} {
+		if p.ended() {
+			t.Fatalf("%s ended before this test, with %v; its log ends:\n%s", p.name, p.cmd.ProcessState, tail(p.log, 4<<10))
+		}
 	}
 	showLog(t, "buildkitd", shared.Buildkitd.LogFile())
 	return shared

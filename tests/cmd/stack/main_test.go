@@ -52,8 +52,12 @@ func start(t *testing.T, args ...string) *command {
 		close(c.done)
 	}()
 	t.Cleanup(func() {
-		c.signal(syscall.SIGKILL)
-		<-c.done
+		select {
+		case <-c.done: // its pid may be another process's now
+		default:
+			c.signal(syscall.SIGKILL)
+			<-c.done
+		}
 		if t.Failed() {
 			t.Logf("it printed:\n%s", c.printed())
 		}
