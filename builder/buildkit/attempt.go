@@ -123,15 +123,25 @@ func (r *run) follow(ctx context.Context, seat *pool.Seat, ref string) verdict {
 	return verdict{kind: follow, daemon: seat.Daemon}
 }
 
+// taken gives the seat up: another build has the Ref.
+func (a *attempt) taken() verdict {
+	a.seat.Leave()
+	a.limits.restart()
+	return verdict{kind: taken, daemon: a.seat.Daemon}
+}
+
 func (a *attempt) solve(ctx context.Context) verdict {
-	status := make(chan *client.SolveStatus)
-	var drained sync.WaitGroup
-	drained.Go(func() { a.progress.Drain(ctx, status) })
-	solving, forget := a.seat.Await(ctx, a.ref, func(err error) {
+	solving, forget, err := a.seat.Await(ctx, a.ref, func(err error) {
 		a.limits.pause()
 		a.rpcErr = err
 		close(a.answered)
 	})
+	if err != nil {
+		return a.taken()
+	}
+	status := make(chan *client.SolveStatus)
+	var drained sync.WaitGroup
+	drained.Go(func() { a.progress.Drain(ctx, status) })
 	resp, err := a.put(solving, status)
 	forget()
 	drained.Wait()
@@ -141,9 +151,7 @@ func (a *attempt) solve(ctx context.Context) verdict {
 	}
 	switch {
 	case errors.Is(a.rpcErr, pool.ErrTaken) && ctx.Err() == nil:
-		a.seat.Leave()
-		a.limits.restart()
-		return verdict{kind: taken, daemon: a.seat.Daemon}
+		return a.taken()
 	case err == nil:
 		a.measure(ctx, resp)
 		a.seat.Worked()

@@ -42,6 +42,7 @@ type control struct {
 	clients []string // common names, one for each RPC
 	active  int      // builds
 	known   string   // Ref of another one
+	asked   int      // questions for the history
 	prunes  int
 	pruned  func() // instead of an answer
 	stuck   bool   // nothing can be pruned
@@ -51,11 +52,15 @@ type control struct {
 	busy    bool   // no look into the history ends
 }
 
-func (c *control) ListenBuildHistory(_ *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
+func (c *control) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream grpc.ServerStreamingServer[controlapi.BuildHistoryEvent]) error {
 	c.mu.Lock()
 	busy := c.busy
+	if req.EarlyExit {
+		c.asked++
+	}
 	c.mu.Unlock()
-	if busy {
+	// Without EarlyExit, it also waits for the builds to end. Here none does.
+	if busy || !req.EarlyExit {
 		<-stream.Context().Done()
 	}
 	c.mu.Lock()
@@ -137,6 +142,22 @@ func (c *control) freeze() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.frozen = true
+}
+
+// awaitAsked waits until the daemon has been asked for its history more than n times.
+func (c *control) awaitAsked(t *testing.T, n int) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		asked := c.asked
+		c.mu.Unlock()
+		if asked > n {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("asked for the history %d times in a minute", asked)
+		}
+	}
 }
 
 func (c *control) last() string {

@@ -20,6 +20,9 @@ import (
 const (
 	historyTimeout = 30 * time.Second
 	loadTimeout    = 2 * time.Second
+
+	// recordInterval is between two questions for the record of a build that another process began.
+	recordInterval = 3 * time.Second
 )
 
 // Record is a build in a daemon's history.
@@ -89,24 +92,37 @@ func (c *conn) record(ctx context.Context, ref string) (*Record, error) {
 	return record, err
 }
 
+var errEnded = errors.New("the build has ended")
+
 // Watch sends the progress of a build that another process began to updates, and returns
-// when the daemon has recorded its end and all progress is sent. It closes updates. It calls solved
-// when the daemon has recorded the end. It fails if the daemon goes away before.
+// when the build has ended and all progress is sent. It closes updates. It calls solved when the
+// build has ended. It fails if the daemon goes away before.
+//
+// A daemon whose disk is full has no record of the build's end, and tells nobody of it
+// (Queue.Update in BuildKit's history/buildhistory.go). So Watch also asks for the record, once the
+// progress has ended.
 func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.SolveStatus, solved func()) error {
 	over, end := context.WithCancel(context.Background())
 	defer end()
 	sending, stop := context.WithCancel(ctx)
 	defer stop()
+	listening, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	var sent sync.WaitGroup
-	sent.Go(func() { s.conn.sendStatuses(sending, over, ref, updates) })
-	ended := errors.New("the build has ended")
-	err := s.conn.listen(ctx, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
+	sent.Go(func() {
+		s.conn.sendStatuses(sending, over, ref, updates)
+		if s.conn.untilEnded(listening, ref) {
+			cancel(errEnded)
+		}
+	})
+	err := s.conn.listen(listening, &controlapi.BuildHistoryRequest{Ref: ref}, func(r *controlapi.BuildHistoryRecord) error {
 		if r.CompletedAt == nil {
 			return nil
 		}
-		return ended
+		return errEnded
 	})
-	if errors.Is(err, ended) {
+	cancel(nil)
+	if errors.Is(err, errEnded) || context.Cause(listening) == errEnded {
 		solved()
 		end()
 		sent.Wait()
@@ -118,6 +134,20 @@ func (s *Seat) Watch(ctx context.Context, ref string, updates chan<- *client.Sol
 		return errors.New("reading the build history: it ended before the build")
 	}
 	return err
+}
+
+// untilEnded waits until the daemon no longer runs a build. It returns false if ctx ends before.
+func (c *conn) untilEnded(ctx context.Context, ref string) bool {
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(recordInterval):
+		}
+		if record, err := c.record(ctx, ref); err == nil && (record == nil || !record.Running()) {
+			return true
+		}
+	}
 }
 
 // Found is a record, and the daemon that has it.
@@ -180,8 +210,8 @@ func (p *Pool) load(ctx context.Context, d *Daemon, c *conn) (int, error) {
 
 var errSlowCount = errors.New("buildkitd was too slow to count its builds")
 
-// count asks d for the builds that it has, and returns the tags of those that have some. Its
-// error is errSlowCount if d takes longer than loadTimeout. A busy daemon is slow, too.
+// count asks d how many builds run there, and returns the tags of the builds of tenants. Its error
+// is errSlowCount if d takes longer than loadTimeout, as a busy daemon may.
 func (d *Daemon) count(ctx context.Context, c *conn) (map[Tags]bool, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, loadTimeout, errSlowCount)
 	defer cancel()

@@ -30,11 +30,11 @@ type Seat struct {
 
 	pool *Pool
 	conn *conn
-	end  <-chan struct{} // closed when a transport to the daemon has ended
+	end  <-chan struct{} // closed when a transport to the daemon has ended since conn answered
 }
 
-func (p *Pool) newSeat(d *Daemon, c *conn, order []*Daemon) *Seat {
-	return &Seat{Daemon: d, Choice: choiceOf(d, order), pool: p, conn: c, end: c.ends.next()}
+func (p *Pool) newSeat(d *Daemon, c *conn, end <-chan struct{}, order []*Daemon) *Seat {
+	return &Seat{Daemon: d, Choice: choiceOf(d, order), pool: p, conn: c, end: end}
 }
 
 // Client is the connection's. It must not be used after the seat has been given up.
@@ -207,7 +207,7 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 		}
 		// A lone daemon takes every build.
 		if a.builds < math.MaxInt && d.health.take(p.cfg.Builds) || !several && d.health.take(0) {
-			return p.newSeat(d, a.conn, order), nil
+			return p.newSeat(d, a.conn, a.end, order), nil
 		}
 		a.release()
 		if a.builds == math.MaxInt {
@@ -224,8 +224,9 @@ func (p *Pool) offer(ctx context.Context, order, fit, rest []*Daemon, atOnce boo
 	if err != nil {
 		return nil, err // it has just gone; Place asks again
 	}
+	end := c.ends.next()
 	least.health.take(0)
-	return p.newSeat(least, c, order), nil
+	return p.newSeat(least, c, end, order), nil
 }
 
 // inquiry asks daemons for a seat.
@@ -240,8 +241,9 @@ type inquiry struct {
 // answer is from a daemon that was asked for a seat.
 type answer struct {
 	daemon *Daemon
-	conn   *conn // must be released if err is nil
-	builds int   // where they are counted; math.MaxInt if the daemon was too slow to count them
+	conn   *conn           // must be released if err is nil
+	end    <-chan struct{} // closed when a transport of conn has ended since conn answered
+	builds int             // where they are counted; math.MaxInt if the daemon was too slow to count them
 	err    error
 }
 
@@ -281,7 +283,9 @@ func (p *Pool) ask(ctx context.Context, d *Daemon, count bool) chan answer {
 	ch := make(chan answer, 1)
 	go func() {
 		a := answer{daemon: d}
-		a.conn, a.err = d.acquire(ctx)
+		if a.conn, a.err = d.acquire(ctx); a.err == nil {
+			a.end = a.conn.ends.next()
+		}
 		if a.err == nil && count {
 			a.builds, a.err = p.load(ctx, d, a.conn)
 			if errors.Is(a.err, errSlowCount) {

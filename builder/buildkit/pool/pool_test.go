@@ -12,7 +12,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/moby/buildkit/client"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"handler/function/api"
 	"handler/function/solve"
@@ -291,6 +294,98 @@ func TestSlowCount(t *testing.T) {
 	}
 	if d := order[0]; !d.health.isFit() || d.cur == nil || d.cur.refs != 0 {
 		t.Error("the slow one was taken out, or has lost its connection")
+	}
+}
+
+// TestLostWhilePlaced: a daemon ends after it has answered, while another one is waited for. The
+// build that it gets sees that the connection is broken.
+func TestLostWhilePlaced(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	order := tr.order()
+	tr.ctl[order[0].addr].freeze()
+	type result struct {
+		seat *Seat
+		err  error
+	}
+	placed := make(chan result, 1)
+	go func() {
+		s, err := tr.Place(t.Context(), Key{Cache: "key"}, nil, order[2]) // asks all at once
+		placed <- result{s, err}
+	}()
+	tr.ctl[order[1].addr].awaitAsked(t, 0)
+	tr.servers[order[1].addr].GracefulStop()
+	got := <-placed
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	defer got.seat.Leave()
+	if got.seat.Daemon != order[1] || !got.seat.Broke(status.Error(codes.Unavailable, "connection refused")) {
+		t.Errorf("on %s, and the connection does not count as broken", got.seat.Daemon.addr)
+	}
+}
+
+// TestWatchUnrecorded watches a build whose end the daemon cannot record: its record is gone.
+func TestWatchUnrecorded(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	at, s := tr.placed(nil, nil)
+	defer s.Leave()
+	ctl := tr.ctl[tr.order()[at].addr]
+	known := func(ref string) (asked int) {
+		ctl.mu.Lock()
+		defer ctl.mu.Unlock()
+		ctl.known = ref
+		return ctl.asked
+	}
+	asked := known("callxbodyx0")
+	updates, watched := make(chan *client.SolveStatus), make(chan error, 1)
+	solved := false
+	go func() { watched <- s.Watch(t.Context(), "callxbodyx0", updates, func() { solved = true }) }()
+	if _, more := <-updates; more {
+		t.Error("progress of a build that has none")
+	}
+	ctl.awaitAsked(t, asked)
+	select {
+	case err := <-watched:
+		t.Fatalf("while the build runs, Watch returned %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	known("")
+	if err := <-watched; err != nil || !solved {
+		t.Errorf("Watch returned %v, and solved is %v", err, solved)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	known("callxbodyx0")
+	updates = make(chan *client.SolveStatus)
+	go func() { watched <- s.Watch(ended, "callxbodyx0", updates, func() { t.Error("solved") }) }()
+	<-updates
+	cancel()
+	if err := <-watched; err == nil {
+		t.Error("Watch returned no error after its context had ended")
+	}
+}
+
+// TestAwaitTwice: one connection has one solve of a Ref at a time.
+func TestAwaitTwice(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, 2)
+	_, s := tr.placed(nil, nil)
+	defer s.Leave()
+	for range 2 {
+		_, forget, err := s.Await(t.Context(), "ref", func(error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Await(t.Context(), "ref", func(error) {}); err != ErrTaken {
+			t.Errorf("a second solve: %v, want ErrTaken", err)
+		}
+		_, other, err := s.Await(t.Context(), "other", func(error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		other()
+		forget()
 	}
 }
 

@@ -96,7 +96,8 @@ type oneSolve struct {
 
 type oneSolveKey struct{}
 
-// ErrTaken says that the daemon has refused a Ref, because it runs another build with it.
+// ErrTaken says that another build has the Ref: one on the same connection, or one for which the
+// daemon has refused the Ref.
 var ErrTaken = errors.New("another build has the Ref")
 
 // Await is for one solve, which must have the given Ref and the context that Await returns.
@@ -106,11 +107,15 @@ var ErrTaken = errors.New("another build has the Ref")
 //   - If the error is ErrTaken, the progress would be that of the other build, so it ends.
 //   - After ctx has ended, the progress ends within statusSilence.
 //
-// The caller must call forget when the solve has ended.
-func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (solving context.Context, forget func()) {
+// The caller must call forget when the solve has ended. If err is ErrTaken, there must be no solve.
+func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (solving context.Context, forget func(), err error) {
 	one, all := &oneSolve{answered: answered}, s.conn.solves
 	all.mu.Lock()
 	defer all.mu.Unlock()
+	// A queue may deliver a build twice at once. The Ref alone would not tell their progress apart.
+	if all.all[ref] != nil {
+		return nil, nil, ErrTaken
+	}
 	all.all[ref] = one
 	ended := make(chan struct{})
 	unhook := context.AfterFunc(ctx, func() {
@@ -125,11 +130,8 @@ func (s *Seat) Await(ctx context.Context, ref string, answered func(error)) (sol
 		close(ended)
 		all.mu.Lock()
 		defer all.mu.Unlock()
-		// A queue may have delivered the build again meanwhile.
-		if all.all[ref] == one {
-			delete(all.all, ref)
-		}
-	}
+		delete(all.all, ref)
+	}, nil
 }
 
 // shows notes how to end the stream of the statuses of a solve.
