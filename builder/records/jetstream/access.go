@@ -26,31 +26,48 @@ func (a Access) Options() []nats.Option {
 		opts = append(opts, nats.RootCAs(a.CA))
 	}
 	if a.Credential != "" {
-		opts = append(opts, a.login)
+		opts = append(opts, nats.UserInfoHandler(a.userAndPassword), nats.UserJWT(a.jwt, a.sign))
 	}
 	return opts
 }
 
-// login is a nats.Option. It looks at the file anew for each connection that is made, because its
-// form decides which of NATS's logins it is.
-func (a Access) login(o *nats.Options) error {
-	text, err := os.ReadFile(a.Credential)
-	if err != nil {
-		return err
-	}
-	if bytes.Contains(text, []byte("-----BEGIN NATS USER JWT-----")) {
-		return nats.UserCredentials(a.Credential)(o)
-	}
-	return nats.UserInfoHandler(a.userAndPassword)(o)
-}
+// nats.go asks for the user and the JWT each time it connects, also again. Of the two, one is empty:
+// the form of the file decides, as it is then.
 
-// userAndPassword reads them for each connection that is made again. Of a file that cannot be read
-// they are empty, and the server refuses them.
+// userAndPassword are empty for a .creds file, and for one that cannot be read.
 func (a Access) userAndPassword() (user, password string) {
 	text, err := os.ReadFile(a.Credential)
-	if err != nil {
+	if err != nil || isCreds(text) {
 		return "", ""
 	}
 	u, p, _ := bytes.Cut(bytes.TrimSpace(text), []byte(":"))
 	return string(u), string(p)
 }
+
+// jwt is empty for a file with a user and a password.
+func (a Access) jwt() (string, error) {
+	text, err := os.ReadFile(a.Credential)
+	if err != nil || !isCreds(text) {
+		return "", err
+	}
+	var o nats.Options
+	if err := nats.UserCredentialBytes(text)(&o); err != nil {
+		return "", err
+	}
+	return o.UserJWT()
+}
+
+// sign signs the server's nonce with the key of a .creds file.
+func (a Access) sign(nonce []byte) ([]byte, error) {
+	text, err := os.ReadFile(a.Credential)
+	if err != nil {
+		return nil, err
+	}
+	var o nats.Options
+	if err := nats.UserCredentialBytes(text)(&o); err != nil {
+		return nil, err
+	}
+	return o.SignatureCB(nonce)
+}
+
+func isCreds(text []byte) bool { return bytes.Contains(text, []byte("-----BEGIN NATS USER JWT-----")) }

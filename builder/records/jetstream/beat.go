@@ -20,17 +20,17 @@ import (
 
 // heartbeat is one of them.
 type heartbeat struct {
-	N       uint64         `json:"n"`  // rises; one that does not is an earlier one, sent again
+	N       uint64         `json:"n"`  // rises; a heartbeat whose N is no higher is an old one, sent again
 	At      time.Time      `json:"at"` // by the sender's clock
 	Builds  []string       `json:"builds"`
-	Behind  bool           `json:"behind,omitempty"` // one of them is not in the store as it should
+	Behind  bool           `json:"behind,omitempty"` // as build.behind says of one of Builds
 	Tenants map[string]int `json:"tenants"`          // as in records.Load
 	Daemons map[string]int `json:"daemons"`          // as in records.Load
 }
 
-// oldBeat is how old a heartbeat may be. Older ones are dropped, because a process that has just
-// begun cannot tell whether one is sent again. The time is long, because the builds of a process
-// whose clock is wrong by more are found lost.
+// oldBeat is how old a heartbeat may be. A process that has just begun cannot tell an old heartbeat
+// that somebody sends again from a new one, so old ones are dropped. If the clock of a process is
+// wrong by more than oldBeat, the others find its builds lost: so oldBeat is long.
 const oldBeat = 10 * time.Minute
 
 // peer is another process.
@@ -84,7 +84,7 @@ func (s *Store) heartbeat() {
 		// This process was frozen or cut off. It has not heard the others, and they may have
 		// found its builds lost.
 		s.since = time.Now()
-		s.doubtAll()
+		s.claimAll()
 		fallthrough
 	case sent:
 		s.through = time.Now()
@@ -98,11 +98,13 @@ func (s *Store) heartbeat() {
 	maps.DeleteFunc(s.heard, func(_ string, p *peer) bool { return time.Since(p.heard) > 2*oldBeat })
 }
 
-// doubtAll has each build look whether it was found lost. The caller must hold s.mu.
-func (s *Store) doubtAll() {
+// claimAll stores each running record again with a later turn. A lost record that another process has
+// stored, or stores soon, is then of an earlier turn and does not count. The caller must hold s.mu.
+func (s *Store) claimAll() {
 	for _, all := range s.builds {
 		for _, b := range all {
-			b.doubt = true
+			b.turn++
+			b.dirty = true
 			b.poke()
 		}
 	}
@@ -196,7 +198,7 @@ func (s *Store) hear(msg *nats.Msg) {
 		if p.n > 0 {
 			// Neither has heard the other, as when servers of a cluster lose each other. It may
 			// have found the builds of this process lost.
-			s.doubtAll()
+			s.claimAll()
 		}
 	}
 	p.n, p.heard, p.tenants, p.daemons = h.N, time.Now(), h.Tenants, h.Daemons
@@ -207,7 +209,7 @@ func (s *Store) hear(msg *nats.Msg) {
 	}
 }
 
-// purge is a record that can be removed from then on.
+// purge is a running record that can be removed once due has passed.
 type purge struct {
 	subject string
 	epoch   time.Time // of the stream that has the record

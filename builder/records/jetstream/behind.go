@@ -7,9 +7,9 @@ import (
 	"handler/function/records"
 )
 
-// A server may answer, and take nothing: its disk is full. Then nobody finds the builds of that
-// time in it. So each process says in its heartbeat whether it has such builds, and the others do
-// not take a build that they do not find for one that never was.
+// A server may answer, and take nothing: its disk is full. Then the store lacks the builds of this
+// time. So each process says in its heartbeat whether it has such builds. While one has, the others
+// answer ErrUnknown, and not ErrNotFound, for a build that they do not find.
 
 // wrote notes whether the store takes what it is given.
 func (b *build) wrote(err error) {

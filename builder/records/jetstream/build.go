@@ -12,7 +12,9 @@ import (
 	"handler/function/records/batch"
 )
 
-// build is a records.Build. Everything but the first block is under store.mu.
+// build is a records.Build. The first block does not change. The writer alone uses tried, stored and
+// storedN, and it alone sets place and aead, which it reads without a lock. Everything else, and
+// setting place, is under store.mu.
 type build struct {
 	store  *Store
 	name   name
@@ -35,11 +37,10 @@ type build struct {
 	turn       int
 	dirty      bool      // the record has changed
 	failed     bool      // the latest write was refused
-	doubt      bool      // others may have found the build lost
 	done       bool      // the verdict is stored
 	stuckSince time.Time // the oldest lines could not be stored; zero if they have not been tried
 	overtakes  bool      // the verdict is tried before the lines
-	marked     bool      // the end of the log is
+	marked     bool      // the mark at the end of the log is tried
 	aead       cipher.AEAD
 	stored     []segment // of the log
 	storedN    int       // bytes of stored

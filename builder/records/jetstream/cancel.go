@@ -46,7 +46,8 @@ func (s *Store) Cancel(ctx context.Context, c records.Cancellation) (records.Rec
 	if err != nil {
 		return records.Record{}, err
 	}
-	// Also of a build that has ended: the cancellation must not end a later attempt.
+	// Once is used up even if the build has ended. Otherwise the same cancellation, sent again, could
+	// end a later attempt.
 	if err := s.use(ctx, c.Once, cancelFor); err != nil {
 		return records.Record{}, err
 	}

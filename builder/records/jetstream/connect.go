@@ -21,8 +21,8 @@ func (s *Store) natsOptions() []nats.Option {
 		nats.ReconnectJitter(500*time.Millisecond, 500*time.Millisecond),
 		// What cannot be sent now is tried again by the one who sent it.
 		nats.ReconnectBufSize(-1),
-		// A frozen server is found by heartbeats. Pings are for a connection that hangs
-		// while they do not.
+		// Heartbeats find a frozen server. Pings find a connection that hangs although
+		// heartbeats get through.
 		nats.PingInterval(5 * time.Second),
 		nats.MaxPingsOutstanding(1),
 		// While a write to a frozen server hangs, the connection is locked.
@@ -54,7 +54,8 @@ func (s *Store) manage() {
 	if conn == nil {
 		return
 	}
-	// Streams that are there are looked at now and then: nobody may be writing.
+	// Streams that were found are looked at now and then. While no build writes, nothing else
+	// notices that a server has lost them.
 	const look, again = 10 * time.Second, 500 * time.Millisecond
 	for timer := time.NewTimer(0); ; {
 		select {
@@ -65,8 +66,9 @@ func (s *Store) manage() {
 		}
 		wait := look
 		if conn.IsClosed() {
-			// nats.go closes a connection for good at an error of the server that it does not
-			// know, such as of a message over a max_payload that was lowered.
+			// nats.go closes a connection for good when the server sends an error that nats.go
+			// does not know. Example: a message is over a max_payload that the operator has
+			// lowered.
 			if conn = s.connect(); conn == nil {
 				return
 			}
@@ -141,7 +143,8 @@ func (s *Store) down(err error) {
 	s.tell(err)
 }
 
-// found wakes the writers. If the streams are others than before, a server has lost them.
+// found notes the streams and wakes the writers. A writer sees by the epoch whether a server has lost
+// the stream that has its build.
 func (s *Store) found(st *streams) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,9 +185,10 @@ func (s *Store) find(conn *nats.Conn) (*streams, error) {
 	return st, nil
 }
 
-// stream returns a stream. Its limits are the operator's, if it is there: it is looked up first,
-// because a server reserves the bytes of a stream that is created again a second time, and may
-// refuse. A stream is never a key-value bucket: a full bucket refuses what is new.
+// stream returns a stream. A stream that exists keeps the limits that the operator gave it. So stream
+// looks it up first, and creates it only if it is not there. To create an existing stream makes the
+// server reserve its bytes a second time, and the server may refuse. A stream is never a key-value
+// bucket: a full bucket refuses what is new.
 func (s *Store) stream(ctx context.Context, j js.JetStream, cfg js.StreamConfig) (js.Stream, error) {
 	found, err := j.Stream(ctx, cfg.Name)
 	if !errors.Is(err, js.ErrStreamNotFound) {

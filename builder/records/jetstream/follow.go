@@ -154,8 +154,8 @@ func (f *follower) take(msgs js.MessageBatch) (got, more bool, err error) {
 	}
 }
 
-// missed says whether messages have not come that the server has sent: a fetch gives up after a silence,
-// and the server does not send again.
+// missed says whether the server has sent messages that have not come. A fetch gives up after a
+// silence, and the server does not send them again.
 func (f *follower) missed(msg js.Msg) bool {
 	meta, err := msg.Metadata()
 	if err != nil {

@@ -55,8 +55,8 @@ const (
 	maxRequests = 64 // of writers at once; a frozen server holds each of them for writeTimeout
 
 	maxPending = 8 << 20 // bytes of lines and ended records that are not stored yet, of the process
-	itemCost   = 128     // bytes that an item of them takes beside its lines
-	buildCost  = 8 << 10 // bytes that an ended build with its goroutine takes of them
+	itemCost   = 128     // bytes of maxPending that an item takes beside its lines
+	buildCost  = 8 << 10 // bytes of maxPending that an ended build and its goroutine take
 )
 
 // Options says where records are kept.
@@ -78,8 +78,8 @@ type Options struct {
 	// other processes are told. Without it they are told of none.
 	Daemons func() map[string]int
 
-	// Ask is what became of a build whose process has died, if somebody knows: it completes
-	// the record. Without it, or if ctx ends before, nobody knows. It may be nil.
+	// Ask completes the record of a build whose process has died with what became of the build.
+	// If nobody knows, or ctx ends before, it returns the record as it was. It may be nil.
 	Ask func(ctx context.Context, r records.Record) records.Record
 
 	// Problem is told what the operator should know, at most once a minute. It may be nil.
@@ -100,8 +100,8 @@ type Store struct {
 	loops   sync.WaitGroup
 	writers sync.WaitGroup
 
-	// The connection is not under mu, and nobody asks it anything with mu: it is locked for
-	// seconds while it connects, or writes to a frozen server, and builds wait for mu.
+	// The connection is not under mu, and no caller of its methods may hold mu. nats.go locks the
+	// connection for seconds while it connects or writes to a frozen server, and builds need mu.
 	conn atomic.Pointer[nats.Conn]
 
 	mu       sync.Mutex
@@ -112,13 +112,13 @@ type Store struct {
 	queue    list.List // of *item, the oldest first
 	pending  int       // bytes of queue
 	heard    map[string]*peer
-	since    time.Time // this process hears heartbeats without a break
-	through  time.Time // its latest heartbeat got through
+	since    time.Time // when this process began to hear heartbeats without a break
+	through  time.Time // when its latest heartbeat got through
 	beatWake chan struct{}
 	beats    uint64       // heartbeats sent
 	used     records.Used // by this process; the streams remember longer
 	purges   []purge
-	told     time.Time // Options.Problem
+	told     time.Time // when Options.Problem was told last
 	problem  error     // why there are no streams
 	refused  error     // of the latest write
 
@@ -241,7 +241,8 @@ func (s *Store) Close(ctx context.Context) error {
 	return err
 }
 
-// failed notes an answer that was none. It returns err as readers give it.
+// failed counts a request that the store did not answer. It returns the error for the reader:
+// ErrUnknown with err, or ctx's cause if ctx has ended.
 func (s *Store) failed(ctx context.Context, err error) error {
 	if ctx.Err() != nil && s.ctx.Err() == nil {
 		return context.Cause(ctx)

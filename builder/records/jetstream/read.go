@@ -23,7 +23,7 @@ type stored struct {
 	Ref      string         `json:"ref,omitempty"`
 	Owner    string         `json:"owner"` // the process
 	Build    string         `json:"build"` // what tells it from all other builds
-	Turn     int            `json:"turn"`  // a lost record holds for a running one of no later turn
+	Turn     int            `json:"turn"`  // a lost record counts, unless the running one has a later turn
 	Order    uint64         `json:"order"` // of the build in lists; 0 in its first record: the message's sequence
 
 	at   place
@@ -32,7 +32,7 @@ type stored struct {
 }
 
 // errForged is a payload that was not sealed for the place where it is.
-var errForged = errors.New("opening a record: it was not sealed for its subject")
+var errForged = errors.New("opening a payload: it was not sealed for its subject")
 
 // unseal reads the plain text of a record's message.
 func unseal(p place, subject string, data []byte, seq uint64) (order uint64, text []byte, err error) {
@@ -162,9 +162,9 @@ func timed(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, readTimeout)
 }
 
-// lookup returns the records that there are of a call id, the latest attempt first; if latest is
-// true, only this one. If ref.Attempt is not 0, there is no other. Records of this process's own
-// builds are as they are in memory.
+// lookup returns the records that there are of a call id, the latest attempt first. If latest is
+// true, older ones may be missing. If ref.Attempt is not 0, lookup looks for this attempt alone.
+// Records of this process's own builds are as they are in memory.
 func (s *Store) lookup(ctx context.Context, ref records.Ref, latest bool) ([]*stored, error) {
 	mine := s.mine(ref)
 	wait := readTimeout

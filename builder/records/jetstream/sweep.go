@@ -43,7 +43,7 @@ func (s *Store) sweep() {
 			return
 		case <-ticker.C:
 		}
-		// A process that was frozen has heard nobody: nobody is dead for that.
+		// A process that was frozen has heard nobody. The others need not be dead.
 		now := time.Now()
 		if now.Sub(last) > 2*sweepEvery {
 			s.mu.Lock()
@@ -304,7 +304,7 @@ func (s *Store) logged(ctx context.Context, st *streams, p place) (uint64, error
 	return lines.Next() - 1, nil
 }
 
-// putLost stores a lost record where the last one has this sequence.
+// putLost stores a lost record if seq is still the sequence of the last one; 0 is for none.
 func (s *Store) putLost(p place, r *stored, seq uint64) error {
 	first, err := s.putOnce(p, lost, r, seq)
 	if first {

@@ -66,8 +66,8 @@ func (b *build) try(step func() error) (err error, ok bool) {
 	return nil, false
 }
 
-// idle returns what wakes a writer that has nothing to do. One that could not write waits for
-// its time, whatever comes.
+// idle returns what wakes a writer that has nothing to do. A writer that could not write ignores
+// wake: it waits for its pause, or until the streams are found again.
 func (b *build) idle(nothing bool) <-chan struct{} {
 	if nothing {
 		return b.wake
@@ -89,8 +89,6 @@ func (b *build) next() (step func() error, wait time.Duration, up <-chan struct{
 		return nil, long, s.up
 	case !b.done && !b.epoch.Equal(st.epoch):
 		return b.begin, 0, s.up
-	case b.doubt && b.ended == nil:
-		return b.reassert, 0, s.up
 	case b.dirty && b.ended == nil:
 		return b.put, 0, s.up
 	}
@@ -239,28 +237,6 @@ func (b *build) put() error {
 	return err
 }
 
-// reassert stores the running record again if the others have found it lost: this process was
-// frozen, or cut off.
-func (b *build) reassert() error {
-	s := b.store
-	st, err := s.current()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := s.request()
-	defer cancel()
-	mark, err := s.read(ctx, st, b.place, lost)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if b.doubt = false; mark != nil && mark.Turn >= b.turn {
-		b.turn, b.dirty = mark.Turn+1, true
-	}
-	return nil
-}
-
 // putLines stores the oldest lines.
 func (b *build) putLines() error {
 	s := b.store
@@ -308,8 +284,8 @@ const (
 	giveUpAfter   = time.Minute     // after which they are dropped, if the verdict could be stored
 )
 
-// stuck notes whether lines could be stored, by a try that began at a time, and says whether they are
-// dropped because of err.
+// stuck notes whether the oldest lines could be stored. The try began at began and ended with err. It
+// returns true if the lines are to be dropped.
 func (b *build) stuck(began time.Time, err error) (drop bool) {
 	b.store.mu.Lock()
 	defer b.store.mu.Unlock()
@@ -355,7 +331,7 @@ func (b *build) trim(seq uint64, n int) error {
 	return nil
 }
 
-// putOnce stores a record where the last one of its kind has this sequence, 0 for none. It
+// putOnce stores a record if seq is still the sequence of the last one of its kind; 0 is for none. It
 // returns false if somebody was quicker. What was not sealed for its subject is replaced.
 func (s *Store) putOnce(p place, kind string, r *stored, seq uint64) (first bool, err error) {
 	subject := p.record(kind)
