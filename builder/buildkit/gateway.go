@@ -25,7 +25,8 @@ func (a *attempt) build(ctx context.Context, opt client.SolveOpt, f gateway.Buil
 	defer cancel()
 	return a.seat.Client().Build(ctx, opt, "", func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		if err := a.awaitGateway(ctx, c, mark); err != nil {
-			// BuildKit's client would return the error to the gateway.
+			// The gateway may be the other build's. Without cancel, BuildKit's client would
+			// return the error to it.
 			a.foreign = true
 			cancel()
 			return nil, err

@@ -58,7 +58,7 @@ var policy = map[verdictKind][]time.Duration{
 type earlier struct {
 	prefer *pool.Daemon // has the build's results or its record; nil is none
 	avoid  *pool.Daemon // was lost or full; nil is none
-	built  *pool.Daemon // has built everything, and waits to push; nil is none
+	built  *pool.Daemon // has built everything, and only the push is to be repeated; nil is none
 }
 
 // run is all attempts at one plan.

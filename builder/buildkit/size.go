@@ -19,7 +19,7 @@ const (
 	// sizeTimeout bounds the question for the size of an image. The daemon has the manifests
 	// on its disk.
 	sizeTimeout = 2 * time.Second
-	// maxManifest is as large as manifests may be that registries take.
+	// maxManifest is the size of the largest manifest that registries take, in bytes.
 	maxManifest = 4 << 20
 )
 

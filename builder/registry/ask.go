@@ -271,11 +271,11 @@ func (q *question) explain(err error) error {
 		e.Code = api.RegistryDenied
 		why = "is refused: not a public address, and neither credentials nor registry_mirrors name it"
 	case errors.As(err, new(*tls.CertificateVerificationError)):
-		why = "has a certificate that no known CA has signed (registry_ca)"
+		why = "has a certificate that cannot be verified (registry_ca)"
 	case errors.Is(err, errAnswer):
 		why = fmt.Sprintf("answered the question for %q with something that is no answer", name)
 	case errors.Is(err, context.DeadlineExceeded):
-		why = fmt.Sprintf("did not answer within %v", askTimeout)
+		why = "did not answer in time"
 	}
 	e.Msg = fmt.Sprintf("registry %s: it %s", q.host, why)
 	// The error of net/http quotes the URL, which a redirect may have put a secret into.

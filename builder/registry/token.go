@@ -183,7 +183,7 @@ func (f *fetch) explain(err error) error {
 		e.Code = api.RegistryDenied
 		why = "is refused: not a public address, and " + notListed(f.host, f.realm)
 	case errors.As(err, new(*tls.CertificateVerificationError)):
-		why = "has a certificate that no known CA has signed (registry_ca)"
+		why = "has a certificate that cannot be verified (registry_ca)"
 	case errors.Is(err, errResponse):
 		why = "answered with something that is no token"
 	case errors.Is(err, context.DeadlineExceeded):

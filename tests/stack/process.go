@@ -139,7 +139,7 @@ func (p *process) signal(sig os.Signal) error {
 func isStopped(pid int) (bool, error) {
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 	if err != nil || len(files) == 0 {
-		return false, fmt.Errorf("looking for the threads of %d: there are %d: %v", pid, len(files), err)
+		return false, fmt.Errorf("looking for the threads of process %d: there are none", pid)
 	}
 	for _, file := range files {
 		stat, err := os.ReadFile(file)
@@ -194,9 +194,9 @@ func (p *process) ended() bool {
 	}
 }
 
-// FreePort returns a loopback port that is free now, that no outgoing connection
-// gets, and that nobody else on this machine is given while this process lives: a
-// daemon can be stopped and come back to it.
+// FreePort returns a loopback port that is free now and that no outgoing connection
+// gets. While this process lives, FreePort gives the port to no other process of this
+// machine, so a daemon can be stopped and started again on it.
 func FreePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(12000) // Linux hands out 32768 and up
@@ -234,8 +234,9 @@ func claim(name string) (io.Closer, error) {
 	return net.Listen("unix", "@function-builder-"+name)
 }
 
-// claimWhenFree is claim for a name that another process may have: it waits until
-// that gives it up, for as long as a test may take: the longest deliver fifty builds twice.
+// claimWhenFree is claim for a name that another process may have. It waits until the
+// other process gives the name up, at most for the time of the longest test, which
+// delivers fifty builds twice.
 func claimWhenFree(ctx context.Context, name string) (io.Closer, error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
