@@ -139,7 +139,7 @@ func (s *Solver) solveParts(ctx context.Context, whole *plan, parts []*plan, log
 	case failed != nil:
 		return solve.Outcome{}, stats, failed
 	case !whole.pushes():
-		const warning = "the image has no digest: several buildkitds built it, and only a push makes one image of their parts"
+		const warning = "the image has no digest: it was built in parts, and only a push makes one image of them"
 		return solve.Outcome{Commit: commit, Platforms: whole.platforms, Warnings: []string{warning}}, stats, nil
 	}
 	joint := *whole

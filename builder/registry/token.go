@@ -187,7 +187,7 @@ func (f *fetch) explain(err error) error {
 	case errors.Is(err, errResponse):
 		why = "answered with something that is no token"
 	case errors.Is(err, context.DeadlineExceeded):
-		why = fmt.Sprintf("did not answer within %v", tokenTimeout)
+		why = "did not answer in time"
 	}
 	e.Msg = fmt.Sprintf("registry %s: its token service %s %s", f.host, f.realm.Host, why)
 	// The error of net/http quotes the URL, and the realm's own query may be secret.

@@ -253,7 +253,8 @@ func (a answer) release() {
 	}
 }
 
-// answer waits for the daemon at i. After ctx has ended, the answer comes soon.
+// answer waits for the daemon at i. After ctx has ended, the answer comes soon. A daemon that has
+// answered may have ended while another one was waited for. It is asked again.
 func (q *inquiry) answer(ctx context.Context, i int) answer {
 	last := i
 	if q.atOnce {
@@ -266,7 +267,20 @@ func (q *inquiry) answer(ctx context.Context, i int) answer {
 	}
 	a := <-q.answers[i]
 	q.answers[i] = nil
+	if a.err == nil && isClosed(a.end) {
+		a.release()
+		a = <-q.pool.ask(ctx, a.daemon, q.count)
+	}
 	return a
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
 }
 
 // end releases the answers that nobody has taken. ctx has ended before.

@@ -297,10 +297,18 @@ func TestSlowCount(t *testing.T) {
 	}
 }
 
-// TestLostWhilePlaced: a daemon ends after it has answered, while another one is waited for. The
-// build that it gets sees that the connection is broken.
+// TestLostWhilePlaced: a daemon ends after it has answered, while another one is waited for. It gets
+// no build. If it is back by then, it gets the build, whose connection does not count as broken.
 func TestLostWhilePlaced(t *testing.T) {
-	t.Parallel()
+	for _, back := range []bool{false, true} {
+		t.Run(fmt.Sprintf("back=%v", back), func(t *testing.T) {
+			t.Parallel()
+			testLostWhilePlaced(t, back)
+		})
+	}
+}
+
+func testLostWhilePlaced(t *testing.T, back bool) {
 	tr := newTrio(t, 2)
 	order := tr.order()
 	tr.ctl[order[0].addr].freeze()
@@ -314,14 +322,21 @@ func TestLostWhilePlaced(t *testing.T) {
 		placed <- result{s, err}
 	}()
 	tr.ctl[order[1].addr].awaitAsked(t, 0)
-	tr.servers[order[1].addr].GracefulStop()
+	tr.servers[order[1].addr].Stop()
+	if back {
+		tr.serve(order[1].addr)
+	}
 	got := <-placed
 	if got.err != nil {
 		t.Fatal(got.err)
 	}
 	defer got.seat.Leave()
-	if got.seat.Daemon != order[1] || !got.seat.Broke(status.Error(codes.Unavailable, "connection refused")) {
-		t.Errorf("on %s, and the connection does not count as broken", got.seat.Daemon.addr)
+	want := order[2]
+	if back {
+		want = order[1]
+	}
+	if got.seat.Daemon != want || got.seat.Broke(status.Error(codes.Unavailable, "from a registry")) {
+		t.Errorf("on %s, want %s on a connection that is not broken", got.seat.Daemon.addr, want.addr)
 	}
 }
 
