@@ -2,6 +2,7 @@ package jetstream
 
 import (
 	"bytes"
+	"errors"
 	"os"
 
 	"github.com/nats-io/nats.go"
@@ -31,8 +32,8 @@ func (a Access) Options() []nats.Option {
 	return opts
 }
 
-// nats.go asks for the user and the JWT each time it connects, also again. Of the two, one is empty:
-// the form of the file decides, as it is then.
+// nats.go asks for the user and the JWT each time it connects, also again. The form of the file at that
+// time decides which of the two is empty. If the address has a user, nats.go does not ask for one.
 
 // userAndPassword are empty for a .creds file, and for one that cannot be read.
 func (a Access) userAndPassword() (user, password string) {
@@ -44,11 +45,17 @@ func (a Access) userAndPassword() (user, password string) {
 	return string(u), string(p)
 }
 
-// jwt is empty for a file with a user and a password.
+// jwt is empty for a file with a user and a password. It fails for a file that is neither, such as one
+// that is being written: a connection without a login could reach another account.
 func (a Access) jwt() (string, error) {
 	text, err := os.ReadFile(a.Credential)
-	if err != nil || !isCreds(text) {
+	switch {
+	case err != nil:
 		return "", err
+	case !isCreds(text) && !bytes.Contains(text, []byte(":")):
+		return "", errors.New("reading the credential for NATS: it is neither user:password nor a .creds file")
+	case !isCreds(text):
+		return "", nil
 	}
 	var o nats.Options
 	if err := nats.UserCredentialBytes(text)(&o); err != nil {

@@ -16,9 +16,9 @@ import (
 // The sweep finds builds whose process has died, and writes down that they are lost. All
 // processes sweep; the stream takes one lost record of a build.
 //
-// A process that was only frozen, or cut off, finds the lost record when it goes on. If the build
-// still runs, it stores the running record again with a later turn, which the lost record does not
-// hold for. When the build ends, its verdict is above both.
+// A process that was only frozen, or cut off, stores the running records of its builds again when it
+// goes on, with a later turn. A lost record of an earlier turn does not count. When the build ends, its
+// verdict is above both.
 
 // seen is a running record that a sweep has found.
 type seen struct {

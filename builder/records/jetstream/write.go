@@ -181,6 +181,9 @@ func (b *build) begin() error {
 		if mine, err := s.read(ctx, st, p, running); err != nil {
 			return err
 		} else if mine != nil && mine.Build == b.id {
+			s.mu.Lock()
+			b.dirty = true // it may have changed since it was sent
+			s.mu.Unlock()
 			b.begun(p, mine.seq, st.epoch)
 			return nil
 		}
