@@ -2,6 +2,7 @@ package stack
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -29,7 +31,8 @@ type NATS struct {
 	URL string
 
 	bin, dir, conf string
-	monitor, disk  string
+	monitor        string // the address of its monitoring
+	disk           string
 	process        *process
 }
 
@@ -43,7 +46,9 @@ type NATSConfig struct {
 	Disk    string // that each server has, such as 10m; empty is the machine's. It takes root
 }
 
-// StartNATS starts servers on loopback, and returns when they are ready.
+// StartNATS starts servers on loopback, and returns when they are ready. A cluster of 2.10 that begins
+// on a busy machine may leave a server out for good: it elects a leader, and can make no stream of
+// as many replicas as it has servers. Such a cluster begins again.
 func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 	if cfg.MaxFile == "" {
 		cfg.MaxFile = "4GB"
@@ -60,7 +65,7 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 			}
 		}
 		n.URL = fmt.Sprintf("nats://127.0.0.1:%d", p[0])
-		n.monitor = fmt.Sprintf("http://127.0.0.1:%d/healthz", p[1])
+		n.monitor = fmt.Sprintf("http://127.0.0.1:%d", p[1])
 		n.dir = filepath.Join(cfg.Dir, fmt.Sprintf("nats-%d", p[0]))
 		n.conf = fmt.Sprintf("listen: 127.0.0.1:%d\nhttp: 127.0.0.1:%d\nserver_name: n%d\njetstream {store_dir: %q, max_file_store: %s, max_memory_store: 64MB}\n",
 			p[0], p[1], p[0], filepath.Join(n.dir, "store"), cfg.MaxFile) + cfg.More + "\n"
@@ -72,8 +77,30 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 		if len(servers) > 1 {
 			n.conf += fmt.Sprintf("cluster {name: builder, listen: 127.0.0.1:%s, routes: [%s]}\n", ports[i], strings.Join(routes, ", "))
 		}
-		if err := n.start(); err != nil {
+	}
+	var err error
+	for range 5 {
+		if err = begin(ctx, servers); err != nil {
 			return servers, err
+		}
+		if err = whole(ctx, servers); err == nil {
+			return servers, nil
+		}
+		for _, n := range servers {
+			n.Kill()
+			if err := n.Wipe(); err != nil {
+				return servers, err
+			}
+		}
+	}
+	return servers, err
+}
+
+// begin starts servers, and returns when they are ready.
+func begin(ctx context.Context, servers []*NATS) error {
+	for _, n := range servers {
+		if err := n.start(); err != nil {
+			return err
 		}
 		// One after the other: servers of 2.10 that all begin at once sometimes never find
 		// each other.
@@ -84,15 +111,46 @@ func StartNATS(ctx context.Context, cfg NATSConfig) ([]*NATS, error) {
 			}
 			return err
 		}); err != nil {
-			return servers, err
+			return err
 		}
 	}
 	for _, n := range servers {
 		if err := n.Ready(ctx); err != nil {
-			return servers, err
+			return err
 		}
 	}
-	return servers, nil
+	return nil
+}
+
+// whole waits until the servers of a cluster are all in its metadata group.
+func whole(ctx context.Context, servers []*NATS) error {
+	if len(servers) == 1 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	for {
+		var info struct {
+			MetaCluster struct {
+				Size int `json:"cluster_size"`
+			} `json:"meta_cluster"`
+		}
+		text, err := servers[0].monitored(ctx, "/jsz")
+		if err == nil {
+			err = json.Unmarshal(text, &info)
+		}
+		switch {
+		case err != nil:
+			return fmt.Errorf("looking for the servers of the cluster: %w", err)
+		case info.MetaCluster.Size == len(servers):
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the cluster has %d of %d servers", info.MetaCluster.Size, len(servers))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 // ConfiguredNATS starts one server with a configuration, beside which there may be files that it
@@ -102,7 +160,7 @@ func ConfiguredNATS(bin, dir, conf, url string) (*NATS, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NATS{URL: url, bin: bin, dir: dir, conf: conf + fmt.Sprintf("\nhttp: 127.0.0.1:%d\n", port), monitor: fmt.Sprintf("http://127.0.0.1:%d/healthz", port)}
+	n := &NATS{URL: url, bin: bin, dir: dir, conf: conf + fmt.Sprintf("\nhttp: 127.0.0.1:%d\n", port), monitor: fmt.Sprintf("http://127.0.0.1:%d", port)}
 	return n, n.start()
 }
 
@@ -129,20 +187,26 @@ func (n *NATS) start() error {
 // Ready waits until a server answers.
 func (n *NATS) Ready(ctx context.Context) error {
 	return n.process.ready(ctx, func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.monitor, nil)
-		if err != nil {
-			return err
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return errors.New(resp.Status)
-		}
-		return nil
+		_, err := n.monitored(ctx, "/healthz")
+		return err
 	})
+}
+
+// monitored is what the server's monitoring has at a path.
+func (n *NATS) monitored(ctx context.Context, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.monitor+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, errors.New(resp.Status)
+	}
+	return io.ReadAll(resp.Body)
 }
 
 // Restart starts a server that was killed, with what it had on its disk.
