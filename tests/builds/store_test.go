@@ -1,6 +1,7 @@
 package builds
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"slices"
@@ -72,13 +73,14 @@ func TestNATSWiped(t *testing.T) {
 func TestNATSTooSmall(t *testing.T) {
 	t.Parallel()
 	h := newHouseOn(t, stack.NATSConfig{MaxFile: "1MB"}, stack.FunctionConfig{})
-	ownOnly(t, h, unknown)
+	ownOnly(t, h, func() {}, unknown)
 	if l := h.a.MustList(t, within(t), ""); l.Complete {
 		t.Errorf("the list is complete: %+v", l)
 	}
 }
 
-// TestNATSFull fills the server's disk under a build.
+// TestNATSFull fills the server's disk under a build, and keeps it full: a server makes room when it
+// removes what it could not store whole, and would take one record more.
 func TestNATSFull(t *testing.T) {
 	t.Parallel()
 	h := newHouseOn(t, stack.NATSConfig{Disk: "24m"}, stack.FunctionConfig{})
@@ -93,12 +95,21 @@ func TestNATSFull(t *testing.T) {
 			break
 		}
 	}
-	// What has room on the last page of a file may still be stored.
-	for i := 0; i < 20 && h.b.MustList(t, within(t), "").Complete; i++ {
+	ctx, cancel := context.WithCancel(t.Context())
+	filled := make(chan error, 1)
+	go func() { filled <- h.nats.FillDisk(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-filled; err != nil {
+			t.Errorf("keeping the disk full: %v", err)
+		}
+	}()
+	// What has room on the last page of a file is still stored.
+	another := func() {
 		m := mark()
 		h.a.MustPost(t, within(t), body(t, h.a, m, "FROM busybox", "RUN : "+m), client.Accept(client.NDJSON)).WantSuccess(t)
 	}
-	ownOnly(t, h, func(t *testing.T, c *client.Client, id string) {
+	ownOnly(t, h, another, func(t *testing.T, c *client.Client, id string) {
 		// Some records still find room, and others do not: who does not find a build does not say
 		// that there is none.
 		for _, id := range []string{id, mark()} {
@@ -114,8 +125,9 @@ func TestNATSFull(t *testing.T) {
 }
 
 // ownOnly has a replica build whose server takes no records. Builds are as ever, their replica
-// knows them, and the other one says that it does not know all. others asks it for one of them.
-func ownOnly(t *testing.T, h *house, others func(t *testing.T, c *client.Client, id string)) {
+// knows them, and the other one says that it does not know all. another is called until the server
+// takes no record. others asks the other replica for a build.
+func ownOnly(t *testing.T, h *house, another func(), others func(t *testing.T, c *client.Client, id string)) {
 	t.Helper()
 	m, n := mark(), mark()
 	built := background(t, &h.a.Client, body(t, h.a, m, "FROM busybox", held(m), "RUN seq 1 500; : "+m), named(m))
@@ -124,6 +136,7 @@ func ownOnly(t *testing.T, h *house, others func(t *testing.T, c *client.Client,
 	waitStep(t, n)
 	stack.Eventually(t, patience, func() error {
 		if l := h.b.MustList(t, within(t), "limit=1"); l.Complete {
+			another()
 			return fmt.Errorf("the other replica's list is complete: %+v", l)
 		}
 		return nil

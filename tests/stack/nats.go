@@ -220,6 +220,32 @@ func (n *NATS) Restart(ctx context.Context) error {
 // Wipe removes what a killed server has on its disk.
 func (n *NATS) Wipe() error { return os.RemoveAll(n.Store()) }
 
+// FillDisk takes what is free on a server's own disk, and what becomes free later, until ctx ends.
+func (n *NATS) FillDisk(ctx context.Context) error {
+	// The disk is mounted for the server alone.
+	path := fmt.Sprintf("/proc/%d/root%s/filler", n.process.cmd.Process.Pid, n.Store())
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for page := make([]byte, os.Getpagesize()); ; {
+		_, err := f.Write(page)
+		switch {
+		case errors.Is(err, syscall.ENOSPC):
+		case err != nil:
+			return err
+		default:
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 // Store is the directory of what a server keeps.
 func (n *NATS) Store() string { return filepath.Join(n.dir, "store") }
 
