@@ -148,7 +148,7 @@ func (g *gitSource) failure(line func(string) string) *api.Error {
 	}
 	why, _, _ = strings.Cut(why, "\n")
 	if strings.Contains(why, "could not read Username") || strings.Contains(why, "Authentication failed") {
-		why = "the host wants credentials, and the builder has none that it takes"
+		why = "the host wants credentials, and the builder has none for it, or wrong ones"
 	}
 	return &api.Error{Code: api.BadContext, Msg: fmt.Sprintf("fetching %s of %s: %s", ref, g.Remote(), line(why)), Err: g.err}
 }

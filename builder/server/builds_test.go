@@ -632,6 +632,34 @@ func TestListsAreShared(t *testing.T) {
 	wg.Wait()
 }
 
+// TestListsOfOperators: the operators have half of the lists at once. Another tenant's does not wait.
+func TestListsOfOperators(t *testing.T) {
+	h := &held{asked: make(chan string, 100), release: make(chan struct{})}
+	f, _ := startTenants(t, &scripted{}, []string{operator(tenant("acme", ""))}, func(c *server.Config) {
+		h.Store, c.Records = c.Records, h
+	})
+	var wg sync.WaitGroup
+	for range 10 {
+		f.background(t, &wg, f.asking(t, opsKey, "GET", "/builds"), 200)
+	}
+	for range 2 {
+		if of := <-h.asked; of != "" {
+			t.Errorf("made at once: a list of %s", of)
+		}
+	}
+	select {
+	case <-h.asked:
+		t.Error("the operators have a third list made at once")
+	case <-time.After(100 * time.Millisecond):
+	}
+	f.background(t, &wg, f.asking(t, keyOf("acme"), "GET", "/builds", api.TenantHeader, "acme"), 200)
+	if of := <-h.asked; of != "t-acme" {
+		t.Errorf("made at once too: a list of %q", of)
+	}
+	close(h.release)
+	wg.Wait()
+}
+
 // untaken is the answer to a client that takes nothing until it is released.
 type untaken struct {
 	*httptest.ResponseRecorder
